@@ -1,0 +1,299 @@
+"""
+Every block that is trained, from scratch in plain PyTorch. model.py wires them into a frozen LM.
+
+Axis letters, the same in every file:
+    B clips   T text tokens   S audio or video frames   F fusion tokens   m slots of the audiovisual sequence Z
+    D LM width   d adapter width   h heads
+
+All forwards are pure: features, lengths and masks come in as arguments, and so do the frozen LM's own layers
+where a block builds on them. Masks are True where there is something to see.
+"""
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------
+# LoRA and the FFW of an MM block
+
+class LoRA(nn.Module):
+    """
+    The low-rank update of one frozen linear layer W (Hu et al. 2021, eq. 3): W x + (alpha / r) B A dropout(x).
+
+    W stays in the LM and comes in as an argument, so nothing is wrapped, copied or merged behind your back.
+    A is r x n_in, uniform in +-1/sqrt(n_in); B is zero, so at the start the output is W x to the bit. Both are
+    float32 whatever W is: a bf16 A would lose updates smaller than 1/256 of itself.
+    """
+    def __init__(self, n_in, n_out, rank, alpha, dropout=0.0):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, n_in))
+        self.B = nn.Parameter(torch.zeros(n_out, rank))
+        # fan_in is n_in. The released DeepMLF stores A as n_in x r, so the same Kaiming call draws +-1/sqrt(r).
+        nn.init.uniform_(self.A, -1 / math.sqrt(n_in), 1 / math.sqrt(n_in))
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, W):
+        """ x [.., n_in], W the frozen layer (callable) -> [.., n_out] in W's dtype. """
+        y = W(x)
+        delta = F.linear(F.linear(self.dropout(x).to(self.A.dtype), self.A), self.B)
+        return y + (self.scale * delta).to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self, weight):
+        """ A new weight [n_out, n_in] with the update in it, computed in float32. The only way to merge, and it
+        never touches the argument: merging back and forth in bf16 changes a quarter of the 'frozen' weights. """
+        return (weight.float() + self.scale * self.B.float() @ self.A.float()).to(weight.dtype)
+
+
+def linear_like(layer, init):
+    """ A trainable float32 nn.Linear of an LM layer's shape; init='lm' copies weight and bias, 'random' does not.
+    GPT-2 keeps its linears as Conv1D, weight [in, out]: that one needs a transpose. """
+    weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T               # [n_out, n_in]
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device=weight.device)
+    if init == 'lm':
+        with torch.no_grad():
+            new.weight.copy_(weight)
+            if layer.bias is not None: new.bias.copy_(layer.bias)
+    return new
+
+
+class FFW(nn.Module):
+    """
+    A trainable FFW with the shape, the activation and (init='lm') the weights *and biases* of an LM block's own.
+
+    `lm_ffw` is (gate, up, down, act): down(act(up x)) for GPT-2, where gate is None; the SwiGLU product
+    down(act(gate x) * up x) for Llama and its kin. (The release adds where it should multiply, and leaves
+    GPT-2's biases random: test_parity.py has both as subclasses.)
+    """
+    def __init__(self, lm_ffw, init='lm', dropout=0.0):
+        super().__init__()
+        gate, up, down, act = lm_ffw
+        self.act = copy.deepcopy(act)   # the LM's own would follow our train() and eval()
+        self.gate = linear_like(gate, init) if gate is not None else None
+        self.up, self.down = linear_like(up, init), linear_like(down, init)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, lm_ffw):
+        """ x [B,L,D] -> [B,L,D]; lm_ffw is not needed here, it is what LoRAFFW builds on. """
+        hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)  # [B,L,4D]
+        return self.dropout(self.down(hidden))                                                       # [B,L,D]
+
+
+class LoRAFFW(nn.Module):
+    """ The LM block's own frozen FFW with LoRA on each of its linears: the way DeepMLF trains SmolLM2 on MOSI. """
+    def __init__(self, lm_ffw, rank, alpha, dropout=0.0):
+        super().__init__()
+        def shape(layer):
+            weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+            return weight.shape[1], weight.shape[0]
+        gate, up, down, _ = lm_ffw
+        self.gate = LoRA(*shape(gate), rank, alpha, dropout) if gate is not None else None
+        self.up, self.down = LoRA(*shape(up), rank, alpha, dropout), LoRA(*shape(down), rank, alpha, dropout)
+
+    def forward(self, x, lm_ffw):
+        """ x [B,L,D], lm_ffw the LM block's (gate, up, down, act) -> [B,L,D]. """
+        gate, up, down, act = lm_ffw
+        hidden = act(self.up(x, up)) if gate is None else act(self.gate(x, gate)) * self.up(x, up)   # [B,L,4D]
+        return self.down(hidden, down)                                                               # [B,L,D]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The MM block of DeepMLF
+
+class CrossAttention(nn.Module):
+    """
+    Multi-head attention from LM tokens to the audiovisual sequence Z. No biases. Scaled by 1/sqrt(head width)
+    (the release divides by sqrt(D): sixteen heads then see logits four times too small).
+    """
+    def __init__(self, D, d_context, n_heads, dropout=0.0):
+        super().__init__()
+        if D % n_heads: raise ValueError(f"mm_heads={n_heads} does not divide the LM width {D}: take a divisor of it.")
+        self.n_heads, self.scale, self.dropout = n_heads, (D // n_heads) ** -0.5, dropout
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.kv_proj = nn.Linear(d_context, 2 * D, bias=False)
+        self.out_proj = nn.Linear(D, D, bias=False)
+
+    def forward(self, x, z, z_mask):
+        """ x [B,L,D] queries, z [B,m,d] keys and values, z_mask [B,m] -> [B,L,D]. """
+        B, L, D = x.shape
+        q = self.q_proj(x).view(B, L, self.n_heads, -1).transpose(1, 2)                          # [B,h,L,D/h]
+        k, v = self.kv_proj(z).view(B, z.shape[1], 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # 2x [B,h,m,D/h]
+        y = F.scaled_dot_product_attention(q, k, v, z_mask[:, None, None], self.dropout * self.training,
+                                           scale=self.scale)                                     # [B,h,L,D/h]
+        return F.dropout(self.out_proj(y.transpose(1, 2).reshape(B, L, D)), self.dropout, self.training)  # [B,L,D]
+
+
+class MMBlock(nn.Module):
+    """
+    DeepMLF's multimodal block (paper 4.3.3, eqs. 8-11), run after an LM block:
+
+        x_f <- x_f + g(a_1) GCA(norm_1(x_f), Z)                 fusion tokens look at audio and video
+        x   <- x   + g(a_2) FFW(norm_2(x)),  x = [x_t ; x_f]    every token, text too
+
+    gate g: 'sigmoid' (a = 0 gives .5), 'tanh' (a = 0 gives 0: the LM is untouched at the start, and in the first
+    step only the gates learn) or 'none' (1). ffw: 'full', 'lora', 'none'. query: who looks at Z, 'fusion',
+    'text+fusion' or 'text' (paper's Table 10). norm_2 and the full FFW start as the LM block's own.
+    """
+    def __init__(self, D, d, norm, lm_ffw, n_heads=16, query='fusion', gate='sigmoid', ffw='full', ffw_init='lm',
+                 lora_rank=512, lora_alpha=8192, lora_dropout=0.05, dropout=0.1):
+        super().__init__()
+        self.query, self.gate = query, gate
+        # a copy of the LM's norm is of the right kind (LayerNorm or RMSNorm, eps and all) in every family
+        self.norm_1 = copy.deepcopy(norm).float().requires_grad_(True)
+        self.norm_2 = copy.deepcopy(self.norm_1)
+        nn.init.ones_(self.norm_1.weight)
+        if getattr(self.norm_1, 'bias', None) is not None: nn.init.zeros_(self.norm_1.bias)
+        self.gca = CrossAttention(D, d, n_heads, dropout)
+        self.ffw = (FFW(lm_ffw, ffw_init, dropout) if ffw == 'full' else
+                    LoRAFFW(lm_ffw, lora_rank, lora_alpha, lora_dropout) if ffw == 'lora' else None)
+        if ffw == 'none': self.norm_2 = None
+        self.a_1 = nn.Parameter(torch.zeros(1)) if gate != 'none' else None
+        self.a_2 = nn.Parameter(torch.zeros(1)) if gate != 'none' and ffw != 'none' else None
+
+    def gates(self):
+        """ The two gate values as they multiply: (GCA, FFW). """
+        g = {'sigmoid': torch.sigmoid, 'tanh': torch.tanh, 'none': None}[self.gate]
+        return [1.0 if a is None else g(a) for a in (self.a_1, self.a_2)]
+
+    def forward(self, x_t, x_f, z, z_mask, lm_ffw):
+        """ x_t [B,T,D], x_f [B,F,D], z [B,m,d], z_mask [B,m], lm_ffw of the LM block before -> new x_t, x_f. """
+        g_1, g_2 = self.gates()
+        attend = lambda x: x + (g_1 * self.gca(self.norm_1(x), z, z_mask)).to(x.dtype)
+        project = lambda x: x + (g_2 * self.ffw(self.norm_2(x), lm_ffw)).to(x.dtype)
+        if 'fusion' in self.query: x_f = attend(x_f)                                             # [B,F,D]
+        if 'text' in self.query: x_t = attend(x_t)                                               # [B,T,D]
+        if self.ffw is None: return x_t, x_f
+        return project(x_t), project(x_f)   # the FFW sees one token at a time, so two calls are one concatenation
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Regularising embeddings
+
+def seqaug(x, lengths, rate, p_apply=1.0, draw='fixed'):
+    """
+    SeqAug (Georgiou & Potamianos 2023): some feature dimensions of a clip take their values in another time order.
+
+    Per clip: one permutation of its real steps (padding stays where it is), and a Bernoulli(rate) choice of
+    dimensions, the same at all steps. draw: 'fixed' rate; 'beta' rate ~ Beta(.2, .2), nearly none or nearly all;
+    'halfnormal' rate + |N(0, .05)|, at most 1. A clip is left alone with probability 1 - p_apply.
+
+    x [B,S,d], lengths [B] -> [B,S,d]. Uses torch's global generator, whose state is in every checkpoint.
+    """
+    B, S, d = x.shape
+    rates = torch.full((B,), float(rate), device=x.device)                                       # [B]
+    if draw == 'beta': rates = torch.distributions.Beta(.2, .2).sample((B,)).to(x.device)
+    if draw == 'halfnormal': rates = (rates + .05 * torch.randn(B, device=x.device).abs()).clamp(max=1)
+    rates = rates * (torch.rand(B, device=x.device) < p_apply)
+    padding = torch.arange(S, device=x.device) >= lengths[:, None]                               # [B,S]
+    # real steps in random order, then the padding: a stable sort keeps equal keys (all inf) in place
+    order = torch.rand(B, S, device=x.device).masked_fill(padding, torch.inf).argsort(dim=1, stable=True)    # [B,S]
+    shuffled = x.gather(1, order[:, :, None].expand(B, S, d))                                    # [B,S,d]
+    chosen = torch.rand(B, 1, d, device=x.device) < rates[:, None, None]                         # [B,1,d]
+    return torch.where(chosen, shuffled, x)
+
+
+def regularise(x, lengths, how, rate, p_apply, draw):
+    """ Embedding regularisation while training (paper's Table 12): 'seqaug', 'noise' (Gaussian, std `rate`),
+    'dropout' (p `rate`) or 'none'. x [B,T,D] -> [B,T,D]. """
+    if how == 'seqaug': return seqaug(x, lengths, rate, p_apply, draw)
+    if how == 'noise': return x + rate * torch.randn_like(x)
+    if how == 'dropout': return F.dropout(x, rate)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The audiovisual encoder
+
+def pool_frames(x, lengths, n_slots, m):
+    """
+    Each clip's n real frames as n_slots means of neighbouring frames, whatever their number: slot j averages the
+    frames from floor(j n / n_slots) up to ceil((j+1) n / n_slots). Where both are equal it changes nothing, where
+    n is smaller frames repeat, and a clip without frames gives zeros. (The release averages frames t, t+m,
+    t+2m, .. together with the padding: nearly a mean over the clip in every slot.)
+
+    x [B,S,d], lengths [B], n_slots [B], the largest of them m (an int: asking a GPU tensor would stall it) -> [B,m,d]
+    """
+    j = torch.arange(m, device=x.device)                                                         # [m]
+    n, k = lengths[:, None], n_slots[:, None]                                                    # [B,1]
+    first, last = j * n // k, ((j + 1) * n + k - 1) // k                                         # [B,m]
+    s = torch.arange(x.shape[1], device=x.device)                                                # [S]
+    inside = (s >= first[..., None]) & (s < last[..., None]) & (j < k)[..., None]                # [B,m,S]
+    weight = inside.to(x.dtype) / (last - first).clamp(min=1)[..., None]                         # [B,m,S]
+    return weight @ x                                                                            # [B,m,d]
+
+
+def sinusoid(n, d, device=None):
+    """ Sine and cosine halves, positions from 1 (fairseq's layout, which MulT and DeepMLF share) -> [n,d]. """
+    half = d // 2
+    frequency = torch.exp(torch.arange(half, device=device) * (-math.log(10000) / max(half - 1, 1)))      # [d/2]
+    angle = torch.arange(1, n + 1, device=device)[:, None] * frequency                           # [n,d/2]
+    return F.pad(torch.cat([angle.sin(), angle.cos()], 1), (0, d - 2 * half))                    # [n,d]
+
+
+class EncoderLayer(nn.Module):
+    """ Pre-norm Transformer encoder layer (DeepMLF eqs. 1-2): self-attention, then a GELU FFW of width 4d. """
+    def __init__(self, d, n_heads, dropout=0.1):
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.norm_1, self.norm_2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x, mask):
+        """ x [B,m,d], mask [B,m] or None -> [B,m,d]. """
+        B, m, d = x.shape
+        drop = lambda y: F.dropout(y, self.dropout, self.training)
+        q, k, v = self.qkv(self.norm_1(x)).view(B, m, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # 3x [B,h,m,d/h]
+        y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None],
+                                           self.dropout * self.training)                         # [B,h,m,d/h]
+        x = x + drop(self.out(y.transpose(1, 2).reshape(B, m, d)))                               # [B,m,d]
+        return x + drop(self.down(drop(F.gelu(self.up(self.norm_2(x))))))
+
+
+class AVEncoder(nn.Module):
+    """
+    DeepMLF's AV encoder (paper 4.2, eq. 6): a Transformer encoder for audio, one for video, their outputs joined
+    along features and mapped back to width d. It gives Z and which of its slots are real.
+
+    Both streams are pooled onto one time line of min(av_len, longest stream) slots a clip, so that slot j of
+    audio and of video are the same moment. A stream that a clip lacks is zeros there; one that the corpus lacks
+    has no encoder. The last LayerNorm is the release's; the paper does not show it, but a pre-norm stack that
+    ends without one hands its consumer whatever scale it grew.
+    """
+    def __init__(self, widths, d=30, n_layers=3, n_heads=6, av_len=50, dropout=0.1, seqaug_rate=0.2):
+        super().__init__()
+        if not widths: raise ValueError("the AV encoder needs audio or vision, and this corpus has neither.")
+        if d % n_heads: raise ValueError(f"av_heads={n_heads} does not divide av_width={d}: take a divisor of it.")
+        self.d, self.av_len, self.dropout, self.seqaug_rate = d, av_len, dropout, seqaug_rate
+        self.proj = nn.ModuleDict({s: nn.Linear(width, d, bias=False) for s, width in widths.items()})
+        self.layers = nn.ModuleDict({s: nn.ModuleList(EncoderLayer(d, n_heads, dropout) for _ in range(n_layers))
+                                     for s in widths})
+        self.fusion = nn.Linear(len(widths) * d, d)
+        self.norm = nn.LayerNorm(d)
+
+    def encode(self, stream, x, lengths, n_slots, mask):
+        """ One stream: frames [B,S,d_a] of real `lengths` [B] -> [B,m,d]. """
+        if self.training and self.seqaug_rate: x = seqaug(x, lengths, self.seqaug_rate)
+        x = pool_frames(x, lengths, n_slots, mask.shape[1])                                      # [B,m,d_a]
+        x = math.sqrt(self.d) * self.proj[stream](x)                                             # [B,m,d]
+        x = F.dropout(x + sinusoid(x.shape[1], self.d, x.device), self.dropout, self.training)
+        for layer in self.layers[stream]: x = layer(x, mask)
+        return x
+
+    def forward(self, batch):
+        """ batch: audio [B,S,d_a], audio_len [B], vision .. -> Z [B,m,d], mask [B,m] (at least one slot a clip). """
+        n_slots = torch.stack([batch[f'{s}_len'] for s in self.proj]).amax(0).clamp(1, self.av_len)      # [B]
+        m = min(self.av_len, max(batch[s].shape[1] for s in self.proj))
+        mask = torch.arange(m, device=n_slots.device) < n_slots[:, None]                         # [B,m]
+        z = [self.encode(s, batch[s], batch[f'{s}_len'], n_slots, mask) for s in self.proj]      # 2x [B,m,d]
+        return self.norm(self.fusion(torch.cat(z, -1))), mask                                    # [B,m,d], [B,m]
+
+
+def masked_mean(x, mask):
+    """ x [B,L,d], mask [B,L] -> [B,d], the mean over the real positions. """
+    weight = mask[..., None].to(x.dtype)                                                         # [B,L,1]
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)                                      # [B,d]

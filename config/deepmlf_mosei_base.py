@@ -1,0 +1,16 @@
+# DeepMLF on CMU-MOSEI with GPT-2 (Tables 4 and 7), by the released base config.
+# python train.py config/deepmlf_mosei_base.py --corpus=unaligned_50.pkl
+# hardware: the paper's was one RTX 3090 (24 GB). Wall time here: not run (neither the file nor the weights can be had).
+# paper: Acc2 85.83, F1 85.74, MAE .529, Corr .773, Acc5 56.61, Acc7 54.65 (mean of >= 5 seeds). ours: not run.
+needs = ['config/av_mosei.py']
+corpus = 'MOSEI/Processed/unaligned_50.pkl'
+standardise = False           # the release feeds raw COVAREP and Facet
+lm = 'gpt2'
+av_from = 'av_mosei'
+mm_layers = [4, 6, 8, 9, 10, 11, 12]
+n_fusion = 12
+epochs = 15
+text_reg_rate = 0.2
+text_reg_prob = 0.3
+weight_decay = 0.005
+weight_lm = 1.0               # the paper's 1.0; the released base config has 1.1

@@ -1,0 +1,15 @@
+# DeepMLF on CMU-MOSEI with GPT-2-medium (Tables 4 and 7). No config is released for it: all but the blocks is large's.
+# python train.py config/deepmlf_mosei_medium.py --corpus=unaligned_50.pkl
+# hardware: the paper's was one RTX 3090 (24 GB). Wall time here: not run (neither the file nor the weights can be had).
+# paper: Acc2 87.00, F1 86.98, MAE .511, Corr .795, Acc5 56.89, Acc7 55.01 (mean of >= 5 seeds). ours: not run.
+needs = ['config/av_mosei.py']
+corpus = 'MOSEI/Processed/unaligned_50.pkl'
+standardise = False           # the release feeds raw COVAREP and Facet
+lm = 'gpt2-medium'
+av_from = 'av_mosei'
+mm_layers = [9, 12, 15, 18, 21, 24]
+n_fusion = 12
+epochs = 20
+text_reg_rate = 0.3
+text_reg_prob = 0.25
+weight_decay = 0.1

@@ -1,0 +1,21 @@
+# DeepMLF on CMU-MOSI with SmolLM2-1.7B and LoRA in the MM blocks' FFW (Tables 1 and 3).
+# python train.py config/deepmlf_mosi.py --corpus=unaligned_50.pkl
+# hardware: the paper's was one RTX 3090 (24 GB). Wall time here: not run (neither the file nor the weights can be had).
+# paper: Acc2 85.60, F1 85.58, MAE .692, Corr .811, Acc5 53.18, Acc7 46.27 (mean of >= 5 seeds). ours: not run.
+# The released config also has Self-MM's pseudo-labels, which the paper does not mention and its code cannot run: left out.
+needs = ['config/av_mosi.py']
+corpus = 'MOSI/Processed/unaligned_50.pkl'
+lm = 'HuggingFaceTB/SmolLM2-1.7B'
+av_from = 'av_mosi'
+av_seqaug = 0.3
+mm_layers = [12, 15, 18, 21, 24]
+mm_ffw = 'lora'
+n_fusion = 8
+epochs = 150
+patience = 30
+text_reg = 'none'
+weight_decay = 0.001
+weight_fusion = 0.4
+weight_av = 0.8
+weight_text = 0.8
+weight_lm = 0.0

@@ -1,0 +1,18 @@
+# DeepMLF on the toy corpus: the whole curriculum in one command.
+# python train.py
+needs = ['config/lm_toy.py', 'config/av_toy.py']
+lm = 'lm_toy'
+av_from = 'av_toy'
+batch_size = 64
+accumulate = 1
+epochs = 12
+lr = 1e-3
+lr_min = 1e-5
+weight_decay = 0.01
+mm_layers = [2, 3, 4]
+mm_heads = 4
+n_fusion = 8
+av_layers = 2
+av_seqaug = 0.0
+text_reg_rate = 0.1
+log_interval = 50

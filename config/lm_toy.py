@@ -1,0 +1,16 @@
+# Step one of the toy curriculum: a small GPT pretrained on the toy corpus's text.
+# python train.py config/lm_toy.py
+system = 'lm'
+select = 'loss'
+batch_size = 64
+accumulate = 1
+epochs = 4
+lr = 3e-3
+lr_min = 1e-4
+weight_decay = 0.01
+dropout = 0.0
+lm_vocab = 256
+lm_width = 64
+lm_layers = 4
+lm_heads = 4
+log_interval = 50

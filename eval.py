@@ -1,0 +1,427 @@
+"""
+What a run is worth: every metric, one checkpoint or many runs, report and comparison.
+
+    python eval.py out/deepmlf_toy                            the best checkpoint on its test set again, and the report
+    python eval.py out/deepmlf_toy out/deepmlf_toy-seed1 ..   many runs: mean +- std (n), paired differences
+
+Metrics are fractions (0.8451, not 84.51) and nothing is rounded, so that means over seeds are right; nan means
+undefined, never zero. The definitions are those of the code that the field's tables come from (MMSA 2.2.1,
+utils/metricsTop.py), quirks included: others compare with nothing. All of it is NumPy.
+"""
+import hashlib
+import json
+import os
+import re
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from data import CorpusError, Feed, epoch_order, open_corpus
+from model import LanguageModel, ModelError, build, load_checkpoint, load_lm, put, write_text
+
+
+class EvalError(Exception):
+    """ A sentence for the user: what was wrong, where, and what to do. """
+
+
+METRIC_HELP = {
+    'acc2_non0':  "higher is better: binary accuracy, > 0 against > 0, over the clips whose label is not 0",
+    'f1_non0':    "higher is better: weighted F1 of the two classes of acc2_non0",
+    'acc2_has0':  "higher is better: binary accuracy, >= 0 against >= 0 (SIMS: > 0 against > 0), all clips",
+    'f1_has0':    "higher is better: weighted F1 of the two classes of acc2_has0",
+    'acc2_weak':  "higher is better: acc2_has0 over the clips with |label| <= 0.4 of the largest label",
+    'acc3':       "higher is better: accuracy of 3 classes, clip to [-1, 1] and round (SIMS: cuts at -.1 .1)",
+    'acc5':       "higher is better: accuracy of 5 classes, clip to [-2, 2] and round (SIMS: -.7 -.1 .1 .7)",
+    'acc7':       "higher is better: accuracy of 7 classes, clip to [-3, 3] and round (not for SIMS)",
+    'mae':        "lower is better: mean |prediction - label|",
+    'corr':       "higher is better: Pearson correlation of prediction and label",
+    'r2':         "higher is better: 1 - sum (label - prediction)^2 / sum (label - mean label)^2",
+    'qwk':        "higher is better: quadratic weighted kappa of the ordinal levels",
+    'jump2':      "lower is better: share of clips that are two or more ordinal levels off",
+    'jump_mean':  "lower is better: mean number of ordinal levels off",
+    'loss':       "lower is better: the training loss, for a model that predicts no label",
+    'acc':        "higher is better: share of clips with the right class",
+    'wf1':        "higher is better: F1 of each class, averaged by the class's share of the labels",
+    'f1_<class>': "higher is better: F1 of one class",
+}
+BETTER = {key: 'low' if text.startswith('lower') else 'high' for key, text in METRIC_HELP.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# classes
+
+def confusion(pred, label, n):
+    """ Counts [n, n], row = label, column = prediction. An answer that is no class (a generator may say 9)
+    stands in no column, so its row falls short of the label's count: wrong, but nobody's false positive. """
+    pred, label = np.asarray(pred, np.int64), np.asarray(label, np.int64)
+    valid = (pred >= 0) & (pred < n)
+    return np.bincount(label[valid] * n + pred[valid], minlength=n * n).reshape(n, n)
+
+def class_f1(pred, label, n):
+    """ (F1 of each class [n], weighted F1). F1 = 2 hits / (labels + predictions): 0 for a class never hit,
+    nan for one that is in neither. Weights are the label counts, as in scikit-learn's average='weighted'. """
+    counts, support = confusion(pred, label, n), np.bincount(label, minlength=n)
+    total = support + counts.sum(0)
+    f1 = np.where(total > 0, 2 * counts.diagonal() / np.maximum(total, 1), np.nan)
+    return f1, (np.nan_to_num(f1) * support).sum() / support.sum() if support.sum() else np.nan
+
+def class_metrics(pred, label, names):
+    """
+    acc, wf1 and f1_<class> of class numbers pred and label, both [N], for classes names[0], names[1] ...
+
+    >>> class_metrics([0, 0, 1, 9], [0, 1, 1, 1], ['no', 'yes', 'joy'])
+
+    2 of 4 are right: acc 0.5. 'no': one hit, one label, two predictions, F1 = 2/(1+2) = 2/3. 'yes': one hit,
+    three labels, one prediction, F1 = 2/(3+1) = 1/2. wf1 = (1 * 2/3 + 3 * 1/2) / 4 = 13/24. 'joy': nan.
+    """
+    pred, label = _pair(pred, label)
+    for what, x in (('predictions', pred), ('labels', label)):
+        if (x != np.round(x)).any():
+            raise ValueError(f"{what} of classes must be whole numbers, got {x[x != np.round(x)][0]:g}; "
+                             f"decode the answer to a class first")
+    # clipped, as an answer of 1e20 has no int64; both ends of the clip are no class
+    pred, label = np.clip(pred, -1, len(names)).astype(np.int64), label.astype(np.int64)
+    if label.min() < 0 or label.max() >= len(names):
+        raise ValueError(f"labels run from {label.min()} to {label.max()}, but the {len(names)} classes are "
+                         f"{', '.join(names)}; check the corpus's class names")
+    f1, wf1 = class_f1(pred, label, len(names))
+    return {'acc': _mean(pred == label), 'wf1': float(wf1)} | {f'f1_{k}': float(v) for k, v in zip(names, f1)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# regression
+
+def _pair(pred, label):
+    """ Both flat, or a ValueError. float32 like the references: there a label of .7 is right on a border. """
+    with np.errstate(over='ignore'):   # 1e39 becomes inf here, and is counted below
+        pred, label = np.asarray(pred, np.float32).ravel(), np.asarray(label, np.float32).ravel()
+    if len(pred) != len(label):
+        raise ValueError(f"{len(pred)} predictions for {len(label)} labels; match them")
+    if not len(label): raise ValueError("nothing to score, the split is empty; check the corpus folder")
+    for what, x in (('predictions', pred), ('labels', label)):
+        bad = np.count_nonzero(~np.isfinite(x))
+        if bad: raise ValueError(f"{bad} of {len(x)} {what} are nan or inf; find out why first")
+    return pred, label
+
+def _mean(x):
+    return float(np.mean(x, dtype=np.float64)) if len(x) else float('nan')
+
+def _corr(p, y):
+    """ Pearson's r; nan if either is constant, which a variance cannot tell: the mean of 0.1s is not 0.1. """
+    if np.ptp(p) == 0 or np.ptp(y) == 0: return float('nan')
+    return float(np.corrcoef(p.astype(np.float64), y.astype(np.float64))[0, 1])
+
+def _qwk(a, b, n):
+    """ Cohen's kappa with weights (i - j)^2 of levels 0 .. n-1: 1 - observed / chance disagreement. Where all
+    of both is one level that is 1 - 0/0, and nan here: agreement on a constant shows nothing. """
+    counts = confusion(a, b, n)
+    weight = (np.arange(n)[:, None] - np.arange(n)) ** 2
+    chance = (weight * np.outer(counts.sum(1), counts.sum(0))).sum() / counts.sum()
+    return float(1 - (weight * counts).sum() / chance) if chance else float('nan')
+
+def regression_metrics(pred, label, label_range):
+    """
+    All metrics of scores pred against label, both [N], as a dict in the order of METRIC_HELP.
+
+    label_range [-3, 3] (MOSI, MOSEI), MMSA's rules. MAE, Corr and R2 see the predictions as they are. AccK
+    with K = 2k+1: clip both to [-k, k], round, share of equal ones. Has0: all clips, >= 0 against >= 0, and
+    -0.0 is >= 0. Non0: clips with label != 0, > 0 against > 0, so that an exact 0 is a negative prediction.
+    Levels for QWK and the jumps: the seven classes of Acc7.
+
+    label_range [-1, 1] (CH-SIMS, v2). Both are clipped to [-1, 1] before *everything*, MAE and Corr
+    included. Has0 is MMSA's Mult_acc_2, all clips, > 0 against > 0: here 0 is negative. Non0 as above:
+    CrossSent's printed SIMS numbers are that, and compare with no other paper's. Acc3 has borders at +-.1,
+    Acc5 also at +-.7, and a border belongs to the class below it. Levels: round(2 x), CrossSent's -2 .. 2,
+    which are *not* the classes of Acc5 (.2 is level 0, and weakly positive there). No Acc7.
+
+    Any other [lo, hi]: the rules of [-3, 3], levels round(clip(x, lo, hi)), and those AccK whose [-k, k] lies
+    inside. That is ours. So is acc2_weak beyond SIMS v2, where it is |label| <= .4: Has0 over the clips with
+    |label| <= .4 max(|lo|, |hi|), which is 1.2 for [-3, 3].
+
+    Rounding is half to even everywhere (0.5 -> 0, 1.5 -> 2); F1 is weighted by label counts. An example:
+
+    >>> regression_metrics(pred=[0.5, -0.2, 1.5, -4.0], label=[1.0, 0.0, 2.0, -3.0], label_range=[-3, 3])
+
+    MAE = (.5 + .2 + .5 + 1) / 4 = .55, on the unclipped -4. Levels 0 0 2 -3 against 1 0 2 -3: Acc7 .75,
+    jump_mean .25, jump2 0. Has0: only -.2 against 0 is wrong, .75. Non0 drops that clip, 1.
+    R2 = 1 - (.25 + .04 + .25 + 1) / (1 + 0 + 4 + 9) = .89.
+    """
+    p, y = _pair(pred, label)
+    lo, hi = label_range
+    sims = (lo, hi) == (-1, 1)
+    if sims: p, y = np.clip(p, -1, 1), np.clip(y, -1, 1)
+    m = {}
+
+    def binary(suffix, keep, pos):
+        a, b = pos(p[keep]).astype(np.int64), pos(y[keep]).astype(np.int64)
+        return {f'acc2_{suffix}': _mean(a == b), f'f1_{suffix}': float(class_f1(a, b, 2)[1])}
+
+    positive = (lambda x: x > 0) if sims else (lambda x: x >= 0)
+    weak = np.abs(y) <= np.float32(0.4 * max(abs(lo), abs(hi)))
+    m |= binary('non0', y != 0, lambda x: x > 0) | binary('has0', slice(None), positive)
+    m['acc2_weak'] = _mean(positive(p[weak]) == positive(y[weak]))
+
+    if sims:   # searchsorted counts the borders below a score, in float32 so that .7 is on the border
+        for n, cuts in {3: [-.1, .1], 5: [-.7, -.1, .1, .7]}.items():
+            a, b = (np.searchsorted(np.float32(cuts), x) for x in (p, y))
+            m[f'acc{n}'] = _mean(a == b)
+        scale, first, n_levels = 2, -2, 5
+    else:
+        for k in (1, 2, 3):
+            if lo <= -k and k <= hi:
+                m[f'acc{2 * k + 1}'] = _mean(np.round(np.clip(p, -k, k)) == np.round(np.clip(y, -k, k)))
+        scale, first = 1, round(lo)
+        n_levels = round(hi) - first + 1
+
+    error = p.astype(np.float64) - y
+    spread = np.sum((y - np.mean(y, dtype=np.float64)) ** 2) if np.ptp(y) > 0 else np.nan
+    m |= {'mae': _mean(np.abs(error)), 'corr': _corr(p, y), 'r2': float(1 - np.sum(error ** 2) / spread)}
+
+    a, b = (np.round(scale * np.clip(x, lo, hi)).astype(np.int64) - first for x in (p, y))
+    m |= {'qwk': _qwk(a, b, n_levels), 'jump2': _mean(abs(a - b) >= 2), 'jump_mean': _mean(abs(a - b))}
+    return m
+
+
+# ---------------------------------------------------------------------------------------------------------
+# several runs
+
+def paired_bootstrap(metric_fn, preds_a, preds_b, label, n_resamples=2000, seed=0):
+    """
+    (difference, low, high): by how much system A's metric exceeds B's, with its 95 % percentile interval.
+
+    preds_* are [runs, N], one row a seed; metric_fn(pred [N], label [N]) -> a number. The statistic is the
+    mean of the metric over A's runs minus that over B's. Each resample draws N clips with replacement, the
+    same for both systems (they are paired: a hard clip is hard for both), and then runs with replacement
+    within each, so that the interval answers for another test set *and* other seeds. The hazard: a single
+    run counts as the only one there could be, and with two or three the seeds' share of the variance comes
+    out too small by (runs - 1) / runs. An interval that barely excludes 0 has then not excluded it.
+    nan if the metric is undefined on any resample.
+    """
+    label, rng = np.asarray(label), np.random.default_rng(seed)
+    preds = [np.atleast_2d(np.asarray(x)) for x in (preds_a, preds_b)]
+    for name, x in zip('AB', preds):
+        if x.shape[1:] != label.shape or not len(label) or not len(x):
+            raise ValueError(f"system {name} has predictions {list(x.shape)} for {list(label.shape)} labels; "
+                             f"pass [runs, clips] with the clips of both systems in the labels' order")
+
+    def scores(clips):   # one per run, for both systems
+        y = label[clips]
+        return [np.array([metric_fn(run, y) for run in x[:, clips]], np.float64) for x in preds]
+
+    a, b = scores(slice(None))
+    resampled = np.empty(n_resamples)
+    for i in range(n_resamples):
+        s, t = scores(rng.integers(len(label), size=len(label)))
+        resampled[i] = rng.choice(s, len(s)).mean() - rng.choice(t, len(t)).mean()
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(a.mean() - b.mean()), float(low), float(high)
+
+def mean_std_n(values, digits=3):
+    """ '0.512 ± 0.004 (n=3)', the sample standard deviation (n - 1); '0.512 (n=1)', as one run has none. """
+    values = np.asarray(values, np.float64).ravel()
+    if not len(values): return 'not run'
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ''
+    return f"{values.mean():.{digits}f}{spread} (n={len(values)})"
+
+def markdown_table(header, rows):
+    """ A Markdown table that also reads well as plain text; a | in a cell is escaped. """
+    cells = [[str(c).replace('|', '\\|') for c in row] for row in [header, *rows]]
+    width = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ['| ' + ' | '.join(c.ljust(w) for c, w in zip(row, width)) + ' |' for row in cells]
+    return '\n'.join([lines[0], '|' + '|'.join('-' * (w + 2) for w in width) + '|', *lines[1:]])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One model on one split
+
+@torch.no_grad()
+def evaluate(model, feed, split, autocast=nullcontext):
+    """
+    A model on a whole split: (metrics, predictions in the split's order). Used by train.py and by the command line.
+
+    Nothing is averaged over batches: predictions are collected and each metric is computed once, in float32 on all
+    clips. A model that only has a loss (system='lm') gives {'loss': mean over clips} and no predictions.
+    """
+    was_training = model.training
+    model.eval()
+    got, n, loss = {}, feed.corpus.n_clips[split], 0.0
+    for index in epoch_order(feed.cost(split), feed.c['batch_size'], seed=0, epoch=None):
+        batch = feed(split, index)
+        with autocast():
+            if not hasattr(model, 'predict'):
+                loss += float(model(batch)['loss']) * len(index) / n
+                continue
+            out = model.predict(batch)
+        for k, v in (out | dict(label=batch['label'])).items():
+            got.setdefault(k, np.zeros(n, np.float32))[index] = v.float().cpu().numpy()
+    model.train(was_training)
+    if not got: return dict(loss=loss), {}
+    return regression_metrics(got['pred'], got['label'], feed.label_range), got
+
+
+def constant(corpus, label='label'):
+    """ The test metrics of the best constant under L1, the train median: what "no model" scores. """
+    y, median = corpus.label('test', label), np.median(corpus.label('train', label))
+    return regression_metrics(np.full(len(y), median), y, corpus.meta['labels'][label]['range'])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A run's folder: report and pictures
+
+def read_run(folder):
+    """ result.json of a finished run. Raises EvalError. """
+    path = os.path.join(folder, 'result.json')
+    if not os.path.exists(path):
+        raise EvalError(f"{folder} holds no finished run (no result.json): train it to the end, with --resume=True if it "
+                        "was cut off.")
+    with open(path, encoding='utf-8') as f: return json.load(f)
+
+
+def write_predictions(folder, corpus, predictions):
+    """ folder/test.jsonl: a line a clip, its id, label and every prediction that the model made of it. """
+    rows = [dict(id=clip) | {k: round(float(v[n]), 6) for k, v in predictions.items()}
+            for n, clip in enumerate(corpus.id('test'))]
+    write_text(os.path.join(folder, 'test.jsonl'), ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def read_predictions(folder):
+    """ test.jsonl of a finished run -> (list of ids, dict of arrays [N]). """
+    with open(os.path.join(folder, 'test.jsonl'), encoding='utf-8') as f: rows = [json.loads(line) for line in f]
+    return [r['id'] for r in rows], {k: np.array([r[k] for r in rows], np.float32) for k in rows[0] if k != 'id'}
+
+
+def summary(folder, r):
+    """
+    The rows of the report's table: majority, text only, audio+video only, the best additive late fusion where the corpus
+    knows it, and the system itself. Text only is the text head y_t, which never saw audio or video; audio+video only is
+    the AV encoder's own run, or the head y_av where there was none.
+    """
+    c, name, ceilings = r['about']['knobs'], r['about']['name'], r['ceilings'] or {}
+    own = [('majority', r['majority'], 'majority')]
+    if c['system'] != 'av':
+        _, p = read_predictions(folder)
+        head = lambda k: regression_metrics(p[k], p['label'], r['label_range'])
+        if c['weight_text']: own.append(('text only (y_t)', head('text'), 'text'))
+        alone = os.path.join(c['av_from'], 'result.json') if c['av_init'] != 'random' else ''
+        if os.path.exists(alone): own.append(('audio+video only', read_run(c['av_from'])['test'], 'av'))
+        elif c['weight_av']: own.append(('audio+video only (y_av)', head('av'), 'av'))
+        if ceilings: own.append(('best late fusion', {}, 'late'))
+    own.append((name, r['test'], 'av' if c['system'] == 'av' else 'full'))
+    keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc2_has0', 'acc7', 'acc5', 'acc3') if k in r['test']]
+    cell = lambda metrics, k: f'{metrics[k]:.3f}' if k in metrics else '-'
+    rows = [[row] + [cell(metrics, k) for k in keys] + [cell(ceilings.get(ceiling, {}), 'mae')] * bool(ceilings)
+            for row, metrics, ceiling in own]
+    table = markdown_table(['test'] + keys + ['mae of a perfect reader'] * bool(ceilings), rows)
+    if ceilings and c['system'] != 'av':
+        closed = (ceilings['late']['mae'] - r['test']['mae']) / (ceilings['late']['mae'] - ceilings['full']['mae'])
+        table += f"\n\n{name} closes {100 * closed:.0f} % of the gap from the best late fusion to the best there is."
+    return table
+
+
+def report(folder):
+    """ Writes folder/report.md from the files of a finished run, and returns its table. Raises EvalError. """
+    r = read_run(folder)
+    about, state, clips = r['about'], r['state'], r['clips']
+    c, name = about['knobs'], about['name']
+    took = (f"{r['seconds'] / 60:.1f} min on {about['device']} ({about['threads']} threads, "
+            f"{about['matmul_gflops']} GFLOP/s float32 matmul)")
+    table = f"{name}: test loss {r['test']['loss']:.4f}" if c['system'] == 'lm' else summary(folder, r)
+    each = [[k, f"{v:.4f}", f"{r['valid'][k]:.4f}", METRIC_HELP[k]] for k, v in r['test'].items()]
+    write_text(os.path.join(folder, 'report.md'), f"""# {name}
+
+`{about['command']}`, commit {about['commit'] or 'none'}{' with uncommitted changes' if about['dirty'] else ''}.
+{clips['train']} / {clips['valid']} / {clips['test']} clips of {os.path.basename(about['corpus']['folder'])}; {r['n_trainable']:,} trainable
+and {r['n_frozen']:,} frozen weights; {took}. The best checkpoint by validation {c['select']} ({state['best']:.4f}) is
+of step {state['best_step']} of {state['step']}; the test set was read once, with it.
+
+{table}
+
+{markdown_table(['metric', 'test', 'valid', 'what it is'], each)}
+
+![learning curve](curve.png)
+""")
+    return f"{table}\n\n{name}: {took}; {folder}/report.md"
+
+
+def curve_picture(folder, select='mae'):
+    """ folder/curve.png from folder/log.jsonl: training loss terms, and the validation metric that selects. """
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f: log = [json.loads(line) for line in f]
+    train, valid = [e for e in log if 'train' in e], [e for e in log if 'valid' in e]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
+    for k in sorted({k for e in train for k in e['train']}):
+        left.plot([e['epoch'] for e in train], [e['train'].get(k, np.nan) for e in train], label=k, lw=1.2)
+    left.set(xlabel='epoch', ylabel='training loss (unweighted terms)'); left.legend(fontsize=8)
+    right.plot([e['epoch'] for e in valid], [e['valid'][select] for e in valid], 'o-', ms=3, lw=1.2)
+    best = [e for e in valid if e['best']]
+    if best:
+        right.plot(best[-1]['epoch'], best[-1]['valid'][select], 'o', ms=8, mfc='none', color='C3', label='best')
+        right.legend(fontsize=8)
+    right.set(xlabel='epoch', ylabel=f'validation {select}')
+    fig.savefig(os.path.join(folder, 'curve.png'), dpi=120)
+    plt.close(fig)
+
+
+def rerun(folder):
+    """
+    The best checkpoint of a run on its test set again, from the files alone: rebuilds the model, writes test.jsonl and
+    report.md anew, and returns the report. Raises EvalError, ModelError, CorpusError.
+    """
+    r = read_run(folder)
+    about, c = r['about'], r['about']['knobs']
+    corpus, dtype = open_corpus(about['corpus']['folder']), getattr(torch, about['dtype'])
+    if corpus.meta['source']['sha256'] != about['corpus']['sha256']:
+        raise EvalError(f"{corpus.folder} was made from another source file than the one that {folder} was trained on.")
+    if c['system'] == 'lm':
+        lm, tokenizer = load_lm(folder, dtype)
+        model = LanguageModel(lm.hf)
+    else: model, tokenizer = build(c | dict(av_init='random'), corpus, folder, dtype)   # the checkpoint has its weights
+    put(model, load_checkpoint(os.path.join(folder, 'best.safetensors'))[0], folder)
+    device = about['device'] if about['device'] != 'cuda' or torch.cuda.is_available() else 'cpu'
+    autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=dtype is torch.bfloat16)
+    r['test'], predictions = evaluate(model.to(device), Feed(corpus, c, tokenizer, device), 'test', autocast)
+    if predictions: write_predictions(folder, corpus, predictions)
+    write_text(os.path.join(folder, 'result.json'), json.dumps(r, indent=1))
+    return report(folder)
+
+
+def compare(folders):
+    """
+    Many runs as a table, a row a system: mean +- std (n), and the paired difference in MAE to the first row with its 95 %
+    bootstrap interval over clips and seeds. Runs whose knobs differ in the seed alone are one system. Raises EvalError.
+    """
+    where = ('seed', 'out_dir', 'resume', 'fresh', 'device', 'data_dir', 'log_interval', 'save_interval')
+    systems, clips, label = {}, None, None      # name -> list of (metrics, predictions [N])
+    for folder in folders:
+        r = read_run(folder)
+        if 'mae' not in r['test']: raise EvalError(f"{folder} is a language model: it has a loss, no predictions to compare.")
+        # the runs that a run stands on carry its seed in their names
+        knobs = {k: re.sub(r'-seed\d+', '', str(v)) for k, v in r['about']['knobs'].items() if k not in where}
+        ids, p = read_predictions(folder)
+        if clips is None: clips, label = ids, p['label']
+        if ids != clips: raise EvalError(f"{folder} was tested on other clips than {folders[0]}: a paired comparison needs the same.")
+        systems.setdefault((r['about']['name'], json.dumps(knobs, sort_keys=True)), []).append((r['test'], p['pred']))
+    names = [name for name, _ in systems]
+    keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc7', 'acc5')
+            if all(k in metrics for runs in systems.values() for metrics, _ in runs)]
+    rows, first = [], np.stack([pred for _, pred in next(iter(systems.values()))])               # [seeds,N]
+    for (name, knobs), runs in systems.items():
+        if names.count(name) > 1: name += ' ' + hashlib.sha256(knobs.encode()).hexdigest()[:4]   # one config, other knobs
+        rows.append([name] + [mean_std_n([metrics[k] for metrics, _ in runs]) for k in keys])
+        if len(systems) > 1 and len(rows) == 1: rows[0].append('-')
+        elif len(systems) > 1:
+            preds = np.stack([pred for _, pred in runs])                                         # [seeds,N]
+            mae = lambda pred, y: np.abs(pred - y).mean()
+            rows[-1].append('{:+.4f} [{:+.4f}, {:+.4f}]'.format(*paired_bootstrap(mae, preds, first, label)))
+    return markdown_table(['test'] + keys + ['mae less the first row, 95 %'] * (len(systems) > 1), rows)
+
+
+if __name__ == '__main__':
+    _folders = [a.rstrip('/') for a in sys.argv[1:]]
+    if not _folders or '--help' in _folders or '-h' in _folders: sys.exit(__doc__)
+    try: print(rerun(_folders[0]) if len(_folders) == 1 else compare(_folders))
+    except (EvalError, CorpusError, ModelError) as e: sys.exit(f"eval: {e}")

@@ -1,0 +1,44 @@
+"""
+The losses. Each is a few lines, takes tensors and returns a scalar that a graph hangs on.
+
+Axis letters: B clips, T text tokens, D LM width, V vocabulary.
+"""
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def l1(pred, label):
+    """ Mean absolute error over the clips of a batch. pred, label [B] -> []. """
+    return (pred - label).abs().mean()
+
+
+def lm_loss(hidden, tokens, text_mask, lm_head, chunk=1024):
+    """
+    Next-token cross-entropy, the mean over the batch's real targets (DeepMLF eq. 5, with the mean for the sum).
+
+    A target is a real token that has a token before it, so a clip of n tokens has n-1 targets, padding has none
+    and the last token is not asked for an end-of-text (the release asks for the padding id there). Logits exist
+    for these positions only, `chunk` of them at a time, and are computed again in the backward pass: at GPT-2's
+    vocabulary 32 clips x 62 slots of them would be 0.4 GB, and their gradient as much again.
+
+    hidden [B,T,D] after the LM's final norm, tokens [B,T], text_mask [B,T] -> []
+    """
+    targets = text_mask[:, 1:]                                                                   # [B,T-1]
+    x, y = hidden[:, :-1][targets], tokens[:, 1:][targets]                                       # [n,D], [n]
+    if len(y) == 0: return hidden.sum() * 0.0   # clips of one token each: nothing to predict, but a graph to keep
+    def summed(x, y): return F.cross_entropy(lm_head(x).float(), y, reduction='sum')
+    parts = [checkpoint(summed, x[i:i + chunk], y[i:i + chunk], use_reentrant=False) for i in range(0, len(y), chunk)]
+    return torch.stack(parts).sum() / len(y)
+
+
+def deepmlf_loss(out, label, weights):
+    """
+    DeepMLF's objective (eqs. 12-14): L1 of the task head, plus weighted L1 of the audiovisual, text and fusion
+    heads. The LM loss is added by the model, which has the hidden states.
+
+    out: dict of predictions [B] under pred, av, text, fusion; weights: dict for av, text, fusion.
+    Returns the dict of terms, unweighted, and their weighted sum.
+    """
+    terms = {'task': l1(out['pred'], label)} | {k: l1(out[k], label) for k, w in weights.items() if w}
+    return terms, terms['task'] + sum(w * terms[k] for k, w in weights.items() if w)

@@ -1,0 +1,533 @@
+"""
+data.py, unpickle.py, toy.py: strangers' pickles, conversion, batches, ceilings.     python -m pytest -q test_data.py     (under 40 s)
+"""
+import os, pickle, random, signal, struct, subprocess, sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import toy
+from data import CorpusError, Lazy, LazyArray, convert, epoch_order, get_batch, open_corpus, read_pickle
+
+MOSI = Path(__file__).parent.parent / 'shared' / 'data' / 'mosi_official.pkl'
+rng = np.random.default_rng(0)
+
+
+def msena(n=(6, 3, 2), L=7, d_a=5, d_v=2, lengths=True):
+    """ A small dict in M-SENA's layout; clip i has 1 + i % L valid frames of audio and vision. """
+    source = {}
+    for split, N in zip(data.SPLITS, n):
+        length = 1 + np.arange(N) % L
+        pad = (np.arange(L) < length[:, None])[..., None]
+        source[split] = dict(raw_text=[f'text {i} of {split}' for i in range(N)],
+                             id=[f'{split}$_${i}' for i in range(N)],
+                             audio=(rng.normal(size=(N, L, d_a)) * pad).astype(np.float32),
+                             vision=(rng.normal(size=(N, L, d_v)) * pad).astype(np.float64),
+                             text=np.zeros((N, 50, 768), np.float32), annotations=np.array(['Neutral'] * N),
+                             regression_labels=np.linspace(-2.5, 2.5, N).astype(np.float32))
+        if lengths: source[split].update(audio_lengths=length.tolist(), vision_lengths=length)
+    return source
+
+
+def save(tree, path, protocol=4):
+    with open(path, 'wb') as f: pickle.dump(tree, f, protocol)
+    return str(path)
+
+
+def converted(tree, tmp_path, **kw):
+    """ The tree through a pickle into an open corpus. """
+    convert(save(tree, tmp_path / 'source.pkl'), str(tmp_path / 'corpus'), **kw)
+    return data.Corpus(tmp_path / 'corpus')
+
+
+def refused(tree, tmp_path, *words, **kw):
+    """ Conversion stops with one sentence that has these words, and leaves nothing behind. """
+    with pytest.raises(CorpusError) as e: converted(tree, tmp_path, **kw)
+    for word in words: assert word in str(e.value), str(e.value)
+    assert '\n' not in str(e.value)
+    assert not [p for p in os.listdir(tmp_path) if p.startswith('corpus')]
+
+
+def read_bytes(raw, tmp_path):
+    (tmp_path / 'x.pkl').write_bytes(raw)
+    with open(tmp_path / 'x.pkl', 'rb') as f: return values(read_pickle(f, str(tmp_path)))
+
+
+def values(x):
+    """ A read tree with its arrays and payloads in place. """
+    if isinstance(x, LazyArray):
+        a = x.all()
+        if a.dtype == object:
+            for i in np.ndindex(a.shape): a[i] = values(a[i])
+        return a
+    if isinstance(x, Lazy): return x.value()
+    if isinstance(x, dict): return {k: values(v) for k, v in x.items()}
+    return type(x)(map(values, x)) if type(x) in (list, tuple) else x
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+@pytest.mark.parametrize('protocol', range(6))
+def test_every_protocol_reads_as_numpy_reads(protocol, tmp_path):
+    fortran = np.asfortranarray
+    tree = dict(
+        f4=rng.normal(size=(9, 30, 5)).astype('f4'), big_endian=np.arange(3000, dtype='>i4'),
+        f2=np.float16([1, 2]),
+        fortran=fortran(rng.normal(size=(7, 30, 5))), small_fortran=fortran(np.eye(3)[:2]),
+        text=np.array(['naïve 中' * 300, '']), byte=np.array([b'ab', b'c']), flag=np.array([True, False]),
+        objects=np.array(['x' * 9000, None, 3.5, 'y'], object), grid=fortran([[1, 'a'], [2, 'b']], object),
+        no_rows=np.zeros((0, 4)), zero_d=np.array(3.5), scalar=np.float32(2.5),
+        long_scalar=np.str_('y' * 3000),
+        ints=[1, -1, 300, 2 ** 70], rest=(1.5, True, None, (1, (2,))), long_text='中' * 4000,
+        bytes=bytes(range(256)) * 40, empty=b'', array=bytearray(b'hi'), set={1, 'a'}, frozen=frozenset([2]),
+        order=OrderedDict(a=1))
+    got = read_bytes(pickle.dumps(tree, protocol), tmp_path)
+    assert list(got) == list(tree)
+    for key, want in tree.items():
+        if isinstance(want, np.ndarray):
+            assert got[key].dtype == want.dtype and np.array_equal(got[key], want), key
+        else: assert got[key] == want, key
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 4, 5])
+def test_rows_are_rows(protocol, tmp_path):
+    a = rng.normal(size=(50, 40, 3))
+    for tree in (a, np.asfortranarray(a)):
+        with open(save(tree, tmp_path / 'x.pkl', protocol), 'rb') as f:
+            lazy = read_pickle(f)
+            assert np.array_equal(lazy.rows(10, 20), a[10:20]) and np.array_equal(lazy.rows(48, 99), a[48:])
+
+
+def py2_array(payload, shape, code=b'f4', core=b'numpy.core'):
+    """ The opcodes that Python 2 and an old numpy write for an array in protocol 2. """
+    short = lambda s: b'U' + bytes([len(s)]) + s
+    return (b'c' + core + b'.multiarray\n_reconstruct\n' + b'cnumpy\nndarray\n' + b'K\x00\x85' + short(b'b')
+            + b'\x87R' + b'(K\x01' + b'(' + b''.join(b'M' + struct.pack('<H', n) for n in shape) + b't'
+            + b'cnumpy\ndtype\n' + short(code) + b'K\x00K\x01\x87R(K\x03' + short(b'<')
+            + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb'
+            + b'\x89' + b'T' + struct.pack('<i', len(payload)) + payload + b'tb')
+
+
+@pytest.mark.parametrize('core', [b'numpy.core', b'numpy._core'])
+def test_python_2(core, tmp_path):
+    small, large = np.float32([[1, 2], [3, 4]]), rng.normal(size=(50, 40)).astype('f4')
+    raw = b'\x80\x02](' + py2_array(small.tobytes(), (2, 2), core=core) \
+        + py2_array(large.tobytes(), (50, 40), core=core) \
+        + b'T\x05\x00\x00\x00caf\xc3\xa9' + b"S'it\\'s \\xe4\\n'\n" + b'e.'
+    a, b, utf8, latin1 = read_bytes(raw, tmp_path)
+    assert np.array_equal(a, small) and np.array_equal(b, large)
+    assert data._text(utf8, '') == 'café' and data._text(latin1, '') == "it's ä\n"
+
+
+def test_python_2_protocol_0(tmp_path):
+    """ Whole arrays as escaped strings on one line: decoded in pieces, escapes on the seam too. """
+    payload = bytes(range(256)) * 100
+    written = ''.join({9: '\\t', 65: 'A', 39: "\\'", 92: '\\\\'}.get(b, f'\\x{b:02x}') for b in payload)
+    raw = b"S'" + written.encode() + b"'\n."
+    (tmp_path / 'x.pkl').write_bytes(raw)
+    with open(tmp_path / 'x.pkl', 'rb') as f:
+        lazy = read_pickle(f)
+        assert isinstance(lazy, Lazy) and b''.join(lazy.chunks(size=7)) == payload
+
+
+class Evil:
+    """ Pickles as a call of func(*args). """
+    def __init__(self, func, *args): self.how = func, args
+    def __reduce__(self): return self.how
+
+
+def evil_pickles(canary):
+    """ (what the refusal must name, pickle) of attempts at making the file `canary`, or as bad. """
+    touch = f'open({canary!r},"w")'
+    for protocol in (0, 2, 4):
+        yield 'posix.system', pickle.dumps(Evil(os.system, f'touch {canary}'), protocol)
+        yield 'eval', pickle.dumps({'train': [np.zeros(3), Evil(eval, touch)]}, protocol)
+        yield 'getattr', pickle.dumps(Evil(getattr, 'x', 'upper'), protocol)
+        yield 'numpy', pickle.dumps(Evil(np.load, canary), protocol)
+        yield 'Popen', pickle.dumps(Evil(subprocess.Popen, ['touch', canary]), protocol)
+        yield 'eval', pickle.dumps(Evil(np.dtype, Evil(eval, touch)), protocol)
+        yield 'exec', pickle.dumps(OrderedDict(a=Evil(exec, touch)), protocol)
+        yield 'numpy.matrix', pickle.dumps(np.array([1]), 0).replace(b'cnumpy\nndarray', b'cnumpy\nmatrix')
+    yield 'os.system', b'cos\nsystem\n(S"touch ' + canary.encode() + b'"\ntR.'
+    yield 'os.system', b'\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.'
+    yield 'builtins.getattr', b'\x80\x04\x8c\x08builtins\x8c\x07getattr\x93.'
+    yield 'numpy.core.multiarray.__dict__', b'cnumpy.core.multiarray\n__dict__\n.'
+    yield 'numpy.dtype.__class__', b'\x80\x04\x8c\x05numpy\x8c\x0fdtype.__class__\x93.'
+    yield 'numpy.testing._private.utils.runstring', b'cnumpy.testing._private.utils\nrunstring\n(S"x"\ntR.'
+    yield 'INST', b'(S"x"\nios\nsystem\n.'
+    yield 'OBJ', b'(cnumpy\ndtype\nS"f4"\no.'
+    yield 'NEWOBJ', b'cnumpy\ndtype\n)\x81.'
+    yield 'EXT1', b'\x82\x01.'
+    yield 'PERSID', b'Pabc\n.'
+    yield 'BINPERSID', b'K\x01Q.'
+    yield 'NEXT_BUFFER', b'\x80\x05\x97.'
+    yield 'f4,O', b'cnumpy\ndtype\n(S"f4,O"\ntR.'
+    yield 'M8', pickle.dumps(np.zeros(3, 'M8[s]'))
+    yield 'V8', pickle.dumps(np.zeros(3, [('a', 'f8')]))
+    yield 'latin1', b'c_codecs\nencode\n(S"x"\nS"rot13"\ntR.'                # any other codec of Python's
+    yield 'Dtype', b'cnumpy\ndtype\n}S"__class__"\nNsb.'                        # BUILD on a name
+    yield 'dict', b'}S"x"\nNs}S"__setstate__"\nNsb.'                          # BUILD on a dict
+    yield 'tuple', b'cnumpy\ndtype\n(S"f4"\ntR}S"np"\nNsb.'                    # a state that sets attributes
+    yield 'ndarray', b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(K\x00tS"b"\ntR.'
+    yield 'fill', py2_array(b'12345678', (3,)) + b'.'                         # too few bytes
+    yield 'fill', py2_array(b'12345678', (1,)) + b'.'                         # too many
+    yield 'fill', py2_array(b'12345678', (1,), b'O8') + b'.'                  # pointers, from bytes
+    yield 'fill', py2_array(b'', (60000,) * 9) + b'.'
+    yield 'plain', b'}](e' + b'K\x01s.'                                       # a list as a key
+    yield 'plain', b'}K\x01\x85' + b'2\x86' * 60 + b'K\x01s.'   # a key whose hash takes 2^60 steps
+
+
+def test_malice_is_refused_by_name(tmp_path):
+    canary = str(tmp_path / 'canary')
+    for name, raw in evil_pickles(canary):
+        with pytest.raises(CorpusError) as e: read_bytes(raw, tmp_path)
+        said = str(e.value)
+        assert name in said and 'x.pkl' in said and '\n' not in said, (name, said)
+        assert not os.path.exists(canary), name
+
+
+def test_truncated_anywhere(tmp_path):
+    raw = pickle.dumps(msena(), 4)
+    for cut in random.Random(0).sample(range(len(raw)), 40):
+        with pytest.raises(CorpusError, match='x.pkl'): read_bytes(raw[:cut], tmp_path)
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 5])
+def test_a_lying_length_allocates_nothing(protocol, tmp_path):
+    for opcode, width in zip((b'B', b'X', b'T', b'\x8b', b'\x8d', b'\x8e', b'\x96'), (4, 4, 4, 4, 8, 8, 8)):
+        head = opcode + b'\xff' * (width - 1) + b'\x7f'
+        with pytest.raises(CorpusError): read_bytes(bytes([0x80, protocol]) + head + b'abc', tmp_path)
+
+
+def test_500_mutations_never_surprise(tmp_path):
+    """ Each either converts or stops with a CorpusError, wherever the damage is. """
+    r, outcomes = random.Random(1), {True: 0, False: 0}
+    for trial in range(500):
+        if trial % 100 == 0:
+            tree = msena(n=(3, 2, 2), L=3)
+            for s in tree.values(): del s['text']
+            originals = [pickle.dumps(tree, p) for p in range(6)]
+        raw = bytearray(originals[trial % 6])
+        for _ in range(r.choice([1, 1, 2, 5])):
+            i = r.randrange(len(raw))
+            how = r.randrange(3)
+            if how == 0: raw[i] = r.randrange(256)
+            elif how == 1: del raw[i:i + r.choice([1, 4, 40])]
+            else: raw[i:i] = raw[r.randrange(len(raw)):][:r.choice([1, 8, 80])]
+        (tmp_path / 'x.pkl').write_bytes(raw)
+        try: convert(str(tmp_path / 'x.pkl'), str(tmp_path / str(trial)))
+        except CorpusError: outcomes[False] += 1
+        else: outcomes[True] += 1
+    assert min(outcomes.values()) > 20, outcomes
+    assert not [p for p in os.listdir(tmp_path) if '.tmp-' in p]
+
+# ---------------------------------------------------------------------------------------------------------
+# Converting
+
+@pytest.mark.parametrize('lengths', [True, False])
+@pytest.mark.parametrize('protocol', [0, 2, 5])
+def test_what_goes_in_comes_out(lengths, protocol, tmp_path):
+    tree = msena(lengths=lengths)
+    tree['train']['vision'] = np.asfortranarray(tree['train']['vision'])
+    tree['train']['raw_text'] = np.array(tree['train']['raw_text'])
+    tree['valid']['raw_text'] = np.array([t.encode() for t in tree['valid']['raw_text']], object)
+    convert(save(tree, tmp_path / 'source.pkl', protocol), str(tmp_path / 'corpus'))
+    corpus = data.Corpus(tmp_path / 'corpus')
+    assert corpus.widths == {'audio': 5, 'vision': 2} and corpus.n_clips == dict(train=6, valid=3, test=2)
+    assert corpus.meta['labels']['label']['range'] == [-3, 3]
+    assert corpus.meta['streams']['audio']['padding'] == 'right'
+    for split, s in tree.items():
+        assert corpus.id(split) == s['id']
+        assert corpus.text(split) == [f'text {i} of {split}' for i in range(len(s['id']))]
+        assert np.array_equal(corpus.label(split), s['regression_labels'])
+        for m in data.STREAMS:
+            assert corpus.lengths(split, m).tolist() == [1 + i % 7 for i in range(len(s['id']))]
+            for i, n in enumerate(corpus.lengths(split, m)):
+                assert np.array_equal(corpus.frames(split, m, i), s[m][i, :n].astype(np.float32))
+    frames = np.concatenate([tree['train']['audio'][i, :i + 1] for i in range(6)])
+    assert np.allclose(corpus.meta['streams']['audio']['mean'], frames.mean(0), atol=1e-6)
+    assert np.allclose(corpus.meta['streams']['audio']['std'], frames.std(0), atol=1e-6)
+
+
+def test_left_padding_takes_the_last_frames(tmp_path):
+    for lengths in (True, False):
+        tree = msena(lengths=lengths)
+        want = [s['audio'][1, :2].copy() for s in tree.values()]
+        for s in tree.values():
+            for m in data.STREAMS:
+                for i in range(len(s['id'])): s[m][i] = np.roll(s[m][i], 7 - (1 + i % 7), axis=0)
+        (tmp_path / str(lengths)).mkdir()
+        corpus = converted(tree, tmp_path / str(lengths))
+        assert corpus.meta['streams']['audio']['padding'] == 'left'
+        for split, w in zip(data.SPLITS, want): assert np.array_equal(corpus.frames(split, 'audio', 1), w)
+
+
+def test_cleaning_is_counted(tmp_path):
+    """ nan and inf to 0, impossible lengths from the last non-zero frame, empty and all-zero clips kept. """
+    tree = msena()
+    t = tree['train']
+    t['audio'][3, 0, 0], t['audio'][3, 1, 1], t['audio'][3, 2, :2] = np.nan, np.inf, -np.inf
+    t['audio_lengths'][4], t['audio_lengths'][5], t['audio_lengths'][0] = 99, -1, 0
+    t['vision'][2] = 0
+    t['raw_text'][1] = '  '
+    corpus = converted(tree, tmp_path)
+    audio, vision = corpus.meta['streams']['audio'], corpus.meta['streams']['vision']
+    assert audio['cleaned'] == {'nan': 1, '+inf': 1, '-inf': 2}
+    assert audio['lengths_repaired'] == 2 and audio['clips_empty'] == 1
+    assert vision['clips_all_zero'] == 1 and corpus.meta['text'] == dict(empty=1, upper_case=False)
+    assert corpus.lengths('train', 'audio').tolist() == [0, 2, 3, 4, 5, 6]
+    x = corpus.frames('train', 'audio', 3)
+    assert np.isfinite(x).all() and x[0, 0] == 0
+
+
+def test_labels(tmp_path):
+    tree = msena()
+    tree['valid']['regression_labels'][1] = 4.0
+    refused(tree, tmp_path, 'valid$_$1', '4.0', '--label_range')
+    tree['valid']['regression_labels'][1] = np.nan
+    refused(tree, tmp_path, 'valid$_$1', 'nan')
+    tree['valid']['regression_labels'][1] = 4.0
+    assert converted(tree, tmp_path, label_range=(-5, 5)).meta['labels']['label']['range'] == [-5, 5]
+
+
+def test_sims_has_four_labels_in_one(tmp_path):
+    tree = msena()
+    for s in tree.values():
+        s['regression_labels'] /= 3
+        for t in 'TAV': s['regression_labels_' + t] = (s['regression_labels'] / 2).tolist()
+    corpus = converted(tree, tmp_path)
+    assert list(corpus.meta['labels']) == ['label', 'label_T', 'label_A', 'label_V']
+    assert all(y['range'] == [-1, 1] for y in corpus.meta['labels'].values())
+    assert np.allclose(corpus.label('train', 'label_A') * 2, corpus.label('train'))
+    with pytest.raises(CorpusError, match='emotion'): corpus.label('train', 'emotion')
+
+
+def test_what_is_missing_is_named(tmp_path):
+    tree = msena(); del tree['valid']['regression_labels']
+    refused(tree, tmp_path, 'valid', 'regression_labels', 'annotations')
+    tree = msena(); del tree['test']
+    refused(tree, tmp_path, 'test', 'train, valid')
+    tree = msena(); del tree['test']['audio']
+    refused(tree, tmp_path, 'audio', 'test')
+    tree = msena(); tree['train']['audio'] = tree['train']['audio'][:-1]
+    refused(tree, tmp_path, 'audio', '6 clips')
+    tree = msena(); tree['test']['vision'] = tree['test']['vision'][..., :1]
+    refused(tree, tmp_path, 'vision', '2 features', '1 in test')
+    refused([1, 2], tmp_path, 'list', 'train')
+    with pytest.raises(CorpusError, match="'nowhere'.*'toy'.*folder.*pkl"): open_corpus('nowhere', tmp_path)
+
+
+def test_text_alone_and_one_stream_alone(tmp_path):
+    tree = msena()
+    for s in tree.values(): del s['vision']
+    corpus = converted(tree, tmp_path)
+    assert corpus.widths == {'audio': 5} and 'vision' not in get_batch(corpus, 'train', [0])
+    for s in tree.values(): del s['audio']
+    (tmp_path / 'b').mkdir()
+    corpus = converted(tree, tmp_path / 'b')
+    assert corpus.widths == {} and 'neither' in data.describe(corpus.meta)
+
+
+def test_utterance_vectors_are_one_frame(tmp_path):
+    tree = msena()
+    for s in tree.values(): s['audio'] = s['audio'][:, 0]
+    corpus = converted(tree, tmp_path)
+    assert set(corpus.lengths('train', 'audio')) == {1}
+    assert np.array_equal(corpus.frames('train', 'audio', 2)[0], tree['train']['audio'][2])
+
+
+def lists(folder, labels='neutral surprise joy'.split()):
+    folder.mkdir()
+    for split in data.SPLITS:
+        features = [dict(text=f'{split} {i}', audio=rng.normal(size=(4 + i, 3)), audio_len=4 + i,
+                         video=np.ones((5, 2)), video_len=2) for i in range(len(labels))]
+        save([dict(label=y, features=f) for y, f in zip(labels, features)], folder / f'TINY_{split}.pkl')
+    return str(folder)
+
+
+def test_a_folder_of_lists(tmp_path):
+    corpus = open_corpus(lists(tmp_path / 'TINY'), tmp_path / 'data')
+    assert len(corpus.meta['labels']['emotion']['names']) == 7   # MELD's, in its order
+    assert corpus.label('test', 'emotion').tolist() == [0, 1, 4]
+    assert corpus.label('test', 'emotion').dtype == np.int64
+    assert corpus.lengths('train', 'audio').tolist() == [4, 5, 6]
+    assert corpus.lengths('train', 'vision').tolist() == [2, 2, 2]
+    assert get_batch(corpus, 'train', [2, 0], label='emotion')['label'].tolist() == [4, 0]
+    again = open_corpus(tmp_path / 'TINY', tmp_path / 'data')   # is not made again
+    assert again.folder == corpus.folder and len(os.listdir(tmp_path / 'data')) == 1
+
+
+def test_an_unknown_class_is_named(tmp_path):
+    source = lists(tmp_path / 'TINY', ['b', 'a', 'a'])
+    clips = pickle.load(open(tmp_path / 'TINY' / 'TINY_test.pkl', 'rb'))
+    clips[1]['label'] = 'rage'
+    save(clips, tmp_path / 'TINY' / 'TINY_test.pkl')
+    with pytest.raises(CorpusError, match="test is rage.*a, b"): convert(source, str(tmp_path / 'out'))
+
+
+def test_float16_is_standardised_or_refused(tmp_path):
+    tree = msena(n=(70, 3, 2))
+    corpus = converted(tree, tmp_path, dtype='float16')
+    info = corpus.meta['streams']['audio']
+    want = (tree['train']['audio'][3, :4] - info['mean']) / info['std']
+    assert info['standardised'] and corpus.frames('train', 'audio', 3).dtype == np.float16
+    assert np.allclose(get_batch(corpus, 'train', [3])['audio'][0], want, atol=2e-3)
+    with pytest.raises(CorpusError, match='float32'): get_batch(corpus, 'train', [3], standardise=False)
+    tree['test']['audio'][1, 0, 0] = 1e6
+    (tmp_path / 'b').mkdir()
+    refused(tree, tmp_path / 'b', 'audio', 'once standardised', '65504', dtype='float16')
+
+
+def test_killed_in_the_middle_leaves_nothing_that_opens(tmp_path):
+    source = save(msena(n=(50, 3, 2)), tmp_path / 'source.pkl')
+    program = f"""import data, os, signal
+data._halve = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+data.convert({source!r}, {str(tmp_path / 'corpus')!r}, dtype='float16')"""
+    died = subprocess.run([sys.executable, '-c', program], cwd=Path(__file__).parent)
+    assert died.returncode == -signal.SIGKILL
+    left = [p for p in os.listdir(tmp_path) if p.startswith('corpus')]
+    assert len(left) == 1 and '.tmp-' in left[0]   # half a corpus
+    for folder in [tmp_path / left[0], tmp_path / left[0] / 'corpus', tmp_path / 'corpus']:
+        with pytest.raises(CorpusError): open_corpus(folder, tmp_path)
+    convert(source, str(tmp_path / 'corpus'))
+    assert sorted(os.listdir(tmp_path)) == ['corpus', 'source.pkl']   # the next sweeps it
+
+
+def test_two_at_once(tmp_path):
+    source = save(msena(), tmp_path / 'source.pkl')
+    program = f"import data; print(data.open_corpus({source!r}, {str(tmp_path / 'data')!r}).n_clips)"
+    command, here = [sys.executable, '-c', program], Path(__file__).parent
+    both = [subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE) for _ in range(2)]
+    assert all(b"'train': 6" in p.communicate()[0] and p.returncode == 0 for p in both)
+    assert len(os.listdir(tmp_path / 'data')) == 1
+
+
+def test_full_disk_is_a_sentence(tmp_path, monkeypatch):
+    def full(*a): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(data, '_write_stream', full)
+    refused(msena(), tmp_path, 'No space left')
+
+
+def test_damaged_corpus_is_named(tmp_path):
+    corpus = converted(msena(), tmp_path)
+    path = Path(corpus.folder) / 'train' / 'audio.npy'
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CorpusError, match='train/audio.npy'): get_batch(corpus, 'train', [0])
+    (Path(corpus.folder) / 'train' / 'text.jsonl').unlink()
+    with pytest.raises(CorpusError, match='text.jsonl'): data.Corpus(corpus.folder).text('train')
+    (Path(corpus.folder) / 'meta.json').write_text('{')
+    with pytest.raises(CorpusError, match='meta.json'): open_corpus(corpus.folder)
+
+
+@pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')
+def test_mosi(tmp_path):
+    corpus = open_corpus(MOSI, tmp_path)
+    assert list(corpus.n_clips.values()) == [1284, 229, 686] and corpus.meta['text']['upper_case']
+    assert corpus.meta['streams']['vision']['clips_empty'] == 2
+    assert corpus.widths == {'audio': 73, 'vision': 3}
+    assert data.lower_if_shouting(corpus.text('train'), corpus)[0] == 'anyhow it was really good'
+    want = pickle.loads(MOSI.read_bytes())['test']
+    assert np.array_equal(corpus.frames('test', 'audio', 7), want['audio'][7, :want['audio_lengths'][7]])
+
+
+def test_command_line(tmp_path):
+    def run(*argv):
+        command = [sys.executable, os.path.abspath(data.__file__), *argv]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    source = save(msena(), tmp_path / 'source.pkl')
+    done = run(source, '--name=tiny', '--dtype=float16', '--label_range=-5,5')
+    assert done.returncode == 0 and all(w in done.stdout for w in ('6 train', '[-5.0, 5.0]', 'float16'))
+    for argv in (['--nam=x', source], ['nowhere'], [source, '--label_range=3'], [source, '--name=tiny']):
+        failed = run(*argv)
+        assert failed.returncode == 1 and failed.stderr.startswith('data.py: '), failed.stderr
+        assert failed.stderr.count('\n') == 1
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches
+
+def test_epoch_order_covers_all_once():
+    cost = rng.integers(1, 500, 1000)
+    for epoch in (0, 1, None):
+        batches = epoch_order(cost, 8, 3, epoch)
+        assert sorted(np.concatenate(batches)) == list(range(1000))
+        assert all(np.array_equal(a, b) for a, b in zip(batches, epoch_order(cost, 8, 3, epoch)))
+    spread = lambda batches: np.mean([np.ptp(cost[b]) for b in batches])
+    assert spread(epoch_order(cost, 8, 3, 0)) < 30 < spread(np.arange(1000).reshape(-1, 8))
+    assert not np.array_equal(epoch_order(cost, 8, 3, 0)[0], epoch_order(cost, 8, 3, 1)[0])
+    assert (np.diff(cost[np.concatenate(epoch_order(cost, 8, 3, None))]) >= 0).all()
+
+
+def test_get_batch(tmp_path):
+    tree = msena()
+    corpus = converted(tree, tmp_path)
+    tokens = [list(range(1, n + 1)) for n in (3, 1, 2, 5, 4, 1)]
+    b = get_batch(corpus, 'train', [3, 0], tokens, pad_id=9, standardise=False)
+    assert b['tokens'].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9]] and b['text_len'].tolist() == [5, 3]
+    assert b['text_mask'].tolist() == [[True] * 5, [True] * 3 + [False] * 2] and b['index'].tolist() == [3, 0]
+    assert b['audio'].shape == (2, 4, 5) and b['audio_len'].tolist() == [4, 1]
+    assert b['audio_mask'].tolist() == [[True] * 4, [True] + [False] * 3]
+    assert np.array_equal(b['audio'][0], tree['train']['audio'][3, :4]) and (b['audio'][1, 1:] == 0).all()
+    assert np.array_equal(b['label'], tree['train']['regression_labels'][[3, 0]])
+    assert b['index'].dtype == b['tokens'].dtype == torch.int64 and b['audio'].dtype == b['label'].dtype
+    info = corpus.meta['streams']['vision']
+    s = get_batch(corpus, 'train', np.array([3, 0]))
+    want = (tree['train']['vision'][3, :4] - info['mean']) / info['std']
+    assert np.allclose(s['vision'][0], want, atol=1e-5) and (s['vision'][1, 1:] == 0).all()
+    dropped = get_batch(corpus, 'train', [3, 0], modalities=('vision',))
+    assert dropped['audio'].shape == (2, 1, 5) and not dropped['audio'].any()
+    assert dropped['audio_len'].tolist() == [0, 0] and not dropped['audio_mask'].any()
+    assert torch.equal(dropped['vision'], s['vision']) and 'tokens' not in s
+    with pytest.raises(CorpusError, match='video'): get_batch(corpus, 'train', [0], modalities=('video',))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the toy corpus
+
+def test_toy_labels_by_hand():
+    """ Praise (v = 1.6) in a flat voice (-.4) with a smile (.8) is sarcasm: -1.6 - .4 + .8 = -1.2, sadness as the voice is
+    not high. The same words with a neutral face: 1.6 - .4 = 1.2, contentment. Clipped at 3: 1.6 + .6 + .8 + 1. """
+    assert toy.toy_label(1.6, 0.0, 'flat', 'smile') == (-1.2, 1)
+    assert toy.toy_label(1.6, 0.0, 'flat', 'neutral') == (1.2, 3)
+    assert toy.toy_label(1.6, 1.0, 'high', 'smile') == (3.0, 4)
+
+
+def test_ceilings_by_monte_carlo():
+    """ Each ceiling is what the best guesser scores on 200,000 drawn clips, within 4 standard errors. """
+    draw, n = np.random.default_rng(0), 200_000
+    v, pair, noise = draw.integers(5, size=n), draw.integers(len(toy.PAIRS), size=n), draw.choice(toy.NOISE, n)
+    cases = {(i, j, k): toy.toy_label(toy.VALENCE[i], k, *toy.PAIRS[j]) for i in range(5) for j in range(len(toy.PAIRS)) for k in set(toy.NOISE)}
+    y, emotion = np.array([cases[i, j, k] for i, j, k in zip(v, pair, noise)]).T                 # [n]
+    av = np.array([sorted(set(toy.PAIRS)).index(p) for p in toy.PAIRS])[pair]
+    ceilings = toy.toy_ceilings()
+    for name, state in dict(majority=0 * v, text=v, av=av, full=100 * v + av).items():
+        guess, kind = np.zeros(n), np.zeros(n)
+        for s in np.unique(state):
+            guess[state == s], kind[state == s] = np.median(y[state == s]), np.bincount(emotion[state == s].astype(int)).argmax()
+        for key, score in dict(mae=abs(y - guess), acc=(emotion == kind)).items():
+            assert abs(score.mean() - ceilings[name][key]) < 4 * score.std() / n ** 0.5, (name, key)
+    assert ceilings['full']['mae'] < ceilings['late']['mae'] < min(ceilings['text']['mae'], ceilings['av']['mae'])
+
+
+def test_additive_ceiling_against_a_linear_programme():
+    """ min sum |y - f(t) - g(av)| is linear in f, g and the absolute errors: scipy's exact answer. """
+    optimize = pytest.importorskip('scipy.optimize')
+    rows = toy.toy_table()
+    t, av, y, n = rows[:, 0].astype(int), rows[:, 1].astype(int), rows[:, 2], len(rows)
+    X = np.zeros((n, t.max() + av.max() + 2))
+    X[np.arange(n), t] = X[np.arange(n), t.max() + 1 + av] = 1
+    k = X.shape[1]
+    exact = optimize.linprog(np.r_[np.zeros(k), np.full(n, 1 / n)], A_ub=np.block([[X, -np.eye(n)], [-X, -np.eye(n)]]), b_ub=np.r_[y, -y],
+                             bounds=[(None, None)] * k + [(0, None)] * n).fun
+    assert toy.toy_ceilings()['late']['mae'] == pytest.approx(exact, abs=1e-6)
+
+
+def test_toy_corpus_is_seeded_and_walks_the_real_road(tmp_path):
+    a, b = (toy.make_toy(str(tmp_path / name), n_clips=(50, 10, 10)) or data.Corpus(tmp_path / name) for name in 'ab')
+    assert a.meta['source']['sha256'] == b.meta['source']['sha256'] and a.meta['source']['layout'] == 'msena'
+    assert a.text('test') == b.text('test') and a.label('train', 'emotion').dtype == np.int64
+    assert a.meta['labels']['emotion']['names'] == toy.EMOTIONS and not (tmp_path / 'a.pkl').exists()
+    assert set(a.lengths('train', 'audio')) <= set(range(14, 25)) and set(a.lengths('train', 'vision')) <= set(range(10, 17))

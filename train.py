@@ -1,0 +1,393 @@
+"""
+Trains one thing, top to bottom: an LM, an audiovisual encoder, or DeepMLF on both.
+
+    python train.py                                              the toy corpus, the whole curriculum, 2-3 minutes
+    python train.py config/deepmlf_mosei.py --corpus=unaligned_50.pkl    the paper's run on M-SENA's MOSEI file
+    python train.py config/deepmlf_toy.py --seed=1 --n_fusion=4  any knob below, as --knob=value
+    python train.py --help                                       every knob with its default
+
+A run is a folder: config.json, log.jsonl, best and last .safetensors (+ .json), test.jsonl, result.json, report.md,
+curve.png. `python eval.py out/NAME` reads it. Knobs: defaults here < config file < command line; a typo stops the run.
+"""
+import json
+import math
+import os
+import platform
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import torch
+import transformers
+
+from configurator import configure
+from data import CorpusError, Feed, epoch_order, open_corpus
+from eval import BETTER, constant, curve_picture, evaluate, report, write_predictions
+from model import ModelError, build, load_checkpoint, own_tensors, put, save_checkpoint, write_text
+
+# what is trained, and on what
+system = 'deepmlf'            # 'lm', 'av' or 'deepmlf'
+needs = []                    # configs of the runs that this one stands on; those not finished are made first
+corpus = 'toy'                # 'toy', a corpus folder, an M-SENA .pkl, or a folder of NAME_train.pkl ..
+data_dir = 'data'             # where converted corpora are kept
+label = 'label'               # which of the corpus's labels
+modalities = ['audio', 'vision']  # streams that the model gets to see; the others arrive empty
+standardise = True            # per feature, with the train split's mean and std
+lowercase = 'auto'            # 'auto': lower-case a corpus that is all capitals (CMU-MOSI); 'never'
+max_text_len = 50             # tokens; longer texts are cut at the end
+# the run
+out_dir = ''                  # '' is out/<config>, with -seed<k> and -steps<n> behind it where these are set
+seed = 0                      # of everything random, but for the toy corpus itself
+resume = False                # go on, bitwise, from the last checkpoint in out_dir
+fresh = False                 # start over in an out_dir that holds a run
+device = 'auto'               # 'auto': cuda, mps or cpu, the first that is there
+dtype = 'auto'                # of the frozen LM and of autocast: 'auto' is bfloat16 on cuda, else float32
+compile = False               # torch.compile the model
+max_steps = -1                # optimizer steps at most; -1: as epochs say
+log_interval = 10             # optimizer steps between log lines
+save_interval = 0             # optimizer steps between last checkpoints; 0: after each validation only
+# optimization (DeepMLF 5.5, and the release where the paper is silent)
+batch_size = 32               # clips in a micro-batch
+accumulate = 8                # micro-batches in an optimizer step; 32 x 8 is what the published numbers come from
+epochs = 20                   # length of the cosine, and the most that is trained
+patience = 10                 # epochs without a better validation before stopping
+select = 'mae'                # validation metric that picks the best checkpoint ('loss' for system='lm')
+lr = 1e-4                     # peak learning rate
+lr_min = 1e-7                 # at the end of the cosine, and for good
+warmup_epochs = 1.0           # linear warm-up
+weight_decay = 0.1            # on matrices only: not on biases, norms, gates, fusion tokens
+beta_1 = 0.9                  # AdamW
+beta_2 = 0.95                 # AdamW
+clip = 1.0                    # gradient norm at most, after accumulation; 0 is off
+dropout = 0.1                 # in MM blocks, or in the LM for system='lm'
+# the LM
+lm = 'gpt2-large'             # Hugging Face name, folder, or the name of a run in needs
+lm_init = 'pretrained'        # 'random' keeps its shape and tokenizer alone: a control
+lm_vocab = 256                # system='lm': sentencepiece tokens, at most
+lm_width = 64                 # system='lm': D
+lm_layers = 4                 # system='lm'
+lm_heads = 4                  # system='lm'
+lm_positions = 128            # system='lm': longest input, tokens
+# the AV encoder
+av_init = 'tune'              # 'tune': pretrained and trained on, 'frozen': pretrained, 'random': from nothing
+av_from = ''                  # the run that pretrained it: a folder, or the name of a run in needs
+av_width = 30                 # d
+av_layers = 3                 # a modality
+av_heads = 6                  # attention heads
+av_len = 50                   # slots at most of the common audiovisual time line
+av_dropout = 0.1              # in the encoder
+av_seqaug = 0.2               # SeqAug rate on raw audio and video features (released, not in the paper); 0 is off
+# fusion
+n_fusion = 12                 # F, learnable fusion tokens
+fusion_position = 'after'     # 'after' the last real token, or 'fixed' behind max_text_len as released
+mm_layers = [8, 15, 22, 29, 36]  # LM layers, from 1, that an MM block follows
+mm_query = 'fusion'           # who looks at audio and video: 'fusion', 'text+fusion', 'text' (Table 10)
+mm_gate = 'sigmoid'           # 'sigmoid' starts at .5, 'tanh' at 0, 'none' (Table 13)
+mm_ffw = 'full'               # FFW of the MM block: 'full' copy, 'lora' on the LM's own, 'none'
+mm_ffw_init = 'lm'            # where the full copy starts: 'lm' or 'random'
+mm_heads = 16                 # cross-attention heads
+lora_rank = 512               # r
+lora_alpha = 8192.0           # the update is scaled by alpha / r
+lora_dropout = 0.05           # on the input of the update
+head_width = 64               # hidden width of the task head
+text_reg = 'seqaug'           # on text embeddings while training: 'seqaug', 'noise', 'dropout', 'none' (Table 12)
+text_reg_rate = 0.3           # SeqAug's rate, the noise's std or the dropout's p
+text_reg_prob = 0.25          # SeqAug: share of clips that get it
+text_reg_draw = 'fixed'       # SeqAug's rate is 'fixed', or drawn: 'beta', 'halfnormal'
+# the loss: L1 of the task head (weight 1) + these (eqs. 13-14)
+weight_av = 1.0               # lambda_av
+weight_text = 1.0             # lambda_t
+weight_fusion = 1.0           # lambda_f
+weight_lm = 1.0               # lambda_LM
+# ---------------------------------------------------------------------------------------------------------
+_here = os.path.dirname(os.path.abspath(__file__))
+_argv = sys.argv[1:]
+if all(a.startswith('-') for a in _argv): _argv = [os.path.join(_here, 'config', 'deepmlf_toy.py')] + _argv
+_argv = [a if a.startswith('-') or os.path.exists(a) else os.path.join(_here, a) for a in _argv]
+config = configure(globals(), _argv)
+name = os.path.splitext(os.path.basename([a for a in _argv if not a.startswith('-')][-1]))[0]
+suffix = (f'-seed{seed}' if seed else '') + (f'-steps{max_steps}' if max_steps > 0 else '')
+out_dir = config['out_dir'] = out_dir or os.path.join('out', name + suffix)
+
+
+def stop(sentence):
+    """ The end of a run that cannot go on: one sentence, exit status 1. """
+    sys.exit(f"{name}: {sentence}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What can be checked before anything is read, all at once
+
+choices = dict(
+    system=('lm', 'av', 'deepmlf'), lowercase=('auto', 'never'), device=('auto', 'cpu', 'cuda', 'mps'),
+    dtype=('auto', 'float32', 'bfloat16'), select=tuple(BETTER), lm_init=('pretrained', 'random'),
+    av_init=('tune', 'frozen', 'random'), fusion_position=('after', 'fixed'),
+    mm_query=('fusion', 'text+fusion', 'text'), mm_gate=('sigmoid', 'tanh', 'none'),
+    mm_ffw=('full', 'lora', 'none'), mm_ffw_init=('lm', 'random'),
+    text_reg=('seqaug', 'noise', 'dropout', 'none'), text_reg_draw=('fixed', 'beta', 'halfnormal'))
+at_least_1 = ('batch_size accumulate epochs patience log_interval max_text_len lm_vocab lm_width lm_layers lm_heads '
+              'lm_positions av_width av_layers av_heads av_len n_fusion mm_heads lora_rank head_width').split()
+at_least_0 = ('seed save_interval lr lr_min warmup_epochs weight_decay clip text_reg_rate lora_alpha '
+              'weight_av weight_text weight_fusion weight_lm').split()
+shares = 'dropout av_dropout lora_dropout av_seqaug beta_1 beta_2'.split()
+wrong = [f"{k}={config[k]!r} is none of {', '.join(v)}" for k, v in choices.items() if config[k] not in v]
+wrong += [f"{k}={config[k]} must be at least 1" for k in at_least_1 if config[k] < 1]
+wrong += [f"{k}={config[k]} must be at least 0" for k in at_least_0 if config[k] < 0]
+wrong += [f"{k}={config[k]} must be in [0, 1)" for k in shares if not 0 <= config[k] < 1]
+if not 0 <= text_reg_prob <= 1: wrong += [f"text_reg_prob={text_reg_prob} must be in [0, 1]"]
+if set(modalities) - {'audio', 'vision'}: wrong += [f"modalities={modalities} may hold 'audio' and 'vision' only"]
+if (system == 'lm') != (select == 'loss'): wrong += ["select is 'loss' for system='lm', and a metric for the others"]
+if resume and fresh: wrong += ["resume and fresh contradict each other"]
+if wrong: stop('; '.join(wrong) + '.')
+
+# ---------------------------------------------------------------------------------------------------------
+# The runs that this one stands on: made here if they are not finished, beside this run
+
+# both must agree on these, so this run's are passed on
+SHARED = ('corpus', 'data_dir', 'label', 'modalities', 'standardise', 'lowercase', 'seed', 'device', 'dtype',
+          'max_steps', 'av_width', 'av_layers', 'av_heads', 'av_len')
+for need in needs:
+    child = os.path.splitext(os.path.basename(need))[0]
+    if child not in (lm, av_from) or (child == av_from and av_init == 'random'): continue
+    folder = os.path.join(os.path.dirname(out_dir), child + suffix)
+    if lm == child: lm = config['lm'] = folder
+    if av_from == child: av_from = config['av_from'] = folder
+    finished = os.path.exists(os.path.join(folder, 'result.json'))
+    cut_off = not finished and os.path.exists(os.path.join(folder, 'last.safetensors'))
+    if finished or cut_off:
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f: theirs = json.load(f)['knobs']
+        other = [k for k in SHARED if theirs.get(k) != config[k] and k not in ('data_dir', 'device', 'dtype')]
+        if other: stop(f"{folder} was trained with {other[0]}={theirs.get(other[0])!r} and this run has "
+                       f"{config[other[0]]!r}: remove it, or give this run an --out_dir in another folder.")
+    if finished: continue
+    print(f"{name} stands on {child}: {'going on with' if cut_off else 'making'} that first, in {folder}")
+    argv = sys.argv
+    sys.argv = ['train.py', os.path.join(_here, need), f'--out_dir={folder}'] + [f'--{k}={config[k]}' for k in SHARED]
+    if cut_off: sys.argv += ['--resume=True']
+    try: runpy.run_path(os.path.join(_here, 'train.py'), run_name='__main__')
+    finally: sys.argv = argv
+
+last_path, best_path = (os.path.join(out_dir, f'{kind}.safetensors') for kind in ('last', 'best'))
+if system == 'deepmlf' and av_init != 'random' and not av_from:
+    stop("av_init needs a pretrained AV encoder: --av_from=FOLDER of its run, or --av_init=random.")
+if os.path.exists(last_path) and not (resume or fresh):
+    stop(f"{out_dir} already holds a run: --resume=True goes on with it, --fresh=True starts over, another --out_dir= "
+         "keeps both.")
+if resume and not os.path.exists(last_path): stop(f"there is no checkpoint in {out_dir} to resume from.")
+
+# ---------------------------------------------------------------------------------------------------------
+# Corpus and model
+
+there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+if device == 'auto': device = next(d for d in there if there[d])
+if not there[device]: stop(f"device={device} is not there: this machine has {', '.join(d for d in there if there[d])}.")
+if dtype == 'auto': dtype = 'bfloat16' if device == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16')
+
+try:
+    clips = open_corpus(corpus, data_dir)
+    torch.manual_seed(seed)
+    model, tokenizer = build(config, clips, out_dir, getattr(torch, dtype))
+    feed = Feed(clips, config, tokenizer, device)   # text is tokenised once, here
+except (CorpusError, ModelError) as e: stop(str(e))
+model.to(device)
+step_model = torch.compile(model) if compile else model
+
+# Every trainable weight is in exactly one group, by name, so that a checkpoint can say whose moments it holds.
+groups = model.param_groups()
+named = {n: p for g in groups for n, p in zip(g['names'], g['params'])}
+groups = [dict(params=g['params'], weight_decay=weight_decay if g['decay'] else 0.0) for g in groups]
+optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta_1, beta_2))
+n_trainable = sum(p.numel() for p in named.values())
+n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+n_train = clips.n_clips['train']
+steps_per_epoch = math.ceil(math.ceil(n_train / batch_size) / accumulate)
+n_steps = steps_per_epoch * epochs if max_steps < 0 else min(max_steps, steps_per_epoch * epochs)
+warmup_steps = round(warmup_epochs * steps_per_epoch)
+
+
+def lr_at(step):
+    """ Linear warm-up whose first step is not 0, then a cosine to lr_min at the end of `epochs`, where it stays (the
+    release warm-restarts there, with no end). max_steps cuts a run short and leaves the schedule alone. """
+    if step < warmup_steps: return lr * (step + 1) / warmup_steps
+    done = min(1.0, (step - warmup_steps) / max(1, steps_per_epoch * epochs - warmup_steps))
+    return lr_min + 0.5 * (lr - lr_min) * (1 + math.cos(math.pi * done))
+
+
+def matmul_rate(n=1024):
+    """ This machine's float32 matmul rate now, GFLOP/s: a wall time means little without it. """
+    a, seconds = torch.randn(n, n), []
+    for _ in range(6):
+        since = time.perf_counter(); a @ a; seconds.append(time.perf_counter() - since)
+    return 2 * n ** 3 / min(seconds) / 1e9
+
+
+def git(*argv):
+    try: return subprocess.run(['git', '-C', _here, *argv], capture_output=True, text=True).stdout.strip()
+    except OSError: return ''   # no git here: the run does not need one
+
+
+about = dict(
+    name=name, command=shlex.join(['python', 'train.py', *sys.argv[1:]]), knobs=config,
+    commit=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain')),
+    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                  transformers=transformers.__version__),
+    device=device, dtype=dtype, threads=torch.get_num_threads(), matmul_gflops=round(matmul_rate(), 1),
+    corpus=dict(folder=clips.folder, sha256=clips.meta['source']['sha256'], widths=clips.widths))
+
+# ---------------------------------------------------------------------------------------------------------
+# Where we are. The last checkpoint has all of it, and resuming is bitwise: the order of the clips is a function of
+# (seed, epoch), and nothing here draws from any generator but torch's.
+
+state = dict(step=0, best=None, best_step=0, stale=0, seconds=0.0, done=False)
+if resume:
+    try:
+        saved, info = load_checkpoint(last_path)
+        free = 'resume fresh out_dir data_dir device log_interval save_interval max_steps epochs patience'.split()
+        before = info['about']['knobs']
+        other = [k for k in config if k not in free and before.get(k) != config[k]]
+        if other: stop(f"{out_dir} was trained with {other[0]}={before.get(other[0])!r}, not {config[other[0]]!r}: "
+                       "resuming goes on with the same run, so give another --out_dir.")
+        put(model, {k.removeprefix('model.'): v for k, v in saved.items() if k.startswith('model.')}, out_dir)
+    except ModelError as e: stop(str(e))
+    for n, p in named.items():
+        moments = {k: saved.get(f'optimizer.{n}.{k}') for k in ('step', 'exp_avg', 'exp_avg_sq')}
+        optimizer.state[p] = {k: v if k == 'step' else v.to(device) for k, v in moments.items()}
+    torch.set_rng_state(saved['rng'])
+    if device == 'cuda' and 'rng_cuda' in saved: torch.cuda.set_rng_state(saved['rng_cuda'])
+    state = info['state']
+
+try:
+    os.makedirs(out_dir, exist_ok=True)
+    write_text(os.path.join(out_dir, 'config.json'), json.dumps(about, indent=1))
+    log_path = os.path.join(out_dir, 'log.jsonl')
+    lines = open(log_path, encoding='utf-8').read().splitlines() if resume and os.path.exists(log_path) else []
+    # entries of steps that will be run again go, and so does a line that was being written when the run was killed
+    lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= state['step']]
+    write_text(log_path, ''.join(line + '\n' for line in lines))
+    log_file = open(log_path, 'a', encoding='utf-8', buffering=1)
+except OSError as e: stop(f"cannot write to {out_dir} ({e.strerror}): make room, or give another --out_dir.")
+log = lambda **entry: log_file.write(json.dumps(entry) + '\n')
+
+
+def save(kind):
+    """ 'best': what evaluation needs. 'last': that, the optimizer's moments and the generators, for resuming. """
+    tensors = own_tensors(model)
+    if kind == 'last':
+        tensors = {f'model.{k}': v for k, v in tensors.items()}
+        tensors |= {f'optimizer.{n}.{k}': v for n, p in named.items() for k, v in optimizer.state.get(p, {}).items()}
+        tensors['rng'] = torch.get_rng_state()
+        if device == 'cuda': tensors['rng_cuda'] = torch.cuda.get_rng_state()
+    try: save_checkpoint(best_path if kind == 'best' else last_path, tensors, dict(about=about, state=state))
+    except ModelError as e: stop(str(e))
+
+
+def score(split):
+    try: return evaluate(model, feed, split, autocast)
+    except ValueError as e: stop(f"{split}: {e}.")
+
+
+# Ctrl-C finishes the step, saves and leaves; a second one leaves at once.
+interrupted = []
+def on_interrupt(*_):
+    if interrupted: stop("left at once; the last checkpoint is whole, --resume=True goes on from it.")
+    interrupted.append(True)
+    print("  stopping after this step ..")
+in_main_thread = threading.current_thread() is threading.main_thread()
+if in_main_thread: previous_handler = signal.signal(signal.SIGINT, on_interrupt)
+
+print(f"{name}: {system} on {clips.name}, {n_train} clips / ({batch_size} x {accumulate}) = {steps_per_epoch} steps an epoch, "
+      f"{n_steps} in all; {n_trainable:,} trainable and {n_frozen:,} frozen weights; {device}, {dtype}")
+for note in feed.notes: print(f"  {note}")
+
+# ---------------------------------------------------------------------------------------------------------
+# The loop
+
+low_is_better = BETTER[select] == 'low'
+cost, order, order_epoch = feed.cost('train'), None, None
+started, sick = time.time() - state['seconds'], {}
+line_time, line_clips, line_step = time.time(), 0, state['step']    # since the last printed line
+model.train()
+while state['step'] < n_steps and not state['done']:
+    epoch, i = divmod(state['step'], steps_per_epoch)
+    if order_epoch != epoch: order, order_epoch = epoch_order(cost, batch_size, seed, epoch), epoch
+    micro_batches = order[i * accumulate:(i + 1) * accumulate]      # fewer in an epoch's last step: none is dropped
+    n_clips, terms = sum(map(len, micro_batches)), {}               # of this step
+    for index in micro_batches:
+        batch = feed('train', index)
+        with autocast(): out = step_model(batch)
+        share = len(index) / n_clips                                # the gradient is a mean over clips, not batches
+        (out['loss'] * share).backward()
+        for k, v in (out['terms'] | dict(loss=out['loss'])).items(): terms[k] = terms.get(k, 0) + v.detach() * share
+    if state['step'] == 0:
+        idle = [n for n, p in named.items() if p.grad is None]
+        if idle: stop(f"no loss reaches {len(idle)} of the trained weights, {idle[0]} first: a knob has cut them off.")
+    grad_norm = torch.nn.utils.clip_grad_norm_(named.values(), clip or math.inf)
+    # 0 x NaN and 0 x inf are NaN: that a term went bad in any step stays known, without asking the device in each
+    for k, v in (terms | dict(gradient=grad_norm)).items(): sick[k] = sick.get(k, 0) + 0 * v
+
+    step = state['step'] = state['step'] + 1
+    validating = i == steps_per_epoch - 1 or step == n_steps
+    logging = validating or step % log_interval == 0
+    before = [p.detach().clone() for p in named.values()] if logging else None
+    for group in optimizer.param_groups: group['lr'] = lr_at(step - 1)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    line_clips += n_clips
+    state['seconds'] = time.time() - started
+
+    if logging:   # the only place in a step that waits for the device
+        terms = {k: float(v) for k, v in sorted(terms.items())}
+        bad = sorted(k for k, v in sick.items() if not math.isfinite(v))
+        if bad: stop(f"{', '.join(bad)} became NaN or inf between steps {line_step + 1} and {step}: the last checkpoint is "
+                     "from before, or says so when resumed; lower --lr or --clip, or look for the clip that does it.")
+        norm = lambda tensors: math.sqrt(sum(float(t.detach().float().square().sum()) for t in tensors))
+        rate = line_clips / max(time.time() - line_time, 1e-9)
+        log(step=step, epoch=round(step / steps_per_epoch, 3), lr=lr_at(step - 1), train=terms, grad_norm=float(grad_norm),
+            param_norm=norm(named.values()), update_norm=norm(p - b for p, b in zip(named.values(), before)),
+            gates=model.gates() if hasattr(model, 'gates') else None, samples_per_s=round(rate, 1),
+            seconds=round(state['seconds'], 2))
+        eta = int((n_steps - step) * state['seconds'] / step)
+        losses = '  '.join(f'{k} {v:.3f}' for k, v in terms.items())
+        line = (f"  step {step:5d}/{n_steps}  epoch {step / steps_per_epoch:6.2f}  {losses}  |g| {float(grad_norm):.2f}  "
+                f"{rate:5.0f} clips/s  ETA {eta // 60}:{eta % 60:02d}")
+    if validating:
+        valid, _ = score('valid')
+        value, best = valid[select], state['best']
+        # NaN (Corr of a constant) is never better, and the first finite value is better than NaN
+        better = best is None or not best == best or (value < best if low_is_better else value > best)
+        state.update(dict(best=value, best_step=step, stale=0) if better else dict(stale=state['stale'] + 1))
+        state['done'] = state['stale'] >= patience
+        log(step=step, epoch=round(step / steps_per_epoch, 3), valid=valid, best=better)
+        line += f"  valid {select} {value:.4f}{' *' if better else ''}"
+        if better: save('best')
+    if logging:
+        print(line, flush=True)
+        line_time, line_clips, line_step = time.time(), 0, step
+    if validating or interrupted or (save_interval and step % save_interval == 0): save('last')
+    if interrupted: stop(f"stopped at step {step} of {n_steps} and saved: --resume=True goes on.")
+if in_main_thread: signal.signal(signal.SIGINT, previous_handler)
+log_file.close()
+
+# ---------------------------------------------------------------------------------------------------------
+# The end: the best checkpoint by validation reads the test set, once
+
+try: put(model, load_checkpoint(best_path)[0], out_dir)
+except ModelError as e: stop(str(e))
+if system == 'lm': model.hf.save_pretrained(os.path.join(out_dir, 'hf'))
+result = dict(about=about, state=state, n_trainable=n_trainable, n_frozen=n_frozen, clips=clips.n_clips,
+              label_range=feed.label_range, ceilings=clips.meta.get('ceilings'),
+              majority=None if system == 'lm' else constant(clips, label))
+result['valid'], _ = score('valid')
+result['test'], predictions = score('test')
+if predictions: write_predictions(out_dir, clips, predictions)
+result['seconds'] = round(time.time() - started, 1)
+write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
+curve_picture(out_dir, select)
+print(report(out_dir))
