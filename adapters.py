@@ -289,8 +289,9 @@ class AVEncoder(nn.Module):
         n_slots = torch.stack([batch[f'{s}_len'] for s in self.proj]).amax(0).clamp(1, self.av_len)      # [B]
         m = min(self.av_len, max(batch[s].shape[1] for s in self.proj))
         mask = torch.arange(m, device=n_slots.device) < n_slots[:, None]                         # [B,m]
-        z = [self.encode(s, batch[s], batch[f'{s}_len'], n_slots, mask) for s in self.proj]      # 2x [B,m,d]
-        return self.norm(self.fusion(torch.cat(z, -1))), mask                                    # [B,m,d], [B,m]
+        with torch.autocast(mask.device.type, enabled=False):   # 30 wide: bf16 would gain nothing and round raw features
+            z = [self.encode(s, batch[s], batch[f'{s}_len'], n_slots, mask) for s in self.proj]  # 2x [B,m,d]
+            return self.norm(self.fusion(torch.cat(z, -1))), mask                                # [B,m,d], [B,m]
 
 
 def masked_mean(x, mask):

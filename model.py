@@ -279,14 +279,14 @@ class DeepMLF(nn.Module):
         return lm.final_norm(x_t), lm.final_norm(x_f), z, z_mask
 
     def heads(self, x_t, x_f, z, z_mask, text_len):
-        """ Eq. 12 and the three modality heads -> dict of [B]. """
-        z_mean = masked_mean(z, z_mask)                                                          # [B,d]
-        x_last = x_t[torch.arange(len(x_t), device=x_t.device), text_len - 1]                    # [B,D]
-        x_mean = x_f.mean(1)                                                                     # [B,D]
-        joined = torch.cat([z_mean, x_last.to(z_mean.dtype), x_mean.to(z_mean.dtype)], -1)       # [B,d+2D]
-        out = dict(pred=self.task_head(joined), av=self.av_head(z_mean), text=self.text_head(x_last),
-                   fusion=self.fusion_head(x_mean))
-        return {k: y[:, 0].float() for k, y in out.items()}                                      # [B] each
+        """ Eq. 12 and the three modality heads -> dict of [B], in float32: bf16 would round predictions to 1/128. """
+        with torch.autocast(z.device.type, enabled=False):
+            z_mean = masked_mean(z, z_mask)                                                      # [B,d]
+            x_last = x_t[torch.arange(len(x_t), device=x_t.device), text_len - 1].float()        # [B,D]
+            x_mean = x_f.float().mean(1)                                                         # [B,D]
+            out = dict(pred=self.task_head(torch.cat([z_mean, x_last, x_mean], -1)), av=self.av_head(z_mean),
+                       text=self.text_head(x_last), fusion=self.fusion_head(x_mean))             # [B,1] each
+            return {k: y[:, 0] for k, y in out.items()}                                          # [B] each
 
     def predict(self, batch):
         """ pred: the task head; text, av, fusion: what each stream says by itself (text never sees audio or video,

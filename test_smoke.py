@@ -234,6 +234,16 @@ def test_lm_loss_reaches_only_the_ffw_side_of_mm_blocks():
     assert reached == {'ffw', 'norm_2', 'a_2'}
 
 
+def test_bf16_rounds_neither_predictions_nor_raw_features():
+    """ The release validates under bf16 autocast, and its predictions near 1 come in steps of 1/128. """
+    model, batch = tiny_deepmlf().eval(), tiny_batch()
+    model.lm.bfloat16()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): out = model.predict(batch)
+    assert all(y.dtype == torch.float32 and (y != y.bfloat16().float()).any() for y in out.values())
+    z, _ = model.av_encoder(batch)
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(model.av_encoder(batch)[0], z)
+
+
 def test_decay_groups_hold_every_trainable_weight_once():
     model = tiny_deepmlf()
     decay, flat = model.param_groups()

@@ -242,6 +242,16 @@ def test_other_widths_than_the_checkpoints_get_both_numbers(corpora, curriculum,
         train(*deepmlf(corpora, curriculum, 'widths', f'--corpus={tmp_path}/other.pkl'))
 
 
+def test_a_fresh_start_that_dies_leaves_no_old_result(corpora, curriculum, monkeypatch):
+    """ result.json says "finished" to a run that stands on this one: it must not outlive the run that it belongs to. """
+    shutil.copytree(curriculum / 'whole', curriculum / 'again', dirs_exist_ok=True)
+    def dying(*a, **k): raise Killed
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(data, 'get_batch', dying)
+        train(*deepmlf(corpora, curriculum, 'again', '--fresh=True'))
+    assert not (curriculum / 'again' / 'result.json').exists() and not (curriculum / 'again' / 'best.safetensors').exists()
+
+
 def test_a_damaged_checkpoint_is_named(corpora, curriculum):
     shutil.copytree(curriculum / 'whole', curriculum / 'damaged', dirs_exist_ok=True)
     path = curriculum / 'damaged' / 'last.safetensors'
@@ -337,6 +347,29 @@ def test_real_mosi_with_a_real_lm_runs(tmp_path):
 
 def commands(path):
     return re.findall(r'^(?:# )?(python (?:train|eval|data)\.py.*)$', path.read_text(encoding='utf-8'), re.M)
+
+
+def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys):
+    """
+    Each command of the README, in its order, in an empty folder: training cut to 2 steps, real files replaced by
+    small ones of their layout, pip and pytest (which is running this) left out.
+    """
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(corpora / 'toy', tmp_path / 'data' / 'toy')
+    wide = lambda d: lambda split, x: np.random.default_rng(1).normal(size=(len(x), 6, d)).astype('f4')
+    a_corpus(tmp_path, 'unaligned_50', audio=wide(74), vision=wide(35), vision_lengths=lambda s, x: [6] * len(x))
+    fit = ['--lm=out/lm_toy-steps2', '--mm_layers=2,4', '--mm_heads=4']      # in the place of GPT-2-large
+    ran = []
+    for line in re.findall(r'^    (python .+)$', (HERE / 'README.md').read_text(encoding='utf-8'), re.M):
+        words = line.split()[1:]
+        if words[0] == 'train.py': train(*words[1:], '--max_steps=2', '--device=cpu', *(fit if 'config/deepmlf_mosei.py' in words else []))
+        elif words[0] in ('eval.py', 'data.py'):
+            monkeypatch.setattr(sys, 'argv', [w + '-steps2' if w.startswith('out/') else w for w in words])
+            runpy.run_path(str(HERE / words[0]), run_name='__main__')
+        else: assert words[:3] == ['-m', 'pytest', '-q'], line
+        ran.append(words[0])
+    assert ran.count('train.py') >= 2 and {'eval.py', 'data.py', '-m'} <= set(ran)
+    assert 'train on it with --corpus=data/mosei' in capsys.readouterr().out
 
 
 def test_every_config_names_its_own_command_and_knows_its_knobs():

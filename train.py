@@ -44,7 +44,7 @@ max_text_len = 50             # tokens; longer texts are cut at the end
 out_dir = ''                  # '' is out/<config>, with -seed<k> and -steps<n> behind it where these are set
 seed = 0                      # of everything random, but for the toy corpus itself
 resume = False                # go on, bitwise, from the last checkpoint in out_dir
-fresh = False                 # start over in an out_dir that holds a run
+fresh = False                 # start over in an out_dir that holds a run (the runs in needs are kept)
 device = 'auto'               # 'auto': cuda, mps or cpu, the first that is there
 dtype = 'auto'                # of the frozen LM and of autocast: 'auto' is bfloat16 on cuda, else float32
 compile = False               # torch.compile the model
@@ -164,7 +164,10 @@ for need in needs:
         other = [k for k in SHARED if theirs.get(k) != config[k] and k not in ('data_dir', 'device', 'dtype')]
         if other: stop(f"{folder} was trained with {other[0]}={theirs.get(other[0])!r} and this run has "
                        f"{config[other[0]]!r}: remove it, or give this run an --out_dir in another folder.")
-    if finished: continue
+    if finished:
+        with open(os.path.join(folder, 'result.json'), encoding='utf-8') as f: theirs = json.load(f)
+        print(f"{name} stands on {folder}, trained before (valid {theirs['about']['knobs']['select']} {theirs['state']['best']:.4f})")
+        continue
     print(f"{name} stands on {child}: {'going on with' if cut_off else 'making'} that first, in {folder}")
     argv = sys.argv
     sys.argv = ['train.py', os.path.join(_here, need), f'--out_dir={folder}'] + [f'--{k}={config[k]}' for k in SHARED]
@@ -172,7 +175,7 @@ for need in needs:
     try: runpy.run_path(os.path.join(_here, 'train.py'), run_name='__main__')
     finally: sys.argv = argv
 
-last_path, best_path = (os.path.join(out_dir, f'{kind}.safetensors') for kind in ('last', 'best'))
+last_path, best_path, result_path = (os.path.join(out_dir, f) for f in ('last.safetensors', 'best.safetensors', 'result.json'))
 if system == 'deepmlf' and av_init != 'random' and not av_from:
     stop("av_init needs a pretrained AV encoder: --av_from=FOLDER of its run, or --av_init=random.")
 if os.path.exists(last_path) and not (resume or fresh):
@@ -265,6 +268,9 @@ if resume:
 
 try:
     os.makedirs(out_dir, exist_ok=True)
+    # result.json says that a run is finished, so it goes while this one is not; and a fresh start has no past
+    for old in [result_path] if resume else [result_path, last_path, best_path]:
+        if os.path.exists(old): os.remove(old)
     write_text(os.path.join(out_dir, 'config.json'), json.dumps(about, indent=1))
     log_path = os.path.join(out_dir, 'log.jsonl')
     lines = open(log_path, encoding='utf-8').read().splitlines() if resume and os.path.exists(log_path) else []
@@ -335,6 +341,7 @@ while state['step'] < n_steps and not state['done']:
     step = state['step'] = state['step'] + 1
     validating = i == steps_per_epoch - 1 or step == n_steps
     logging = validating or step % log_interval == 0
+    saving = validating or bool(interrupted) or (save_interval and step % save_interval == 0)
     before = [p.detach().clone() for p in named.values()] if logging else None
     for group in optimizer.param_groups: group['lr'] = lr_at(step - 1)
     optimizer.step()
@@ -342,11 +349,12 @@ while state['step'] < n_steps and not state['done']:
     line_clips += n_clips
     state['seconds'] = time.time() - started
 
-    if logging:   # the only place in a step that waits for the device
-        terms = {k: float(v) for k, v in sorted(terms.items())}
+    if logging or saving:   # the only places in a step that wait for the device
         bad = sorted(k for k, v in sick.items() if not math.isfinite(v))
-        if bad: stop(f"{', '.join(bad)} became NaN or inf between steps {line_step + 1} and {step}: the last checkpoint is "
-                     "from before, or says so when resumed; lower --lr or --clip, or look for the clip that does it.")
+        if bad: stop(f"{', '.join(bad)} became NaN or inf between steps {line_step + 1} and {step}, and nothing was saved "
+                     "since: lower --lr or --clip, or look for the clip that does it; --resume=True goes on from before.")
+    if logging:
+        terms = {k: float(v) for k, v in sorted(terms.items())}
         norm = lambda tensors: math.sqrt(sum(float(t.detach().float().square().sum()) for t in tensors))
         rate = line_clips / max(time.time() - line_time, 1e-9)
         log(step=step, epoch=round(step / steps_per_epoch, 3), lr=lr_at(step - 1), train=terms, grad_norm=float(grad_norm),
@@ -370,8 +378,8 @@ while state['step'] < n_steps and not state['done']:
     if logging:
         print(line, flush=True)
         line_time, line_clips, line_step = time.time(), 0, step
-    if validating or interrupted or (save_interval and step % save_interval == 0): save('last')
-    if interrupted: stop(f"stopped at step {step} of {n_steps} and saved: --resume=True goes on.")
+    if saving: save('last')
+    if saving and interrupted: stop(f"stopped at step {step} of {n_steps} and saved: --resume=True goes on.")
 if in_main_thread: signal.signal(signal.SIGINT, previous_handler)
 log_file.close()
 
@@ -388,6 +396,6 @@ result['valid'], _ = score('valid')
 result['test'], predictions = score('test')
 if predictions: write_predictions(out_dir, clips, predictions)
 result['seconds'] = round(time.time() - started, 1)
-write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
+write_text(result_path, json.dumps(result, indent=1))
 curve_picture(out_dir, select)
 print(report(out_dir))
