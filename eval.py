@@ -355,7 +355,7 @@ def curve_picture(folder, select='mae'):
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
     for k in sorted({k for e in train for k in e['train']}):
         left.plot([e['epoch'] for e in train], [e['train'].get(k, np.nan) for e in train], label=k, lw=1.2)
-    left.set(xlabel='epoch', ylabel='training loss (unweighted terms)'); left.legend(fontsize=8)
+    left.set(xlabel='epoch', ylabel='training loss and its terms'); left.legend(fontsize=8)
     right.plot([e['epoch'] for e in valid], [e['valid'][select] for e in valid], 'o-', ms=3, lw=1.2)
     best = [e for e in valid if e['best']]
     if best:

@@ -251,6 +251,12 @@ class DeepMLF(nn.Module):
         self.weights = {k: c['weight_' + k] for k in ('av', 'text', 'fusion')}                   # lambdas of eq. 13
         for k, weight in self.weights.items(): getattr(self, k + '_head').requires_grad_(weight > 0)
 
+    def train(self, mode=True):
+        """ A frozen AV encoder runs without dropout and SeqAug, like the frozen LM (not stated in the paper). """
+        super().train(mode)
+        if not any(p.requires_grad for p in self.av_encoder.parameters()): self.av_encoder.eval()
+        return self
+
     def streams(self, batch):
         """ Both streams through the LM -> x_t [B,T,D], x_f [B,F,D] after the final norm; z [B,m,d] and its mask [B,m]. """
         c, lm, (B, T) = self.c, self.lm, batch['tokens'].shape

@@ -101,6 +101,16 @@ def test_training_never_touches_the_frozen_lm(curriculum):
     assert (curriculum / 'lm_toy' / 'hf' / 'model.safetensors').stat().st_mtime < (curriculum / 'whole' / 'config.json').stat().st_mtime
 
 
+def test_a_frozen_av_encoder_stays_the_pretrained_one(corpora, curriculum):
+    """ av_init='frozen': the encoder in the checkpoint is the AV run's to the bit, 'tune' moves it, 'random' never saw it. """
+    pretrained = load_file(curriculum / 'av_toy' / 'best.safetensors')
+    for how in ('frozen', 'random'): train(*deepmlf(corpora, curriculum, how, f'--av_init={how}'))
+    def same(run):
+        best = load_file(curriculum / run / 'best.safetensors')
+        return [torch.equal(best[k], v) for k, v in pretrained.items() if k.startswith('av_encoder')]
+    assert all(same('frozen')) and not all(same('whole')) and sum(same('random')) < len(same('random')) / 2
+
+
 def test_accumulated_micro_batches_are_one_big_batch(corpora, curriculum):
     """ 16 x 2 equals 32 x 1 where the loss is a mean over clips (no dropout, no LM term, whose mean is over tokens). """
     still = ['--dropout=0', '--av_dropout=0', '--text_reg=none', '--weight_lm=0', '--max_steps=2', '--fresh=True']
