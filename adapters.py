@@ -49,10 +49,14 @@ class LoRA(nn.Module):
         return (weight.float() + self.scale * self.B.float() @ self.A.float()).to(weight.dtype)
 
 
+def weight_of(layer):
+    """ [n_out, n_in] of an LM's linear layer. GPT-2 keeps its own as Conv1D, weight [n_in, n_out]. """
+    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+
+
 def linear_like(layer, init):
-    """ A trainable float32 nn.Linear of an LM layer's shape; init='lm' copies weight and bias, 'random' does not.
-    GPT-2 keeps its linears as Conv1D, weight [in, out]: that one needs a transpose. """
-    weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T               # [n_out, n_in]
+    """ A trainable float32 nn.Linear of an LM layer's shape; init='lm' copies weight and bias, 'random' does not. """
+    weight = weight_of(layer)                                                               # [n_out, n_in]
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device=weight.device)
     if init == 'lm':
         with torch.no_grad():
@@ -87,12 +91,9 @@ class LoRAFFW(nn.Module):
     """ The LM block's own frozen FFW with LoRA on each of its linears: the way DeepMLF trains SmolLM2 on MOSI. """
     def __init__(self, lm_ffw, rank, alpha, dropout=0.0):
         super().__init__()
-        def shape(layer):
-            weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
-            return weight.shape[1], weight.shape[0]
         gate, up, down, _ = lm_ffw
-        self.gate = LoRA(*shape(gate), rank, alpha, dropout) if gate is not None else None
-        self.up, self.down = LoRA(*shape(up), rank, alpha, dropout), LoRA(*shape(down), rank, alpha, dropout)
+        on = lambda layer: LoRA(*reversed(weight_of(layer).shape), rank, alpha, dropout)
+        self.gate, self.up, self.down = on(gate) if gate is not None else None, on(up), on(down)
 
     def forward(self, x, lm_ffw):
         """ x [B,L,D], lm_ffw the LM block's (gate, up, down, act) -> [B,L,D]. """
@@ -136,7 +137,8 @@ class MMBlock(nn.Module):
 
     gate g: 'sigmoid' (a = 0 gives .5), 'tanh' (a = 0 gives 0: the LM is untouched at the start, and in the first
     step only the gates learn) or 'none' (1). ffw: 'full', 'lora', 'none'. query: who looks at Z, 'fusion',
-    'text+fusion' or 'text' (paper's Table 10). norm_2 and the full FFW start as the LM block's own.
+    'text+fusion' or 'text' (paper's Table 10; with 'text' the fusion tokens stay, and read Z through the text: the
+    release drops them there). norm_2 and the full FFW start as the LM block's own.
     """
     def __init__(self, D, d, norm, lm_ffw, n_heads=16, query='fusion', gate='sigmoid', ffw='full', ffw_init='lm',
                  lora_rank=512, lora_alpha=8192, lora_dropout=0.05, dropout=0.1):
@@ -178,8 +180,9 @@ def seqaug(x, lengths, rate, p_apply=1.0, draw='fixed'):
     SeqAug (Georgiou & Potamianos 2023): some feature dimensions of a clip take their values in another time order.
 
     Per clip: one permutation of its real steps (padding stays where it is), and a Bernoulli(rate) choice of
-    dimensions, the same at all steps. draw: 'fixed' rate; 'beta' rate ~ Beta(.2, .2), nearly none or nearly all;
-    'halfnormal' rate + |N(0, .05)|, at most 1. A clip is left alone with probability 1 - p_apply.
+    dimensions, the same at all steps. draw: 'fixed' rate; 'beta' rate ~ Beta(.2, .2), nearly none or nearly all
+    and `rate` is not read; 'halfnormal' rate + |N(0, .05)|, at most 1. A clip is left alone with probability
+    1 - p_apply.
 
     x [B,S,d], lengths [B] -> [B,S,d]. Uses torch's global generator, whose state is in every checkpoint.
     """

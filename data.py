@@ -24,6 +24,7 @@ from unpickle import CorpusError, Lazy, LazyArray, Py2Str, read_pickle, stranger
 
 SPLITS, STREAMS = ('train', 'valid', 'test'), ('audio', 'vision')
 CHUNK_BYTES = 32 << 20   # of a stream, read at once
+MAX_WIDTH = 1 << 16      # features of a frame; the widest known corpus has 2048
 KNOWN_CLASSES = [['neutral', 'surprise', 'fear', 'sadness', 'joy', 'disgust', 'anger'],  # MELD
                  ['hap', 'sad', 'neu', 'ang', 'exc', 'fru']]                             # IEMOCAP
 
@@ -84,8 +85,11 @@ class Frames:
         shapes = [a.shape[1:] if self.one else a.shape for a in self.arrays]                 # (L,d) or (d,)
         self.flat, self.N, self.d = len(shapes[0]) == 1, n, shapes[0][-1] if shapes[0] else 0
         if any(a.dtype.kind not in 'fiub' for a in self.arrays) or len(shapes[0]) not in (1, 2) \
-           or any(len(s) != len(shapes[0]) or s[-1] != self.d for s in shapes) or self.d == 0:
-            raise CorpusError(f"{where} is not numbers [clips, frames, features] of one width; mend it.")
+           or any(len(s) != len(shapes[0]) or s[-1] != self.d for s in shapes) or not 0 < self.d <= MAX_WIDTH:
+            raise CorpusError(f"{where} is not numbers [clips, frames, features] of one width, 1 to {MAX_WIDTH}; "
+                              "mend the source.")
+        if len({id(a) for a in self.arrays}) < len(self.arrays):   # a small file could fill a disk with one array
+            raise CorpusError(f"{where} has one array for many clips; mend the source.")
         rows = [1 if self.flat else s[0] for s in shapes]   # a vector a clip is one frame
         self.n_rows = np.array(rows * n if self.one else rows, np.int64)                     # [N]
         self.L = int(self.n_rows.max())
@@ -366,8 +370,8 @@ def _write_labels(splits, out, label_range):
                     if v not in names: raise CorpusError(f"{where}; train has only {', '.join(names)}.")
                 elif not math.isfinite(v): raise CorpusError(f"{where}; mend the source or drop the clip.")
                 elif not low <= v <= high:
-                    raise CorpusError(f"{where}, outside [{low}, {high}]; if it is right, give "
-                                      "--label_range=LOW,HIGH.")
+                    raise CorpusError(f"{where}, outside [{low}, {high}]; if it is right, convert the file with "
+                                      "python data.py SOURCE --label_range=LOW,HIGH.")
             y = np.array([names.index(v) for v in y]) if name == 'emotion' else np.float32(y)   # [N]
             np.save(out / split / f'{name}.npy', y)
     return entries
@@ -456,6 +460,7 @@ class Corpus:
             if self.meta['format'] != 1: raise ValueError(f"format {self.meta['format']} is not 1")
             self.name, self.n_clips = self.meta['name'], dict(self.meta['clips'])
             self.widths = {m: s['width'] for m, s in self.meta['streams'].items()}
+            self.sha256, self.labels = self.meta['source']['sha256'], dict(self.meta['labels'])
 
     @contextmanager
     def _sound(self, file):
@@ -484,10 +489,10 @@ class Corpus:
 
     def label(self, split, name='label'):
         """ [N] float32, or int64 for classes. """
-        if name not in self.meta['labels']:
-            has = ', '.join(self.meta['labels'])
+        if name not in self.labels:
+            has = ', '.join(self.labels)
             raise CorpusError(f"The corpus {self.name} has no label {name!r}, only {has}.")
-        kind, shape = 'i' if self.meta['labels'][name]['kind'] == 'classes' else 'f', (self.n_clips[split],)
+        kind, shape = 'i' if self.labels[name]['kind'] == 'classes' else 'f', (self.n_clips[split],)
         return self._once(split, f'{name}.npy', lambda path: np.array(_load(path, shape, kind)))   # [N]
 
     def _start(self, split, stream):
@@ -518,12 +523,15 @@ def open_corpus(source, where='data'):
     source converted on first use, into a folder under `where`. Raises CorpusError.
     """
     if source == 'toy':
+        from toy import VERSION, make_toy   # which converts, so it cannot come first
         folder = Path(where) / 'toy'
         if not (folder / 'meta.json').is_file():
             print(f"making the toy corpus in {folder} ...")
-            from toy import make_toy   # which converts, so it cannot come first
             with _staging(folder) as out: make_toy(str(out))
-        return Corpus(folder)
+        corpus = Corpus(folder)
+        if corpus.meta.get('toy') != VERSION:
+            raise CorpusError(f"{folder} was made by another version of toy.py; remove it, and it is made again.")
+        return corpus
     if os.path.isfile(os.path.join(source, 'meta.json')): return Corpus(source)
     folder = Path(where) / _folder_name(source)
     if not (folder / 'meta.json').is_file():
@@ -568,7 +576,8 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
     """
     Clips `index` of a split as a dict of CPU tensors, padded on the right, masks True where there is
     something: index [B], label [B] (float32, or int64 for classes); given `tokens`, a list of ids for each
-    clip of the split, tokens [B,T], text_len [B], text_mask [B,T]; and for each stream m of the corpus m
+    clip of the split, tokens [B,T], text_len [B], text_mask [B,T] and targets [n], the flat positions in
+    tokens that have a next token to predict; and for each stream m of the corpus m
     [B,S,d], m_len [B], m_mask [B,S], standardised by train's mean and std. A stream not in `modalities` has
     all lengths 0. Raises CorpusError.
     """
@@ -581,7 +590,9 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
         mask = torch.arange(max(1, int(length.max()))) < length[:, None]                     # [B,T]
         ids = torch.full(mask.shape, pad_id)                                                 # [B,T]
         ids[mask] = torch.tensor([t for i in index for t in tokens[i]], dtype=torch.long)
-        batch |= dict(tokens=ids, text_len=length, text_mask=mask)
+        # flat positions whose next token is one to predict: found here, where asking how many stalls no GPU
+        targets = torch.arange(mask.numel()).view(mask.shape)[:, :-1][mask[:, 1:]]           # [n]
+        batch |= dict(tokens=ids, text_len=length, text_mask=mask, targets=targets)
     for m, d in corpus.widths.items():
         info = corpus.meta['streams'][m]
         if info['standardised'] and not standardise:
@@ -603,11 +614,14 @@ def tokenize(tokenizer, texts, max_len):
     GPT-2 and SmolLM2, [CLS] .. [SEP] for Chinese GPT-2, <s> for Llama), as in the release. A text of no token at
     all becomes one end-of-text token, or the clip would have no last token to read. Returns lists, n_empty, n_cut.
     """
-    ids = tokenizer(list(texts), add_special_tokens=True)['input_ids'] if texts else []
+    ids = tokenizer(list(texts), add_special_tokens=True)['input_ids']
+    long = [i for i, t in enumerate(ids) if len(t) > max_len]
+    if long:   # cut by the tokenizer itself, which keeps a [SEP] at the end: the text head reads the last token
+        cut = tokenizer([texts[i] for i in long], add_special_tokens=True, truncation=True, max_length=max_len)
+        for i, t in zip(long, cut['input_ids']): ids[i] = t
     known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     filler = next((t for t in known if t is not None and t >= 0), 0)
-    n_empty, n_cut = sum(not t for t in ids), sum(len(t) > max_len for t in ids)
-    return [(list(t) or [filler])[:max_len] for t in ids], n_empty, n_cut
+    return [list(t) or [filler] for t in ids], sum(not t for t in ids), len(long)
 
 
 class Feed:
@@ -617,32 +631,37 @@ class Feed:
     """
     def __init__(self, corpus, c, tokenizer, device):
         self.corpus, self.c, self.device, self.tokens, self.notes = corpus, c, device, {}, []
-        labels = corpus.meta['labels']
-        if c['label'] not in labels:
-            raise CorpusError(f"The corpus {corpus.name} has no label {c['label']!r}, only {', '.join(labels)}.")
-        if labels[c['label']]['kind'] != 'regression':
-            raise CorpusError(f"The label {c['label']!r} is one of classes, and {c['system']} is a system for regression.")
-        self.label_range = labels[c['label']]['range']
+        corpus.label('train', c['label'])
+        if corpus.labels[c['label']]['kind'] != 'regression':
+            raise CorpusError(f"The label {c['label']!r} is one of classes, and {c['system']} is a system for "
+                              "regression.")
+        self.label_range = corpus.labels[c['label']]['range']
+        self.streams = c['modalities'] if c['system'] != 'lm' else ()
         for split in corpus.n_clips if tokenizer else ():
             texts = corpus.text(split)
             if c['lowercase'] == 'auto': texts = lower_if_shouting(texts, corpus)
             self.tokens[split], n_empty, n_cut = tokenize(tokenizer, texts, c['max_text_len'])
             mean = np.mean([len(t) for t in self.tokens[split]])
-            self.notes.append(f"{split} text: {mean:.1f} tokens a clip, {n_empty} empty, {n_cut} cut at {c['max_text_len']}")
+            self.notes.append(f"{split} text: {mean:.1f} tokens a clip, {n_empty} empty, {n_cut} cut at "
+                              f"{c['max_text_len']}")
 
     def __call__(self, split, index):
         """ Clips `index` of a split, on the device. Pads with token 0: nothing ever looks at padding. """
-        c = self.c
-        batch = get_batch(self.corpus, split, index, self.tokens.get(split), 0, c['standardise'], c['label'], c['modalities'])
-        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        batch = get_batch(self.corpus, split, index, self.tokens.get(split), 0, self.c['standardise'], self.c['label'],
+                          self.streams)
+        if self.device != 'cuda': return {k: v.to(self.device) for k, v in batch.items()}
+        return {k: v.pin_memory().to('cuda', non_blocking=True) for k, v in batch.items()}   # the step need not wait
+
+    def n_targets(self, split, index):
+        """ How many tokens of these clips the LM loss asks for: all but each clip's first. """
+        return sum(len(self.tokens[split][i]) - 1 for i in index) if self.tokens else 0
 
     def cost(self, split):
         """ [N] text tokens plus audiovisual slots, as far as this system reads them. """
         cost = np.zeros(self.corpus.n_clips[split], np.int64)
         if self.tokens: cost += [len(t) for t in self.tokens[split]]
         for s in self.corpus.widths:
-            if s in self.c['modalities'] and self.c['system'] != 'lm':
-                cost += np.minimum(self.corpus.lengths(split, s), self.c['av_len'])
+            if s in self.streams: cost += np.minimum(self.corpus.lengths(split, s), self.c['av_len'])
         return cost
 
 

@@ -288,7 +288,10 @@ def write_predictions(folder, corpus, predictions):
 
 def read_predictions(folder):
     """ test.jsonl of a finished run -> (list of ids, dict of arrays [N]). """
-    with open(os.path.join(folder, 'test.jsonl'), encoding='utf-8') as f: rows = [json.loads(line) for line in f]
+    try:
+        with open(os.path.join(folder, 'test.jsonl'), encoding='utf-8') as f: rows = [json.loads(line) for line in f]
+    except (OSError, ValueError) as e:
+        raise EvalError(f"{folder}/test.jsonl is missing or damaged ({e}): python eval.py {folder} writes it anew.") from None
     return [r['id'] for r in rows], {k: np.array([r[k] for r in rows], np.float32) for k in rows[0] if k != 'id'}
 
 
@@ -298,15 +301,16 @@ def summary(folder, r):
     knows it, and the system itself. Text only is the text head y_t, which never saw audio or video; audio+video only is
     the AV encoder's own run, or the head y_av where there was none.
     """
-    c, name, ceilings = r['about']['knobs'], r['about']['name'], r['ceilings'] or {}
+    c, name = r['about']['knobs'], r['about']['name']
+    ceilings = r['ceilings'] or {} if len(c['modalities']) == 2 else {}     # they are for readers of everything
     own = [('majority', r['majority'], 'majority')]
     if c['system'] != 'av':
         _, p = read_predictions(folder)
         head = lambda k: regression_metrics(p[k], p['label'], r['label_range'])
-        if c['weight_text']: own.append(('text only (y_t)', head('text'), 'text'))
+        if 'text' in p and c['mm_query'] == 'fusion': own.append(('text only (y_t)', head('text'), 'text'))
         alone = os.path.join(c['av_from'], 'result.json') if c['av_init'] != 'random' else ''
         if os.path.exists(alone): own.append(('audio+video only', read_run(c['av_from'])['test'], 'av'))
-        elif c['weight_av']: own.append(('audio+video only (y_av)', head('av'), 'av'))
+        elif 'av' in p: own.append(('audio+video only (y_av)', head('av'), 'av'))
         if ceilings: own.append(('best late fusion', {}, 'late'))
     own.append((name, r['test'], 'av' if c['system'] == 'av' else 'full'))
     keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc2_has0', 'acc7', 'acc5', 'acc3') if k in r['test']]
@@ -368,20 +372,25 @@ def curve_picture(folder, select='mae'):
 
 def rerun(folder):
     """
-    The best checkpoint of a run on its test set again, from the files alone: rebuilds the model, writes test.jsonl and
+    The best checkpoint of a run on its test set again, from the files alone (and from the folder that it was trained
+    in: its corpus and LM are named as they were then): rebuilds the model, writes test.jsonl and
     report.md anew, and returns the report. Raises EvalError, ModelError, CorpusError.
     """
     r = read_run(folder)
     about, c = r['about'], r['about']['knobs']
     corpus, dtype = open_corpus(about['corpus']['folder']), getattr(torch, about['dtype'])
-    if corpus.meta['source']['sha256'] != about['corpus']['sha256']:
+    torch.manual_seed(c['seed'])   # a random LM (lm_init) is in no checkpoint: it is drawn again as it was
+    if corpus.sha256 != about['corpus']['sha256']:
         raise EvalError(f"{corpus.folder} was made from another source file than the one that {folder} was trained on.")
     if c['system'] == 'lm':
         lm, tokenizer = load_lm(folder, dtype)
         model = LanguageModel(lm.hf)
     else: model, tokenizer = build(c | dict(av_init='random'), corpus, folder, dtype)   # the checkpoint has its weights
+    if c['system'] == 'deepmlf' and model.lm.fingerprint() != about['lm_fingerprint']:
+        raise EvalError(f"the LM {c['lm']} is not the one that {folder} was trained with: put that one back.")
     put(model, load_checkpoint(os.path.join(folder, 'best.safetensors'))[0], folder)
-    device = about['device'] if about['device'] != 'cuda' or torch.cuda.is_available() else 'cpu'
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    device = about['device'] if there[about['device']] else 'cpu'
     autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=dtype is torch.bfloat16)
     r['test'], predictions = evaluate(model.to(device), Feed(corpus, c, tokenizer, device), 'test', autocast)
     if predictions: write_predictions(folder, corpus, predictions)
@@ -403,7 +412,9 @@ def compare(folders):
         knobs = {k: re.sub(r'-seed\d+', '', str(v)) for k, v in r['about']['knobs'].items() if k not in where}
         ids, p = read_predictions(folder)
         if clips is None: clips, label = ids, p['label']
-        if ids != clips: raise EvalError(f"{folder} was tested on other clips than {folders[0]}: a paired comparison needs the same.")
+        if ids != clips or not np.array_equal(p['label'], label):
+            raise EvalError(f"{folder} was tested on other clips or labels than {folders[0]}: a paired comparison needs the "
+                            "same.")
         systems.setdefault((r['about']['name'], json.dumps(knobs, sort_keys=True)), []).append((r['test'], p['pred']))
     names = [name for name, _ in systems]
     keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc7', 'acc5')

@@ -13,7 +13,7 @@ def l1(pred, label):
     return (pred - label).abs().mean()
 
 
-def lm_loss(hidden, tokens, text_mask, lm_head, chunk=1024):
+def lm_loss(hidden, batch, lm_head, chunk=1024):
     """
     Next-token cross-entropy, the mean over the batch's real targets (DeepMLF eq. 5, with the mean for the sum).
 
@@ -22,14 +22,17 @@ def lm_loss(hidden, tokens, text_mask, lm_head, chunk=1024):
     for these positions only, `chunk` of them at a time, and are computed again in the backward pass: at GPT-2's
     vocabulary 32 clips x 62 slots of them would be 0.4 GB, and their gradient as much again.
 
-    hidden [B,T,D] after the LM's final norm, tokens [B,T], text_mask [B,T] -> []
+    hidden [B,T,D] after the LM's final norm; batch: tokens [B,T], targets [n], and while training lm_weight: the
+    share of this micro-batch's targets in those of the step over its share of the clips, so that a mean over clips
+    of micro-batches is the mean over the targets of all of them -> []
     """
-    targets = text_mask[:, 1:]                                                                   # [B,T-1]
-    x, y = hidden[:, :-1][targets], tokens[:, 1:][targets]                                       # [n,D], [n]
+    at = batch['targets']                                                                        # [n]
+    x, y = hidden.flatten(0, 1)[at], batch['tokens'].flatten()[at + 1]                           # [n,D], [n]
     if len(y) == 0: return hidden.sum() * 0.0   # clips of one token each: nothing to predict, but a graph to keep
     def summed(x, y): return F.cross_entropy(lm_head(x).float(), y, reduction='sum')
-    parts = [checkpoint(summed, x[i:i + chunk], y[i:i + chunk], use_reentrant=False) for i in range(0, len(y), chunk)]
-    return torch.stack(parts).sum() / len(y)
+    parts = [checkpoint(summed, x[i:i + chunk], y[i:i + chunk], use_reentrant=False, preserve_rng_state=False)
+             for i in range(0, len(y), chunk)]
+    return torch.stack(parts).sum() / len(y) * batch.get('lm_weight', 1.0)
 
 
 def deepmlf_loss(out, label, weights):

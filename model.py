@@ -13,6 +13,7 @@ Axis letters, the same in every file:
 batch: tokens [B,T], text_len [B], text_mask [B,T]; audio [B,S,d_a], audio_len [B]; vision .. ; label [B]; index [B].
 mm_layers count from 1, as the papers print them: 8 means "an MM block after the LM's eighth layer".
 """
+import hashlib
 import json
 import os
 
@@ -41,7 +42,7 @@ FAMILIES = {
                   out='self_attn.o_proj', norm_2='post_attention_layernorm', ffw='mlp',
                   gate='mlp.gate_proj', up='mlp.up_proj', down='mlp.down_proj', act='mlp.act_fn'),
 }
-FAMILIES['qwen2'] = FAMILIES['mistral'] = FAMILIES['llama']   # Qwen2's biases are in its own linears
+FAMILIES['qwen2'] = FAMILIES['llama']   # its biases are in its own linears
 FAMILIES['qwen3'] = FAMILIES['llama'] | dict(q_norm='self_attn.q_norm', k_norm='self_attn.k_norm')
 
 
@@ -79,6 +80,12 @@ class FrozenLM(nn.Module):
 
     def train(self, mode=True):
         return super().train(False)
+
+    def fingerprint(self):
+        """ 16 hex digits that another LM, or this one trained again, would not have: of the first 256 values of each
+        tensor, as hashing gigabytes at every start would take long. """
+        first = [p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in self.hf.parameters()]
+        return hashlib.sha256(b''.join(first)).hexdigest()[:16]
 
     def part(self, l, name):
         """ Layer l's submodule under the name that FAMILIES gives it (None where the family has none). """
@@ -144,9 +151,10 @@ class SentencePiece:
         self.after = [self.sp.eos_id()] if c.get('add_eos_token', False) else []
         self.bos_token_id, self.eos_token_id, self.pad_token_id = self.sp.bos_id(), self.sp.eos_id(), None
 
-    def __call__(self, texts, add_special_tokens=True, **_):
+    def __call__(self, texts, add_special_tokens=True, truncation=False, max_length=None):
         before, after = (self.before, self.after) if add_special_tokens else ([], [])
-        return {'input_ids': [before + ids + after for ids in self.sp.encode(list(texts))]}
+        room = max(0, max_length - len(before) - len(after)) if truncation else None
+        return {'input_ids': [before + ids[:room] + after for ids in self.sp.encode(list(texts))]}
 
     def decode(self, ids): return self.sp.decode(list(ids))
 
@@ -160,6 +168,7 @@ def load_lm(name, dtype=torch.float32, random_init=False):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
     from transformers.utils import logging
     DTYPE = 'dtype' if [int(n) for n in __version__.split('.')[:2]] >= [4, 56] else 'torch_dtype'   # renamed there
+    from safetensors import SafetensorError
     logging.disable_progress_bar()
     if os.path.isdir(os.path.join(name, 'hf')): name = os.path.join(name, 'hf')
     try:
@@ -168,7 +177,7 @@ def load_lm(name, dtype=torch.float32, random_init=False):
         has = lambda file: os.path.exists(os.path.join(name, file))
         bare = has('tokenizer.model') and not has('tokenizer.json')
         tokenizer = SentencePiece(name) if bare else AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:   # RuntimeError: weights of other shapes
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes a Hugging Face name that the "
                          "hub or the local cache has, or a folder with config.json, weights and tokenizer.") from None
@@ -178,10 +187,10 @@ def load_lm(name, dtype=torch.float32, random_init=False):
 # ---------------------------------------------------------------------------------------------------------
 # The systems
 
-def grouped(model, prefix_skip=('lm.',)):
+def grouped(model):
     """ Every trainable weight in one of two groups: matrices are decayed; biases, norms, gates and learnable tokens
     are not (the release means to and its name rule never matches: it decays all but 'bias'). """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and not n.startswith(prefix_skip)]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     flat = lambda n, p: p.ndim < 2 or 'tokens' in n
     return [dict(names=[n for n, p in named if flat(n, p) != decay], decay=decay,
                  params=[p for n, p in named if flat(n, p) != decay]) for decay in (True, False)]
@@ -194,8 +203,8 @@ class LanguageModel(nn.Module):
         self.hf = hf
 
     def forward(self, batch):
-        x = self.hf.base_model(batch['tokens'], attention_mask=batch['text_mask'].long())[0]     # [B,T,D]
-        loss = lm_loss(x, batch['tokens'], batch['text_mask'], self.hf.get_output_embeddings())
+        x = self.hf.base_model(batch['tokens'], attention_mask=batch['text_mask'].long(), use_cache=False)[0]    # [B,T,D]
+        loss = lm_loss(x, batch, self.hf.get_output_embeddings())
         return dict(loss=loss, terms={'lm': loss})
 
     def param_groups(self): return grouped(self)
@@ -210,7 +219,9 @@ class AVModel(nn.Module):
         self.head = nn.Linear(encoder.d, 1)
 
     def predict(self, batch):
-        return dict(pred=self.head(masked_mean(*self.av_encoder(batch)))[:, 0])                  # [B]
+        z, mask = self.av_encoder(batch)                                                         # [B,m,d], [B,m]
+        with torch.autocast(z.device.type, enabled=False): y = self.head(masked_mean(z, mask))   # [B,1]
+        return dict(pred=y[:, 0])                                                                # [B]
 
     def forward(self, batch):
         loss = l1(self.predict(batch)['pred'], batch['label'])
@@ -290,8 +301,9 @@ class DeepMLF(nn.Module):
             z_mean = masked_mean(z, z_mask)                                                      # [B,d]
             x_last = x_t[torch.arange(len(x_t), device=x_t.device), text_len - 1].float()        # [B,D]
             x_mean = x_f.float().mean(1)                                                         # [B,D]
-            out = dict(pred=self.task_head(torch.cat([z_mean, x_last, x_mean], -1)), av=self.av_head(z_mean),
-                       text=self.text_head(x_last), fusion=self.fusion_head(x_mean))             # [B,1] each
+            out = dict(pred=self.task_head(torch.cat([z_mean, x_last, x_mean], -1)))             # [B,1] each
+            for k, x in (('av', z_mean), ('text', x_last), ('fusion', x_mean)):
+                if self.weights[k]: out[k] = getattr(self, k + '_head')(x)   # a head without a loss says nothing
             return {k: y[:, 0] for k, y in out.items()}                                          # [B] each
 
     def predict(self, batch):
@@ -306,7 +318,7 @@ class DeepMLF(nn.Module):
         out = self.heads(x_t, x_f, z, z_mask, batch['text_len'])
         terms, loss = deepmlf_loss(out, batch['label'], self.weights)
         if c['weight_lm']:
-            terms['lm'] = lm_loss(x_t, batch['tokens'], batch['text_mask'], self.lm.lm_head)
+            terms['lm'] = lm_loss(x_t, batch, self.lm.lm_head)
             loss = loss + c['weight_lm'] * terms['lm']
         return dict(loss=loss, terms=terms)
 
@@ -330,10 +342,17 @@ def new_lm(texts, c, folder):
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    if c['lm_positions'] < c['max_text_len']:
+        raise ModelError(f"lm_positions={c['lm_positions']} is less than max_text_len={c['max_text_len']}: raise it.")
+    if c['lm_width'] % c['lm_heads']:
+        raise ModelError(f"lm_heads={c['lm_heads']} does not divide lm_width={c['lm_width']}: take a divisor of it.")
     proto = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    try: sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=proto, vocab_size=c['lm_vocab'], model_type='unigram', num_threads=1,
         hard_vocab_limit=False, normalization_rule_name='identity', minloglevel=2, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+    except RuntimeError as e:
+        raise ModelError(f"no sentencepiece tokenizer of lm_vocab={c['lm_vocab']} can be trained on this text "
+                         f"({str(e).splitlines()[-1][-120:]}): change lm_vocab.") from None
     sp = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
     fast = Tokenizer(models.Unigram([(sp.id_to_piece(i), sp.get_score(i)) for i in range(sp.vocab_size())], unk_id=0))
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()

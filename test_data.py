@@ -106,7 +106,7 @@ def py2_array(payload, shape, code=b'f4', core=b'numpy.core'):
     """ The opcodes that Python 2 and an old numpy write for an array in protocol 2. """
     short = lambda s: b'U' + bytes([len(s)]) + s
     return (b'c' + core + b'.multiarray\n_reconstruct\n' + b'cnumpy\nndarray\n' + b'K\x00\x85' + short(b'b')
-            + b'\x87R' + b'(K\x01' + b'(' + b''.join(b'M' + struct.pack('<H', n) for n in shape) + b't'
+            + b'\x87R' + b'(K\x01' + b'(' + b''.join(b'\x8a\xfe' + n.to_bytes(254, 'little') for n in shape) + b't'
             + b'cnumpy\ndtype\n' + short(code) + b'K\x00K\x01\x87R(K\x03' + short(b'<')
             + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb'
             + b'\x89' + b'T' + struct.pack('<i', len(payload)) + payload + b'tb')
@@ -177,6 +177,9 @@ def evil_pickles(canary):
     yield 'fill', py2_array(b'12345678', (1,)) + b'.'                         # too many
     yield 'fill', py2_array(b'12345678', (1,), b'O8') + b'.'                  # pointers, from bytes
     yield 'fill', py2_array(b'', (60000,) * 9) + b'.'
+    yield 'sizes', py2_array(b'', (2 ** 1000,) * 200) + b'.'                  # whose product takes hours, if longer
+    yield 'sizes', py2_array(b'', (0,) * 1000) + b'.'
+    yield 'plain', b'}\x8a\x09' + (2 ** 61 - 1).to_bytes(9, 'little') + b'K\x01s.'   # one of millions with one hash
     yield 'plain', b'}](e' + b'K\x01s.'                                       # a list as a key
     yield 'plain', b'}K\x01\x85' + b'2\x86' * 60 + b'K\x01s.'   # a key whose hash takes 2^60 steps
 
@@ -482,6 +485,16 @@ def test_get_batch(tmp_path):
     assert dropped['audio_len'].tolist() == [0, 0] and not dropped['audio_mask'].any()
     assert torch.equal(dropped['vision'], s['vision']) and 'tokens' not in s
     with pytest.raises(CorpusError, match='video'): get_batch(corpus, 'train', [0], modalities=('video',))
+
+
+def test_a_small_file_cannot_become_a_huge_corpus(tmp_path):
+    """ No frames but ten million features, or one array given for every clip: refused before anything is allocated. """
+    tree = msena()
+    for s in tree.values(): s['audio'] = np.zeros((len(s['raw_text']), 0, 10 ** 7), np.float32)
+    refused(tree, tmp_path, 'of one width, 1 to 65536')
+    tree, one = msena(), np.ones((7, 5), np.float32)
+    for s in tree.values(): s['audio'] = [one] * len(s['raw_text'])
+    refused(tree, tmp_path, 'one array for many clips')
 
 
 # ---------------------------------------------------------------------------------------------------------

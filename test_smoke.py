@@ -21,7 +21,8 @@ import torch.nn as nn
 from adapters import AVEncoder, LoRA, MMBlock, masked_mean, pool_frames, regularise, seqaug
 from configurator import configure, read_config
 from losses import deepmlf_loss, lm_loss
-from model import DeepMLF, FrozenLM, ModelError, load_lm
+from data import tokenize
+from model import AVModel, DeepMLF, FrozenLM, ModelError, load_lm
 
 HERE = Path(__file__).resolve().parent
 PARENT = HERE.parent
@@ -58,7 +59,7 @@ def tiny_batch(seed=0):
     lengths = dict(tokens=torch.tensor([9, 4, 1]), audio=torch.tensor([20, 0, 3]), vision=torch.tensor([6, 11, 0]))
     real = {k: torch.arange(int(n.max())) < n[:, None] for k, n in lengths.items()}
     batch = dict(tokens=torch.randint(3, 60, (3, 9), generator=g), text_len=lengths['tokens'], text_mask=real['tokens'],
-                 label=torch.randn(3, generator=g), index=torch.arange(3))
+                 targets=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11]), label=torch.randn(3, generator=g), index=torch.arange(3))
     for stream, width in dict(audio=5, vision=7).items():
         x = torch.randn(3, int(lengths[stream].max()), width, generator=g) * real[stream][..., None]
         batch |= {stream: x, f'{stream}_len': lengths[stream], f'{stream}_mask': real[stream]}
@@ -99,8 +100,8 @@ def test_mm_ffw_starts_as_the_lms_own(family, ffw):
     block = MMBlock(32, 12, lm.part(1, 'norm_2'), lm.ffw(1), 4, ffw=ffw, dropout=0.0, lora_dropout=0.0)
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(block.ffw(block.norm_2(x), lm.ffw(1)), lm.part(1, 'ffw')(lm.part(1, 'norm_2')(x)), rtol=0, atol=1e-6)
-    fresh = MMBlock(32, 12, lm.part(1, 'norm_2'), lm.ffw(1), 4, ffw_init='random')
-    assert not torch.allclose(fresh.ffw.up.weight, block.ffw.up.weight if ffw == 'full' else torch.zeros(1))
+    fresh = MMBlock(32, 12, lm.part(1, 'norm_2'), lm.ffw(1), 4, ffw_init='random', dropout=0.0)
+    assert not torch.allclose(fresh.ffw(fresh.norm_2(x), lm.ffw(1)), lm.part(1, 'ffw')(lm.part(1, 'norm_2')(x)), atol=1e-2)
 
 
 def test_gates():
@@ -169,15 +170,15 @@ def test_lm_loss_is_the_mean_over_real_targets():
     torch.manual_seed(0)
     head, hidden = nn.Linear(8, 60, bias=False), torch.randn(3, 9, 8, requires_grad=True)
     batch = tiny_batch()
-    tokens, mask = batch['tokens'], batch['text_mask']
-    target = tokens[:, 1:].masked_fill(~mask[:, 1:], -100)
+    target = batch['tokens'][:, 1:].masked_fill(~batch['text_mask'][:, 1:], -100)
     plain = nn.functional.cross_entropy(head(hidden)[:, :-1].reshape(-1, 60), target.reshape(-1), ignore_index=-100)
     (g,) = torch.autograd.grad(plain, hidden)
     for chunk in (1024, 4):
-        ours = lm_loss(hidden, tokens, mask, head, chunk)
+        ours = lm_loss(hidden, batch, head, chunk)
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(torch.autograd.grad(ours, hidden)[0], g)
-    assert lm_loss(hidden[:, :1], tokens[:, :1], mask[:, :1], head).item() == 0.0
+    assert lm_loss(hidden, batch | dict(targets=batch['targets'][:0]), head).item() == 0.0
+    torch.testing.assert_close(lm_loss(hidden, batch | dict(lm_weight=0.5), head), plain / 2)
 
 
 def test_deepmlf_loss_by_hand():
@@ -229,7 +230,7 @@ def test_lm_loss_reaches_only_the_ffw_side_of_mm_blocks():
     """ facts 0.1: L_LM gives gradient to FFW, norm_2 and gate 2, and nothing to attention, fusion tokens or AV encoder. """
     model = tiny_deepmlf()
     x_t, *_ = model.streams(tiny_batch())
-    lm_loss(x_t, tiny_batch()['tokens'], tiny_batch()['text_mask'], model.lm.lm_head).backward()
+    lm_loss(x_t, tiny_batch(), model.lm.lm_head).backward()
     reached = {n.split('.', 2)[-1].split('.')[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == {'ffw', 'norm_2', 'a_2'}
 
@@ -240,8 +241,25 @@ def test_bf16_rounds_neither_predictions_nor_raw_features():
     model.lm.bfloat16()
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): out = model.predict(batch)
     assert all(y.dtype == torch.float32 and (y != y.bfloat16().float()).any() for y in out.values())
-    z, _ = model.av_encoder(batch)
-    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(model.av_encoder(batch)[0], z)
+    alone = AVModel(model.av_encoder).eval()
+    z, y = model.av_encoder(batch)[0], alone.predict(batch)['pred']
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(model.av_encoder(batch)[0], z) and torch.equal(alone.predict(batch)['pred'], y)
+
+
+def test_long_texts_are_cut_by_the_tokenizer_and_empty_ones_get_a_token(tmp_path):
+    """ A BERT tokenizer (Chinese GPT-2 has one) keeps its [SEP] when a text is cut: the text head reads the last token. """
+    from transformers import BertTokenizerFast
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'abcdef']
+    (tmp_path / 'vocab.txt').write_text('\n'.join(words))
+    tokenizer = BertTokenizerFast(vocab_file=str(tmp_path / 'vocab.txt'))
+    ids, n_empty, n_cut = tokenize(tokenizer, ['a b', 'a b c d e f'], max_len=5)
+    assert [(t[0], t[-1], len(t)) for t in ids] == [(2, 3, 4), (2, 3, 5)] and (n_empty, n_cut) == (0, 1)
+    class Bare:   # no special tokens, as GPT-2
+        eos_token_id, bos_token_id, pad_token_id = 9, None, None
+        def __call__(self, texts, truncation=False, max_length=None, **_):
+            return {'input_ids': [[ord(ch) for ch in t][:max_length] for t in texts]}
+    assert tokenize(Bare(), ['', 'abc'], max_len=2) == ([[9], [97, 98]], 1, 1)
 
 
 def test_decay_groups_hold_every_trainable_weight_once():

@@ -4,6 +4,7 @@ and leaves nothing half-written, and the commands that the docs name do run.
 
     python -m pytest -q test_trust.py
 """
+import ast
 import json
 import os
 import pickle
@@ -66,7 +67,8 @@ def deepmlf(corpora, out, name, *more):
 # Frozen and trained
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('knobs', [dict(), dict(mm_ffw='lora'), dict(mm_ffw='none'), dict(mm_gate='tanh'), dict(mm_query='text+fusion'), dict(text_reg='seqaug')])
+@pytest.mark.parametrize('knobs', [dict(), dict(mm_ffw='lora'), dict(mm_ffw='none'), dict(mm_gate='tanh'), dict(mm_gate='none'),
+                                   dict(mm_query='text+fusion'), dict(mm_query='text'), dict(text_reg='seqaug')])
 @pytest.mark.parametrize('family', ['gpt2', 'llama'])
 def test_frozen_is_bit_identical_and_everything_else_moves(family, knobs, dtype):
     """
@@ -95,10 +97,11 @@ def test_frozen_is_bit_identical_and_everything_else_moves(family, knobs, dtype)
 
 
 def test_training_never_touches_the_frozen_lm(curriculum):
-    """ The LM's file on disk is what it was, and the DeepMLF checkpoint holds nothing of it. """
+    """ The LM's folder is the best checkpoint of its own run to the bit, and the DeepMLF checkpoint holds nothing of it. """
     best = load_file(curriculum / 'whole' / 'best.safetensors')
     assert best and not any(k.startswith('lm.') for k in best)
-    assert (curriculum / 'lm_toy' / 'hf' / 'model.safetensors').stat().st_mtime < (curriculum / 'whole' / 'config.json').stat().st_mtime
+    now, then = load_file(curriculum / 'lm_toy' / 'hf' / 'model.safetensors'), load_file(curriculum / 'lm_toy' / 'best.safetensors')
+    assert len(now) > 40 and all(torch.equal(v, then['hf.' + k]) for k, v in now.items())
 
 
 def test_a_frozen_av_encoder_stays_the_pretrained_one(corpora, curriculum):
@@ -112,21 +115,27 @@ def test_a_frozen_av_encoder_stays_the_pretrained_one(corpora, curriculum):
 
 
 def test_accumulated_micro_batches_are_one_big_batch(corpora, curriculum):
-    """ 16 x 2 equals 32 x 1 where the loss is a mean over clips (no dropout, no LM term, whose mean is over tokens). """
-    still = ['--dropout=0', '--av_dropout=0', '--text_reg=none', '--weight_lm=0', '--max_steps=2', '--fresh=True']
-    for name, shape in (('micro', ['--batch_size=16', '--accumulate=2']), ('big', ['--batch_size=32', '--accumulate=1'])):
-        args = [a for a in deepmlf(corpora, curriculum, name) if not a.startswith(('--batch_size', '--max_steps'))]
-        order = data.epoch_order
-        # the same 32 clips in both: the bucketing depends on batch_size, so cut one order two ways
-        def flat(cost, batch_size, seed, epoch):
-            clips = np.arange(len(cost))
-            return [clips[i:i + batch_size] for i in range(0, len(clips), batch_size)]
-        data.epoch_order = flat
-        try: train(*args, *shape, *still)
-        finally: data.epoch_order = order
-    a, b = (load_file(curriculum / name / 'last.safetensors') for name in ('micro', 'big'))
-    for k in a:
-        if k.startswith('model.'): torch.testing.assert_close(a[k], b[k], rtol=0, atol=2e-5, msg=k)
+    """
+    40 clips as 16 + 16 + 8 and as one batch, no dropout: the same gradient norm, loss and terms, the LM loss (a mean over
+    tokens, not clips) among them, and the same weights. Clipping is off: it, and Adam, would hide a wrong scale.
+    """
+    still = ['--dropout=0', '--av_dropout=0', '--text_reg=none', '--clip=0', '--max_steps=2', '--log_interval=1']
+    # 40 clips a step in both, the last micro-batch smaller: bucketing depends on batch_size, so one order is cut in two ways
+    def flat(cost, batch_size, seed, epoch):
+        cut = range(0, 40, batch_size) if epoch is not None else [0]
+        return [np.arange(len(cost) if epoch is None else 40)[i:i + batch_size if epoch is not None else None] for i in cut]
+    order, logs, weights = data.epoch_order, [], []
+    data.epoch_order = flat
+    try:
+        for name, shape in (('micro', ['--batch_size=16', '--accumulate=3']), ('big', ['--batch_size=40', '--accumulate=1'])):
+            train(*deepmlf(corpora, curriculum, name), *still, *shape)
+            logs.append([json.loads(line) for line in open(curriculum / name / 'log.jsonl') if 'train' in line])
+            weights.append(load_file(curriculum / name / 'last.safetensors'))
+    finally: data.epoch_order = order
+    for a, b in zip(*logs):
+        assert a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4) and a['train'] == pytest.approx(b['train'], rel=1e-4)
+    for k, v in weights[0].items():
+        if k.startswith('model.'): torch.testing.assert_close(v, weights[1][k], rtol=0, atol=2e-5, msg=k)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -231,6 +240,7 @@ def test_eval_rebuilds_the_run_from_its_files(curriculum):
     (['--corpus=nowhere.pkl'], 'nowhere.pkl'), (['--label=mood'], "no label 'mood'"), (['--label=emotion'], 'classes'),
     (['--lm=no/such-lm'], 'could not be loaded'), (['--mm_layers=[9]'], 'from 1 to 4'), (['--mm_heads=5'], 'does not divide'),
     (['--av_from='], 'needs a pretrained AV encoder'), (['--av_width=24'], 'does not fit this model'), (['--resume=True'], 'no checkpoint'),
+    (['--text_reg=dropout', '--text_reg_rate=1.5'], r'text_reg_rate=1.5 must be in'), (['--seed=99999999999999999999'], 'below 2.63'),
     (['--modalities=audio,smell'], 'may hold'), (['--max_text_len=127'], 'positions'), (['config/missing.py'], 'missing.py')])
 def test_bad_knobs_get_a_sentence_before_training(flags, sentence, corpora, curriculum):
     with pytest.raises(SystemExit) as stopped: train(*deepmlf(corpora, curriculum, 'refused', *flags))
@@ -241,6 +251,36 @@ def test_bad_knobs_get_a_sentence_before_training(flags, sentence, corpora, curr
 def test_a_run_is_never_overwritten_or_continued_as_another(corpora, curriculum):
     with pytest.raises(SystemExit, match='already holds a run: --resume=True'): train(*deepmlf(corpora, curriculum, 'whole'))
     with pytest.raises(SystemExit, match='was trained with n_fusion=8, not 5'): train(*deepmlf(corpora, curriculum, 'whole', '--resume=True', '--n_fusion=5'))
+
+
+def test_what_a_run_stands_on_must_be_what_it_says(corpora, tmp_path):
+    """ A finished run in needs is taken where it fits (an LM reads no audiovisual knob), and refused where it was trained
+    with other knobs, on another file, or by a config that has been edited since. """
+    flags = [f'--data_dir={corpora}', *[f for f in TINY if not f.startswith(('--batch', '--log', '--lm_vocab'))], '--max_steps=2']
+    train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/run')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['av_toy-steps2', 'lm_toy-steps2', 'run']
+    with pytest.raises(SystemExit, match='av_toy-steps2 was trained with av_layers=2 and this run wants 3'):
+        train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/other', '--av_layers=3')
+    config = tmp_path / 'av_toy-steps2' / 'result.json'
+    old = json.loads(config.read_text())
+    config.write_text(json.dumps(old | dict(about=old['about'] | dict(knobs=old['about']['knobs'] | dict(lr=0.5)))))
+    with pytest.raises(SystemExit, match='was trained with lr=0.5'): train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/other')
+    config.write_text(json.dumps(old))
+    about = tmp_path / 'av_toy-steps2' / 'config.json'
+    about.write_text(about.read_text().replace(old['about']['corpus']['sha256'], '0' * 64))
+    with pytest.raises(SystemExit, match='was trained on another file'): train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/other')
+
+
+def test_a_random_lm_is_drawn_again_and_another_lm_is_refused(corpora, curriculum):
+    """ lm_init='random' is in no checkpoint: eval draws the same one from the seed. A retrained LM is not taken for the old. """
+    train(*deepmlf(corpora, curriculum, 'random_lm', '--lm_init=random'))
+    before = json.load(open(curriculum / 'random_lm' / 'result.json'))
+    evaluation.rerun(str(curriculum / 'random_lm'))
+    assert json.load(open(curriculum / 'random_lm' / 'result.json'))['test'] == before['test']
+    shutil.copytree(curriculum / 'whole', curriculum / 'other_lm')
+    path = curriculum / 'other_lm' / 'result.json'
+    path.write_text(path.read_text().replace(json.loads(path.read_text())['about']['lm_fingerprint'], 'f' * 16))
+    with pytest.raises(evaluation.EvalError, match='is not the one that'): evaluation.rerun(str(curriculum / 'other_lm'))
 
 
 def test_other_widths_than_the_checkpoints_get_both_numbers(corpora, curriculum, tmp_path):
@@ -273,10 +313,12 @@ def test_nan_stops_with_the_step_and_the_term(corpora, curriculum, monkeypatch):
     real = data.get_batch
     def poisoned(corpus, split, index, *a, **k):
         batch = real(corpus, split, index, *a, **k)
-        if split == 'train' and 7 in index: batch['label'][:] = float('nan')
+        steps.append(split)
+        if len(steps) == 2: batch['label'][:] = float('nan')   # step 2 is not one that is logged
         return batch
+    steps = []
     monkeypatch.setattr(data, 'get_batch', poisoned)
-    with pytest.raises(SystemExit, match=r'loss, task, text became NaN or inf between steps \d+ and \d+'): train(*deepmlf(corpora, curriculum, 'nan'))
+    with pytest.raises(SystemExit, match=r'av, fusion, loss, task, text became NaN or inf in step 2, and nothing was saved'): train(*deepmlf(corpora, curriculum, 'nan'))
 
 
 def a_corpus(tmp_path, name, **change):
@@ -398,9 +440,13 @@ def test_no_knob_without_a_reader():
     """ Every knob of train.py is read somewhere: by name in train.py, or as c['knob'] in another module. """
     text = (HERE / 'train.py').read_text(encoding='utf-8')
     block = text[text.index("# what is trained"):text.index("# -----")]
-    rest = text[text.index("# -----"):] + ''.join((HERE / f).read_text(encoding='utf-8') for f in ('model.py', 'data.py', 'eval.py'))
-    for knob in re.findall(r'^(\w+) = ', block, re.M):
-        assert re.search(rf"\b{knob}\b", rest.replace('choices = dict', '')), knob
+    read = set()
+    for source in [text[text.index('# The runs that this one stands on'):]] + [(HERE / f).read_text(encoding='utf-8') for f in ('model.py', 'data.py', 'eval.py')]:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load): read.add(node.id)          # lr
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant): read.add(node.slice.value)   # c['lr']
+    read |= {'weight_' + k for k in ('av', 'text', 'fusion')}   # c['weight_' + k]
+    assert set(re.findall(r'^(\w+) = ', block, re.M)) <= read
 
 
 def test_only_the_allowed_packages_are_imported():

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 
-from configurator import configure
+from configurator import configure, read_config
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import BETTER, constant, curve_picture, evaluate, report, write_predictions
 from model import ModelError, build, load_checkpoint, own_tensors, put, save_checkpoint, write_text
@@ -109,6 +109,7 @@ _here = os.path.dirname(os.path.abspath(__file__))
 _argv = sys.argv[1:]
 if all(a.startswith('-') for a in _argv): _argv = [os.path.join(_here, 'config', 'deepmlf_toy.py')] + _argv
 _argv = [a if a.startswith('-') or os.path.exists(a) else os.path.join(_here, a) for a in _argv]
+_defaults = dict(globals())
 config = configure(globals(), _argv)
 name = os.path.splitext(os.path.basename([a for a in _argv if not a.startswith('-')][-1]))[0]
 suffix = (f'-seed{seed}' if seed else '') + (f'-steps{max_steps}' if max_steps > 0 else '')
@@ -140,6 +141,8 @@ wrong += [f"{k}={config[k]} must be at least 1" for k in at_least_1 if config[k]
 wrong += [f"{k}={config[k]} must be at least 0" for k in at_least_0 if config[k] < 0]
 wrong += [f"{k}={config[k]} must be in [0, 1)" for k in shares if not 0 <= config[k] < 1]
 if not 0 <= text_reg_prob <= 1: wrong += [f"text_reg_prob={text_reg_prob} must be in [0, 1]"]
+if text_reg != 'noise' and text_reg_rate > 1: wrong += [f"text_reg_rate={text_reg_rate} must be in [0, 1]"]
+if seed >= 2 ** 63: wrong += [f"seed={seed} must be below 2^63"]
 if set(modalities) - {'audio', 'vision'}: wrong += [f"modalities={modalities} may hold 'audio' and 'vision' only"]
 if (system == 'lm') != (select == 'loss'): wrong += ["select is 'loss' for system='lm', and a metric for the others"]
 if resume and fresh: wrong += ["resume and fresh contradict each other"]
@@ -148,29 +151,34 @@ if wrong: stop('; '.join(wrong) + '.')
 # ---------------------------------------------------------------------------------------------------------
 # The runs that this one stands on: made here if they are not finished, beside this run
 
-# both must agree on these, so this run's are passed on
-SHARED = ('corpus', 'data_dir', 'label', 'modalities', 'standardise', 'lowercase', 'seed', 'device', 'dtype',
-          'max_steps', 'av_width', 'av_layers', 'av_heads', 'av_len')
+# What both must agree on is passed on. An LM does not read the audiovisual knobs, and the AV encoder reads no text.
+SHARED = dict(lm=('corpus', 'data_dir', 'lowercase', 'seed', 'device', 'dtype', 'max_steps'),
+              av=('corpus', 'data_dir', 'label', 'modalities', 'standardise', 'seed', 'device', 'dtype', 'max_steps',
+                  'av_width', 'av_layers', 'av_heads', 'av_len'))
+FREE = ('needs out_dir data_dir device dtype resume fresh log_interval save_interval patience').split()   # may differ
+stands_on = []
 for need in needs:
-    child = os.path.splitext(os.path.basename(need))[0]
+    child, need = os.path.splitext(os.path.basename(need))[0], os.path.join(_here, need)
     if child not in (lm, av_from) or (child == av_from and av_init == 'random'): continue
     folder = os.path.join(os.path.dirname(out_dir), child + suffix)
     if lm == child: lm = config['lm'] = folder
     if av_from == child: av_from = config['av_from'] = folder
+    stands_on.append(folder)
+    wanted = {k: _defaults[k] for k in config} | read_config(need, config)
+    shared = {k: config[k] for k in SHARED[wanted['system']]}
     finished = os.path.exists(os.path.join(folder, 'result.json'))
     cut_off = not finished and os.path.exists(os.path.join(folder, 'last.safetensors'))
-    if finished or cut_off:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f: theirs = json.load(f)['knobs']
-        other = [k for k in SHARED if theirs.get(k) != config[k] and k not in ('data_dir', 'device', 'dtype')]
-        if other: stop(f"{folder} was trained with {other[0]}={theirs.get(other[0])!r} and this run has "
-                       f"{config[other[0]]!r}: remove it, or give this run an --out_dir in another folder.")
     if finished:
         with open(os.path.join(folder, 'result.json'), encoding='utf-8') as f: theirs = json.load(f)
-        print(f"{name} stands on {folder}, trained before (valid {theirs['about']['knobs']['select']} {theirs['state']['best']:.4f})")
+        knobs, score = theirs['about']['knobs'], theirs['state']['best']
+        other = [k for k, v in (wanted | shared).items() if k not in FREE and knobs.get(k) != v]
+        if other: stop(f"{folder} was trained with {other[0]}={knobs.get(other[0])!r} and this run wants "
+                       f"{(wanted | shared)[other[0]]!r}: remove it, or give this run an --out_dir in another folder.")
+        print(f"{name} stands on {folder}, trained before (valid {knobs['select']} {score:.4f})")
         continue
     print(f"{name} stands on {child}: {'going on with' if cut_off else 'making'} that first, in {folder}")
     argv = sys.argv
-    sys.argv = ['train.py', os.path.join(_here, need), f'--out_dir={folder}'] + [f'--{k}={config[k]}' for k in SHARED]
+    sys.argv = ['train.py', need, f'--out_dir={folder}'] + [f'--{k}={v}' for k, v in shared.items()]
     if cut_off: sys.argv += ['--resume=True']
     try: runpy.run_path(os.path.join(_here, 'train.py'), run_name='__main__')
     finally: sys.argv = argv
@@ -189,15 +197,23 @@ if resume and not os.path.exists(last_path): stop(f"there is no checkpoint in {o
 there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
 if device == 'auto': device = next(d for d in there if there[d])
 if not there[device]: stop(f"device={device} is not there: this machine has {', '.join(d for d in there if there[d])}.")
-if dtype == 'auto': dtype = 'bfloat16' if device == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+bf16 = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+if dtype == 'auto': dtype = 'bfloat16' if bf16 else 'float32'
 autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16')
 
 try:
     clips = open_corpus(corpus, data_dir)
+    for folder in stands_on:
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f: theirs = json.load(f)
+        if theirs['corpus']['sha256'] != clips.sha256:
+            stop(f"{folder} was trained on another file than {clips.folder} was made from: remove it, or give this run an "
+                 "--out_dir in another folder.")
+    os.makedirs(out_dir, exist_ok=True)
     torch.manual_seed(seed)
     model, tokenizer = build(config, clips, out_dir, getattr(torch, dtype))
     feed = Feed(clips, config, tokenizer, device)   # text is tokenised once, here
 except (CorpusError, ModelError) as e: stop(str(e))
+except OSError as e: stop(f"cannot write to {out_dir} ({e.strerror or e}): make room, or give another --out_dir.")
 model.to(device)
 step_model = torch.compile(model) if compile else model
 
@@ -242,7 +258,8 @@ about = dict(
     versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                   transformers=transformers.__version__),
     device=device, dtype=dtype, threads=torch.get_num_threads(), matmul_gflops=round(matmul_rate(), 1),
-    corpus=dict(folder=clips.folder, sha256=clips.meta['source']['sha256'], widths=clips.widths))
+    corpus=dict(folder=clips.folder, sha256=clips.sha256, widths=clips.widths),
+    lm_fingerprint=model.lm.fingerprint() if system == 'deepmlf' else None)
 
 # ---------------------------------------------------------------------------------------------------------
 # Where we are. The last checkpoint has all of it, and resuming is bitwise: the order of the clips is a function of
@@ -252,11 +269,14 @@ state = dict(step=0, best=None, best_step=0, stale=0, seconds=0.0, done=False)
 if resume:
     try:
         saved, info = load_checkpoint(last_path)
-        free = 'resume fresh out_dir data_dir device log_interval save_interval max_steps epochs patience'.split()
         before = info['about']['knobs']
-        other = [k for k in config if k not in free and before.get(k) != config[k]]
+        other = [k for k in config if k not in FREE and before.get(k) != config[k]]
         if other: stop(f"{out_dir} was trained with {other[0]}={before.get(other[0])!r}, not {config[other[0]]!r}: "
                        "resuming goes on with the same run, so give another --out_dir.")
+        other = [what for what, a, b in (('corpus file', info['about']['corpus']['sha256'], clips.sha256),
+                                         ('LM', info['about']['lm_fingerprint'], about['lm_fingerprint'])) if a != b]
+        if other: stop(f"{out_dir} was trained on another {other[0]} than is there now: put that one back, or give another "
+                       "--out_dir.")
         put(model, {k.removeprefix('model.'): v for k, v in saved.items() if k.startswith('model.')}, out_dir)
     except ModelError as e: stop(str(e))
     for n, p in named.items():
@@ -264,22 +284,27 @@ if resume:
         optimizer.state[p] = {k: v if k == 'step' else v.to(device) for k, v in moments.items()}
     torch.set_rng_state(saved['rng'])
     if device == 'cuda' and 'rng_cuda' in saved: torch.cuda.set_rng_state(saved['rng_cuda'])
-    state = info['state']
+    if device == 'mps' and 'rng_mps' in saved: torch.mps.set_rng_state(saved['rng_mps'])
+    state = info['state'] | dict(done=info['state']['stale'] >= patience)
 
 try:
-    os.makedirs(out_dir, exist_ok=True)
     # result.json says that a run is finished, so it goes while this one is not; and a fresh start has no past
-    for old in [result_path] if resume else [result_path, last_path, best_path]:
-        if os.path.exists(old): os.remove(old)
+    past = 'last.safetensors last.json best.safetensors best.json test.jsonl report.md curve.png'.split()
+    for old in ['result.json'] + (past if fresh else []):
+        if os.path.exists(os.path.join(out_dir, old)): os.remove(os.path.join(out_dir, old))
     write_text(os.path.join(out_dir, 'config.json'), json.dumps(about, indent=1))
     log_path = os.path.join(out_dir, 'log.jsonl')
-    lines = open(log_path, encoding='utf-8').read().splitlines() if resume and os.path.exists(log_path) else []
+    lines = open(log_path, encoding='utf-8').readlines() if resume and os.path.exists(log_path) else []
     # entries of steps that will be run again go, and so does a line that was being written when the run was killed
-    lines = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= state['step']]
-    write_text(log_path, ''.join(line + '\n' for line in lines))
+    lines = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= state['step']]
+    write_text(log_path, ''.join(lines))
     log_file = open(log_path, 'a', encoding='utf-8', buffering=1)
 except OSError as e: stop(f"cannot write to {out_dir} ({e.strerror}): make room, or give another --out_dir.")
-log = lambda **entry: log_file.write(json.dumps(entry) + '\n')
+
+
+def log(**entry):
+    try: log_file.write(json.dumps(entry) + '\n')
+    except OSError as e: stop(f"cannot write {log_path} ({e.strerror}): make room; --resume=True goes on from the last checkpoint.")
 
 
 def save(kind):
@@ -290,6 +315,7 @@ def save(kind):
         tensors |= {f'optimizer.{n}.{k}': v for n, p in named.items() for k, v in optimizer.state.get(p, {}).items()}
         tensors['rng'] = torch.get_rng_state()
         if device == 'cuda': tensors['rng_cuda'] = torch.cuda.get_rng_state()
+        if device == 'mps': tensors['rng_mps'] = torch.mps.get_rng_state()
     try: save_checkpoint(best_path if kind == 'best' else last_path, tensors, dict(about=about, state=state))
     except ModelError as e: stop(str(e))
 
@@ -317,26 +343,28 @@ for note in feed.notes: print(f"  {note}")
 
 low_is_better = BETTER[select] == 'low'
 cost, order, order_epoch = feed.cost('train'), None, None
-started, sick = time.time() - state['seconds'], {}
-line_time, line_clips, line_step = time.time(), 0, state['step']    # since the last printed line
+started, first_bad, never = time.time() - state['seconds'], {}, torch.tensor(math.inf, device=device)
+line_time, line_clips = time.time(), 0                              # since the last printed line
 model.train()
 while state['step'] < n_steps and not state['done']:
     epoch, i = divmod(state['step'], steps_per_epoch)
     if order_epoch != epoch: order, order_epoch = epoch_order(cost, batch_size, seed, epoch), epoch
     micro_batches = order[i * accumulate:(i + 1) * accumulate]      # fewer in an epoch's last step: none is dropped
     n_clips, terms = sum(map(len, micro_batches)), {}               # of this step
-    for index in micro_batches:
-        batch = feed('train', index)
-        with autocast(): out = step_model(batch)
+    n_targets = [feed.n_targets('train', index) for index in micro_batches]
+    for index, n in zip(micro_batches, n_targets):
         share = len(index) / n_clips                                # the gradient is a mean over clips, not batches
+        batch = feed('train', index) | dict(lm_weight=torch.tensor(n / max(1, sum(n_targets)) / share))   # and over tokens
+        with autocast(): out = step_model(batch)
         (out['loss'] * share).backward()
         for k, v in (out['terms'] | dict(loss=out['loss'])).items(): terms[k] = terms.get(k, 0) + v.detach() * share
     if state['step'] == 0:
         idle = [n for n, p in named.items() if p.grad is None]
         if idle: stop(f"no loss reaches {len(idle)} of the trained weights, {idle[0]} first: a knob has cut them off.")
     grad_norm = torch.nn.utils.clip_grad_norm_(named.values(), clip or math.inf)
-    # 0 x NaN and 0 x inf are NaN: that a term went bad in any step stays known, without asking the device in each
-    for k, v in (terms | dict(gradient=grad_norm)).items(): sick[k] = sick.get(k, 0) + 0 * v
+    for k, v in (terms | dict(gradient=grad_norm)).items():         # noted on the device, which is not asked here
+        bad_now = torch.where(torch.isfinite(v), never, state['step'] + 1)
+        first_bad[k] = torch.minimum(first_bad.get(k, never), bad_now)
 
     step = state['step'] = state['step'] + 1
     validating = i == steps_per_epoch - 1 or step == n_steps
@@ -350,12 +378,13 @@ while state['step'] < n_steps and not state['done']:
     state['seconds'] = time.time() - started
 
     if logging or saving:   # the only places in a step that wait for the device
-        bad = sorted(k for k, v in sick.items() if not math.isfinite(v))
-        if bad: stop(f"{', '.join(bad)} became NaN or inf between steps {line_step + 1} and {step}, and nothing was saved "
-                     "since: lower --lr or --clip, or look for the clip that does it; --resume=True goes on from before.")
+        bad = {k: int(v) for k, v in first_bad.items() if math.isfinite(v)}
+        if bad: stop(f"{', '.join(k for k in sorted(bad) if bad[k] == min(bad.values()))} became NaN or inf in step "
+                     f"{min(bad.values())}, and nothing was saved since: lower --lr or --clip, or look for the clip that "
+                     "does it; --resume=True goes on from before.")
     if logging:
         terms = {k: float(v) for k, v in sorted(terms.items())}
-        norm = lambda tensors: math.sqrt(sum(float(t.detach().float().square().sum()) for t in tensors))
+        norm = lambda tensors: float(torch.stack([t.detach().float().norm() for t in tensors]).norm())
         rate = line_clips / max(time.time() - line_time, 1e-9)
         log(step=step, epoch=round(step / steps_per_epoch, 3), lr=lr_at(step - 1), train=terms, grad_norm=float(grad_norm),
             param_norm=norm(named.values()), update_norm=norm(p - b for p, b in zip(named.values(), before)),
@@ -368,8 +397,9 @@ while state['step'] < n_steps and not state['done']:
     if validating:
         valid, _ = score('valid')
         value, best = valid[select], state['best']
-        # NaN (Corr of a constant) is never better, and the first finite value is better than NaN
-        better = best is None or not best == best or (value < best if low_is_better else value > best)
+        # NaN (Corr of a constant) is better than nothing and worse than anything else
+        better = best is None or (math.isnan(best) and not math.isnan(value)) \
+            or (value < best if low_is_better else value > best)
         state.update(dict(best=value, best_step=step, stale=0) if better else dict(stale=state['stale'] + 1))
         state['done'] = state['stale'] >= patience
         log(step=step, epoch=round(step / steps_per_epoch, 3), valid=valid, best=better)
@@ -377,7 +407,7 @@ while state['step'] < n_steps and not state['done']:
         if better: save('best')
     if logging:
         print(line, flush=True)
-        line_time, line_clips, line_step = time.time(), 0, step
+        line_time, line_clips = time.time(), 0
     if saving: save('last')
     if saving and interrupted: stop(f"stopped at step {step} of {n_steps} and saved: --resume=True goes on.")
 if in_main_thread: signal.signal(signal.SIGINT, previous_handler)

@@ -104,8 +104,9 @@ class LazyArray:
 
     def build(self, state):
         shape, dtype, fortran, payload = state[-4:]   # a version number comes first, but for numpy < 1.0
-        if self.shape is not None or type(shape) is not tuple \
-           or any(type(n) is not int or n < 0 for n in shape):
+        # sizes are looked at before they are multiplied: a product of thousand-digit numbers takes hours
+        if self.shape is not None or type(shape) is not tuple or len(shape) > 32 \
+           or any(type(n) is not int or not 0 <= n < 2 ** 48 for n in shape):
             raise ValueError("an array whose shape is not a tuple of sizes")
         self.dtype, self.fortran, n = dtype.np, bool(fortran) and len(shape) > 1, math.prod(shape)
         if type(payload) in (str, Py2Str): payload = payload.encode('latin1')
@@ -171,9 +172,11 @@ class Name:
 
 
 def _plain(keys):
-    # hashing nested tuples can take exponential time, and no real file has such a key
+    # hashing nested tuples can take exponential time, long numbers can be made to share one hash, and no real
+    # file has such keys
     if any(type(k) not in (str, Py2Str, bytes, int, float, bool, type(None)) for k in keys):
         raise TypeError("a key that is not plain")
+    if any(type(k) is int and not -2 ** 60 < k < 2 ** 60 for k in keys): raise TypeError("a key that is not plain")
     return keys
 
 
@@ -355,6 +358,6 @@ def read_pickle(f, scratch=None):
     """
     What the pickle in f (an open binary file; keep it open) holds, with a LazyArray for each numpy array.
     `scratch` is a folder for decoded copies. Raises CorpusError for all but plain containers and arrays of
-    plain dtypes.
+    plain dtypes, and OSError where the file cannot be read.
     """
     with strangers_file(f.name, f): return Unpickler(f, scratch).load()

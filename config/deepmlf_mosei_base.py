@@ -5,6 +5,7 @@
 needs = ['config/av_mosei.py']
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 standardise = False           # the release feeds raw COVAREP and Facet
+dtype = 'float32'             # as the release trains GPT-2
 lm = 'gpt2'
 av_from = 'av_mosei'
 mm_layers = [4, 6, 8, 9, 10, 11, 12]

@@ -5,6 +5,7 @@
 # n_fusion: the release and the paper's text have 20, its Table 1 has 16. standardise stands for the release's BatchNorm.
 needs = ['config/av_sims.py']
 corpus = 'SIMS/Processed/unaligned_39.pkl'
+dtype = 'float32'             # as the release trains GPT-2
 lm = 'uer/gpt2-chinese-cluecorpussmall'
 max_text_len = 39
 av_from = 'av_sims'
