@@ -16,6 +16,7 @@ mm_layers count from 1, as the papers print them: 8 means "an MM block after the
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -159,28 +160,41 @@ class SentencePiece:
     def decode(self, ids): return self.sp.decode(list(ids))
 
 
+@contextmanager
+def loading(name):
+    """ Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError). """
+    from safetensors import SafetensorError
+    try: yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:   # RuntimeError: weights of other shapes
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes a Hugging Face name that the "
+                         "hub or the local cache has, or a folder with config.json, weights and tokenizer.") from None
+
+
+def lm_config(name):
+    """ The configuration of an LM, and the name or folder that it came from (a run's LM is in its folder hf). """
+    from transformers import AutoConfig
+    if os.path.isdir(os.path.join(name, 'hf')): name = os.path.join(name, 'hf')
+    with loading(name): return AutoConfig.from_pretrained(name), name
+
+
 def load_lm(name, dtype=torch.float32, random_init=False):
     """
     A pretrained causal LM and its tokenizer, by Hugging Face name or by folder (a run of system='lm' is one too).
     random_init keeps the shape and throws the weights away, for the control that every reader asks for.
     Raises ModelError where neither the hub, nor the local cache, nor a folder has it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
+    from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
     from transformers.utils import logging
     DTYPE = 'dtype' if [int(n) for n in __version__.split('.')[:2]] >= [4, 56] else 'torch_dtype'   # renamed there
-    from safetensors import SafetensorError
     logging.disable_progress_bar()
-    if os.path.isdir(os.path.join(name, 'hf')): name = os.path.join(name, 'hf')
-    try:
-        if random_init: hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).to(dtype)
+    config, name = lm_config(name)
+    with loading(name):
+        if random_init: hf = AutoModelForCausalLM.from_config(config).to(dtype)
         else: hf = AutoModelForCausalLM.from_pretrained(name, **{DTYPE: dtype})
         has = lambda file: os.path.exists(os.path.join(name, file))
         bare = has('tokenizer.model') and not has('tokenizer.json')
         tokenizer = SentencePiece(name) if bare else AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:   # RuntimeError: weights of other shapes
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes a Hugging Face name that the "
-                         "hub or the local cache has, or a folder with config.json, weights and tokenizer.") from None
     return FrozenLM(hf), tokenizer
 
 
@@ -386,6 +400,18 @@ def build(c, corpus, out_dir, dtype=torch.float32):
         put(model.av_encoder, theirs, c['av_from'])
         model.av_encoder.requires_grad_(c['av_init'] == 'tune')
     return model, tokenizer
+
+
+def rehearse(c):
+    """
+    Build DeepMLF from the knobs without a weight in it (on the meta device), from the LM's configuration alone: so that
+    an LM that cannot be had, or layers that it does not have, stop a run before hours of AV pretraining. ModelError.
+    """
+    from transformers import AutoModelForCausalLM
+    config, _ = lm_config(c['lm'])
+    with torch.device('meta'):
+        try: DeepMLF(FrozenLM(AutoModelForCausalLM.from_config(config)), AVEncoder({'audio': 1}, c['av_width'], 1, c['av_heads']), c)
+        except ValueError as e: raise ModelError(str(e)) from None
 
 
 def own_tensors(model):

@@ -25,7 +25,7 @@ import data
 import eval as evaluation
 import model as models
 import toy
-from test_smoke import HERE, PARENT, fingerprint, tiny_batch, tiny_deepmlf
+from test_smoke import HERE, PARENT, fingerprint, tiny_batch, tiny_deepmlf, tiny_lm
 
 ENV = os.environ | {'HF_HUB_OFFLINE': '1'}   # test_smoke sets it for this process
 
@@ -246,6 +246,15 @@ def test_bad_knobs_get_a_sentence_before_training(flags, sentence, corpora, curr
     with pytest.raises(SystemExit) as stopped: train(*deepmlf(corpora, curriculum, 'refused', *flags))
     assert re.search(sentence, str(stopped.value)) and '\n' not in str(stopped.value).strip()
     assert not (curriculum / 'refused' / 'log.jsonl').exists()
+
+
+def test_an_lm_that_cannot_be_had_stops_before_the_av_encoder_is_trained(corpora, tmp_path):
+    for flag, sentence in (('--lm=no/such-lm', 'could not be loaded'), ('--mm_layers=[2,7]', 'from 1 to')):
+        with pytest.raises(SystemExit, match=sentence):
+            train('config/deepmlf_mosi.py', '--corpus=toy', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', *TINY, flag,
+                  *([] if 'no/' in flag else [f'--lm={tmp_path}/lm']))
+        assert not (tmp_path / 'av_mosi-steps11').exists()
+        if 'no/' in flag: tiny_lm().save_pretrained(tmp_path / 'lm')
 
 
 def test_a_run_is_never_overwritten_or_continued_as_another(corpora, curriculum):

@@ -28,7 +28,7 @@ import transformers
 from configurator import configure, read_config
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import BETTER, constant, curve_picture, evaluate, report, write_predictions
-from model import ModelError, build, load_checkpoint, own_tensors, put, save_checkpoint, write_text
+from model import ModelError, build, load_checkpoint, own_tensors, put, rehearse, save_checkpoint, write_text
 
 # what is trained, and on what
 system = 'deepmlf'            # 'lm', 'av' or 'deepmlf'
@@ -147,6 +147,10 @@ if set(modalities) - {'audio', 'vision'}: wrong += [f"modalities={modalities} ma
 if (system == 'lm') != (select == 'loss'): wrong += ["select is 'loss' for system='lm', and a metric for the others"]
 if resume and fresh: wrong += ["resume and fresh contradict each other"]
 if wrong: stop('; '.join(wrong) + '.')
+_needed = {os.path.splitext(os.path.basename(need))[0]: os.path.join(_here, need) for need in needs}   # name -> config
+if system == 'deepmlf' and lm not in _needed:
+    try: rehearse(config)
+    except ModelError as e: stop(str(e))
 
 # ---------------------------------------------------------------------------------------------------------
 # The runs that this one stands on: made here if they are not finished, beside this run
@@ -157,8 +161,7 @@ SHARED = dict(lm=('corpus', 'data_dir', 'lowercase', 'seed', 'device', 'dtype', 
                   'av_width', 'av_layers', 'av_heads', 'av_len'))
 FREE = ('needs out_dir data_dir device dtype resume fresh log_interval save_interval patience').split()   # may differ
 stands_on = []
-for need in needs:
-    child, need = os.path.splitext(os.path.basename(need))[0], os.path.join(_here, need)
+for child, need in _needed.items():
     if child not in (lm, av_from) or (child == av_from and av_init == 'random'): continue
     folder = os.path.join(os.path.dirname(out_dir), child + suffix)
     if lm == child: lm = config['lm'] = folder
@@ -170,11 +173,11 @@ for need in needs:
     cut_off = not finished and os.path.exists(os.path.join(folder, 'last.safetensors'))
     if finished:
         with open(os.path.join(folder, 'result.json'), encoding='utf-8') as f: theirs = json.load(f)
-        knobs, score = theirs['about']['knobs'], theirs['state']['best']
+        knobs, best = theirs['about']['knobs'], theirs['state']['best']
         other = [k for k, v in (wanted | shared).items() if k not in FREE and knobs.get(k) != v]
         if other: stop(f"{folder} was trained with {other[0]}={knobs.get(other[0])!r} and this run wants "
                        f"{(wanted | shared)[other[0]]!r}: remove it, or give this run an --out_dir in another folder.")
-        print(f"{name} stands on {folder}, trained before (valid {knobs['select']} {score:.4f})")
+        print(f"{name} stands on {folder}, trained before (valid {knobs['select']} {best:.4f})")
         continue
     print(f"{name} stands on {child}: {'going on with' if cut_off else 'making'} that first, in {folder}")
     argv = sys.argv
@@ -183,7 +186,7 @@ for need in needs:
     try: runpy.run_path(os.path.join(_here, 'train.py'), run_name='__main__')
     finally: sys.argv = argv
 
-last_path, best_path, result_path = (os.path.join(out_dir, f) for f in ('last.safetensors', 'best.safetensors', 'result.json'))
+last_path, best_path = os.path.join(out_dir, 'last.safetensors'), os.path.join(out_dir, 'best.safetensors')
 if system == 'deepmlf' and av_init != 'random' and not av_from:
     stop("av_init needs a pretrained AV encoder: --av_from=FOLDER of its run, or --av_init=random.")
 if os.path.exists(last_path) and not (resume or fresh):
@@ -416,9 +419,10 @@ log_file.close()
 # ---------------------------------------------------------------------------------------------------------
 # The end: the best checkpoint by validation reads the test set, once
 
-try: put(model, load_checkpoint(best_path)[0], out_dir)
+try:
+    put(model, load_checkpoint(best_path)[0], out_dir)
+    if system == 'lm': model.hf.save_pretrained(os.path.join(out_dir, 'hf'))
 except ModelError as e: stop(str(e))
-if system == 'lm': model.hf.save_pretrained(os.path.join(out_dir, 'hf'))
 result = dict(about=about, state=state, n_trainable=n_trainable, n_frozen=n_frozen, clips=clips.n_clips,
               label_range=feed.label_range, ceilings=clips.meta.get('ceilings'),
               majority=None if system == 'lm' else constant(clips, label))
@@ -426,6 +430,8 @@ result['valid'], _ = score('valid')
 result['test'], predictions = score('test')
 if predictions: write_predictions(out_dir, clips, predictions)
 result['seconds'] = round(time.time() - started, 1)
-write_text(result_path, json.dumps(result, indent=1))
-curve_picture(out_dir, select)
-print(report(out_dir))
+try:
+    write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
+    curve_picture(out_dir, select)
+    print(report(out_dir))
+except OSError as e: stop(f"trained, but cannot write to {out_dir} ({e.strerror}): make room; --resume=True ends it.")
