@@ -432,7 +432,8 @@ def convert(source, folder, dtype='float32', label_range=None):
 
 def describe(meta):
     """ What a corpus is and what was done to it, as a small table. """
-    rows = [('clips', ', '.join(f'{n} {s}' for s, n in meta['clips'].items()))]
+    rows = [('source', f"{meta['source']['file']}, SHA-256 {meta['source']['sha256']}"),
+            ('clips', ', '.join(f'{n} {s}' for s, n in meta['clips'].items()))]
     for name, y in meta['labels'].items():
         rows.append((name, f"in {y['range']}" if 'range' in y else f"one of {', '.join(y['names'])}"))
     for m, s in meta['streams'].items():
