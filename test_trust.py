@@ -245,7 +245,7 @@ def test_eval_rebuilds_the_run_from_its_files(curriculum):
 def test_bad_knobs_get_a_sentence_before_training(flags, sentence, corpora, curriculum):
     with pytest.raises(SystemExit) as stopped: train(*deepmlf(corpora, curriculum, 'refused', *flags))
     assert re.search(sentence, str(stopped.value)) and '\n' not in str(stopped.value).strip()
-    assert not (curriculum / 'refused' / 'log.jsonl').exists()
+    assert not (curriculum / 'refused').exists()
 
 
 def test_an_lm_that_cannot_be_had_stops_before_the_av_encoder_is_trained(corpora, tmp_path):

@@ -211,7 +211,6 @@ try:
         if theirs['corpus']['sha256'] != clips.sha256:
             stop(f"{folder} was trained on another file than {clips.folder} was made from: remove it, or give this run an "
                  "--out_dir in another folder.")
-    os.makedirs(out_dir, exist_ok=True)
     torch.manual_seed(seed)
     model, tokenizer = build(config, clips, out_dir, getattr(torch, dtype))
     feed = Feed(clips, config, tokenizer, device)   # text is tokenised once, here
@@ -291,6 +290,7 @@ if resume:
     state = info['state'] | dict(done=info['state']['stale'] >= patience)
 
 try:
+    os.makedirs(out_dir, exist_ok=True)
     # result.json says that a run is finished, so it goes while this one is not; and a fresh start has no past
     past = 'last.safetensors last.json best.safetensors best.json test.jsonl report.md curve.png'.split()
     for old in ['result.json'] + (past if fresh else []):
