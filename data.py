@@ -684,5 +684,6 @@ def _command_line(argv):
 
 
 if __name__ == '__main__':
+    if '--help' in sys.argv or '-h' in sys.argv: print(__doc__); sys.exit(0)
     try: _command_line(sys.argv[1:])
     except CorpusError as e: sys.exit(f"data.py: {e}")

@@ -8,7 +8,6 @@ Metrics are fractions (0.8451, not 84.51) and nothing is rounded, so that means 
 undefined, never zero. The definitions are those of the code that the field's tables come from (MMSA 2.2.1,
 utils/metricsTop.py), quirks included: others compare with nothing. All of it is NumPy.
 """
-import hashlib
 import json
 import os
 import re
@@ -329,7 +328,7 @@ def report(folder):
     r = read_run(folder)
     about, state, clips = r['about'], r['state'], r['clips']
     c, name = about['knobs'], about['name']
-    took = (f"{r['seconds'] / 60:.1f} min on {about['device']} ({about['threads']} threads, "
+    took = (f"trained in {r['seconds'] / 60:.1f} min on {about['device']} ({about['threads']} threads, "
             f"{about['matmul_gflops']} GFLOP/s float32 matmul)")
     table = f"{name}: test loss {r['test']['loss']:.4f}" if c['system'] == 'lm' else summary(folder, r)
     each = [[k, f"{v:.4f}", f"{r['valid'][k]:.4f}", METRIC_HELP[k]] for k, v in r['test'].items()]
@@ -338,7 +337,7 @@ def report(folder):
 `{about['command']}`, commit {about['commit'] or 'none'}{' with uncommitted changes' if about['dirty'] else ''}.
 {clips['train']} / {clips['valid']} / {clips['test']} clips of {os.path.basename(about['corpus']['folder'])}; {r['n_trainable']:,} trainable
 and {r['n_frozen']:,} frozen weights; {took}. The best checkpoint by validation {c['select']} ({state['best']:.4f}) is
-of step {state['best_step']} of {state['step']}; the test set was read once, with it.
+of step {state['best_step']} of {state['step']}; the test set had no part in choosing it.
 
 {table}
 
@@ -404,7 +403,7 @@ def compare(folders):
     bootstrap interval over clips and seeds. Runs whose knobs differ in the seed alone are one system. Raises EvalError.
     """
     where = ('seed', 'out_dir', 'resume', 'fresh', 'device', 'data_dir', 'log_interval', 'save_interval')
-    systems, clips, label = {}, None, None      # name -> list of (metrics, predictions [N])
+    systems, clips, label = {}, None, None      # (name, knobs) -> list of (metrics, predictions [N], folder)
     for folder in folders:
         r = read_run(folder)
         if 'mae' not in r['test']: raise EvalError(f"{folder} is a language model: it has a loss, no predictions to compare.")
@@ -415,17 +414,17 @@ def compare(folders):
         if ids != clips or not np.array_equal(p['label'], label):
             raise EvalError(f"{folder} was tested on other clips or labels than {folders[0]}: a paired comparison needs the "
                             "same.")
-        systems.setdefault((r['about']['name'], json.dumps(knobs, sort_keys=True)), []).append((r['test'], p['pred']))
+        systems.setdefault((r['about']['name'], json.dumps(knobs, sort_keys=True)), []).append((r['test'], p['pred'], folder))
     names = [name for name, _ in systems]
     keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc7', 'acc5')
-            if all(k in metrics for runs in systems.values() for metrics, _ in runs)]
-    rows, first = [], np.stack([pred for _, pred in next(iter(systems.values()))])               # [seeds,N]
-    for (name, knobs), runs in systems.items():
-        if names.count(name) > 1: name += ' ' + hashlib.sha256(knobs.encode()).hexdigest()[:4]   # one config, other knobs
-        rows.append([name] + [mean_std_n([metrics[k] for metrics, _ in runs]) for k in keys])
+            if all(k in metrics for runs in systems.values() for metrics, *_ in runs)]
+    rows, first = [], np.stack([pred for _, pred, _ in next(iter(systems.values()))])            # [seeds,N]
+    for (name, _), runs in systems.items():
+        if names.count(name) > 1: name = os.path.basename(runs[0][2])   # one config with other knobs: say which folder
+        rows.append([name] + [mean_std_n([metrics[k] for metrics, *_ in runs]) for k in keys])
         if len(systems) > 1 and len(rows) == 1: rows[0].append('-')
         elif len(systems) > 1:
-            preds = np.stack([pred for _, pred in runs])                                         # [seeds,N]
+            preds = np.stack([pred for _, pred, _ in runs])                                      # [seeds,N]
             mae = lambda pred, y: np.abs(pred - y).mean()
             rows[-1].append('{:+.4f} [{:+.4f}, {:+.4f}]'.format(*paired_bootstrap(mae, preds, first, label)))
     return markdown_table(['test'] + keys + ['mae less the first row, 95 %'] * (len(systems) > 1), rows)
@@ -433,6 +432,7 @@ def compare(folders):
 
 if __name__ == '__main__':
     _folders = [a.rstrip('/') for a in sys.argv[1:]]
-    if not _folders or '--help' in _folders or '-h' in _folders: sys.exit(__doc__)
+    if '--help' in _folders or '-h' in _folders: print(__doc__); sys.exit(0)
+    if not _folders: sys.exit(__doc__)
     try: print(rerun(_folders[0]) if len(_folders) == 1 else compare(_folders))
     except (EvalError, CorpusError, ModelError) as e: sys.exit(f"eval: {e}")

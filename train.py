@@ -48,7 +48,7 @@ fresh = False                 # start over in an out_dir that holds a run (the r
 device = 'auto'               # 'auto': cuda, mps or cpu, the first that is there
 dtype = 'auto'                # of the frozen LM and of autocast: 'auto' is bfloat16 on cuda, else float32
 compile = False               # torch.compile the model
-max_steps = -1                # optimizer steps at most; -1: as epochs say
+max_steps = -1                # optimizer steps at most, here and in the runs that needs makes; -1: as epochs say
 log_interval = 10             # optimizer steps between log lines
 save_interval = 0             # optimizer steps between last checkpoints; 0: after each validation only
 # optimization (DeepMLF 5.5, and the release where the paper is silent)
@@ -119,6 +119,13 @@ out_dir = config['out_dir'] = out_dir or os.path.join('out', name + suffix)
 def stop(sentence):
     """ The end of a run that cannot go on: one sentence, exit status 1. """
     sys.exit(f"{name}: {sentence}")
+
+
+def on_exception(kind, e, trace):
+    """ Ctrl-C before the loop or after it is no error of ours either: a sentence, not a traceback. """
+    if kind is KeyboardInterrupt: print(f"{name}: interrupted; what was saved is whole, --resume=True goes on.", file=sys.stderr)
+    else: sys.__excepthook__(kind, e, trace)
+sys.excepthook = on_exception
 
 
 # ---------------------------------------------------------------------------------------------------------
