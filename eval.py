@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data import CorpusError, Feed, epoch_order, open_corpus
-from model import LanguageModel, ModelError, build, load_checkpoint, load_lm, put, write_text
+from model import LanguageModel, ModelError, build, devices, load_checkpoint, load_lm, put, write_text
 
 
 class EvalError(Exception):
@@ -388,8 +388,7 @@ def rerun(folder):
     if c['system'] == 'deepmlf' and model.lm.fingerprint() != about['lm_fingerprint']:
         raise EvalError(f"the LM {c['lm']} is not the one that {folder} was trained with: put that one back.")
     put(model, load_checkpoint(os.path.join(folder, 'best.safetensors'))[0], folder)
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    device = about['device'] if there[about['device']] else 'cpu'
+    device = about['device'] if devices()[about['device']] else 'cpu'
     autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=dtype is torch.bfloat16)
     r['test'], predictions = evaluate(model.to(device), Feed(corpus, c, tokenizer, device), 'test', autocast)
     if predictions: write_predictions(folder, corpus, predictions)

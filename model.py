@@ -466,6 +466,11 @@ def load_checkpoint(path):
                          "copy (best and last are two files).") from None
 
 
+def devices():
+    """ The kinds of device that torch knows, best first, and whether this machine has one. """
+    return dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+
+
 def write_text(path, text):
     """ The whole file or the old one, never half of it. """
     with open(path + '.new', 'w', encoding='utf-8') as f: f.write(text)

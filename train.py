@@ -28,7 +28,7 @@ import transformers
 from configurator import configure, read_config
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import BETTER, constant, curve_picture, evaluate, report, write_predictions
-from model import ModelError, build, load_checkpoint, own_tensors, put, rehearse, save_checkpoint, write_text
+from model import ModelError, build, devices, load_checkpoint, own_tensors, put, rehearse, save_checkpoint, write_text
 
 # what is trained, and on what
 system = 'deepmlf'            # 'lm', 'av' or 'deepmlf'
@@ -204,7 +204,7 @@ if resume and not os.path.exists(last_path): stop(f"there is no checkpoint in {o
 # ---------------------------------------------------------------------------------------------------------
 # Corpus and model
 
-there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+there = devices()
 if device == 'auto': device = next(d for d in there if there[d])
 if not there[device]: stop(f"device={device} is not there: this machine has {', '.join(d for d in there if there[d])}.")
 bf16 = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
