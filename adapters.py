@@ -301,3 +301,178 @@ def masked_mean(x, mask):
     """ x [B,L,d], mask [B,L] -> [B,d], the mean over the real positions. """
     weight = mask[..., None].to(x.dtype)                                                         # [B,L,1]
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1)                                      # [B,d]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# MSE-Adapter: pseudo tokens from one vector a modality
+
+def last_step(x, lengths):
+    """ x [B,S,d] -> [B,d], each clip's last real step (its first, if it has none). """
+    return x[torch.arange(len(x), device=x.device), lengths.clamp(min=1) - 1]
+
+
+class MatchScale(nn.Module):
+    """ Pseudo tokens with the root mean square of the LM's own token embeddings, times a learned gain for each. """
+    def __init__(self, n_pseudo, embed_rms):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(n_pseudo))
+        self.embed_rms = embed_rms
+
+    def forward(self, x):
+        """ x [B,P,D] -> [B,P,D]. """
+        return F.rms_norm(x, x.shape[-1:]) * self.embed_rms * self.gain[:, None]
+
+
+class MSEAdapter(nn.Module):
+    """
+    MSE-Adapter (Yang et al. 2025): text, audio and video -> P pseudo tokens for a frozen LM.
+
+    A one-way LSTM for each modality, of which the last real step is kept, v_s [B,d]; Text-Guide-Mixer, the Hadamard
+    product of each with the projected mean text embedding, summed; Multi-Scale-Fusion, bottlenecks of D/8, D/32 and
+    D/16 and one weight for each; then up to the LM's width and out to P tokens. The bottlenecks are of the LM's width,
+    as in the release whose parameter counts the paper prints; the paper's text has them of d.
+
+    projection 'released': token p = w_p m + b_p, so the P tokens span two directions, m and the all-ones vector.
+    'full': each token its own matrix, scaled to the LM's embeddings. A clip without frames counts as one frame of
+    zeros, a modality that the corpus lacks has no encoder.
+    """
+    def __init__(self, widths, D, n_pseudo=4, d=256, lstm_widths=dict(audio=64, vision=32), scales=(8, 32, 16),
+                 projection='released', embed_rms=1.0):
+        super().__init__()
+        if not widths: raise ValueError("MSE-Adapter needs audio or vision, and this corpus has neither.")
+        self.lstm = nn.ModuleDict({s: nn.LSTM(w, lstm_widths[s], batch_first=True) for s, w in widths.items()})
+        self.proj = nn.ModuleDict({s: nn.Linear(lstm_widths[s], d) for s in widths})
+        self.text_proj = nn.Linear(D, d)
+        hidden = [max(1, D // k) for k in scales]
+        self.squeeze = nn.ModuleList(nn.Linear(d, h) for h in hidden)
+        self.expand = nn.ModuleList(nn.Linear(h, d) for h in hidden)
+        self.mix = nn.Linear(len(scales), 1)   # the paper's 1x1 convolution: one weight a scale for all features
+        self.n_pseudo, full = n_pseudo, projection == 'full'
+        self.up = nn.Linear(d, n_pseudo * D if full else D)
+        self.out = MatchScale(n_pseudo, embed_rms) if full else nn.Linear(1, n_pseudo)
+
+    def mixed(self, batch, text, text_mask):
+        """ Text-Guide-Mixer: text [B,T,D] -> [B,d]. """
+        t = self.text_proj(masked_mean(text, text_mask))                                         # [B,d]
+        # padding comes after the last real step of a one-way LSTM, so nothing needs packing
+        return sum(t * self.proj[s](last_step(lstm(batch[s])[0], batch[f'{s}_len'])) for s, lstm in self.lstm.items())
+
+    def fused(self, x):
+        """ Multi-Scale-Fusion: x [B,d] -> [B,d]. """
+        at_scales = [up(F.gelu(down(x))) for down, up in zip(self.squeeze, self.expand)]         # 3x [B,d]
+        return self.mix(torch.stack(at_scales, -1))[..., 0]                                      # [B,d]
+
+    def forward(self, batch, text, text_mask):
+        """ batch: audio [B,S,d_a], audio_len [B], ..; text [B,T,D], text_mask [B,T] -> [B,P,D]. """
+        m = self.up(self.fused(self.mixed(batch, text, text_mask)))                              # [B,D] or [B,P D]
+        if isinstance(self.out, MatchScale): return self.out(m.view(len(m), self.n_pseudo, -1))  # [B,P,D]
+        return self.out(m[..., None]).transpose(1, 2)                                            # [B,P,D]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# CMPTA: pseudo tokens from what each modality finds in each other
+
+class Align(nn.Module):
+    """ CMPTA's temporal alignment (eqs. 3-5): LayerNorm(W h_t + b) of a BiLSTM's h_t, all time steps kept, then dropout.
+    how: 'bi', 'one-way' (its ablation), 'off' (h_t is the frame itself). """
+    def __init__(self, width, d, how='bi', dropout=0.1):
+        super().__init__()
+        lstm = lambda: nn.LSTM(width, d // 2 if how == 'bi' else d, batch_first=True)
+        self.ahead = lstm() if how != 'off' else None
+        self.back = lstm() if how == 'bi' else None
+        self.proj, self.norm, self.dropout = nn.Linear(width if how == 'off' else d, d), nn.LayerNorm(d), dropout
+
+    def forward(self, x, lengths):
+        """ x [B,S,width], lengths [B] -> [B,S,d]. """
+        h = [x if self.ahead is None else self.ahead(x)[0]]                                      # [B,S,d/2]
+        if self.back is not None:   # each clip turned round within its own length: nothing needs packing
+            s, n = torch.arange(x.shape[1], device=x.device), lengths[:, None]                   # [S], [B,1]
+            turn = torch.where(s < n, n - 1 - s, s)[..., None]                                   # [B,S,1]
+            turned = self.back(x.gather(1, turn.expand_as(x)))[0]                                # [B,S,d/2]
+            h.append(turned.gather(1, turn.expand_as(turned)))
+        return F.dropout(self.norm(self.proj(torch.cat(h, -1))), self.dropout, self.training)    # [B,S,d]
+
+
+class DirectedAttention(nn.Module):
+    """ One direction X <- Y of CMPTA (eq. 7), several heads, made one token a clip: the 'mean' over X's real steps, the
+    'last' of them, or a 'learned' weighting (not stated in the paper). attend=False is its "no CMPT adapter": X by itself. """
+    def __init__(self, d, n_heads, pool='mean', dropout=0.1, attend=True):
+        super().__init__()
+        if d % n_heads: raise ValueError(f"cmpta_heads={n_heads} does not divide cmpta_width={d}: take a divisor of it.")
+        self.n_heads, self.pool, self.dropout = n_heads, pool, dropout
+        self.q_proj, self.kv_proj = (nn.Linear(d, d), nn.Linear(d, 2 * d)) if attend else (None, None)
+        self.out_proj = nn.Linear(d, d)
+        self.score = nn.Linear(d, 1) if pool == 'learned' else None
+
+    def pool_weights(self, x, mask):
+        """ How much each step of x [B,L,d] counts, [B,L], 1 in all. """
+        if self.pool == 'learned': return self.score(x)[..., 0].masked_fill(~mask, -torch.inf).softmax(-1)
+        if self.pool == 'last': return F.one_hot(mask.sum(1) - 1, x.shape[1]).to(x.dtype)
+        return mask.to(x.dtype) / mask.sum(1, keepdim=True)
+
+    def forward(self, x, x_mask, y, y_mask):
+        """ x [B,L,d] asks, y [B,M,d] answers; masks of at least one step a clip -> token [B,d]. """
+        weights, (B, L, d) = self.pool_weights(x, x_mask), x.shape                               # [B,L]
+        if self.q_proj is None: return self.out_proj((weights[:, None] @ x)[:, 0])               # [B,d]
+        q = self.q_proj(x).view(B, L, self.n_heads, -1).transpose(1, 2)                          # [B,h,L,d/h]
+        k, v = self.kv_proj(y).view(B, y.shape[1], 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # 2x [B,h,M,d/h]
+        z = F.scaled_dot_product_attention(q, k, v, y_mask[:, None, None], self.dropout * self.training)
+        return self.out_proj((weights[:, None] @ z.transpose(1, 2).reshape(B, L, d))[:, 0])      # [B,d]
+
+    @torch.no_grad()
+    def attention(self, x, x_mask, y, y_mask):
+        """ For the figures: the weight of each step of y in the token, mean over heads -> [B,M], 1 in all. """
+        B, L, _ = x.shape
+        q = self.q_proj(x).view(B, L, self.n_heads, -1).transpose(1, 2)                          # [B,h,L,d/h]
+        k = self.kv_proj(y).view(B, y.shape[1], 2, self.n_heads, -1)[:, :, 0].permute(0, 2, 3, 1)    # [B,h,d/h,M]
+        p = (q @ k / math.sqrt(q.shape[-1])).masked_fill(~y_mask[:, None, None], -torch.inf).softmax(-1)     # [B,h,L,M]
+        return (self.pool_weights(x, x_mask)[:, None] @ p.mean(1))[:, 0]                         # [B,M]
+
+
+class CMPTA(nn.Module):
+    """
+    CMPTA (Hans CSA 2026): text, audio and video -> P pseudo tokens for a frozen LM.
+
+    Each modality is aligned in time; each looks at each other; the six tokens t1 t2 v1 v2 a1 a2 (T<-V T<-A V<-T V<-A
+    A<-T A<-V, eq. 8) pass a Transformer layer and a projection to the LM's width. Fewer than six keeps the first;
+    more adds learned tokens before the Transformer layer (not stated in the paper; nor are heads, layers, pooling,
+    the LayerNorm before the projection, or whether text is aligned too). A clip without frames has one frame of
+    zeros; where the corpus lacks a modality its directions are missing, and learned tokens stand in.
+    """
+    def __init__(self, widths, D, n_pseudo=6, d=1024, n_heads=8, n_layers=1, align='bi', align_text=True, attend=True,
+                 pool='mean', dropout=0.1, projection='released', embed_rms=1.0):
+        super().__init__()
+        if not widths: raise ValueError("CMPTA needs audio or vision, and this corpus has neither.")
+        if d % 2: raise ValueError(f"cmpta_width={d} must be even: a BiLSTM has two halves.")
+        self.streams = ['text'] + [s for s in ('vision', 'audio') if s in widths]
+        self.align = nn.ModuleDict({s: Align(w, d, align if s != 'text' or align_text else 'off', dropout)
+                                    for s, w in ({'text': D} | widths).items()})
+        directions = [(x, y) for x in self.streams for y in self.streams if x != y][:n_pseudo]
+        self.directed = nn.ModuleDict({f'{x}_from_{y}': DirectedAttention(d, n_heads, pool, dropout, attend)
+                                       for x, y in directions})
+        n_learned = n_pseudo - len(directions)
+        self.more_tokens = nn.Parameter(torch.randn(n_learned, d)) if n_learned else None
+        self.layers, self.norm = nn.ModuleList(EncoderLayer(d, n_heads, dropout) for _ in range(n_layers)), nn.LayerNorm(d)
+        self.up = nn.Linear(d, D)
+        self.out = MatchScale(n_pseudo, embed_rms) if projection == 'full' else nn.Identity()
+
+    def aligned(self, batch, text, text_mask):
+        """ stream -> (x [B,L,d], mask [B,L]), at least one step a clip. """
+        raw = {s: (batch[s], batch[f'{s}_len'].clamp(min=1)) for s in self.streams[1:]} | dict(text=(text, text_mask.sum(1)))
+        return {s: (self.align[s](x, n), torch.arange(x.shape[1], device=x.device) < n[:, None]) for s, (x, n) in raw.items()}
+
+    def forward(self, batch, text, text_mask):
+        """ batch: audio [B,S,d_a], audio_len [B], ..; text [B,T,D], text_mask [B,T] -> [B,P,D]. """
+        seen = self.aligned(batch, text, text_mask)
+        tokens = [direction(*seen[x], *seen[y]) for (x, y), direction in self.pairs()]           # 6x [B,d]
+        z = torch.stack(tokens, 1)                                                               # [B,6,d]
+        if self.more_tokens is not None: z = torch.cat([z, self.more_tokens.expand(len(z), -1, -1)], 1)   # [B,P,d]
+        for layer in self.layers: z = layer(z, None)
+        return self.out(self.up(self.norm(z)))                                                   # [B,P,D]
+
+    def pairs(self): return [(name.split('_from_'), direction) for name, direction in self.directed.items()]
+
+    def attention(self, batch, text, text_mask):
+        """ For the figures: 'text_from_vision' -> how much each frame counts in that token, [B,M]. """
+        seen = self.aligned(batch, text, text_mask)
+        return {f'{x}_from_{y}': direction.attention(*seen[x], *seen[y]) for (x, y), direction in self.pairs()}

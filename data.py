@@ -20,12 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from prompts import rated
 from unpickle import CorpusError, Lazy, LazyArray, Py2Str, read_pickle, strangers_file
 
 SPLITS, STREAMS = ('train', 'valid', 'test'), ('audio', 'vision')
 CHUNK_BYTES = 32 << 20   # of a stream, read at once
 MAX_WIDTH = 1 << 16      # features of a frame; the widest known corpus has 2048
 KNOWN_CLASSES = [['neutral', 'surprise', 'fear', 'sadness', 'joy', 'disgust', 'anger'],  # MELD
+                 ['愤怒', '厌恶', '恐惧', '高兴', '平静', '悲伤', '惊奇'],                        # CHERMA
                  ['hap', 'sad', 'neu', 'ang', 'exc', 'fru']]                             # IEMOCAP
 
 
@@ -609,16 +611,17 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
     return batch
 
 
-def tokenize(tokenizer, texts, max_len):
+def tokenize(tokenizer, texts, max_len, special=True):
     """
     Texts -> lists of at most max_len token ids, with the special tokens that the tokenizer adds by itself (none for
-    GPT-2 and SmolLM2, [CLS] .. [SEP] for Chinese GPT-2, <s> for Llama), as in the release. A text of no token at
-    all becomes one end-of-text token, or the clip would have no last token to read. Returns lists, n_empty, n_cut.
+    GPT-2 and SmolLM2, [CLS] .. [SEP] for Chinese GPT-2, <s> for Llama), as in the release; special=False for a text
+    inside a prompt. A text of no token at all becomes one end-of-text token, or the clip would have no last token to
+    read. Returns lists, n_empty, n_cut.
     """
-    ids = tokenizer(list(texts), add_special_tokens=True)['input_ids']
+    ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
     long = [i for i, t in enumerate(ids) if len(t) > max_len]
     if long:   # cut by the tokenizer itself, which keeps a [SEP] at the end: the text head reads the last token
-        cut = tokenizer([texts[i] for i in long], add_special_tokens=True, truncation=True, max_length=max_len)
+        cut = tokenizer([texts[i] for i in long], add_special_tokens=special, truncation=True, max_length=max_len)
         for i, t in zip(long, cut['input_ids']): ids[i] = t
     known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     filler = next((t for t in known if t is not None and t >= 0), 0)
@@ -628,42 +631,81 @@ def tokenize(tokenizer, texts, max_len):
 class Feed:
     """
     A corpus as one system reads it: text tokenised once, batches on a device, and what each clip costs (to put clips of
-    like length into one batch). `c` is the run's knobs; tokenizer None means that the system reads no text.
+    like length into one batch). `c` is the run's knobs; tokenizer None means that the system reads no text. `prompt` (a
+    Prompt) stands around each text, with room for the pseudo tokens. Attributes for the others: info (the label's entry
+    in meta.json), n_clips (train's after train_fraction), notes. Raises CorpusError.
     """
-    def __init__(self, corpus, c, tokenizer, device):
-        self.corpus, self.c, self.device, self.tokens, self.notes = corpus, c, device, {}, []
+    def __init__(self, corpus, c, tokenizer, device, prompt=None):
+        self.corpus, self.c, self.device, self.prompt, self.tokens, self.notes = corpus, c, device, prompt, {}, []
         corpus.label('train', c['label'])
-        if corpus.labels[c['label']]['kind'] != 'regression':
+        self.info = corpus.labels[c['label']]
+        if self.info['kind'] != 'regression' and not prompt:
             raise CorpusError(f"The label {c['label']!r} is one of classes, and {c['system']} is a system for "
                               "regression.")
-        self.label_range = corpus.labels[c['label']]['range']
+        for split in corpus.n_clips: self._check_labels(split)
         self.streams = c['modalities'] if c['system'] != 'lm' else ()
+        self.clips = {split: np.arange(n) for split, n in corpus.n_clips.items()}            # feed's number -> corpus's
+        if c['train_fraction'] < 1: self.clips['train'] = self._few(c['train_fraction'], c['seed'])
+        self.n_clips = {split: len(clips) for split, clips in self.clips.items()}
+        rounding = self._answer_lengths() if prompt else 0.0
+        if rounding > 1e-6: self.notes.append(f"labels are said with one decimal, which costs an MAE of {rounding:.3f}")
         for split in corpus.n_clips if tokenizer else ():
-            texts = corpus.text(split)
+            texts = rated(corpus, split) if c['system'] == 'lm' and c['lm_text'] == 'rated' else corpus.text(split)
             if c['lowercase'] == 'auto': texts = lower_if_shouting(texts, corpus)
-            self.tokens[split], n_empty, n_cut = tokenize(tokenizer, texts, c['max_text_len'])
-            mean = np.mean([len(t) for t in self.tokens[split]])
+            tokens, n_empty, n_cut = tokenize(tokenizer, texts, c['max_text_len'], special=not prompt)
+            mean = np.mean([len(t) for t in tokens])
             self.notes.append(f"{split} text: {mean:.1f} tokens a clip, {n_empty} empty, {n_cut} cut at "
                               f"{c['max_text_len']}")
+            if prompt:
+                before, after = prompt.before + [0] * c['n_pseudo'], prompt.after
+                tokens = [before + own + after for own in tokens]
+            self.tokens[split] = tokens
+
+    def _check_labels(self, split):
+        y, name = self.corpus.label(split, self.c['label']), self.c['label']                 # [N]
+        classes = self.info['kind'] == 'classes'
+        low, high = (0, len(self.info['names']) - 1) if classes else self.info['range']
+        if bad := np.flatnonzero(~((y >= low) & (y <= high))).tolist():
+            raise CorpusError(f"The {name} of clip {self.corpus.id(split)[bad[0]]} in the split {split} is {y[bad[0]]}, outside "
+                              f"[{low}, {high}] ({len(bad)} such clips); mend the source and convert it again.")
+
+    def _few(self, fraction, seed):
+        """ A share of the train split, of each class or whole number of the label alike, at least one clip of each. """
+        y, rng = np.round(self.corpus.label('train', self.c['label'])), np.random.default_rng([seed, 1])     # [N]
+        groups = [rng.permutation(np.flatnonzero(y == v)) for v in np.unique(y)]
+        return np.sort(np.concatenate([g[:max(1, round(fraction * len(g)))] for g in groups]))
+
+    def _answer_lengths(self):
+        """ Finds how many tokens each train clip's label is said in; returns what rounding to a label costs (MAE). """
+        y = torch.from_numpy(self.corpus.label('train', self.c['label']))                    # [N]
+        k = self.prompt.index(y)                                                             # [N]
+        self.answer_len = np.array([len(ids) for ids in self.prompt.answers])[k.numpy()]     # [N]
+        return 0.0 if self.prompt.values is None else float((torch.tensor(self.prompt.values)[k] - y).abs().mean())
 
     def __call__(self, split, index):
         """ Clips `index` of a split, on the device. Pads with token 0: nothing ever looks at padding. """
+        index = self.clips[split][index]                                                     # [B]
         batch = get_batch(self.corpus, split, index, self.tokens.get(split), 0, self.c['standardise'], self.c['label'],
                           self.streams)
         if self.device != 'cuda': return {k: v.to(self.device) for k, v in batch.items()}
         return {k: v.pin_memory().to('cuda', non_blocking=True) for k, v in batch.items()}   # the step need not wait
 
     def n_targets(self, split, index):
-        """ How many tokens of these clips the LM loss asks for: all but each clip's first. """
+        """ How many tokens of these clips the loss asks an LM for: those of the labels, or all but each clip's first. """
+        index = self.clips[split][index]
+        if self.prompt: return int(self.answer_len[index].sum())
         return sum(len(self.tokens[split][i]) - 1 for i in index) if self.tokens else 0
 
     def cost(self, split):
-        """ [N] text tokens plus audiovisual slots, as far as this system reads them. """
+        """ [N] text tokens plus audiovisual slots, as far as this system reads them; behind a prompt, text first. """
         cost = np.zeros(self.corpus.n_clips[split], np.int64)
         if self.tokens: cost += [len(t) for t in self.tokens[split]]
+        if self.prompt: cost *= 10_000   # there every frame costs less than any token
         for s in self.corpus.widths:
-            if s in self.streams: cost += np.minimum(self.corpus.lengths(split, s), self.c['av_len'])
-        return cost
+            if s in self.streams:
+                frames = self.corpus.lengths(split, s)                                       # [N]
+                cost += frames if self.prompt else np.minimum(frames, self.c['av_len'])
+        return cost[self.clips[split]]
 
 
 def _command_line(argv):

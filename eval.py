@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from data import CorpusError, Feed, epoch_order, open_corpus
-from model import LanguageModel, ModelError, build, devices, load_checkpoint, load_lm, put, write_text
+from lm import ModelError, load_lm
+from model import LanguageModel, build, devices, load_checkpoint, put, write_text
 
 
 class EvalError(Exception):
@@ -44,6 +45,7 @@ METRIC_HELP = {
     'acc':        "higher is better: share of clips with the right class",
     'wf1':        "higher is better: F1 of each class, averaged by the class's share of the labels",
     'f1_<class>': "higher is better: F1 of one class",
+    'unread':     "lower is better: share of clips whose generated answer was no label; scored as the middle, or as wrong",
 }
 BETTER = {key: 'low' if text.startswith('lower') else 'high' for key, text in METRIC_HELP.items()}
 
@@ -236,34 +238,58 @@ def markdown_table(header, rows):
 # One model on one split
 
 @torch.no_grad()
-def evaluate(model, feed, split, autocast=nullcontext):
+def evaluate(model, feed, split, autocast=nullcontext, **how):
     """
     A model on a whole split: (metrics, predictions in the split's order). Used by train.py and by the command line.
 
     Nothing is averaged over batches: predictions are collected and each metric is computed once, in float32 on all
-    clips. A model that only has a loss (system='lm') gives {'loss': mean over clips} and no predictions.
+    clips. A model that only has a loss (system='lm') gives {'loss': mean over clips} and no predictions. `how` goes to
+    model.predict.
     """
     was_training = model.training
     model.eval()
-    got, n, loss = {}, feed.corpus.n_clips[split], 0.0
+    got, n, loss = {}, feed.n_clips[split], 0.0
     for index in epoch_order(feed.cost(split), feed.c['batch_size'], seed=0, epoch=None):
         batch = feed(split, index)
         with autocast():
             if not hasattr(model, 'predict'):
                 loss += float(model(batch)['loss']) * len(index) / n
                 continue
-            out = model.predict(batch)
+            out = model.predict(batch, **how)
         for k, v in (out | dict(label=batch['label'])).items():
-            got.setdefault(k, np.zeros(n, np.float32))[index] = v.float().cpu().numpy()
+            v = v.float().cpu().numpy()                                                          # [B] or [B,K]
+            got.setdefault(k, np.zeros((n, *v.shape[1:]), np.float32))[index] = v
     model.train(was_training)
     if not got: return dict(loss=loss), {}
-    return regression_metrics(got['pred'], got['label'], feed.label_range), got
+    metrics = task_metrics(got['pred'], got['label'], feed.info)
+    if 'unread' in got: metrics['unread'] = _mean(got['unread'])
+    return metrics, got
+
+
+def task_metrics(pred, label, info):
+    """ The metrics of a label that meta.json describes as `info`: a score with a range, or classes with names. """
+    if info['kind'] == 'classes': return class_metrics(pred, label, info['names'])
+    return regression_metrics(pred, label, info['range'])
 
 
 def constant(corpus, label='label'):
-    """ The test metrics of the best constant under L1, the train median: what "no model" scores. """
-    y, median = corpus.label('test', label), np.median(corpus.label('train', label))
-    return regression_metrics(np.full(len(y), median), y, corpus.meta['labels'][label]['range'])
+    """ The test metrics of the best constant: the train median (under L1), or the largest class. What "no model" scores. """
+    train, y, info = corpus.label('train', label), corpus.label('test', label), corpus.labels[label]
+    best = np.bincount(train).argmax() if info['kind'] == 'classes' else np.median(train)
+    return task_metrics(np.full(len(y), best), y, info)
+
+
+@torch.no_grad()
+def continuation(model, tokenizer, texts=('The film was', 'I said that'), n_new=16):
+    """ How a model's frozen LM goes on with some texts when no adapter is in the way, greedily; None where it has no LM.
+    train.py asks before and after, and the report says whether the LM still speaks as it did. """
+    if not hasattr(model, 'lm') or not tokenizer: return None
+    said, device = [], model.lm.parts['embed'].weight.device
+    for ids in tokenizer(list(texts), add_special_tokens=True)['input_ids']:
+        ids = torch.tensor((list(ids) or [0]) * (2 if len(ids) < 2 else 1), device=device)       # [T], at least 2
+        new = model.lm.go_on(model.lm.embed(ids[None, :-1]), torch.tensor([len(ids) - 1], device=device), ids[-1:], n_new)
+        said.append(tokenizer.decode(ids.tolist() + new[0].tolist()))
+    return said
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -280,13 +306,13 @@ def read_run(folder):
 
 def write_predictions(folder, corpus, predictions):
     """ folder/test.jsonl: a line a clip, its id, label and every prediction that the model made of it. """
-    rows = [dict(id=clip) | {k: round(float(v[n]), 6) for k, v in predictions.items()}
-            for n, clip in enumerate(corpus.id('test'))]
+    rounded = lambda v: [round(float(p), 6) for p in v] if v.ndim else round(float(v), 6)
+    rows = [dict(id=clip) | {k: rounded(v[n]) for k, v in predictions.items()} for n, clip in enumerate(corpus.id('test'))]
     write_text(os.path.join(folder, 'test.jsonl'), ''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def read_predictions(folder):
-    """ test.jsonl of a finished run -> (list of ids, dict of arrays [N]). """
+    """ test.jsonl of a finished run -> (list of ids, dict of arrays [N], or [N,K] for prob). """
     try:
         with open(os.path.join(folder, 'test.jsonl'), encoding='utf-8') as f: rows = [json.loads(line) for line in f]
     except (OSError, ValueError) as e:
@@ -297,29 +323,36 @@ def read_predictions(folder):
 def summary(folder, r):
     """
     The rows of the report's table: majority, text only, audio+video only, the best additive late fusion where the corpus
-    knows it, and the system itself. Text only is the text head y_t, which never saw audio or video; audio+video only is
-    the AV encoder's own run, or the head y_av where there was none.
+    knows it, and the system itself. Text only is the text head y_t, which never saw audio or video, or what the frozen LM
+    answers without pseudo tokens; audio+video only is the AV encoder's own run, or the head y_av where there was none.
     """
-    c, name = r['about']['knobs'], r['about']['name']
+    c, name, classes = r['about']['knobs'], r['about']['name'], r['info']['kind'] == 'classes'
     ceilings = r['ceilings'] or {} if len(c['modalities']) == 2 else {}     # they are for readers of everything
     own = [('majority', r['majority'], 'majority')]
     if c['system'] != 'av':
         _, p = read_predictions(folder)
-        head = lambda k: regression_metrics(p[k], p['label'], r['label_range'])
+        head = lambda k: regression_metrics(p[k], p['label'], r['info']['range'])
+        if r.get('lm_alone'): own.append(('the LM alone (text)', r['lm_alone'], 'text'))
         if 'text' in p and c['mm_query'] == 'fusion': own.append(('text only (y_t)', head('text'), 'text'))
-        alone = os.path.join(c['av_from'], 'result.json') if c['av_init'] != 'random' else ''
+        alone = os.path.join(c['av_from'], 'result.json') if c['system'] == 'deepmlf' and c['av_init'] != 'random' else ''
         if os.path.exists(alone): own.append(('audio+video only', read_run(c['av_from'])['test'], 'av'))
         elif 'av' in p: own.append(('audio+video only (y_av)', head('av'), 'av'))
         if ceilings: own.append(('best late fusion', {}, 'late'))
     own.append((name, r['test'], 'av' if c['system'] == 'av' else 'full'))
+    best = 'acc' if classes else 'mae'                                      # what the ceilings are about
     keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc2_has0', 'acc7', 'acc5', 'acc3') if k in r['test']]
+    if classes: keys = list(r['test'])
     cell = lambda metrics, k: f'{metrics[k]:.3f}' if k in metrics else '-'
-    rows = [[row] + [cell(metrics, k) for k in keys] + [cell(ceilings.get(ceiling, {}), 'mae')] * bool(ceilings)
+    rows = [[row] + [cell(metrics, k) for k in keys] + [cell(ceilings.get(ceiling, {}), best)] * bool(ceilings)
             for row, metrics, ceiling in own]
-    table = markdown_table(['test'] + keys + ['mae of a perfect reader'] * bool(ceilings), rows)
+    table = markdown_table(['test'] + keys + [f'{best} of a perfect reader'] * bool(ceilings), rows)
     if ceilings and c['system'] != 'av':
-        closed = (ceilings['late']['mae'] - r['test']['mae']) / (ceilings['late']['mae'] - ceilings['full']['mae'])
+        late, full = ceilings['late'][best], ceilings['full'][best]
+        closed = (late - r['test'][best]) / (late - full)
         table += f"\n\n{name} closes {100 * closed:.0f} % of the gap from the best late fusion to the best there is."
+    if r.get('lm_kept') is not None:
+        table += ("\n\nWithout the adapter the LM goes on with two texts as it did before training, token for token."
+                  if r['lm_kept'] else "\n\n**Without the adapter the LM no longer goes on as it did before training.**")
     return table
 
 
@@ -331,7 +364,11 @@ def report(folder):
     took = (f"trained in {r['seconds'] / 60:.1f} min on {about['device']} ({about['threads']} threads, "
             f"{about['matmul_gflops']} GFLOP/s float32 matmul)")
     table = f"{name}: test loss {r['test']['loss']:.4f}" if c['system'] == 'lm' else summary(folder, r)
-    each = [[k, f"{v:.4f}", f"{r['valid'][k]:.4f}", METRIC_HELP[k]] for k, v in r['test'].items()]
+    each = [[k, f"{v:.4f}", f"{r['valid'][k]:.4f}", METRIC_HELP.get(k, METRIC_HELP['f1_<class>'])] for k, v in r['test'].items()]
+    pictures = '![learning curve](curve.png)'
+    if r['info']['kind'] == 'classes' and c['system'] != 'lm':
+        confusion_picture(folder, r['info']['names'])
+        pictures += '\n\n![confusion matrix](confusion.png)'
     write_text(os.path.join(folder, 'report.md'), f"""# {name}
 
 `{about['command']}`, commit {about['commit'] or 'none'}{' with uncommitted changes' if about['dirty'] else ''}.
@@ -343,7 +380,7 @@ of step {state['best_step']} of {state['step']}; the test set had no part in cho
 
 {markdown_table(['metric', 'test', 'valid', 'what it is'], each)}
 
-![learning curve](curve.png)
+{pictures}
 """)
     return f"{table}\n\n{name}: {took}; {folder}/report.md"
 
@@ -369,6 +406,28 @@ def curve_picture(folder, select='mae'):
     plt.close(fig)
 
 
+def confusion_picture(folder, names):
+    """ folder/confusion.png from folder/test.jsonl: counts of true class against predicted class, coloured by row share. """
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    _, p = read_predictions(folder)
+    counts = confusion(p['pred'], p['label'], len(names))                                        # [K,K]
+    share = counts / np.maximum(np.bincount(p['label'].astype(int), minlength=len(names)), 1)[:, None]
+    fig, ax = plt.subplots(figsize=(1.6 + 0.6 * len(names), 1.2 + 0.5 * len(names)), layout='constrained')
+    picture = ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    for i, j in np.ndindex(counts.shape):
+        ax.text(j, i, counts[i, j], ha='center', va='center', fontsize=8, color='white' if share[i, j] > 0.6 else 'black')
+    # a class whose letters this font lacks (Chinese) would be a row of boxes: its number instead
+    named = [k if k.isascii() else str(i) for i, k in enumerate(names)]
+    ax.set_xticks(range(len(names)), named, rotation=45, ha='right', fontsize=8)
+    ax.set_yticks(range(len(names)), named, fontsize=8)
+    ax.set(xlabel='predicted class', ylabel='true class')
+    fig.colorbar(picture, label='share of the true class')
+    fig.savefig(os.path.join(folder, 'confusion.png'), dpi=120)
+    plt.close(fig)
+
+
 def rerun(folder):
     """
     The best checkpoint of a run on its test set again, from the files alone (and from the folder that it was trained
@@ -385,12 +444,13 @@ def rerun(folder):
         lm, tokenizer = load_lm(folder, dtype)
         model = LanguageModel(lm.hf)
     else: model, tokenizer = build(c | dict(av_init='random'), corpus, folder, dtype)   # the checkpoint has its weights
-    if c['system'] == 'deepmlf' and model.lm.fingerprint() != about['lm_fingerprint']:
+    if hasattr(model, 'lm') and model.lm.fingerprint() != about['lm_fingerprint']:
         raise EvalError(f"the LM {c['lm']} is not the one that {folder} was trained with: put that one back.")
     put(model, load_checkpoint(os.path.join(folder, 'best.safetensors'))[0], folder)
     device = about['device'] if devices()[about['device']] else 'cpu'
-    autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=dtype is torch.bfloat16)
-    r['test'], predictions = evaluate(model.to(device), Feed(corpus, c, tokenizer, device), 'test', autocast)
+    autocast = lambda: torch.autocast(device, dtype, enabled=dtype is not torch.float32)
+    feed = Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None))
+    r['test'], predictions = evaluate(model.to(device), feed, 'test', autocast)
     if predictions: write_predictions(folder, corpus, predictions)
     write_text(os.path.join(folder, 'result.json'), json.dumps(r, indent=1))
     return report(folder)
@@ -398,35 +458,36 @@ def rerun(folder):
 
 def compare(folders):
     """
-    Many runs as a table, a row a system: mean +- std (n), and the paired difference in MAE to the first row with its 95 %
-    bootstrap interval over clips and seeds. Runs whose knobs differ in the seed alone are one system. Raises EvalError.
+    Many runs as a table, a row a system: mean +- std (n), and the paired difference to the first row (in MAE; in weighted F1
+    for classes) with its 95 % bootstrap interval over clips and seeds. Runs whose knobs differ in the seed alone are one system. Raises EvalError.
     """
     where = ('seed', 'out_dir', 'resume', 'fresh', 'device', 'data_dir', 'log_interval', 'save_interval')
     systems, clips, label = {}, None, None      # (name, knobs) -> list of (metrics, predictions [N], folder)
     for folder in folders:
         r = read_run(folder)
-        if 'mae' not in r['test']: raise EvalError(f"{folder} is a language model: it has a loss, no predictions to compare.")
+        if 'loss' in r['test']: raise EvalError(f"{folder} is a language model: it has a loss, no predictions to compare.")
         # the runs that a run stands on carry its seed in their names
         knobs = {k: re.sub(r'-seed\d+', '', str(v)) for k, v in r['about']['knobs'].items() if k not in where}
         ids, p = read_predictions(folder)
-        if clips is None: clips, label = ids, p['label']
+        if clips is None: clips, label, info = ids, p['label'], r['info']
         if ids != clips or not np.array_equal(p['label'], label):
             raise EvalError(f"{folder} was tested on other clips or labels than {folders[0]}: a paired comparison needs the "
                             "same.")
         systems.setdefault((r['about']['name'], json.dumps(knobs, sort_keys=True)), []).append((r['test'], p['pred'], folder))
     names = [name for name, _ in systems]
-    keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc7', 'acc5')
+    keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc7', 'acc5', 'acc', 'wf1')
             if all(k in metrics for runs in systems.values() for metrics, *_ in runs)]
-    rows, first = [], np.stack([pred for _, pred, _ in next(iter(systems.values()))])            # [seeds,N]
+    rows, by = [], 'wf1' if info['kind'] == 'classes' else 'mae'
+    first = np.stack([pred for _, pred, _ in next(iter(systems.values()))])            # [seeds,N]
     for (name, _), runs in systems.items():
         if names.count(name) > 1: name = os.path.basename(runs[0][2])   # one config with other knobs: say which folder
         rows.append([name] + [mean_std_n([metrics[k] for metrics, *_ in runs]) for k in keys])
         if len(systems) > 1 and len(rows) == 1: rows[0].append('-')
         elif len(systems) > 1:
             preds = np.stack([pred for _, pred, _ in runs])                                      # [seeds,N]
-            mae = lambda pred, y: np.abs(pred - y).mean()
-            rows[-1].append('{:+.4f} [{:+.4f}, {:+.4f}]'.format(*paired_bootstrap(mae, preds, first, label)))
-    return markdown_table(['test'] + keys + ['mae less the first row, 95 %'] * (len(systems) > 1), rows)
+            score = lambda pred, y: class_f1(pred, y.astype(int), len(info['names']))[1] if by == 'wf1' else np.abs(pred - y).mean()
+            rows[-1].append('{:+.4f} [{:+.4f}, {:+.4f}]'.format(*paired_bootstrap(score, preds, first, label)))
+    return markdown_table(['test'] + keys + [f'{by} less the first row, 95 %'] * (len(systems) > 1), rows)
 
 
 if __name__ == '__main__':

@@ -29,10 +29,25 @@ def lm_loss(hidden, batch, lm_head, chunk=1024):
     at = batch['targets']                                                                        # [n]
     x, y = hidden.flatten(0, 1)[at], batch['tokens'].flatten()[at + 1]                           # [n,D], [n]
     if len(y) == 0: return hidden.sum() * 0.0   # clips of one token each: nothing to predict, but a graph to keep
+    return summed_cross_entropy(x, y, lm_head, chunk) / len(y) * batch.get('lm_weight', 1.0)
+
+
+def summed_cross_entropy(x, y, lm_head, chunk=1024):
+    """ The sum over rows of -log p(y): x [n,D] hidden states, y [n] tokens (-100: not asked) -> []. """
     def summed(x, y): return F.cross_entropy(lm_head(x).float(), y, reduction='sum')
     parts = [checkpoint(summed, x[i:i + chunk], y[i:i + chunk], use_reentrant=False, preserve_rng_state=False)
              for i in range(0, len(y), chunk)]
-    return torch.stack(parts).sum() / len(y) * batch.get('lm_weight', 1.0)
+    return torch.stack(parts).sum()
+
+
+def label_loss(hidden, answer, real, lm_head, weight=1.0):
+    """
+    Cross-entropy of the label's tokens alone, the mean over them (MSE-Adapter): logits exist for these few positions, where
+    the release has them for the whole prompt. hidden [B,n,D] after the final norm, answer [B,n], real [B,n]; weight: lm_weight
+    of lm_loss -> []
+    """
+    y = answer.masked_fill(~real, -100)                                                          # [B,n]
+    return summed_cross_entropy(hidden.flatten(0, 1), y.flatten(), lm_head) / real.sum() * weight
 
 
 def deepmlf_loss(out, label, weights):

@@ -1,201 +1,31 @@
 """
-The frozen LM, run layer by layer by our own code, and the systems built on it.
+The systems, each on a frozen LM (lm.py), and how they are built, saved and loaded.
 
 A model here has three methods that train.py and eval.py use, and nothing else:
     model(batch)          -> dict(loss=.., terms=dict(name -> tensor))   reads batch['label']
-    model.predict(batch)  -> dict(pred [B], ..)                          reads no label
+    model.predict(batch)  -> dict(pred [B], prob [B,K] if it has them, ..)   reads no label
     model.param_groups()  -> list of dict(names, params, decay)          every trainable weight, once
 
 Axis letters, the same in every file:
     B clips   T text tokens   S audio or video frames   F fusion tokens   m slots of the audiovisual sequence Z
+    P pseudo tokens   K labels that may be answered   N nodes of their trie   n tokens of an answer
     D LM width   d adapter width   V vocabulary   h heads   L any sequence
 
 batch: tokens [B,T], text_len [B], text_mask [B,T]; audio [B,S,d_a], audio_len [B]; vision .. ; label [B]; index [B].
 mm_layers count from 1, as the papers print them: 8 means "an MM block after the LM's eighth layer".
 """
-import hashlib
 import json
 import os
-from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from adapters import AVEncoder, MMBlock, masked_mean, regularise
-from losses import deepmlf_loss, l1, lm_loss
-
-
-class ModelError(Exception):
-    """ A sentence for the user: what was wrong, where, and what to do. """
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The frozen LM
-
-# Where each family keeps its parts: all that we know about any LM. A new family is a line here.
-FAMILIES = {
-    'gpt2': dict(layers='transformer.h', embed='transformer.wte', wpe='transformer.wpe', norm='transformer.ln_f',
-                 norm_1='ln_1', qkv=['attn.c_attn'], out='attn.c_proj',
-                 norm_2='ln_2', ffw='mlp', gate=None, up='mlp.c_fc', down='mlp.c_proj', act='mlp.act'),
-    'llama': dict(layers='model.layers', embed='model.embed_tokens', rope='model.rotary_emb', norm='model.norm',
-                  norm_1='input_layernorm', qkv=['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
-                  out='self_attn.o_proj', norm_2='post_attention_layernorm', ffw='mlp',
-                  gate='mlp.gate_proj', up='mlp.up_proj', down='mlp.down_proj', act='mlp.act_fn'),
-}
-FAMILIES['qwen2'] = FAMILIES['llama']   # its biases are in its own linears
-FAMILIES['qwen3'] = FAMILIES['llama'] | dict(q_norm='self_attn.q_norm', k_norm='self_attn.k_norm')
-
-
-def rotate(x, cos, sin):
-    """ Rotary position embedding (Su et al. 2021), halves layout. x [B,h,L,D/h], cos and sin [B,L,D/h]. """
-    a, b = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]                              # [B,h,L,D/h]
-
-
-class FrozenLM(nn.Module):
-    """
-    Any Hugging Face causal LM of a known family, frozen: no gradient, no dropout (train() leaves it in eval
-    mode: the release trains through GPT-2's own dropout), and no change of a bit by any amount of training.
-
-    We call its layers' parts ourselves, one layer at a time, with keys and values as plain arguments, so that
-    a caller can put blocks between layers and run a few extra tokens over a text's keys and values.
-    """
-    def __init__(self, hf):
-        super().__init__()
-        c = hf.config
-        if c.model_type not in FAMILIES:
-            raise ModelError(f"the LM family {c.model_type!r} is not known here: known are {', '.join(FAMILIES)}; "
-                             "a new one is a line in FAMILIES (model.py).")
-        if getattr(c, 'scale_attn_by_inverse_layer_idx', False) or not getattr(c, 'scale_attn_weights', True):
-            raise ModelError("this GPT-2 scales attention in a way of its own (scale_attn_* in its config), which the frozen "
-                             "LM here does not do: take another LM.")
-        self.hf, self.where = hf.requires_grad_(False).eval(), FAMILIES[c.model_type]
-        self.width, self.n_layers, self.n_heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
-        self.n_kv_heads = getattr(c, 'num_key_value_heads', None) or self.n_heads
-        self.max_positions = c.max_position_embeddings
-        get = hf.get_submodule
-        # plain lists, so that nothing is registered twice and a state dict has each tensor once
-        self.parts = {k: get(self.where[k]) if k in self.where else None for k in ('embed', 'norm', 'wpe', 'rope')}
-        self.parts['layers'] = list(get(self.where['layers']))
-
-    def train(self, mode=True):
-        return super().train(False)
-
-    def fingerprint(self):
-        """ 16 hex digits that another LM, or this one trained again, would not have: of the first 256 values of each
-        tensor, as hashing gigabytes at every start would take long. """
-        first = [p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in self.hf.parameters()]
-        return hashlib.sha256(b''.join(first)).hexdigest()[:16]
-
-    def part(self, l, name):
-        """ Layer l's submodule under the name that FAMILIES gives it (None where the family has none). """
-        path = self.where[name]
-        return self.parts['layers'][l].get_submodule(path) if path else None
-
-    def ffw(self, l):
-        """ The four pieces of layer l's FFW: (gate or None, up, down, act). """
-        return tuple(self.part(l, name) for name in ('gate', 'up', 'down', 'act'))
-
-    def embed(self, tokens):
-        """ tokens [B,L] -> [B,L,D], without positions (SeqAug comes before them). """
-        return self.parts['embed'](tokens)
-
-    def place(self, x, positions):
-        """ Give x [B,L,D] its positions [B,L]: added to it (GPT-2), or as (cos, sin) for every layer to rotate by.
-        Returns x, rope. """
-        if self.parts['wpe'] is not None: return x + self.parts['wpe'](positions), None
-        return x, self.parts['rope'](x, positions)
-
-    def block(self, l, x, rope, past=None, mask=None):
-        """
-        LM layer l (from 0) on x [B,L,D]. Without `past`, causal over x itself: with padding at the end no real
-        token ever sees it, so no mask is needed. With `past`, the (k, v) of earlier tokens, x comes after them
-        and `mask` [B,1,L,T+L] says who sees whom. Returns x [B,L,D] and this layer's own (k, v) [B,h_kv,L,D/h].
-        """
-        B, L, _ = x.shape
-        y = self.part(l, 'norm_1')(x)
-        qkv = [self.parts['layers'][l].get_submodule(path)(y) for path in self.where['qkv']]
-        q, k, v = qkv if len(qkv) == 3 else qkv[0].chunk(3, -1)                                  # [B,L,h D/h] each
-        q, k, v = (t.view(B, L, n, -1) for t, n in ((q, self.n_heads), (k, self.n_kv_heads), (v, self.n_kv_heads)))
-        if 'q_norm' in self.where: q, k = self.part(l, 'q_norm')(q), self.part(l, 'k_norm')(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                         # [B,h,L,D/h]
-        if rope is not None: q, k = rotate(q, *rope), rotate(k, *rope)
-        own = k, v
-        if past is not None: k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)       # [B,h_kv,T+L,D/h]
-        groups = self.n_heads // self.n_kv_heads                                                 # queries per key head
-        if groups > 1: k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)     # [B,h,T+L,D/h]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)                # [B,h,L,D/h]
-        x = x + self.part(l, 'out')(y.transpose(1, 2).reshape(B, L, -1))                         # [B,L,D]
-        return x + self.part(l, 'ffw')(self.part(l, 'norm_2')(x)), own
-
-    def final_norm(self, x): return self.parts['norm'](x)
-
-    def lm_head(self, x): return self.hf.get_output_embeddings()(x)                              # [..,V]
-
-    def forward(self, tokens):
-        """ Text alone: tokens [B,T] -> hidden states after the final norm [B,T,D]. """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]                    # [1,T]
-        x, rope = self.place(self.embed(tokens), positions)
-        for l in range(self.n_layers): x, _ = self.block(l, x, rope)
-        return self.final_norm(x)
-
-
-class SentencePiece:
-    """ A tokenizer that is sentencepiece's tokenizer.model and nothing else (Hugging Face would want protobuf for it). """
-    def __init__(self, folder):
-        import sentencepiece
-        self.sp = sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, 'tokenizer.model'))
-        path = os.path.join(folder, 'tokenizer_config.json')
-        c = json.load(open(path, encoding='utf-8')) if os.path.exists(path) else {}
-        self.before = [self.sp.bos_id()] if c.get('add_bos_token', True) else []
-        self.after = [self.sp.eos_id()] if c.get('add_eos_token', False) else []
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = self.sp.bos_id(), self.sp.eos_id(), None
-
-    def __call__(self, texts, add_special_tokens=True, truncation=False, max_length=None):
-        before, after = (self.before, self.after) if add_special_tokens else ([], [])
-        room = max(0, max_length - len(before) - len(after)) if truncation else None
-        return {'input_ids': [before + ids[:room] + after for ids in self.sp.encode(list(texts))]}
-
-    def decode(self, ids): return self.sp.decode(list(ids))
-
-
-@contextmanager
-def loading(name):
-    """ Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError). """
-    from safetensors import SafetensorError
-    try: yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:   # RuntimeError: weights of other shapes
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes a Hugging Face name that the "
-                         "hub or the local cache has, or a folder with config.json, weights and tokenizer.") from None
-
-
-def lm_config(name):
-    """ The configuration of an LM, and the name or folder that it came from (a run's LM is in its folder hf). """
-    from transformers import AutoConfig
-    if os.path.isdir(os.path.join(name, 'hf')): name = os.path.join(name, 'hf')
-    with loading(name): return AutoConfig.from_pretrained(name), name
-
-
-def load_lm(name, dtype=torch.float32, random_init=False):
-    """
-    A pretrained causal LM and its tokenizer, by Hugging Face name or by folder (a run of system='lm' is one too).
-    random_init keeps the shape and throws the weights away, for the control that every reader asks for.
-    Raises ModelError where neither the hub, nor the local cache, nor a folder has it.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
-    from transformers.utils import logging
-    DTYPE = 'dtype' if [int(n) for n in __version__.split('.')[:2]] >= [4, 56] else 'torch_dtype'   # renamed there
-    logging.disable_progress_bar()
-    config, name = lm_config(name)
-    with loading(name):
-        if random_init: hf = AutoModelForCausalLM.from_config(config).to(dtype)
-        else: hf = AutoModelForCausalLM.from_pretrained(name, **{DTYPE: dtype})
-        has = lambda file: os.path.exists(os.path.join(name, file))
-        bare = has('tokenizer.model') and not has('tokenizer.json')
-        tokenizer = SentencePiece(name) if bare else AutoTokenizer.from_pretrained(name)
-    return FrozenLM(hf), tokenizer
+from adapters import CMPTA, AVEncoder, MMBlock, MSEAdapter, masked_mean, regularise
+from lm import FrozenLM, ModelError, lm_config, load_lm, new_lm
+from losses import deepmlf_loss, l1, label_loss, lm_loss
+from prompts import Prompt, rated
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -344,42 +174,129 @@ class DeepMLF(nn.Module):
         return {n: values(block) for n, block in self.mm_blocks.items()}
 
 
+class PseudoTokenLM(nn.Module):
+    """
+    MSE-Adapter and CMPTA: an adapter turns text, audio and video into P pseudo tokens, these stand before the text in a
+    prompt, and the frozen LM says the label. The two systems differ in the adapter, and in nothing here.
+
+    Two streams again: the prompt up to its last token but one, of which only keys and values are needed, and behind it
+    a few tokens that are read out: its last token, and the label's (training), every node of the label trie
+    (readout='score': one pass gives the probability of every label), or a learned query (readout='head'). Prompts end at
+    different places and are padded behind, where nothing looks.
+    """
+    def __init__(self, lm, adapter, prompt, c):
+        """ lm FrozenLM; adapter(batch, text [B,T,D], text_mask [B,T]) -> [B,P,D]; prompt Prompt; c: the knobs as a dict. """
+        super().__init__()
+        self.lm, self.adapter, self.prompt, self.c = lm, adapter, prompt, c
+        longest = prompt.longest() + c['n_pseudo'] + c['max_text_len']
+        if longest > lm.max_positions:
+            raise ModelError(f"prompt, pseudo tokens, max_text_len and label make {longest} tokens, past the "
+                             f"{lm.max_positions} positions of this LM: lower max_text_len.")
+        for k, v in prompt.trie().items(): self.register_buffer('trie_' + k, v, persistent=False)
+        values = torch.tensor(prompt.values or range(len(prompt.labels)), dtype=torch.float32)
+        self.register_buffer('values', values, persistent=False)                                 # [K]
+        if c['readout'] == 'head':
+            n_out = 1 if prompt.kind == 'regression' else len(prompt.labels)
+            self.query_tokens = nn.Parameter(0.02 * torch.randn(1, lm.width))                    # [1,D]
+            self.head = nn.Sequential(nn.Linear(lm.width, c['head_width']), nn.ReLU(), nn.Linear(c['head_width'], n_out))
+
+    def read(self, batch, adapter=True):
+        """ The prompt, embedded: x [B,T,D], n [B] real tokens. adapter=False leaves the pseudo tokens out. """
+        lm, c, first = self.lm, self.c, len(self.prompt.before)
+        x, n = lm.embed(batch['tokens']), batch['text_len']                                      # [B,T,D], [B]
+        before, text = x[:, :first], x[:, first + c['n_pseudo']:]
+        if not adapter: return torch.cat([before, text], 1), n - c['n_pseudo']
+        own = n - first - c['n_pseudo'] - len(self.prompt.after)                                 # [B], the clip's own text
+        at = torch.arange(text.shape[1], device=x.device)
+        own_mask, own_text = at < own[:, None], text                                             # [B,T], [B,T,D]
+        if c['system'] == 'mse' and c['tgm_pool'] == 'padded':   # as released: padding counts in the mean
+            size = c['max_text_len']
+            pad = lm.embed(torch.full((1, 1), self.prompt.pad_id, device=x.device))              # [1,1,D]
+            own_text = torch.where(own_mask[..., None], text, pad)[:, :size]
+            own_text = torch.cat([own_text, pad.expand(len(x), size - own_text.shape[1], -1)], 1)
+            own_mask = torch.ones_like(own_text[..., 0], dtype=torch.bool)
+        with torch.autocast(x.device.type, enabled=False):
+            pseudo = self.adapter(batch, own_text.float(), own_mask)                             # [B,P,D]
+        return torch.cat([before, pseudo.to(x.dtype), text], 1), n
+
+    def tail(self, x, n, y, depth, sees):
+        """ What the LM makes of tokens y [B,N,D] that stand `depth` [N] behind the last of n [B] real tokens of x [B,T,D];
+        sees [N,N] says which of them see which. The first of y is that last token -> [B,N,D] after the final norm. """
+        lm, (B, T, _), N = self.lm, x.shape, y.shape[1]
+        read = torch.arange(T - 1, device=x.device) < n[:, None] - 1                             # [B,T-1]
+        mask = torch.cat([read[:, None].expand(B, N, T - 1), sees.expand(B, N, N)], -1)[:, None]     # [B,1,N,T-1+N]
+        x, rope_x = lm.place(x[:, :-1], torch.arange(T - 1, device=x.device).expand(B, T - 1))   # [B,T-1,D]
+        y, rope_y = lm.place(y, n[:, None] - 1 + depth)                                          # [B,N,D]
+        def layer(l, x, y):
+            q, k, v = lm.qkv(l, x, rope_x)
+            y, _ = lm.block(l, y, rope_y, (k, v), mask)
+            return x if l == lm.n_layers - 1 else lm.finish(l, x, q, k, v), y   # of the last, keys and values are enough
+        for l in range(lm.n_layers):
+            keep = not (self.c['checkpoint_lm'] and torch.is_grad_enabled())
+            x, y = layer(l, x, y) if keep else checkpoint(layer, l, x, y, use_reentrant=False, preserve_rng_state=False)
+        return lm.final_norm(y)
+
+    def label_scores(self, x, n):
+        """ Exact log-probabilities of every label string, by one pass over the nodes of their trie -> [B,K]. """
+        y = self.lm.embed(self.trie_token).expand(len(x), -1, -1)                                # [B,N,D]
+        h = self.tail(x, n, y, self.trie_depth, self.trie_sees)                                  # [B,N,D]
+        at_once, scores = max(1, 2 ** 25 // (h.shape[1] * self.lm.vocabulary)), []               # logits of 128 MB
+        for part in h.split(at_once):
+            logits = self.lm.lm_head(part).float()                                               # [b,N,V]
+            said = logits[:, self.trie_node, self.trie_answer] - logits.logsumexp(-1)[:, self.trie_node]     # [b,K,n]
+            scores.append(torch.where(self.trie_real, said, 0.0).sum(-1))
+        return torch.cat(scores)
+
+    def head_out(self, x, n):
+        """ The hidden state of a learned query behind the prompt, through the head -> [B,1] or [B,K]. """
+        y = torch.cat([self.lm.embed(self.trie_token[:1]), self.query_tokens.to(x.dtype)]).expand(len(x), -1, -1)    # [B,2,D]
+        depth = torch.arange(2, device=x.device)
+        h = self.tail(x, n, y, depth, depth[:, None] >= depth)[:, 1]                             # [B,D]
+        with torch.autocast(x.device.type, enabled=False): return self.head(h.float())
+
+    def predict(self, batch, adapter=True):
+        """
+        pred [B], a score or a class number; prob [B,K] over the labels, with their probabilities made to sum to 1, for 'score'
+        and for classes from a head; for 'generate' unread [B], 1 where the answer was no label: such a clip is scored as
+        the middle of the range, or as no class at all. adapter=False asks the LM about the text alone.
+        """
+        c, (x, n) = self.c, self.read(batch, adapter)
+        if c['readout'] == 'generate':
+            token = self.trie_token[:1].expand(len(x))                                           # [B]
+            answers = self.lm.go_on(x[:, :-1], n - 1, token, self.trie_answer.shape[1])          # [B,n]
+            said = [self.prompt.understand(ids) for ids in answers.tolist()]
+            nothing = -1.0 if self.prompt.kind == 'classes' else float(self.values[[0, -1]].mean())
+            pred = [nothing if s is None else s for s in said]
+            return dict(pred=torch.tensor(pred), unread=torch.tensor([float(s is None) for s in said]))
+        if c['readout'] == 'head' and self.prompt.kind == 'regression': return dict(pred=self.head_out(x, n)[:, 0])
+        scores = self.head_out(x, n) if c['readout'] == 'head' else self.label_scores(x, n)      # [B,K]
+        prob = scores.softmax(-1)                                                                # [B,K]
+        if self.prompt.kind == 'classes' or c['score_estimate'] == 'mode': pred = self.values[prob.argmax(-1)]
+        elif c['score_estimate'] == 'expected': pred = (prob * self.values).sum(-1)   # no matmul: autocast would round it
+        else: pred = self.values[(prob.cumsum(-1) < 0.5).sum(-1).clamp(max=len(self.values) - 1)]    # 'median'
+        return dict(pred=pred.where(scores.isfinite().all(-1), torch.nan), prob=prob)            # argmax would hide a NaN
+
+    def forward(self, batch):
+        """ Cross-entropy of the label's tokens; with readout='head' L1, or cross-entropy of the classes. """
+        x, n = self.read(batch)
+        k = self.prompt.index(batch['label'])                                                    # [B]
+        if self.c['readout'] == 'head':
+            out = self.head_out(x, n)
+            regression = self.prompt.kind == 'regression'
+            loss = l1(out[:, 0], batch['label']) if regression else F.cross_entropy(out, k)
+            return dict(loss=loss, terms={'task': loss})
+        answer, real = self.trie_answer[k], self.trie_real[k]                                    # [B,n], [B,n]
+        depth = torch.arange(answer.shape[1], device=x.device)
+        y = torch.cat([self.trie_token[:1].expand(len(x), 1), answer[:, :-1]], 1)                # [B,n]
+        h = self.tail(x, n, self.lm.embed(y), depth, depth[:, None] >= depth)                    # [B,n,D]
+        loss = label_loss(h, answer, real, self.lm.lm_head, batch.get('lm_weight', 1.0))
+        return dict(loss=loss, terms={'label': loss})
+
+    def param_groups(self): return grouped(self)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # From knobs to a model, from a model to a file and back
-
-def new_lm(texts, c, folder):
-    """
-    A GPT-2 of lm_layers x lm_width from nothing, with a sentencepiece tokenizer trained on `texts`. `folder` becomes an
-    ordinary Hugging Face folder (tokenizer.json for AutoTokenizer, tokenizer.model beside it; the weights come later).
-    """
-    import io
-    import sentencepiece
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-    if c['lm_positions'] < c['max_text_len']:
-        raise ModelError(f"lm_positions={c['lm_positions']} is less than max_text_len={c['max_text_len']}: raise it.")
-    if c['lm_width'] % c['lm_heads']:
-        raise ModelError(f"lm_heads={c['lm_heads']} does not divide lm_width={c['lm_width']}: take a divisor of it.")
-    proto = io.BytesIO()
-    try: sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=proto, vocab_size=c['lm_vocab'], model_type='unigram', num_threads=1,
-        hard_vocab_limit=False, normalization_rule_name='identity', minloglevel=2, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
-    except RuntimeError as e:
-        raise ModelError(f"no sentencepiece tokenizer of lm_vocab={c['lm_vocab']} can be trained on this text "
-                         f"({str(e).splitlines()[-1][-120:]}): change lm_vocab.") from None
-    sp = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
-    fast = Tokenizer(models.Unigram([(sp.id_to_piece(i), sp.get_score(i)) for i in range(sp.vocab_size())], unk_id=0))
-    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    fast.add_special_tokens([AddedToken(t, special=True) for t in ('<unk>', '<s>', '</s>')])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
-    os.makedirs(folder, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    with open(os.path.join(folder, 'tokenizer.model'), 'wb') as f: f.write(proto.getvalue())
-    return LanguageModel(GPT2LMHeadModel(GPT2Config(
-        vocab_size=sp.vocab_size(), n_positions=c['lm_positions'], n_embd=c['lm_width'], n_layer=c['lm_layers'],
-        n_head=c['lm_heads'], bos_token_id=1, eos_token_id=2,
-        resid_pdrop=c['dropout'], embd_pdrop=c['dropout'], attn_pdrop=c['dropout']))), tokenizer
-
 
 def build(c, corpus, out_dir, dtype=torch.float32):
     """
@@ -389,9 +306,15 @@ def build(c, corpus, out_dir, dtype=torch.float32):
     encoder = lambda: AVEncoder(corpus.widths, c['av_width'], c['av_layers'], c['av_heads'], c['av_len'],
                                 c['av_dropout'], c['av_seqaug'])
     try:
-        if c['system'] == 'lm': return new_lm(corpus.text('train'), c, os.path.join(out_dir, 'hf'))
+        if c['system'] == 'lm':
+            texts = rated(corpus, 'train') if c['lm_text'] == 'rated' else corpus.text('train')
+            hf, tokenizer = new_lm(texts, c, os.path.join(out_dir, 'hf'))
+            return LanguageModel(hf), tokenizer
         if c['system'] == 'av': return AVModel(encoder()), None
-        lm, tokenizer = load_lm(c['lm'], dtype, c['lm_init'] == 'random')
+        lm, tokenizer = load_lm(c['lm'], dtype, c['lm_init'] == 'random', c['trust_remote_code'])
+        if c['system'] in ('mse', 'cmpta'):
+            prompt = Prompt(c, corpus.labels[c['label']], tokenizer)
+            return PseudoTokenLM(lm, build_adapter(c, corpus.widths, lm), prompt, c), tokenizer
         model = DeepMLF(lm, encoder(), c)
     except ValueError as e: raise ModelError(str(e)) from None
     if c['av_init'] != 'random':
@@ -402,15 +325,26 @@ def build(c, corpus, out_dir, dtype=torch.float32):
     return model, tokenizer
 
 
+def build_adapter(c, widths, lm):
+    """ What makes the pseudo tokens, by the knobs: MSEAdapter or CMPTA. """
+    embed = lm.parts['embed'].weight
+    embed_rms = 1.0 if embed.is_meta else float(embed[:4096].float().pow(2).mean().sqrt())       # of 4096 tokens, at most
+    if c['system'] == 'mse':
+        return MSEAdapter(widths, lm.width, c['n_pseudo'], c['mse_width'], dict(audio=c['lstm_audio'], vision=c['lstm_vision']),
+                          c['msf_scales'], c['pseudo_projection'], embed_rms)
+    return CMPTA(widths, lm.width, c['n_pseudo'], c['cmpta_width'], c['cmpta_heads'], c['cmpta_layers'], c['cmpta_align'],
+                 c['cmpta_align_text'], c['cmpta_attend'], c['cmpta_pool'], c['dropout'], c['pseudo_projection'], embed_rms)
+
+
 def rehearse(c):
     """
     Build DeepMLF from the knobs without a weight in it (on the meta device), from the LM's configuration alone: so that
     an LM that cannot be had, or layers that it does not have, stop a run before hours of AV pretraining. ModelError.
     """
     from transformers import AutoModelForCausalLM
-    config, _ = lm_config(c['lm'])
+    config, _ = lm_config(c['lm'], c['trust_remote_code'])
     with torch.device('meta'):
-        try: DeepMLF(FrozenLM(AutoModelForCausalLM.from_config(config)), AVEncoder({'audio': 1}, c['av_width'], 1, c['av_heads']), c)
+        try: DeepMLF(FrozenLM(AutoModelForCausalLM.from_config(config, trust_remote_code=c['trust_remote_code'])), AVEncoder({'audio': 1}, c['av_width'], 1, c['av_heads']), c)
         except ValueError as e: raise ModelError(str(e)) from None
 
 
@@ -469,6 +403,13 @@ def load_checkpoint(path):
 def devices():
     """ The kinds of device that torch knows, best first, and whether this machine has one. """
     return dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+
+
+def memory(device):
+    """ Bytes that this machine or its GPU has: what it has, not what is free now, or a run's numbers would hang on that. """
+    if device == 'cuda': return torch.cuda.mem_get_info()[1]
+    try: return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (ValueError, OSError, AttributeError): return float('inf')   # Windows does not say
 
 
 def write_text(path, text):

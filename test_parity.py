@@ -16,7 +16,7 @@ import torch.nn as nn
 from adapters import AVEncoder, CrossAttention, LoRA, LoRAFFW, MMBlock, sinusoid
 from eval import (BETTER, METRIC_HELP, class_f1, class_metrics, confusion, markdown_table, mean_std_n, paired_bootstrap,
                   regression_metrics)
-from model import FAMILIES, FrozenLM
+from lm import FAMILIES, FrozenLM
 from test_smoke import PARENT, tiny_batch, tiny_deepmlf, tiny_lm
 
 GOLDEN = PARENT / 'shared' / 'golden'
@@ -502,7 +502,7 @@ def test_tables():
 
 def test_every_metric_says_what_it_is_and_which_way_is_better():
     pred, label = scores()
-    assert {*regression_metrics(pred, label, [-3, 3]), 'acc', 'wf1', 'f1_<class>', 'loss'} == METRIC_HELP.keys()
-    assert {k for k, way in BETTER.items() if way == 'low'} == {'mae', 'jump2', 'jump_mean', 'loss'}
+    assert {*regression_metrics(pred, label, [-3, 3]), 'acc', 'wf1', 'f1_<class>', 'loss', 'unread'} == METRIC_HELP.keys()
+    assert {k for k, way in BETTER.items() if way == 'low'} == {'mae', 'jump2', 'jump_mean', 'loss', 'unread'}
     good, bad = (regression_metrics(label + e * (pred - label), label, [-3, 3]) for e in (0.3, 1.5))
     for key in good: assert (good[key] < bad[key]) == (BETTER[key] == 'low'), key

@@ -450,7 +450,7 @@ def test_no_knob_without_a_reader():
     text = (HERE / 'train.py').read_text(encoding='utf-8')
     block = text[text.index("# what is trained"):text.index("# -----")]
     read = set()
-    for source in [text[text.index('_needed = '):]] + [(HERE / f).read_text(encoding='utf-8') for f in ('model.py', 'data.py', 'eval.py')]:
+    for source in [text[text.index('_needed = '):]] + [(HERE / f).read_text(encoding='utf-8') for f in ('model.py', 'lm.py', 'prompts.py', 'data.py', 'eval.py')]:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load): read.add(node.id)          # lr
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant): read.add(node.slice.value)   # c['lr']

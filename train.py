@@ -1,8 +1,9 @@
 """
-Trains one thing, top to bottom: an LM, an audiovisual encoder, or DeepMLF on both.
+Trains one thing, top to bottom: an LM, an audiovisual encoder, DeepMLF on both, or MSE-Adapter or CMPTA on an LM.
 
     python train.py                                              the toy corpus, the whole curriculum, 2-3 minutes
     python train.py config/deepmlf_mosei.py --corpus=unaligned_50.pkl    the paper's run on M-SENA's MOSEI file
+    python train.py config/mse_toy_emotion.py                    another system, another task: the LM says a class
     python train.py config/deepmlf_toy.py --seed=1 --n_fusion=4  any knob below, as --knob=value
     python train.py --help                                       every knob with its default
 
@@ -27,26 +28,30 @@ import transformers
 
 from configurator import configure, read_config
 from data import CorpusError, Feed, epoch_order, open_corpus
-from eval import BETTER, constant, curve_picture, evaluate, report, write_predictions
-from model import ModelError, build, devices, load_checkpoint, own_tensors, put, rehearse, save_checkpoint, write_text
+from eval import BETTER, constant, continuation, curve_picture, evaluate, report, write_predictions
+from lm import ModelError, lm_config, n_parameters
+from model import build, devices, load_checkpoint, memory, own_tensors, put, rehearse, save_checkpoint, write_text
+from prompts import PROMPTS
 
 # what is trained, and on what
-system = 'deepmlf'            # 'lm', 'av' or 'deepmlf'
+system = 'deepmlf'            # 'lm', 'av', 'deepmlf', 'mse' or 'cmpta'
 needs = []                    # configs of the runs that this one stands on; those not finished are made first
 corpus = 'toy'                # 'toy', a corpus folder, an M-SENA .pkl, or a folder of NAME_train.pkl ..
 data_dir = 'data'             # where converted corpora are kept
-label = 'label'               # which of the corpus's labels
+label = 'label'               # which of the corpus's labels; classes (as 'emotion') for 'mse' and 'cmpta'
+train_fraction = 1.0          # share of the train split that is trained on, of each class alike (few-shot)
 modalities = ['audio', 'vision']  # streams that the model gets to see; the others arrive empty
 standardise = True            # per feature, with the train split's mean and std
 lowercase = 'auto'            # 'auto': lower-case a corpus that is all capitals (CMU-MOSI); 'never'
-max_text_len = 50             # tokens; longer texts are cut at the end
+max_text_len = 50             # tokens of a clip's own text; longer texts are cut at the end
 # the run
 out_dir = ''                  # '' is out/<config>, with -seed<k> and -steps<n> behind it where these are set
 seed = 0                      # of everything random, but for the toy corpus itself
 resume = False                # go on, bitwise, from the last checkpoint in out_dir
 fresh = False                 # start over in an out_dir that holds a run (the runs in needs are kept)
 device = 'auto'               # 'auto': cuda, mps or cpu, the first that is there
-dtype = 'auto'                # of the frozen LM and of autocast: 'auto' is bfloat16 on cuda, else float32
+dtype = 'auto'                # of the frozen LM and of autocast: 'auto' is bfloat16 on cuda and where float32 is too
+                              # large for the memory, else float32; 'float16' for a GPU without bfloat16
 compile = False               # torch.compile the model
 max_steps = -1                # optimizer steps at most, here and in the runs that needs makes; -1: as epochs say
 log_interval = 10             # optimizer steps between log lines
@@ -56,18 +61,22 @@ batch_size = 32               # clips in a micro-batch
 accumulate = 8                # micro-batches in an optimizer step; 32 x 8 is what the published numbers come from
 epochs = 20                   # length of the cosine, and the most that is trained
 patience = 10                 # epochs without a better validation before stopping
-select = 'mae'                # validation metric that picks the best checkpoint ('loss' for system='lm')
+select = 'mae'                # validation metric that picks the best checkpoint: 'wf1' or 'acc' for classes, 'loss' for an LM
 lr = 1e-4                     # peak learning rate
 lr_min = 1e-7                 # at the end of the cosine, and for good
 warmup_epochs = 1.0           # linear warm-up
 weight_decay = 0.1            # on matrices only: not on biases, norms, gates, fusion tokens
 beta_1 = 0.9                  # AdamW
 beta_2 = 0.95                 # AdamW
+adam_eps = 1e-8               # AdamW
 clip = 1.0                    # gradient norm at most, after accumulation; 0 is off
-dropout = 0.1                 # in MM blocks, or in the LM for system='lm'
+dropout = 0.1                 # in MM blocks, in CMPTA, or in the LM for system='lm'
 # the LM
 lm = 'gpt2-large'             # Hugging Face name, folder, or the name of a run in needs
 lm_init = 'pretrained'        # 'random' keeps its shape and tokenizer alone: a control
+trust_remote_code = False     # let an LM's authors run their own code here, for LMs that transformers does not know
+checkpoint_lm = False         # 'mse', 'cmpta': compute the LM's layers again in the backward pass, to save memory
+lm_text = 'plain'             # system='lm': 'plain' text, or 'rated', with scores and emotions behind it
 lm_vocab = 256                # system='lm': sentencepiece tokens, at most
 lm_width = 64                 # system='lm': D
 lm_layers = 4                 # system='lm'
@@ -99,7 +108,28 @@ text_reg = 'seqaug'           # on text embeddings while training: 'seqaug', 'no
 text_reg_rate = 0.3           # SeqAug's rate, the noise's std or the dropout's p
 text_reg_prob = 0.25          # SeqAug: share of clips that get it
 text_reg_draw = 'fixed'       # SeqAug's rate is 'fixed', or drawn: 'beta', 'halfnormal'
-# the loss: L1 of the task head (weight 1) + these (eqs. 13-14)
+# pseudo tokens: MSE-Adapter and CMPTA
+prompt = 'en'                 # the question that the LM is asked, in prompts.py: 'en', 'cn', 'toy'
+label_words = 'index'         # a class is answered by its 'index' or its 'name'
+label_plus = False            # write +0.6 for 0.6
+label_eos = False             # end-of-text behind each label
+readout = 'score'             # 'score' all labels at once, 'generate' one greedily, or a learned query and a 'head'
+score_estimate = 'expected'   # the score from the labels' probabilities: 'expected' value, 'mode', 'median'
+n_pseudo = 4                  # P, pseudo tokens
+pseudo_projection = 'released'  # 'released', or 'full': full rank, and scaled to the LM's own embeddings
+mse_width = 256               # d
+lstm_audio = 64               # hidden width
+lstm_vision = 32              # hidden width
+msf_scales = [8, 32, 16]      # bottlenecks of Multi-Scale-Fusion are the LM's width over these
+tgm_pool = 'real'             # the mean text embedding is over 'real' tokens, or 'padded' ones too as released
+cmpta_width = 1024            # d
+cmpta_heads = 8               # not stated in the paper, as are the next two
+cmpta_layers = 1              # Transformer layers over the six tokens
+cmpta_pool = 'mean'           # how a sequence becomes a token: 'mean', 'last', 'learned'
+cmpta_align = 'bi'            # temporal alignment by a 'bi' or 'one-way' LSTM, or 'off' (Tables 5, 6)
+cmpta_align_text = True       # text too (the paper can be read both ways)
+cmpta_attend = True           # False: each token from its own modality, without the CMPT adapter (Tables 5, 6)
+# DeepMLF's loss: L1 of the task head (weight 1) + these (eqs. 13-14)
 weight_av = 1.0               # lambda_av
 weight_text = 1.0             # lambda_t
 weight_fusion = 1.0           # lambda_f
@@ -132,15 +162,19 @@ sys.excepthook = on_exception
 # What can be checked before anything is read, all at once
 
 choices = dict(
-    system=('lm', 'av', 'deepmlf'), lowercase=('auto', 'never'), device=('auto', 'cpu', 'cuda', 'mps'),
-    dtype=('auto', 'float32', 'bfloat16'), select=tuple(BETTER), lm_init=('pretrained', 'random'),
+    system=('lm', 'av', 'deepmlf', 'mse', 'cmpta'), lowercase=('auto', 'never'), device=('auto', 'cpu', 'cuda', 'mps'),
+    dtype=('auto', 'float32', 'bfloat16', 'float16'), select=tuple(BETTER), lm_init=('pretrained', 'random'),
     av_init=('tune', 'frozen', 'random'), fusion_position=('after', 'fixed'),
     mm_query=('fusion', 'text+fusion', 'text'), mm_gate=('sigmoid', 'tanh', 'none'),
     mm_ffw=('full', 'lora', 'none'), mm_ffw_init=('lm', 'random'),
-    text_reg=('seqaug', 'noise', 'dropout', 'none'), text_reg_draw=('fixed', 'beta', 'halfnormal'))
+    text_reg=('seqaug', 'noise', 'dropout', 'none'), text_reg_draw=('fixed', 'beta', 'halfnormal'),
+    lm_text=('plain', 'rated'), prompt=tuple(PROMPTS), label_words=('index', 'name'), readout=('score', 'generate', 'head'),
+    score_estimate=('expected', 'mode', 'median'), pseudo_projection=('released', 'full'), tgm_pool=('real', 'padded'),
+    cmpta_pool=('mean', 'last', 'learned'), cmpta_align=('bi', 'one-way', 'off'))
 at_least_1 = ('batch_size accumulate epochs patience log_interval max_text_len lm_vocab lm_width lm_layers lm_heads '
-              'lm_positions av_width av_layers av_heads av_len n_fusion mm_heads lora_rank head_width').split()
-at_least_0 = ('seed save_interval lr lr_min warmup_epochs weight_decay clip text_reg_rate lora_alpha '
+              'lm_positions av_width av_layers av_heads av_len n_fusion mm_heads lora_rank head_width n_pseudo mse_width '
+              'lstm_audio lstm_vision cmpta_width cmpta_heads cmpta_layers').split()
+at_least_0 = ('seed save_interval lr lr_min warmup_epochs weight_decay adam_eps clip text_reg_rate lora_alpha '
               'weight_av weight_text weight_fusion weight_lm').split()
 shares = 'dropout av_dropout lora_dropout av_seqaug beta_1 beta_2'.split()
 wrong = [f"{k}={config[k]!r} is none of {', '.join(v)}" for k, v in choices.items() if config[k] not in v]
@@ -149,6 +183,8 @@ wrong += [f"{k}={config[k]} must be at least 0" for k in at_least_0 if config[k]
 wrong += [f"{k}={config[k]} must be in [0, 1)" for k in shares if not 0 <= config[k] < 1]
 if not 0 <= text_reg_prob <= 1: wrong += [f"text_reg_prob={text_reg_prob} must be in [0, 1]"]
 if text_reg != 'noise' and text_reg_rate > 1: wrong += [f"text_reg_rate={text_reg_rate} must be in [0, 1]"]
+if not 0 < train_fraction <= 1: wrong += [f"train_fraction={train_fraction} must be in (0, 1]"]
+if not msf_scales or min(msf_scales) < 1: wrong += [f"msf_scales={msf_scales} must be numbers of at least 1"]
 if seed >= 2 ** 63: wrong += [f"seed={seed} must be below 2^63"]
 if set(modalities) - {'audio', 'vision'}: wrong += [f"modalities={modalities} may hold 'audio' and 'vision' only"]
 if (system == 'lm') != (select == 'loss'): wrong += ["select is 'loss' for system='lm', and a metric for the others"]
@@ -208,8 +244,13 @@ there = devices()
 if device == 'auto': device = next(d for d in there if there[d])
 if not there[device]: stop(f"device={device} is not there: this machine has {', '.join(d for d in there if there[d])}.")
 bf16 = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-if dtype == 'auto': dtype = 'bfloat16' if bf16 else 'float32'
-autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16')
+try: too_large = system in ('deepmlf', 'mse', 'cmpta') and not bf16 and dtype == 'auto' and \
+    4 * n_parameters(lm_config(lm, trust_remote_code)[0], trust_remote_code) > 0.8 * memory(device)
+except ModelError as e: stop(str(e))
+if dtype == 'auto': dtype = 'bfloat16' if bf16 or too_large else 'float32'
+if too_large: print(f"  {lm} in float32 is too large for the memory of this machine: bfloat16")
+autocast = lambda: torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32')
+loss_scale = 2.0 ** 10 if dtype == 'float16' else 1.0   # a power of 2, so exact: or small gradients would vanish in the LM
 
 try:
     clips = open_corpus(corpus, data_dir)
@@ -220,7 +261,10 @@ try:
                  "--out_dir in another folder.")
     torch.manual_seed(seed)
     model, tokenizer = build(config, clips, out_dir, getattr(torch, dtype))
-    feed = Feed(clips, config, tokenizer, device)   # text is tokenised once, here
+    feed = Feed(clips, config, tokenizer, device, getattr(model, 'prompt', None))   # text is tokenised once, here
+    majority, says = None if system == 'lm' else constant(clips, label), continuation(model, tokenizer)
+    if majority and select not in majority:
+        stop(f"select={select!r} is no metric of the label {label!r}: it has {', '.join(majority)}.")
 except (CorpusError, ModelError) as e: stop(str(e))
 except OSError as e: stop(f"cannot write to {out_dir} ({e.strerror or e}): make room, or give another --out_dir.")
 model.to(device)
@@ -230,11 +274,11 @@ step_model = torch.compile(model) if compile else model
 groups = model.param_groups()
 named = {n: p for g in groups for n, p in zip(g['names'], g['params'])}
 groups = [dict(params=g['params'], weight_decay=weight_decay if g['decay'] else 0.0) for g in groups]
-optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta_1, beta_2))
+optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta_1, beta_2), eps=adam_eps)
 n_trainable = sum(p.numel() for p in named.values())
 n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
-n_train = clips.n_clips['train']
+n_train = feed.n_clips['train']
 steps_per_epoch = math.ceil(math.ceil(n_train / batch_size) / accumulate)
 n_steps = steps_per_epoch * epochs if max_steps < 0 else min(max_steps, steps_per_epoch * epochs)
 warmup_steps = round(warmup_epochs * steps_per_epoch)
@@ -268,7 +312,7 @@ about = dict(
                   transformers=transformers.__version__),
     device=device, dtype=dtype, threads=torch.get_num_threads(), matmul_gflops=round(matmul_rate(), 1),
     corpus=dict(folder=clips.folder, sha256=clips.sha256, widths=clips.widths),
-    lm_fingerprint=model.lm.fingerprint() if system == 'deepmlf' else None)
+    lm_fingerprint=model.lm.fingerprint() if hasattr(model, 'lm') else None)
 
 # ---------------------------------------------------------------------------------------------------------
 # Where we are. The last checkpoint has all of it, and resuming is bitwise: the order of the clips is a function of
@@ -330,8 +374,8 @@ def save(kind):
     except ModelError as e: stop(str(e))
 
 
-def score(split):
-    try: return evaluate(model, feed, split, autocast)
+def score(split, **how):
+    try: return evaluate(model, feed, split, autocast, **how)
     except ValueError as e: stop(f"{split}: {e}.")
 
 
@@ -366,11 +410,13 @@ while state['step'] < n_steps and not state['done']:
         share = len(index) / n_clips                                # the gradient is a mean over clips, not batches
         batch = feed('train', index) | dict(lm_weight=torch.tensor(n / max(1, sum(n_targets)) / share))   # and over tokens
         with autocast(): out = step_model(batch)
-        (out['loss'] * share).backward()
+        (out['loss'] * share * loss_scale).backward()
         for k, v in (out['terms'] | dict(loss=out['loss'])).items(): terms[k] = terms.get(k, 0) + v.detach() * share
     if state['step'] == 0:
         idle = [n for n, p in named.items() if p.grad is None]
         if idle: stop(f"no loss reaches {len(idle)} of the trained weights, {idle[0]} first: a knob has cut them off.")
+    if loss_scale != 1:
+        for p in named.values(): p.grad /= loss_scale
     grad_norm = torch.nn.utils.clip_grad_norm_(named.values(), clip or math.inf)
     for k, v in (terms | dict(gradient=grad_norm)).items():         # noted on the device, which is not asked here
         bad_now = torch.where(torch.isfinite(v), never, state['step'] + 1)
@@ -430,11 +476,12 @@ try:
     put(model, load_checkpoint(best_path)[0], out_dir)
     if system == 'lm': model.hf.save_pretrained(os.path.join(out_dir, 'hf'))
 except ModelError as e: stop(str(e))
-result = dict(about=about, state=state, n_trainable=n_trainable, n_frozen=n_frozen, clips=clips.n_clips,
-              label_range=feed.label_range, ceilings=clips.meta.get('ceilings'),
-              majority=None if system == 'lm' else constant(clips, label))
+result = dict(about=about, state=state, n_trainable=n_trainable, n_frozen=n_frozen, clips=feed.n_clips,
+              info=feed.info, ceilings=clips.meta.get('ceilings'), lm_kept=says and says == continuation(model, tokenizer),
+              majority=majority)
 result['valid'], _ = score('valid')
 result['test'], predictions = score('test')
+if system in ('mse', 'cmpta') and readout != 'head': result['lm_alone'], _ = score('test', adapter=False)   # it saw text only
 if predictions: write_predictions(out_dir, clips, predictions)
 result['seconds'] = round(time.time() - started, 1)
 try:

@@ -1,0 +1,17 @@
+# CMPTA on the toy corpus: six pseudo tokens from what each modality finds in the others.
+# python train.py config/cmpta_toy.py
+# hardware:
+needs = ['config/lm_toy_rated.py']
+system = 'cmpta'
+lm = 'lm_toy_rated'
+prompt = 'toy'
+batch_size = 64
+accumulate = 1
+epochs = 10
+lr = 2e-3
+lr_min = 0.0
+weight_decay = 0.01
+n_pseudo = 6
+cmpta_width = 32
+cmpta_heads = 4
+log_interval = 50

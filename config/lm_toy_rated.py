@@ -1,0 +1,18 @@
+# A small GPT pretrained on the toy text with ratings behind it: what a large LM has met on review sites.
+# python train.py config/lm_toy_rated.py
+# hardware: 
+system = 'lm'
+select = 'loss'
+lm_text = 'rated'
+batch_size = 64
+accumulate = 1
+epochs = 6
+lr = 3e-3
+lr_min = 1e-4
+weight_decay = 0.01
+dropout = 0.0
+lm_vocab = 256
+lm_width = 64
+lm_layers = 4
+lm_heads = 4
+log_interval = 50

@@ -1,0 +1,294 @@
+"""
+The frozen LM: any Hugging Face causal LM of a known family, run layer by layer by our own code; and how one is loaded,
+or made from nothing.
+
+Axis letters, the same in every file:
+    B clips   T text tokens   L any sequence   D LM width   V vocabulary   h heads
+"""
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class ModelError(Exception):
+    """ A sentence for the user: what was wrong, where, and what to do. """
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The frozen LM
+
+# Where each family keeps its parts: all that we know about any LM. A new family is a line here.
+FAMILIES = {
+    'gpt2': dict(layers='transformer.h', embed='transformer.wte', wpe='transformer.wpe', norm='transformer.ln_f',
+                 norm_1='ln_1', qkv=['attn.c_attn'], out='attn.c_proj',
+                 norm_2='ln_2', ffw='mlp', gate=None, up='mlp.c_fc', down='mlp.c_proj', act='mlp.act'),
+    'llama': dict(layers='model.layers', embed='model.embed_tokens', rope='model.rotary_emb', norm='model.norm',
+                  norm_1='input_layernorm', qkv=['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+                  out='self_attn.o_proj', norm_2='post_attention_layernorm', ffw='mlp',
+                  gate='mlp.gate_proj', up='mlp.up_proj', down='mlp.down_proj', act='mlp.act_fn'),
+}
+FAMILIES['qwen2'] = FAMILIES['llama']   # its biases are in its own linears
+FAMILIES['qwen3'] = FAMILIES['llama'] | dict(q_norm='self_attn.q_norm', k_norm='self_attn.k_norm')
+# GLM-4: rotates neighbouring pairs of half of each head; gate and up of its FFW are one matrix
+FAMILIES['glm'] = FAMILIES['llama'] | dict(pairs=True, gate=None, up=None)
+
+
+def rotate(x, cos, sin, pairs=False):
+    """ Rotary position embedding (Su et al. 2021) of the first r of each head's features: the two halves of them against
+    each other, or neighbouring pairs. x [B,h,L,D/h], cos and sin [B,L,r] as Hugging Face lays them out. """
+    r = cos.shape[-1]
+    x, rest = x[..., :r], x[..., r:]                                                             # [B,h,L,r], [B,h,L,D/h-r]
+    if pairs:
+        cos, sin = (t[..., :r // 2].repeat_interleave(2, -1) for t in (cos, sin))                # [B,L,r]
+        turned = torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)                      # [B,h,L,r]
+    else: turned = torch.cat([-x[..., r // 2:], x[..., :r // 2]], -1)                            # [B,h,L,r]
+    return torch.cat([x * cos[:, None] + turned * sin[:, None], rest], -1)                       # [B,h,L,D/h]
+
+
+class FrozenLM(nn.Module):
+    """
+    Any Hugging Face causal LM of a known family, frozen: no gradient, no dropout (train() leaves it in eval
+    mode: the release trains through GPT-2's own dropout), and no change of a bit by any amount of training.
+
+    We call its layers' parts ourselves, one layer at a time, with keys and values as plain arguments, so that
+    a caller can put blocks between layers and run a few extra tokens over a text's keys and values.
+    """
+    def __init__(self, hf):
+        super().__init__()
+        c = hf.config
+        if getattr(c, 'scale_attn_by_inverse_layer_idx', False) or not getattr(c, 'scale_attn_weights', True):
+            raise ModelError("this GPT-2 scales attention in a way of its own (scale_attn_* in its config), which the frozen "
+                             "LM here does not do: take another LM.")
+        self.hf = hf.requires_grad_(False).eval()
+        try:
+            self.width, self.n_layers, self.n_heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
+            self.n_kv_heads = getattr(c, 'num_key_value_heads', None) or self.n_heads
+            self.head_width = getattr(c, 'head_dim', None) or self.width // self.n_heads
+            self.max_positions, self.vocabulary = c.max_position_embeddings, c.vocab_size
+            if c.model_type in FAMILIES: return self._take_apart(FAMILIES[c.model_type])
+            # A stranger whose parts have a known family's names is taken if it computes the same: many are Llamas at heart
+            gaps = {family: self._gap(where) for family, where in FAMILIES.items()}
+            nearest = min(gaps, key=gaps.get)
+            if gaps[nearest] <= 1e-2: return self._take_apart(FAMILIES[nearest])
+        except AttributeError: pass   # its config has not even a width
+        raise ModelError(f"the LM family {c.model_type!r} is not known here, and it does not compute what one with its parts' "
+                         f"names would: known are {', '.join(FAMILIES)}; a new one is a line in FAMILIES (lm.py).")
+
+    def _take_apart(self, where):
+        # plain lists, so that nothing is registered twice and a state dict has each tensor once
+        get, self.where = self.hf.get_submodule, where
+        self.parts = {k: get(where[k]) if k in where else None for k in ('embed', 'norm', 'wpe', 'rope')}
+        self.parts['layers'] = list(get(where['layers']))
+
+    @torch.no_grad()
+    def _gap(self, where):
+        """ How far our forward of this family is from Hugging Face's logits for a few tokens, as a share of the largest; inf
+        where it does not have the parts. On the meta device there are no numbers to compare. """
+        try:
+            self._take_apart(where)
+            embed = self.parts['embed'].weight
+            tokens = torch.arange(3, 35, device=embed.device)[None] % len(embed)                 # [1,32]
+            theirs, ours = self.hf(tokens).logits, self.lm_head(self(tokens))                    # [1,32,V]
+            return 0.0 if embed.is_meta else float((theirs - ours).abs().max() / theirs.abs().max())
+        except (AttributeError, TypeError, IndexError, RuntimeError): return float('inf')
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def fingerprint(self):
+        """ 16 hex digits that another LM, or this one trained again, would not have: of the first 256 values of each
+        tensor, as hashing gigabytes at every start would take long. """
+        first = [p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in self.hf.parameters()]
+        return hashlib.sha256(b''.join(first)).hexdigest()[:16]
+
+    def part(self, l, name):
+        """ Layer l's submodule under the name that FAMILIES gives it (None where the family has none). """
+        path = self.where[name]
+        return self.parts['layers'][l].get_submodule(path) if path else None
+
+    def ffw(self, l):
+        """ The four pieces of layer l's FFW: (gate or None, up, down, act). Raises ModelError where they are not apart. """
+        if not self.where['up']:
+            raise ModelError(f"the LM family {self.hf.config.model_type!r} has gate and up of its FFW in one matrix, which "
+                             "an MM block cannot build on: take another LM for DeepMLF, or write that down in FFW (adapters.py).")
+        return tuple(self.part(l, name) for name in ('gate', 'up', 'down', 'act'))
+
+    def embed(self, tokens):
+        """ tokens [B,L] -> [B,L,D], without positions (SeqAug comes before them). """
+        return self.parts['embed'](tokens)
+
+    def place(self, x, positions):
+        """ Give x [B,L,D] its positions [B,L]: added to it (GPT-2), or as (cos, sin) for every layer to rotate by.
+        Returns x, rope. """
+        if self.parts['wpe'] is not None: return x + self.parts['wpe'](positions), None
+        return x, self.parts['rope'](x, positions)
+
+    def qkv(self, l, x, rope):
+        """ Layer l's queries [B,h,L,D/h], keys and values [B,h_kv,L,D/h] of x [B,L,D]. """
+        B, L, _ = x.shape
+        y = self.part(l, 'norm_1')(x)
+        qkv = [self.parts['layers'][l].get_submodule(path)(y) for path in self.where['qkv']]
+        q, k, v = qkv if len(qkv) == 3 else qkv[0].chunk(3, -1)                                  # [B,L,h D/h] each
+        n_heads = self.n_heads, self.n_kv_heads, self.n_kv_heads
+        q, k, v = (t.view(B, L, n, self.head_width) for t, n in zip((q, k, v), n_heads))         # [B,L,h,D/h]
+        if 'q_norm' in self.where: q, k = self.part(l, 'q_norm')(q), self.part(l, 'k_norm')(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                         # [B,h,L,D/h]
+        if rope is not None: q, k = (rotate(t, *rope, self.where.get('pairs', False)) for t in (q, k))
+        return q, k, v
+
+    def finish(self, l, x, q, k, v, mask=None):
+        """ The rest of layer l, given what x [B,L,D] asks (q) and all that it may see (k, v [B,h_kv,T+L,D/h]). """
+        B, L, _ = x.shape
+        groups = self.n_heads // self.n_kv_heads                                                 # queries per key head
+        if groups > 1: k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)     # [B,h,T+L,D/h]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)                # [B,h,L,D/h]
+        x = x + self.part(l, 'out')(y.transpose(1, 2).reshape(B, L, -1))                         # [B,L,D]
+        return x + self.part(l, 'ffw')(self.part(l, 'norm_2')(x))
+
+    def block(self, l, x, rope, past=None, mask=None):
+        """
+        LM layer l (from 0) on x [B,L,D]. Without `past`, causal over x itself: with padding at the end no real
+        token ever sees it, so no mask is needed. With `past`, the (k, v) of earlier tokens, x comes after them
+        and `mask` [B,1,L,T+L] says who sees whom. Returns x [B,L,D] and this layer's own (k, v) [B,h_kv,L,D/h].
+        """
+        q, k, v = self.qkv(l, x, rope)
+        own = k, v
+        if past is not None: k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)       # [B,h_kv,T+L,D/h]
+        return self.finish(l, x, q, k, v, mask), own
+
+    def final_norm(self, x): return self.parts['norm'](x)
+
+    def lm_head(self, x): return self.hf.get_output_embeddings()(x)                              # [..,V]
+
+    def forward(self, tokens):
+        """ Text alone: tokens [B,T] -> hidden states after the final norm [B,T,D]. """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]                    # [1,T]
+        x, rope = self.place(self.embed(tokens), positions)
+        for l in range(self.n_layers): x, _ = self.block(l, x, rope)
+        return self.final_norm(x)
+
+    def go_on(self, x, n_read, token, n_new):
+        """
+        Greedy decoding: n_new tokens after a text of embeddings x [B,T,D], of which n_read [B] are real, and after one more
+        `token` [B] behind those. -> [B,n_new]. Our own loop: what generate() returns for embeddings (with or without a
+        first column to strip) changed between versions of transformers, and that once lost the first token of every answer.
+        """
+        B, T, _ = x.shape
+        seen, position, kv, new = torch.arange(T, device=x.device) < n_read[:, None], n_read, [], []   # seen [B,T]
+        x, rope = self.place(x, torch.arange(T, device=x.device).expand(B, T))
+        for l in range(self.n_layers):
+            x, own = self.block(l, x, rope)
+            kv.append(own)
+        for _ in range(n_new):
+            y, rope = self.place(self.embed(token[:, None]), position[:, None])                  # [B,1,D]
+            seen, position = F.pad(seen, (0, 1), value=True), position + 1                       # [B,T+1]
+            for l, past in enumerate(kv):
+                y, own = self.block(l, y, rope, past, seen[:, None, None])
+                kv[l] = [torch.cat(pair, 2) for pair in zip(past, own)]                          # 2x [B,h_kv,T+1,D/h]
+            token = self.lm_head(self.final_norm(y))[:, 0].argmax(-1)                            # [B]
+            new.append(token)
+        return torch.stack(new, 1)                                                               # [B,n_new]
+
+
+class SentencePiece:
+    """ A tokenizer that is sentencepiece's tokenizer.model and nothing else (Hugging Face would want protobuf for it). """
+    def __init__(self, folder):
+        import sentencepiece
+        self.sp = sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, 'tokenizer.model'))
+        path = os.path.join(folder, 'tokenizer_config.json')
+        c = json.load(open(path, encoding='utf-8')) if os.path.exists(path) else {}
+        self.before = [self.sp.bos_id()] if c.get('add_bos_token', True) else []
+        self.after = [self.sp.eos_id()] if c.get('add_eos_token', False) else []
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = self.sp.bos_id(), self.sp.eos_id(), None
+
+    def __call__(self, texts, add_special_tokens=True, truncation=False, max_length=None):
+        before, after = (self.before, self.after) if add_special_tokens else ([], [])
+        room = max(0, max_length - len(before) - len(after)) if truncation else None
+        return {'input_ids': [before + ids[:room] + after for ids in self.sp.encode(list(texts))]}
+
+    def decode(self, ids): return self.sp.decode(list(ids))
+
+
+@contextmanager
+def loading(name):
+    """ Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError). """
+    from safetensors import SafetensorError
+    try: yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:   # RuntimeError: weights of other shapes
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes a Hugging Face name that the "
+                         "hub or the local cache has, or a folder with config.json, weights and tokenizer.") from None
+
+
+def lm_config(name, remote=False):
+    """ The configuration of an LM, and the name or folder that it came from (a run's LM is in its folder hf). `remote` lets
+    the LM's authors run their own code on this machine. """
+    from transformers import AutoConfig
+    if os.path.isdir(os.path.join(name, 'hf')): name = os.path.join(name, 'hf')
+    with loading(name): return AutoConfig.from_pretrained(name, trust_remote_code=remote), name
+
+
+def n_parameters(config, remote=False):
+    """ Of the LM that a configuration describes, without a weight in memory. """
+    from transformers import AutoModelForCausalLM
+    with torch.device('meta'): hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    return sum(p.numel() for p in hf.parameters())
+
+
+def load_lm(name, dtype=torch.float32, random_init=False, remote=False):
+    """
+    A pretrained causal LM and its tokenizer, by Hugging Face name or by folder (a run of system='lm' is one too).
+    random_init keeps the shape and throws the weights away, for the control that every reader asks for.
+    Raises ModelError where neither the hub, nor the local cache, nor a folder has it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+    from transformers.utils import logging
+    DTYPE = 'dtype' if [int(n) for n in __version__.split('.')[:2]] >= [4, 56] else 'torch_dtype'   # renamed there
+    logging.disable_progress_bar()
+    config, name = lm_config(name, remote)
+    with loading(name):
+        if random_init: hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote).to(dtype)
+        else: hf = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=remote, **{DTYPE: dtype})
+        has = lambda file: os.path.exists(os.path.join(name, file))
+        bare = has('tokenizer.model') and not has('tokenizer.json')
+        tokenizer = SentencePiece(name) if bare else AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
+    return FrozenLM(hf), tokenizer
+
+
+def new_lm(texts, c, folder):
+    """
+    A GPT-2 of lm_layers x lm_width from nothing, and a sentencepiece tokenizer trained on `texts`. `folder` becomes an
+    ordinary Hugging Face folder (tokenizer.json for AutoTokenizer, tokenizer.model beside it; the weights come later).
+    """
+    import io
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    if c['lm_positions'] < c['max_text_len']:
+        raise ModelError(f"lm_positions={c['lm_positions']} is less than max_text_len={c['max_text_len']}: raise it.")
+    if c['lm_width'] % c['lm_heads']:
+        raise ModelError(f"lm_heads={c['lm_heads']} does not divide lm_width={c['lm_width']}: take a divisor of it.")
+    proto = io.BytesIO()
+    try: sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=proto, vocab_size=c['lm_vocab'], model_type='unigram', num_threads=1,
+        hard_vocab_limit=False, split_digits=True, normalization_rule_name='identity', minloglevel=2, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+    except RuntimeError as e:
+        raise ModelError(f"no sentencepiece tokenizer of lm_vocab={c['lm_vocab']} can be trained on this text "
+                         f"({str(e).splitlines()[-1][-120:]}): change lm_vocab.") from None
+    sp = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
+    fast = Tokenizer(models.Unigram([(sp.id_to_piece(i), sp.get_score(i)) for i in range(sp.vocab_size())], unk_id=0))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    fast.add_special_tokens([AddedToken(t, special=True) for t in ('<unk>', '<s>', '</s>')])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
+    os.makedirs(folder, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    with open(os.path.join(folder, 'tokenizer.model'), 'wb') as f: f.write(proto.getvalue())
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=sp.vocab_size(), n_positions=c['lm_positions'], n_embd=c['lm_width'], n_layer=c['lm_layers'],
+        n_head=c['lm_heads'], bos_token_id=1, eos_token_id=2,
+        resid_pdrop=c['dropout'], embd_pdrop=c['dropout'], attn_pdrop=c['dropout'])), tokenizer
