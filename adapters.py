@@ -445,9 +445,11 @@ class CMPTA(nn.Module):
         if not widths: raise ValueError("CMPTA needs audio or vision, and this corpus has neither.")
         if d % 2: raise ValueError(f"cmpta_width={d} must be even: a BiLSTM has two halves.")
         self.streams = ['text'] + [s for s in ('vision', 'audio') if s in widths]
-        self.align = nn.ModuleDict({s: Align(w, d, align if s != 'text' or align_text else 'off', dropout)
-                                    for s, w in ({'text': D} | widths).items()})
         directions = [(x, y) for x in self.streams for y in self.streams if x != y][:n_pseudo]
+        used = {x for x, _ in directions} | {y for _, y in directions if attend}
+        self.streams = [s for s in self.streams if s in used]   # what feeds no token has no weights
+        self.align = nn.ModuleDict({s: Align(w, d, align if s != 'text' or align_text else 'off', dropout)
+                                    for s, w in ({'text': D} | widths).items() if s in used})
         self.directed = nn.ModuleDict({f'{x}_from_{y}': DirectedAttention(d, n_heads, pool, dropout, attend)
                                        for x, y in directions})
         n_learned = n_pseudo - len(directions)
@@ -458,13 +460,15 @@ class CMPTA(nn.Module):
 
     def aligned(self, batch, text, text_mask):
         """ stream -> (x [B,L,d], mask [B,L]), at least one step a clip. """
-        raw = {s: (batch[s], batch[f'{s}_len'].clamp(min=1)) for s in self.streams[1:]} | dict(text=(text, text_mask.sum(1)))
+        raw = {s: (batch[s], batch[f'{s}_len'].clamp(min=1)) for s in self.streams if s != 'text'}
+        if 'text' in self.streams: raw['text'] = text, text_mask.sum(1)
         return {s: (self.align[s](x, n), torch.arange(x.shape[1], device=x.device) < n[:, None]) for s, (x, n) in raw.items()}
 
     def forward(self, batch, text, text_mask):
         """ batch: audio [B,S,d_a], audio_len [B], ..; text [B,T,D], text_mask [B,T] -> [B,P,D]. """
         seen = self.aligned(batch, text, text_mask)
-        tokens = [direction(*seen[x], *seen[y]) for (x, y), direction in self.pairs()]           # 6x [B,d]
+        nobody = None, None   # for a Y that only attend=False would not look at
+        tokens = [direction(*seen[x], *seen.get(y, nobody)) for (x, y), direction in self.pairs()]   # 6x [B,d]
         z = torch.stack(tokens, 1)                                                               # [B,6,d]
         if self.more_tokens is not None: z = torch.cat([z, self.more_tokens.expand(len(z), -1, -1)], 1)   # [B,P,d]
         for layer in self.layers: z = layer(z, None)
@@ -472,7 +476,9 @@ class CMPTA(nn.Module):
 
     def pairs(self): return [(name.split('_from_'), direction) for name, direction in self.directed.items()]
 
+    @torch.no_grad()
     def attention(self, batch, text, text_mask):
-        """ For the figures: 'text_from_vision' -> how much each frame counts in that token, [B,M]. """
+        """ For the figures: 'text_from_vision' -> how much each frame counts in that token, [B,M], 1 in all. Not for a CMPTA
+        of attend=False, which looks nowhere. """
         seen = self.aligned(batch, text, text_mask)
         return {f'{x}_from_{y}': direction.attention(*seen[x], *seen[y]) for (x, y), direction in self.pairs()}

@@ -272,9 +272,9 @@ def task_metrics(pred, label, info):
     return regression_metrics(pred, label, info['range'])
 
 
-def constant(corpus, label='label'):
+def constant(corpus, label='label', train_clips=slice(None)):
     """ The test metrics of the best constant: the train median (under L1), or the largest class. What "no model" scores. """
-    train, y, info = corpus.label('train', label), corpus.label('test', label), corpus.labels[label]
+    train, y, info = corpus.label('train', label)[train_clips], corpus.label('test', label), corpus.labels[label]
     best = np.bincount(train).argmax() if info['kind'] == 'classes' else np.median(train)
     return task_metrics(np.full(len(y), best), y, info)
 
@@ -288,7 +288,7 @@ def continuation(model, tokenizer, texts=('The film was', 'I said that'), n_new=
     for ids in tokenizer(list(texts), add_special_tokens=True)['input_ids']:
         ids = torch.tensor((list(ids) or [0]) * (2 if len(ids) < 2 else 1), device=device)       # [T], at least 2
         new = model.lm.go_on(model.lm.embed(ids[None, :-1]), torch.tensor([len(ids) - 1], device=device), ids[-1:], n_new)
-        said.append(tokenizer.decode(ids.tolist() + new[0].tolist()))
+        said.append(tokenizer.decode(ids.tolist() + new[0].clamp(min=0).tolist()))
     return said
 
 
@@ -369,6 +369,8 @@ def report(folder):
     if r['info']['kind'] == 'classes' and c['system'] != 'lm':
         confusion_picture(folder, r['info']['names'])
         pictures += '\n\n![confusion matrix](confusion.png)'
+        if not ''.join(r['info']['names']).isascii():
+            pictures += '\n\nThe classes: ' + ', '.join(f'{i} {k}' for i, k in enumerate(r['info']['names'])) + '.'
     write_text(os.path.join(folder, 'report.md'), f"""# {name}
 
 `{about['command']}`, commit {about['commit'] or 'none'}{' with uncommitted changes' if about['dirty'] else ''}.

@@ -61,6 +61,9 @@ class FrozenLM(nn.Module):
     def __init__(self, hf):
         super().__init__()
         c = hf.config
+        if getattr(c, 'use_sliding_window', False):
+            raise ModelError("this LM's layers see a window of the text (use_sliding_window in its config), which the frozen LM "
+                             "here does not do: take another LM.")
         if getattr(c, 'scale_attn_by_inverse_layer_idx', False) or not getattr(c, 'scale_attn_weights', True):
             raise ModelError("this GPT-2 scales attention in a way of its own (scale_attn_* in its config), which the frozen "
                              "LM here does not do: take another LM.")
@@ -87,13 +90,14 @@ class FrozenLM(nn.Module):
 
     @torch.no_grad()
     def _gap(self, where):
-        """ How far our forward of this family is from Hugging Face's logits for a few tokens, as a share of the largest; inf
+        """ How far our forward of this family is from Hugging Face's logits for 256 tokens, as a share of the largest; inf
         where it does not have the parts. On the meta device there are no numbers to compare. """
         try:
             self._take_apart(where)
             embed = self.parts['embed'].weight
-            tokens = torch.arange(3, 35, device=embed.device)[None] % len(embed)                 # [1,32]
-            theirs, ours = self.hf(tokens).logits, self.lm_head(self(tokens))                    # [1,32,V]
+            n = min(256, self.max_positions)   # longer than most prompts: some LMs only see a window of the text
+            tokens = 7 * torch.arange(n, device=embed.device)[None] % len(embed)                 # [1,n]
+            theirs, ours = self.hf(tokens).logits, self.lm_head(self(tokens))                    # [1,n,V]
             return 0.0 if embed.is_meta else float((theirs - ours).abs().max() / theirs.abs().max())
         except (AttributeError, TypeError, IndexError, RuntimeError): return float('inf')
 
@@ -175,7 +179,7 @@ class FrozenLM(nn.Module):
     def go_on(self, x, n_read, token, n_new):
         """
         Greedy decoding: n_new tokens after a text of embeddings x [B,T,D], of which n_read [B] are real, and after one more
-        `token` [B] behind those. -> [B,n_new]. Our own loop: what generate() returns for embeddings (with or without a
+        `token` [B] behind those. -> [B,n_new], -1 where the logits are NaN or inf. Our own loop: what generate() returns for embeddings (with or without a
         first column to strip) changed between versions of transformers, and that once lost the first token of every answer.
         """
         B, T, _ = x.shape
@@ -190,8 +194,9 @@ class FrozenLM(nn.Module):
             for l, past in enumerate(kv):
                 y, own = self.block(l, y, rope, past, seen[:, None, None])
                 kv[l] = [torch.cat(pair, 2) for pair in zip(past, own)]                          # 2x [B,h_kv,T+1,D/h]
-            token = self.lm_head(self.final_norm(y))[:, 0].argmax(-1)                            # [B]
-            new.append(token)
+            logits = self.lm_head(self.final_norm(y))[:, 0]                                      # [B,V]
+            token = logits.argmax(-1)                                                            # [B]
+            new.append(token.where(logits.isfinite().all(-1), -1))
         return torch.stack(new, 1)                                                               # [B,n_new]
 
 
@@ -202,9 +207,10 @@ class SentencePiece:
         self.sp = sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, 'tokenizer.model'))
         path = os.path.join(folder, 'tokenizer_config.json')
         c = json.load(open(path, encoding='utf-8')) if os.path.exists(path) else {}
-        self.before = [self.sp.bos_id()] if c.get('add_bos_token', True) else []
-        self.after = [self.sp.eos_id()] if c.get('add_eos_token', False) else []
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = self.sp.bos_id(), self.sp.eos_id(), None
+        ids = self.sp.bos_id(), self.sp.eos_id(), self.sp.pad_id(), self.sp.unk_id()             # -1: it has none
+        self.bos_token_id, self.eos_token_id, self.pad_token_id, self.unk_token_id = (i if i >= 0 else None for i in ids)
+        self.before = [ids[0]] if ids[0] >= 0 and c.get('add_bos_token', True) else []
+        self.after = [ids[1]] if ids[1] >= 0 and c.get('add_eos_token', False) else []
 
     def __call__(self, texts, add_special_tokens=True, truncation=False, max_length=None):
         before, after = (self.before, self.after) if add_special_tokens else ([], [])
@@ -217,12 +223,11 @@ class SentencePiece:
 @contextmanager
 def loading(name):
     """ Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError). """
-    from safetensors import SafetensorError
     try: yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:   # RuntimeError: weights of other shapes
+    except Exception as e:   # of any kind: the LM may have brought code of its own
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes a Hugging Face name that the "
-                         "hub or the local cache has, or a folder with config.json, weights and tokenizer.") from None
+        raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes the Hugging Face name of a causal LM "
+                         "that the hub or the local cache has, or a folder with config.json, weights and tokenizer.") from None
 
 
 def lm_config(name, remote=False):
@@ -233,11 +238,21 @@ def lm_config(name, remote=False):
     with loading(name): return AutoConfig.from_pretrained(name, trust_remote_code=remote), name
 
 
-def n_parameters(config, remote=False):
-    """ Of the LM that a configuration describes, without a weight in memory. """
+def empty_lm(name, remote=False):
+    """ The LM without a weight in memory, on the meta device, from its configuration alone. Raises ModelError. """
     from transformers import AutoModelForCausalLM
-    with torch.device('meta'): hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
-    return sum(p.numel() for p in hf.parameters())
+    config, name = lm_config(name, remote)
+    with loading(name), torch.device('meta'): return AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+
+
+def load_tokenizer(name, remote=False):
+    """ An LM's tokenizer, by Hugging Face name or by folder. Raises ModelError. """
+    from transformers import AutoTokenizer
+    _, name = lm_config(name, remote)
+    has = lambda file: os.path.exists(os.path.join(name, file))
+    with loading(name):
+        if has('tokenizer.model') and not has('tokenizer.json'): return SentencePiece(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
 
 
 def load_lm(name, dtype=torch.float32, random_init=False, remote=False):
@@ -246,7 +261,7 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False):
     random_init keeps the shape and throws the weights away, for the control that every reader asks for.
     Raises ModelError where neither the hub, nor the local cache, nor a folder has it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+    from transformers import AutoModelForCausalLM, __version__
     from transformers.utils import logging
     DTYPE = 'dtype' if [int(n) for n in __version__.split('.')[:2]] >= [4, 56] else 'torch_dtype'   # renamed there
     logging.disable_progress_bar()
@@ -254,10 +269,7 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False):
     with loading(name):
         if random_init: hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote).to(dtype)
         else: hf = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=remote, **{DTYPE: dtype})
-        has = lambda file: os.path.exists(os.path.join(name, file))
-        bare = has('tokenizer.model') and not has('tokenizer.json')
-        tokenizer = SentencePiece(name) if bare else AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
-    return FrozenLM(hf), tokenizer
+    return FrozenLM(hf), load_tokenizer(name, remote)
 
 
 def new_lm(texts, c, folder):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from adapters import CMPTA, AVEncoder, MMBlock, MSEAdapter, masked_mean, regularise
-from lm import FrozenLM, ModelError, lm_config, load_lm, new_lm
+from lm import FrozenLM, ModelError, empty_lm, load_lm, load_tokenizer, new_lm
 from losses import deepmlf_loss, l1, label_loss, lm_loss
 from prompts import Prompt, rated
 
@@ -202,22 +202,30 @@ class PseudoTokenLM(nn.Module):
 
     def read(self, batch, adapter=True):
         """ The prompt, embedded: x [B,T,D], n [B] real tokens. adapter=False leaves the pseudo tokens out. """
-        lm, c, first = self.lm, self.c, len(self.prompt.before)
-        x, n = lm.embed(batch['tokens']), batch['text_len']                                      # [B,T,D], [B]
-        before, text = x[:, :first], x[:, first + c['n_pseudo']:]
-        if not adapter: return torch.cat([before, text], 1), n - c['n_pseudo']
-        own = n - first - c['n_pseudo'] - len(self.prompt.after)                                 # [B], the clip's own text
-        at = torch.arange(text.shape[1], device=x.device)
-        own_mask, own_text = at < own[:, None], text                                             # [B,T], [B,T,D]
-        if c['system'] == 'mse' and c['tgm_pool'] == 'padded':   # as released: padding counts in the mean
-            size = c['max_text_len']
-            pad = lm.embed(torch.full((1, 1), self.prompt.pad_id, device=x.device))              # [1,1,D]
-            own_text = torch.where(own_mask[..., None], text, pad)[:, :size]
-            own_text = torch.cat([own_text, pad.expand(len(x), size - own_text.shape[1], -1)], 1)
-            own_mask = torch.ones_like(own_text[..., 0], dtype=torch.bool)
-        with torch.autocast(x.device.type, enabled=False):
-            pseudo = self.adapter(batch, own_text.float(), own_mask)                             # [B,P,D]
-        return torch.cat([before, pseudo.to(x.dtype), text], 1), n
+        first, P = len(self.prompt.before), self.c['n_pseudo']
+        x, n = self.lm.embed(batch['tokens']), batch['text_len']                                 # [B,T,D], [B]
+        if not adapter: return torch.cat([x[:, :first], x[:, first + P:]], 1), n - P
+        with torch.autocast(x.device.type, enabled=False): pseudo = self.adapter(batch, *self.own_text(x, n))    # [B,P,D]
+        return torch.cat([x[:, :first], pseudo.to(x.dtype), x[:, first + P:]], 1), n
+
+    def own_text(self, x, n):
+        """ The clip's own text in a prompt x [B,T,D] of n [B] tokens -> text [B,T,D] in float32, mask [B,T]. """
+        first, size = len(self.prompt.before) + self.c['n_pseudo'], self.c['max_text_len']
+        text = x[:, first:first + size].float()                                                  # [B,T,D]
+        mask = torch.arange(text.shape[1], device=x.device) < (n - first - len(self.prompt.after))[:, None]      # [B,T]
+        if self.c['system'] != 'mse' or self.c['tgm_pool'] == 'real': return text, mask
+        # as released, padding counts in the mean: up to max_text_len of it
+        pad = self.lm.embed(torch.full((1, 1), self.prompt.pad_id, device=x.device)).float()     # [1,1,D]
+        text = torch.cat([text.where(mask[..., None], pad), pad.expand(len(x), size - text.shape[1], -1)], 1)
+        return text, torch.ones_like(text[..., 0], dtype=torch.bool)
+
+    def attention(self, batch):
+        """ CMPTA: how much each frame or token counts in each pseudo token, 'text_from_vision' -> [B,S] .. (for figures; in
+        eval mode). Raises ModelError for a system that does not attend. """
+        if self.c['system'] != 'cmpta' or not self.c['cmpta_attend']:
+            raise ModelError("only CMPTA with cmpta_attend=True has attention over audio and video to look at.")
+        with torch.autocast(batch['tokens'].device.type, enabled=False):
+            return self.adapter.attention(batch, *self.own_text(self.lm.embed(batch['tokens']), batch['text_len']))
 
     def tail(self, x, n, y, depth, sees):
         """ What the LM makes of tokens y [B,N,D] that stand `depth` [N] behind the last of n [B] real tokens of x [B,T,D];
@@ -232,12 +240,12 @@ class PseudoTokenLM(nn.Module):
             y, _ = lm.block(l, y, rope_y, (k, v), mask)
             return x if l == lm.n_layers - 1 else lm.finish(l, x, q, k, v), y   # of the last, keys and values are enough
         for l in range(lm.n_layers):
-            keep = not (self.c['checkpoint_lm'] and torch.is_grad_enabled())
-            x, y = layer(l, x, y) if keep else checkpoint(layer, l, x, y, use_reentrant=False, preserve_rng_state=False)
+            again = self.c['checkpoint_lm'] and torch.is_grad_enabled()
+            x, y = checkpoint(layer, l, x, y, use_reentrant=False, preserve_rng_state=False) if again else layer(l, x, y)
         return lm.final_norm(y)
 
     def label_scores(self, x, n):
-        """ Exact log-probabilities of every label string, by one pass over the nodes of their trie -> [B,K]. """
+        """ Log-probabilities of every label string, exact to the LM's dtype, by one pass over the nodes of their trie -> [B,K]. """
         y = self.lm.embed(self.trie_token).expand(len(x), -1, -1)                                # [B,N,D]
         h = self.tail(x, n, y, self.trie_depth, self.trie_sees)                                  # [B,N,D]
         at_once, scores = max(1, 2 ** 25 // (h.shape[1] * self.lm.vocabulary)), []               # logits of 128 MB
@@ -264,10 +272,10 @@ class PseudoTokenLM(nn.Module):
         if c['readout'] == 'generate':
             token = self.trie_token[:1].expand(len(x))                                           # [B]
             answers = self.lm.go_on(x[:, :-1], n - 1, token, self.trie_answer.shape[1])          # [B,n]
-            said = [self.prompt.understand(ids) for ids in answers.tolist()]
+            said = [float('nan') if -1 in ids else self.prompt.understand(ids) for ids in answers.tolist()]
             nothing = -1.0 if self.prompt.kind == 'classes' else float(self.values[[0, -1]].mean())
-            pred = [nothing if s is None else s for s in said]
-            return dict(pred=torch.tensor(pred), unread=torch.tensor([float(s is None) for s in said]))
+            pred = torch.tensor([nothing if s is None else float(s) for s in said])              # [B], on the CPU: it is text
+            return dict(pred=pred, unread=torch.tensor([float(s is None) for s in said]))
         if c['readout'] == 'head' and self.prompt.kind == 'regression': return dict(pred=self.head_out(x, n)[:, 0])
         scores = self.head_out(x, n) if c['readout'] == 'head' else self.label_scores(x, n)      # [B,K]
         prob = scores.softmax(-1)                                                                # [B,K]
@@ -303,6 +311,7 @@ def build(c, corpus, out_dir, dtype=torch.float32):
     The model that the knobs `c` describe and its tokenizer (None without text). The AV encoder starts from the run
     c['av_from'] unless av_init='random'. Raises ModelError.
     """
+    corpus.label('train', c['label'])   # a wrong name gets its sentence before gigabytes are loaded
     encoder = lambda: AVEncoder(corpus.widths, c['av_width'], c['av_layers'], c['av_heads'], c['av_len'],
                                 c['av_dropout'], c['av_seqaug'])
     try:
@@ -311,9 +320,10 @@ def build(c, corpus, out_dir, dtype=torch.float32):
             hf, tokenizer = new_lm(texts, c, os.path.join(out_dir, 'hf'))
             return LanguageModel(hf), tokenizer
         if c['system'] == 'av': return AVModel(encoder()), None
+        if c['system'] in ('mse', 'cmpta'):   # and so do labels that cannot be told apart
+            prompt = Prompt(c, corpus.labels[c['label']], load_tokenizer(c['lm'], c['trust_remote_code']))
         lm, tokenizer = load_lm(c['lm'], dtype, c['lm_init'] == 'random', c['trust_remote_code'])
         if c['system'] in ('mse', 'cmpta'):
-            prompt = Prompt(c, corpus.labels[c['label']], tokenizer)
             return PseudoTokenLM(lm, build_adapter(c, corpus.widths, lm), prompt, c), tokenizer
         model = DeepMLF(lm, encoder(), c)
     except ValueError as e: raise ModelError(str(e)) from None
@@ -341,10 +351,9 @@ def rehearse(c):
     Build DeepMLF from the knobs without a weight in it (on the meta device), from the LM's configuration alone: so that
     an LM that cannot be had, or layers that it does not have, stop a run before hours of AV pretraining. ModelError.
     """
-    from transformers import AutoModelForCausalLM
-    config, _ = lm_config(c['lm'], c['trust_remote_code'])
+    hf = empty_lm(c['lm'], c['trust_remote_code'])
     with torch.device('meta'):
-        try: DeepMLF(FrozenLM(AutoModelForCausalLM.from_config(config, trust_remote_code=c['trust_remote_code'])), AVEncoder({'audio': 1}, c['av_width'], 1, c['av_heads']), c)
+        try: DeepMLF(FrozenLM(hf), AVEncoder({'audio': 1}, c['av_width'], 1, c['av_heads']), c)
         except ValueError as e: raise ModelError(str(e)) from None
 
 

@@ -8,6 +8,7 @@ the tokenizer adds for it behind the lead-in. The labels form a trie, so that on
 
 Axis letters: K labels, n tokens of the longest label, N nodes of the trie (the root first).
 """
+import math
 import re
 
 import torch
@@ -22,7 +23,7 @@ PROMPTS = {
     'cn': dict(open='<多模态>', close='</多模态>', space='',
                regression='请给上述多模态内容的情感强度打分，范围从{low}到{high}。助手: 情感为',
                classes='请从<{classes}>中选出上述多模态内容的情绪。助手: 情绪为'),
-    # what the toy LM has read its ratings behind: it knows no instructions
+    # what the toy LM has read its ratings behind; it knows no instructions
     'toy': dict(open='', close='', space=' ', regression=', the sentiment is', classes=', the emotion is'),
 }
 
@@ -42,19 +43,18 @@ class Prompt:
             listed = ', '.join(info['names'] if by_name else (f'{k}:{i}' for i, k in enumerate(info['names'])))
             question = said['classes'].format(classes=listed)
         else:   # one decimal, as the papers have it: 61 numbers in [-3, 3], 21 in [-1, 1]
-            self.low, high = info['range']
-            self.values = [i / 10 for i in range(round(10 * self.low), round(10 * high) + 1)]
+            low, high = (round(10 * v, 6) for v in info['range'])
+            self.values = [i / 10 for i in range(math.ceil(low), math.floor(high) + 1)]
             self.labels = [f"{'+' if c['label_plus'] and v >= 0 else ''}{v:.1f}" for v in self.values]
-            question = said['regression'].format(low=f'{self.low:.1f}', high=f'{high:.1f}')
+            question = said['regression'].format(low=self.labels[0], high=self.labels[-1])
         plain = lambda text: list(tokenizer([text], add_special_tokens=False)['input_ids'][0]) if text else []
-        self.before = self._start() + plain(said['open'])
+        self.before = (self._start() if c['prompt_start'] == 'auto' else plain(c['prompt_start'])) + plain(said['open'])
         self.after = plain(said['close'] + question)
         if not self.after: raise ModelError(f"the tokenizer of {c['lm']} makes no tokens of the prompt {c['prompt']!r}.")
-        self.answers = []
-        for label in self.labels:   # behind the lead-in, not by itself: a sentencepiece label begins with its space
-            joint = plain(said['close'] + question + said['space'] + label)
-            same = joint[:len(self.after)] == self.after and len(joint) > len(self.after)
-            self.answers.append(joint[len(self.after):] if same else plain(label))
+        # behind the lead-in, not by itself: a sentencepiece label begins with its space
+        joint = [plain(said['close'] + question + said['space'] + label) for label in self.labels]
+        apart = all(ids[:len(self.after)] == self.after for ids in joint)   # or the lead-in's last letters melt into a label
+        self.answers = [ids[len(self.after):] for ids in joint] if apart else [plain(label) for label in self.labels]
         if c['label_eos']:
             if tokenizer.eos_token_id is None:
                 raise ModelError(f"label_eos=True needs an end-of-text token, and the tokenizer of {c['lm']} has none.")
@@ -87,7 +87,7 @@ class Prompt:
     def index(self, label):
         """ Labels [B] as a corpus has them -> which of the K label strings says each, [B] int64. """
         if self.kind == 'classes': return label
-        return ((label - self.low) * 10).round().long().clamp(0, len(self.labels) - 1)
+        return ((label * 10).round().long() - round(10 * self.values[0])).clamp(0, len(self.labels) - 1)
 
     def trie(self):
         """
@@ -127,5 +127,5 @@ def rated(corpus, split, prompt='toy'):
              if name in ('label', 'emotion')]
     for i, text in enumerate(texts):
         question, y, names = kinds[i % len(kinds)]
-        texts[i] = f"{text} {question}{said['space']}{names[y[i]] if names else f'{y[i]:.1f}'}"
+        texts[i] = f"{text} {question}{said['space']}{names[y[i]] if names else round(float(y[i]), 1) + 0.0}"   # + 0.0: no -0.0
     return texts

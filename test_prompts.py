@@ -13,21 +13,24 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import eval as evaluation
 from adapters import CMPTA, Align, DirectedAttention, MSEAdapter
-from data import CorpusError, Feed, convert, open_corpus, tokenize
+import data
+import model as models
+from data import CorpusError, Feed, convert, open_corpus
 from lm import FrozenLM, ModelError, SentencePiece, load_lm, new_lm
 from losses import label_loss
 from model import PseudoTokenLM, build_adapter
 from prompts import PROMPTS, Prompt, rated
 from test_parity import needs_golden, GOLDEN
 from test_smoke import HERE, fingerprint, tiny_lm
-from test_trust import TINY, a_corpus, corpora, train   # corpora: a fixture  # noqa: F401
+from test_trust import TINY, Killed, a_corpus, same_run, train
 
 WIDTHS = dict(audio=12, vision=16)   # the toy corpus's
-KNOBS = dict(system='mse', lm='tiny', label='label', prompt='en', label_words='index', label_plus=False, label_eos=False, readout='score',
+KNOBS = dict(system='mse', lm='tiny', label='label', prompt='en', prompt_start='auto', label_words='index', label_plus=False, label_eos=False, readout='score',
              score_estimate='expected', n_pseudo=4, max_text_len=48, pseudo_projection='released', mse_width=8, lstm_audio=6, lstm_vision=5,
              msf_scales=[1, 2, 4], tgm_pool='real', cmpta_width=8, cmpta_heads=2, cmpta_layers=1, cmpta_pool='mean', cmpta_align='bi',
              cmpta_align_text=True, cmpta_attend=True, dropout=0.0, head_width=8, checkpoint_lm=False, train_fraction=1.0, seed=0, batch_size=16, lowercase='auto',
@@ -156,7 +159,7 @@ def test_directed_attention_weights_are_those_it_uses(pool):
     torch.testing.assert_close(a(x, x_mask, y, y_mask), a.out_proj((weights[:, None] @ values)[:, 0]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('n_pseudo, knobs', [(6, {}), (5, {}), (8, {}), (6, dict(align='one-way')), (6, dict(align='off')), (6, dict(attend=False)),
+@pytest.mark.parametrize('n_pseudo, knobs', [(6, {}), (5, {}), (8, {}), (1, {}), (2, dict(attend=False)), (6, dict(align='one-way')), (6, dict(align='off')), (6, dict(attend=False)),
                                              (6, dict(align_text=False)), (6, dict(pool='last')), (6, dict(projection='full'))])
 def test_cmpta_makes_its_tokens_and_every_weight_counts(n_pseudo, knobs):
     """ All of the ablation's settings; a clip without audio, one without video; garbage in the padding changes nothing. """
@@ -167,12 +170,16 @@ def test_cmpta_makes_its_tokens_and_every_weight_counts(n_pseudo, knobs):
     text, mask = torch.randn(3, 5, 16), torch.arange(5) < torch.tensor([[5], [2], [1]])
     out = cmpta(batch, text, mask)
     assert out.shape == (3, n_pseudo, 16) and out.isfinite().all()
-    out.square().mean().backward()
+    (out * torch.randn_like(out)).mean().backward()
     idle = [n for n, p in cmpta.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
-    # text_from_* and their partners alone are asked where tokens are few: what feeds no token has no weights
-    assert idle == [] or knobs == dict(projection='full') and all('gain' not in n for n in idle)
-    if not knobs: assert list(cmpta.directed) == ['text_from_vision', 'text_from_audio', 'vision_from_text', 'vision_from_audio',
+    assert idle == []   # where tokens are few: what feeds no token has no weights
+    if not knobs and n_pseudo > 4: assert list(cmpta.directed) == ['text_from_vision', 'text_from_audio', 'vision_from_text', 'vision_from_audio',
                                                   'audio_from_text', 'audio_from_vision'][:n_pseudo]
+    if knobs.get('attend', True):   # what the figures draw: on real frames, 1 in all
+        for name, weights in cmpta.eval().attention(batch, text, mask).items():
+            real = torch.arange(weights.shape[1]) < dict(text=mask.sum(1), **{s: batch[s + '_len'].clamp(min=1) for s in ('audio', 'vision')})[name.split('_from_')[1]][:, None]
+            torch.testing.assert_close(weights.sum(1), torch.ones(3))
+            assert (weights[~real] == 0).all()
     dirty = {s: batch[s] + 99.0 * (torch.arange(batch[s].shape[1]) >= batch[s + '_len'].clamp(min=1)[:, None])[..., None] for s in ('audio', 'vision')}
     torch.testing.assert_close(cmpta(batch | dirty, text + 99.0 * ~mask[..., None], mask), out, rtol=0, atol=1e-5)
 
@@ -200,6 +207,11 @@ def test_label_sets_and_what_stands_before_them(tokenizers, corpora):
     sp = Prompt(KNOBS, info['label'], tokenizers['sentencepiece'])
     assert sp.before[0] == 1 and sp.answers[0] not in ([], sp.answers[1])   # <s>, once, and only in front
     assert 1 not in sp.before[1:] + sp.after
+    assert Prompt(KNOBS, dict(kind='regression', range=[0, 0.95]), tokenizers['bpe']).labels[-1] == '0.9'
+    odd = Prompt(KNOBS, dict(kind='regression', range=[-1.05, 1.05]), tokenizers['bpe'])   # off the grid of tenths
+    assert [odd.labels[k] for k in odd.index(torch.tensor([-1.05, 0.1, 1.0]))] == ['-1.0', '0.1', '1.0']
+    started = Prompt(KNOBS | dict(prompt_start='<|end|>'), info['label'], tokenizers['bpe'])
+    assert started.before == [tokenizers['bpe'].eos_token_id] + p.before
     y = torch.tensor([-3.0, -0.04, 0.04, 0.3333, 3.0])
     assert [p.labels[k] for k in p.index(y)] == ['-3.0', '0.0', '0.0', '0.3', '3.0']
 
@@ -223,6 +235,16 @@ def test_labels_that_cannot_be_told_apart_are_refused():
     p = Prompt(by_name | dict(label_eos=True), names('joy', 'joyful'), Ended())
     assert [ids[-1] for ids in p.answers] == [7, 7] and p.pad_id == 7
     assert Prompt(by_name, names('joy', 'anger'), Letters()).before == [ord(ch) for ch in '<Multimodal>']
+
+
+def test_a_sentencepiece_model_without_bos_and_eos_has_none(tmp_path):
+    """ Its ids are -1 then, which is no token: nothing is put before a text, and label_eos is refused. """
+    import sentencepiece
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(['the film was good -0.1 2.3 4.5 6.7 8.9 <Multimodal>'] * 9), model_prefix=str(tmp_path / 'tokenizer'),
+                                             vocab_size=45, hard_vocab_limit=False, bos_id=-1, eos_id=-1, minloglevel=2)
+    tokenizer = SentencePiece(str(tmp_path))
+    assert min(tokenizer(['the film'])['input_ids'][0]) >= 0 and tokenizer.eos_token_id is tokenizer.bos_token_id is None
+    with pytest.raises(ModelError, match='has none'): Prompt(KNOBS | dict(label_eos=True), dict(kind='classes', names=['film', 'good']), tokenizer)
 
 
 @pytest.mark.parametrize('text, number', [(' -0.6', -0.6), ('+1.25', 1.2), ('2', 2.0), ('66.3', 3.0), (' –0.4 and', -0.4), ('good', None), ('', None), ('.5', None)])
@@ -289,8 +311,10 @@ def test_generated_answers_are_hugging_faces_first_token_and_all(kind, family, c
         assert ours[b].tolist() == theirs[0, -4:].tolist()
         logits = model.lm.hf(inputs_embeds=x[b:b + 1, :n[b]]).logits[0, -1]
         assert ours[b, 0] == logits.argmax()
+    model.lm.go_on = lambda *a: torch.tensor([model.prompt.answers[7], model.prompt.answers[3], ours[0].tolist()][:3])   # '-2.3', '-2.7', babble
     out = model.predict(batch)
-    assert out['unread'].shape == (3,) and ((out['unread'] == 0) | (out['pred'] == 0)).all()
+    torch.testing.assert_close(out['pred'], torch.tensor([-2.3, -2.7, 0.0]))
+    assert out['unread'].tolist() == [0, 0, 1]
 
 
 def test_label_loss_is_hugging_faces_on_label_tokens_alone(corpora, tokenizers):
@@ -324,6 +348,9 @@ def test_a_clip_alone_is_the_clip_in_company(knobs, corpora, tokenizers):
     model, feed, batch = prompted(corpora, tokenizers, 'sentencepiece', 'llama', clips=(5, 9, 30), **knobs)
     assert len(set(batch['text_len'].tolist())) > 1
     together = model.predict({k: v for k, v in batch.items() if k != 'label'})
+    if 'generate' in knobs.values():   # babble is 0.0 for every clip, so its tokens are compared
+        model.predict = lambda batch: dict(said=model.lm.go_on(model.read(batch)[0][:, :-1], batch['text_len'] - 1, model.trie_token[:1].expand(len(batch['label'])), 4))
+        together = model.predict(batch)
     for i, clip in enumerate((5, 9, 30)):
         alone = model.predict(feed('test', np.array([clip])))
         for k in together: torch.testing.assert_close(alone[k][0], together[k][i], rtol=0, atol=1e-4)
@@ -373,7 +400,7 @@ def test_a_prompt_past_the_lms_positions_is_refused(corpora, tokenizers):
 @torch.no_grad()
 def test_an_lm_that_gives_nan_is_not_read_as_class_0(corpora, tokenizers):
     """ As an LM may in float16: predictions are NaN too, and scoring them stops with a sentence. """
-    for knobs in (dict(), dict(label='emotion')):
+    for knobs in (dict(), dict(label='emotion'), dict(readout='generate')):
         model, feed, batch = prompted(corpora, tokenizers, **knobs)
         model.lm.part(1, 'down').weight.mul_(math.inf)
         assert model.predict(batch)['pred'].isnan().all()
@@ -474,9 +501,13 @@ def test_runs_end_to_end_and_the_lm_keeps_its_abilities(config, rated_lm, corpor
     table = evaluation.rerun(str(folder))
     assert 'the LM alone (text)' in table and 'perfect reader' in table
     assert json.load(open(folder / 'result.json'))['test'] == r['test']
-    now = open(rated_lm / 'lm' / 'hf' / 'model.safetensors', 'rb').read()
-    from safetensors.torch import load
-    assert all('lm.' not in k for k in load(open(folder / 'best.safetensors', 'rb').read())) and load(now)
+    assert not any(k.startswith('lm.') for k in load_file(folder / 'best.safetensors'))
+    best, now = load_file(rated_lm / 'lm' / 'best.safetensors'), load_file(rated_lm / 'lm' / 'hf' / 'model.safetensors')
+    assert len(now) > 40 and all(torch.equal(v, best['hf.' + k]) for k, v in now.items())
+    if config == 'cmpta_toy':   # a figure's way to the attention of a trained run
+        corpus, (model, tokenizer) = open_corpus('toy', corpora), models.build(r['about']['knobs'], open_corpus('toy', corpora), str(folder))
+        feed = Feed(corpus, r['about']['knobs'], tokenizer, 'cpu', model.prompt)
+        assert model.eval().attention(feed('test', np.arange(4)))['text_from_vision'].shape[0] == 4
 
 
 def test_generate_and_head_runs(rated_lm, corpora):
@@ -506,7 +537,8 @@ def test_micro_batches_are_one_big_batch_with_labels_of_unequal_length(rated_lm,
     (['--label_words=words'], 'is none of index, name'), (['--select=wf1'], "select='wf1' is no metric of the label 'label': it has acc2_non0"),
     (['--label=emotion'], "select='mae' is no metric of the label 'emotion': it has acc, wf1"), (['--train_fraction=0'], r'train_fraction=0.0 must be in \(0, 1\]'),
     (['--max_text_len=126'], 'past the 128 positions'), (['--cmpta_heads=5', '--system=cmpta'], 'does not divide cmpta_width'),
-    (['--msf_scales=[]'], 'must be numbers of at least 1'), (['--prompt=fr'], "prompt='fr' is none of en, cn, toy"), (['--lm=no/such-lm'], 'could not be loaded')])
+    (['--msf_scales=[]'], 'must be numbers of at least 1'), (['--prompt=fr'], "prompt='fr' is none of en, cn, toy"), (['--lm=no/such-lm'], 'could not be loaded'),
+    (['--label=label_T'], "has no label 'label_T', only label, emotion")])
 def test_bad_knobs_get_a_sentence(flags, sentence, rated_lm, corpora):
     with pytest.raises(SystemExit, match=sentence): run(rated_lm, corpora, 'refused', 'mse_toy', *flags)
     assert not (rated_lm / 'refused').exists()
@@ -567,5 +599,39 @@ def test_real_configs_run_on_files_of_their_layout(config, rated_lm, tmp_path):
     train(f'config/{config}.py', corpus, f'--lm={rated_lm}/long', f'--out_dir={tmp_path}/run', f'--data_dir={tmp_path}/data', '--max_steps=2',
           '--device=cpu', '--cmpta_width=64')
     result = json.load(open(tmp_path / 'run' / 'result.json'))
-    assert result['lm_kept'] and np.isfinite(list(result['test'].values())[0])
+    own = {k: v for k, v in result['test'].items() if k in ('mae', 'acc', 'wf1')}
+    assert result['lm_kept'] and own and np.isfinite(list(own.values())).all() and result['about']['knobs']['system'] in config
+    if 'meld' in config:
+        row = json.loads(open(tmp_path / 'data' / os.listdir(tmp_path / 'data')[0] / 'test' / 'text.jsonl').readline())
+        assert row['speaker'] == 'Joey' and row['dialogue'] == '12' and result['info']['names'] == MELD
     if 'cherma' in config: assert result['info']['names'] == CHERMA
+
+
+@pytest.mark.parametrize('config', ['mse_toy', 'cmpta_toy_emotion'])
+def test_killed_and_resumed_is_the_run_that_was_not(config, rated_lm, corpora, monkeypatch):
+    """ LSTMs, dropout in CMPTA, classes: the same bits after a kill in step 4 and a resume. """
+    run(rated_lm, corpora, f'whole_{config}', config, '--save_interval=2')
+    real, left = data.get_batch, [0]
+    def dying(*a, **k):
+        left[0] -= 1
+        if left[0] == 0: raise Killed
+        return real(*a, **k)
+    monkeypatch.setattr(data, 'get_batch', dying)
+    left[0] = 4
+    with pytest.raises(Killed): run(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2')
+    left[0] = -1
+    run(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2', '--resume=True')
+    same_run(rated_lm / f'whole_{config}', rated_lm / f'killed_{config}')
+
+
+def test_an_lm_too_large_for_float32_is_loaded_in_bfloat16(rated_lm, corpora, monkeypatch, capsys):
+    monkeypatch.setattr(models, 'memory', lambda device: 1e6)   # bytes
+    r = run(rated_lm, corpora, 'large', 'mse_toy')
+    assert r['about']['dtype'] == 'bfloat16' and 'too large for the memory of this machine: bfloat16' in capsys.readouterr().out
+
+
+def test_few_shot_runs_stand_on_few_shot_runs(corpora, tmp_path):
+    """ The LM that has read ratings must not have read those of the clips that were left out. """
+    train('config/mse_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', '--train_fraction=0.5', '--max_steps=2', '--device=cpu')
+    for folder in ('run', 'lm_toy_rated-steps2-train0.5'):
+        assert json.load(open(tmp_path / folder / 'result.json'))['clips']['train'] in range(55, 66)

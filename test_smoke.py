@@ -284,7 +284,7 @@ def test_unknown_family_and_missing_lm_are_refused_with_a_sentence(tmp_path):
     hf.transformer.h[0].mixer = hf.transformer.h[0].attn
     del hf.transformer.h[0].attn
     with pytest.raises(ModelError, match="'mamba' is not known here, .* known are gpt2"): FrozenLM(hf)
-    with pytest.raises(ModelError, match="could not be loaded .* takes a Hugging Face name"): load_lm(str(tmp_path / 'nothing'))
+    with pytest.raises(ModelError, match="could not be loaded .* takes the Hugging Face name"): load_lm(str(tmp_path / 'nothing'))
 
 
 def test_real_pretrained_lm_and_its_tokenizer_load():

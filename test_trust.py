@@ -24,18 +24,9 @@ from safetensors.torch import load_file
 import data
 import eval as evaluation
 import model as models
-import toy
 from test_smoke import HERE, PARENT, fingerprint, tiny_batch, tiny_deepmlf, tiny_lm
 
 ENV = os.environ | {'HF_HUB_OFFLINE': '1'}   # test_smoke sets it for this process
-
-
-@pytest.fixture(scope='session')
-def corpora(tmp_path_factory):
-    """ A data_dir with a small toy corpus in it: 120 / 32 / 32 clips, made as the real one is. """
-    folder = tmp_path_factory.mktemp('data')
-    toy.make_toy(str(folder / 'toy'), n_clips=(120, 32, 32))
-    return folder
 
 
 def train(*argv):
@@ -407,7 +398,7 @@ def test_real_mosi_with_a_real_lm_runs(tmp_path):
 
 
 def commands(path):
-    return re.findall(r'^(?:# )?(python (?:train|eval|data)\.py.*)$', path.read_text(encoding='utf-8'), re.M)
+    return re.findall(r'^(?:# )?(python (?:train|eval|data|bench)\.py.*)$', path.read_text(encoding='utf-8'), re.M)
 
 
 def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys):
@@ -427,6 +418,9 @@ def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys)
         elif words[0] in ('eval.py', 'data.py'):
             monkeypatch.setattr(sys, 'argv', [w + '-steps2' if w.startswith('out/') else w for w in words])
             runpy.run_path(str(HERE / words[0]), run_name='__main__')
+        elif words[0] == 'bench.py':
+            monkeypatch.setattr(sys, 'argv', words + ['--bench_clips=3', '--batch_size=2', '--repeats=1', '--lm_shape=2,32,2,500', '--large_shape=2,64,2,500'])
+            runpy.run_path(str(HERE / 'bench.py'), run_name='__main__')
         else: assert words[:3] == ['-m', 'pytest', '-q'], line
         ran.append(words[0])
     assert ran.count('train.py') >= 2 and {'eval.py', 'data.py', '-m'} <= set(ran)
@@ -442,7 +436,7 @@ def test_every_config_names_its_own_command_and_knows_its_knobs():
         assert 5 <= len(body) <= 25, path.name
         done = runpy.run_path(str(path))
         known = set(re.findall(r'^(\w+) = ', (HERE / 'train.py').read_text(encoding='utf-8'), re.M))
-        assert {k for k in done if not k.startswith('_')} <= known, path.name
+        assert {k for k in done if not k.startswith('_')} | set(re.findall(r' --(\w+)=', text)) - {'name'} <= known, path.name   # data.py's
 
 
 def test_no_knob_without_a_reader():
@@ -462,7 +456,7 @@ def test_only_the_allowed_packages_are_imported():
     allowed = set(sys.stdlib_module_names) | {'torch', 'transformers', 'tokenizers', 'safetensors', 'tqdm', 'numpy', 'sentencepiece', 'matplotlib'}
     ours = {p.stem for p in HERE.glob('*.py')}
     for path in HERE.glob('*.py'):
-        if path.name.startswith('test_'): continue
+        if path.name.startswith('test_') or path.name == 'conftest.py': continue
         found = set(re.findall(r'^\s*(?:import|from) (\w+)', path.read_text(encoding='utf-8'), re.M))
         assert found <= allowed | ours, (path.name, found - allowed - ours)
         assert '../shared' not in path.read_text(encoding='utf-8')

@@ -29,7 +29,7 @@ import transformers
 from configurator import configure, read_config
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import BETTER, constant, continuation, curve_picture, evaluate, report, write_predictions
-from lm import ModelError, lm_config, n_parameters
+from lm import ModelError, empty_lm
 from model import build, devices, load_checkpoint, memory, own_tensors, put, rehearse, save_checkpoint, write_text
 from prompts import PROMPTS
 
@@ -45,7 +45,7 @@ standardise = True            # per feature, with the train split's mean and std
 lowercase = 'auto'            # 'auto': lower-case a corpus that is all capitals (CMU-MOSI); 'never'
 max_text_len = 50             # tokens of a clip's own text; longer texts are cut at the end
 # the run
-out_dir = ''                  # '' is out/<config>, with -seed<k> and -steps<n> behind it where these are set
+out_dir = ''                  # '' is out/<config>, with -seed<k>, -steps<n>, -train<share> behind it where these are set
 seed = 0                      # of everything random, but for the toy corpus itself
 resume = False                # go on, bitwise, from the last checkpoint in out_dir
 fresh = False                 # start over in an out_dir that holds a run (the runs in needs are kept)
@@ -110,8 +110,9 @@ text_reg_prob = 0.25          # SeqAug: share of clips that get it
 text_reg_draw = 'fixed'       # SeqAug's rate is 'fixed', or drawn: 'beta', 'halfnormal'
 # pseudo tokens: MSE-Adapter and CMPTA
 prompt = 'en'                 # the question that the LM is asked, in prompts.py: 'en', 'cn', 'toy'
+prompt_start = 'auto'         # before all else: 'auto' is what the tokenizer puts there itself; or tokens, as '<|im_start|>'
 label_words = 'index'         # a class is answered by its 'index' or its 'name'
-label_plus = False            # write +0.6 for 0.6
+label_plus = False            # write +0.6 for 0.6, as the paper's figure; the release does so for Qwen
 label_eos = False             # end-of-text behind each label
 readout = 'score'             # 'score' all labels at once, 'generate' one greedily, or a learned query and a 'head'
 score_estimate = 'expected'   # the score from the labels' probabilities: 'expected' value, 'mode', 'median'
@@ -142,7 +143,8 @@ _argv = [a if a.startswith('-') or os.path.exists(a) else os.path.join(_here, a)
 _defaults = dict(globals())
 config = configure(globals(), _argv)
 name = os.path.splitext(os.path.basename([a for a in _argv if not a.startswith('-')][-1]))[0]
-suffix = (f'-seed{seed}' if seed else '') + (f'-steps{max_steps}' if max_steps > 0 else '')
+suffix = (f'-seed{seed}' if seed else '') + (f'-steps{max_steps}' if max_steps > 0 else '') \
+    + (f'-train{train_fraction:g}' if train_fraction != 1 else '')
 out_dir = config['out_dir'] = out_dir or os.path.join('out', name + suffix)
 
 
@@ -199,8 +201,8 @@ if system == 'deepmlf' and lm not in _needed:
 # The runs that this one stands on: made here if they are not finished, beside this run
 
 # What both must agree on is passed on. An LM does not read the audiovisual knobs, and the AV encoder reads no text.
-SHARED = dict(lm=('corpus', 'data_dir', 'lowercase', 'seed', 'device', 'dtype', 'max_steps'),
-              av=('corpus', 'data_dir', 'label', 'modalities', 'standardise', 'seed', 'device', 'dtype', 'max_steps',
+SHARED = dict(lm=('corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype', 'max_steps'),
+              av=('corpus', 'data_dir', 'train_fraction', 'label', 'modalities', 'standardise', 'seed', 'device', 'dtype', 'max_steps',
                   'av_width', 'av_layers', 'av_heads', 'av_len'))
 FREE = ('needs out_dir data_dir device dtype resume fresh log_interval save_interval patience').split()   # may differ
 stands_on = []
@@ -245,10 +247,10 @@ if device == 'auto': device = next(d for d in there if there[d])
 if not there[device]: stop(f"device={device} is not there: this machine has {', '.join(d for d in there if there[d])}.")
 bf16 = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
 try: too_large = system in ('deepmlf', 'mse', 'cmpta') and not bf16 and dtype == 'auto' and \
-    4 * n_parameters(lm_config(lm, trust_remote_code)[0], trust_remote_code) > 0.8 * memory(device)
+    4 * sum(p.numel() for p in empty_lm(lm, trust_remote_code).parameters()) > 0.8 * memory(device)
 except ModelError as e: stop(str(e))
-if dtype == 'auto': dtype = 'bfloat16' if bf16 or too_large else 'float32'
-if too_large: print(f"  {lm} in float32 is too large for the memory of this machine: bfloat16")
+if dtype == 'auto': dtype = 'bfloat16' if bf16 else 'float32' if not too_large else 'float16' if device == 'cuda' else 'bfloat16'
+if too_large: print(f"  {lm} in float32 is too large for the memory of this machine: {dtype}")
 autocast = lambda: torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32')
 loss_scale = 2.0 ** 10 if dtype == 'float16' else 1.0   # a power of 2, so exact: or small gradients would vanish in the LM
 
@@ -262,12 +264,13 @@ try:
     torch.manual_seed(seed)
     model, tokenizer = build(config, clips, out_dir, getattr(torch, dtype))
     feed = Feed(clips, config, tokenizer, device, getattr(model, 'prompt', None))   # text is tokenised once, here
-    majority, says = None if system == 'lm' else constant(clips, label), continuation(model, tokenizer)
+    majority = None if system == 'lm' else constant(clips, label, feed.clips['train'])
     if majority and select not in majority:
         stop(f"select={select!r} is no metric of the label {label!r}: it has {', '.join(majority)}.")
 except (CorpusError, ModelError) as e: stop(str(e))
 except OSError as e: stop(f"cannot write to {out_dir} ({e.strerror or e}): make room, or give another --out_dir.")
 model.to(device)
+says = continuation(model, tokenizer)   # what its frozen LM says before anything is trained
 step_model = torch.compile(model) if compile else model
 
 # Every trainable weight is in exactly one group, by name, so that a checkpoint can say whose moments it holds.
@@ -374,8 +377,8 @@ def save(kind):
     except ModelError as e: stop(str(e))
 
 
-def score(split, **how):
-    try: return evaluate(model, feed, split, autocast, **how)
+def score(split):
+    try: return evaluate(model, feed, split, autocast)
     except ValueError as e: stop(f"{split}: {e}.")
 
 
@@ -477,11 +480,13 @@ try:
     if system == 'lm': model.hf.save_pretrained(os.path.join(out_dir, 'hf'))
 except ModelError as e: stop(str(e))
 result = dict(about=about, state=state, n_trainable=n_trainable, n_frozen=n_frozen, clips=feed.n_clips,
-              info=feed.info, ceilings=clips.meta.get('ceilings'), lm_kept=says and says == continuation(model, tokenizer),
-              majority=majority)
+              info=feed.info, ceilings=clips.meta.get('ceilings'), majority=majority,
+              lm_kept=says and (says, about['lm_fingerprint']) == (continuation(model, tokenizer), model.lm.fingerprint()))
 result['valid'], _ = score('valid')
 result['test'], predictions = score('test')
-if system in ('mse', 'cmpta') and readout != 'head': result['lm_alone'], _ = score('test', adapter=False)   # it saw text only
+if system in ('mse', 'cmpta') and readout != 'head':
+    try: result['lm_alone'], _ = evaluate(model, feed, 'test', autocast, adapter=False)   # it sees text only
+    except ValueError as e: print(f"  the LM without the adapter: {e}")
 if predictions: write_predictions(out_dir, clips, predictions)
 result['seconds'] = round(time.time() - started, 1)
 try:

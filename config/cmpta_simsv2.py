@@ -7,6 +7,7 @@ system = 'cmpta'
 corpus = 'SIMS_V2/ch-simsv2s.pkl'
 lm = 'Qwen/Qwen2.5-1.5B'
 prompt = 'cn'
+label_plus = True
 standardise = False
 n_pseudo = 6
 cmpta_width = 1024
