@@ -179,10 +179,9 @@ class PseudoTokenLM(nn.Module):
     MSE-Adapter and CMPTA: an adapter turns text, audio and video into P pseudo tokens, these stand before the text in a
     prompt, and the frozen LM says the label. The two systems differ in the adapter, and in nothing here.
 
-    Two streams again: the prompt up to its last token but one, of which only keys and values are needed, and behind it
-    a few tokens that are read out: its last token, and the label's (training), every node of the label trie
-    (readout='score': one pass gives the probability of every label), or a learned query (readout='head'). Prompts end at
-    different places and are padded behind, where nothing looks.
+    Behind the prompt stand a few tokens that are read out: its last one, and the label's (training), every node of the
+    label trie (readout='score': one pass gives the probability of every label), or a learned query (readout='head').
+    Prompts end at different places and are padded there, where nothing looks; logits are for what is read out alone.
     """
     def __init__(self, lm, adapter, prompt, c):
         """ lm FrozenLM; adapter(batch, text [B,T,D], text_mask [B,T]) -> [B,P,D]; prompt Prompt; c: the knobs as a dict. """
@@ -230,25 +229,24 @@ class PseudoTokenLM(nn.Module):
     def tail(self, x, n, y, depth, sees):
         """ What the LM makes of tokens y [B,N,D] that stand `depth` [N] behind the last of n [B] real tokens of x [B,T,D];
         sees [N,N] says which of them see which. The first of y is that last token -> [B,N,D] after the final norm. """
-        lm, (B, T, _), N = self.lm, x.shape, y.shape[1]
-        read = torch.arange(T - 1, device=x.device) < n[:, None] - 1                             # [B,T-1]
-        mask = torch.cat([read[:, None].expand(B, N, T - 1), sees.expand(B, N, N)], -1)[:, None]     # [B,1,N,T-1+N]
-        x, rope_x = lm.place(x[:, :-1], torch.arange(T - 1, device=x.device).expand(B, T - 1))   # [B,T-1,D]
-        y, rope_y = lm.place(y, n[:, None] - 1 + depth)                                          # [B,N,D]
-        def layer(l, x, y):
-            q, k, v = lm.qkv(l, x, rope_x)
-            y, _ = lm.block(l, y, rope_y, (k, v), mask)
-            return x if l == lm.n_layers - 1 else lm.finish(l, x, q, k, v), y   # of the last, keys and values are enough
-        for l in range(lm.n_layers):
-            again = self.c['checkpoint_lm'] and torch.is_grad_enabled()
-            x, y = checkpoint(layer, l, x, y, use_reentrant=False, preserve_rng_state=False) if again else layer(l, x, y)
-        return lm.final_norm(y)
+        lm, (B, T, _), N, again = self.lm, x.shape, y.shape[1], self.c['checkpoint_lm'] and torch.is_grad_enabled()
+        at = torch.arange(T - 1, device=x.device)
+        before = F.pad(at <= at[:, None], (0, N)).expand(B, T - 1, T - 1 + N)                    # the prompt is causal
+        behind = torch.cat([(at < n[:, None] - 1)[:, None].expand(B, N, T - 1), sees.expand(B, N, N)], -1)   # [B,N,T-1+N]
+        mask = torch.cat([before, behind], 1)[:, None]                                           # [B,1,T-1+N,T-1+N]
+        z, positions = torch.cat([x[:, :-1], y], 1), torch.cat([at.expand(B, T - 1), n[:, None] - 1 + depth], 1)
+        z, rope = lm.place(z, positions)                                                         # [B,T-1+N,D]
+        block = lambda l, z: lm.block(l, z, rope, mask=mask)[0]
+        for l in range(lm.n_layers - 1):
+            z = checkpoint(block, l, z, use_reentrant=False, preserve_rng_state=False) if again else block(l, z)
+        q, k, v = lm.qkv(lm.n_layers - 1, z, rope)   # of the prompt, keys and values are enough here
+        return lm.final_norm(lm.finish(lm.n_layers - 1, z[:, -N:], q[:, :, -N:], k, v, mask[:, :, -N:]))
 
     def label_scores(self, x, n):
         """ Log-probabilities of every label string, exact to the LM's dtype, by one pass over the nodes of their trie -> [B,K]. """
         y = self.lm.embed(self.trie_token).expand(len(x), -1, -1)                                # [B,N,D]
         h = self.tail(x, n, y, self.trie_depth, self.trie_sees)                                  # [B,N,D]
-        at_once, scores = max(1, 2 ** 25 // (h.shape[1] * self.lm.vocabulary)), []               # logits of 128 MB
+        at_once, scores = max(1, 2 ** 22 // (h.shape[1] * self.lm.vocabulary)), []               # logits of 16 MB, about
         for part in h.split(at_once):
             logits = self.lm.lm_head(part).float()                                               # [b,N,V]
             said = logits[:, self.trie_node, self.trie_answer] - logits.logsumexp(-1)[:, self.trie_node]     # [b,K,n]
