@@ -4,6 +4,7 @@ of this machine's own matmul peak, and the FLOPs spent over those that the resul
 
     python bench.py                                      MSE-Adapter at CH-SIMS v2's shapes, a random Llama of 8 x 512
     python bench.py config/cmpta_simsv2.py --cmpta_width=256     another config; any knob of train.py, or of those below
+    python bench.py config/crosssent_mosei.py --shapes=mosei     CrossSent with GMRA and without: the paper's Table 4
 
 Clips and LM are random. Widths and longest lengths are the corpus's; lengths are assumed: text lognormal with mean 15 words,
 frames uniform from a quarter to all. The plain way is what one writes first, and what MSE-Adapter's release does: text padded
@@ -26,14 +27,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import configure
 from data import Feed, convert, epoch_order, open_corpus
-from lm import FrozenLM
-from model import PseudoTokenLM, build_adapter
+from lm import FrozenLM, TextEncoder
+from model import CrossSent, PseudoTokenLM, build_adapter, devices
 from prompts import Prompt
 
 shapes = 'simsv2'              # of the clips: a row of SHAPES
 lm_shape = [8, 512, 8, 32000]  # of the random Llama: layers, width, heads, vocabulary
 large_shape = [32, 4096, 32, 32000]  # of the one whose FLOPs are counted, without a weight in memory: Llama-2-7B's
 bench_clips = 96               # clips; training steps and validation passes go through all of them
+encoder_shape = [12, 768, 12, 50265]  # CrossSent: layers, width, heads, vocabulary of the random RoBERTa: base
+warmup_rounds = 20             # CrossSent: forwards that do not count
+timed_rounds = 50              # CrossSent: forwards that do
 repeats = 5                    # timed rounds of both ways by turns, after one that does not count
 only = ''                      # for the process that bench.py starts itself: 'ours train', 'plain valid', ..
 # ---------------------------------------------------------------------------------------------------------
@@ -43,12 +47,14 @@ _block = ast.parse(_source[:_source.index('# -----')]).body
 _knobs = {n.targets[0].id: ast.literal_eval(n.value) for n in _block if isinstance(n, ast.Assign)}     # train.py's own
 _argv = [a if a.startswith('-') or os.path.exists(a) else os.path.join(_here, a) for a in sys.argv[1:]]
 if all(a.startswith('-') for a in _argv): _argv.insert(0, os.path.join(_here, 'config', 'mse_simsv2.py'))
-_own = {k: globals()[k] for k in ('shapes', 'lm_shape', 'large_shape', 'bench_clips', 'repeats', 'only')}
+_own = {k: globals()[k] for k in ('shapes', 'lm_shape', 'large_shape', 'bench_clips', 'encoder_shape', 'warmup_rounds',
+                                'timed_rounds', 'repeats', 'only')}
 c = configure(_knobs | _own | dict(__file__=__file__), _argv, echo='--only' not in ' '.join(_argv))
 SHAPES = dict(   # audio frames, width; video frames, width; label range
-    simsv2=(925, 25, 232, 177, 1), mosei=(500, 74, 375, 35, 3), sims=(400, 33, 55, 709, 1))
+    mosi=(375, 5, 500, 20, 3), simsv2=(925, 25, 232, 177, 1), mosei=(500, 74, 375, 35, 3), sims=(400, 33, 55, 709, 1))
 if c['shapes'] not in SHAPES: sys.exit(f"bench: shapes={c['shapes']!r} is none of {', '.join(SHAPES)}.")
-if c['system'] not in ('mse', 'cmpta'): sys.exit(f"bench: system={c['system']!r} is not measured here yet: 'mse' and 'cmpta' are.")
+if c['system'] not in ('mse', 'cmpta', 'crosssent'): sys.exit(f"bench: system={c['system']!r} is not measured here yet: 'mse', 'cmpta' and 'crosssent' are.")
+if c['resample'] == 'words': sys.exit("bench: the random clips have no words of their own: take another resample.")
 if c['label'] != 'label': sys.exit("bench: the random clips have a score and no classes: take a regression config.")
 
 
@@ -218,6 +224,74 @@ def matmul_peak(n=1536):
     for _ in range(5):
         since = time.perf_counter(); a @ a; best = min(best, time.perf_counter() - since)
     return 2 * n ** 3 / best
+
+
+# ---------------------------------------------------------------------------------------------------------
+# CrossSent's Table 4: what GMRA costs. Forward only, with it and without by turns, at batch 1 and at batch 64
+
+def crosssent(layer):
+    """ CrossSent on a random RoBERTa; layer 0 is without GMRA. """
+    from transformers import RobertaConfig, RobertaModel
+    layers, width, heads, vocabulary = c['encoder_shape']
+    torch.manual_seed(0)
+    hf = RobertaModel(RobertaConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+                                    intermediate_size=4 * width, max_position_embeddings=514, type_vocab_size=1))
+    _, d_a, _, d_v, _ = SHAPES[c['shapes']]
+    return CrossSent(TextEncoder(hf), Words(vocabulary), dict(audio=d_a, vision=d_v), c | dict(gmra_layer=layer)).to(device).eval()
+
+
+def random_batch(B):
+    S_a, d_a, S_v, d_v, _ = SHAPES[c['shapes']]
+    T, full = c['max_text_len'], lambda n: torch.full((B,), n, device=device)
+    batch = dict(tokens=torch.randint(10, c['encoder_shape'][-1], (B, T), device=device), text_len=full(T), text_mask=full(T)[:, None] > torch.arange(T, device=device))
+    for s, S, d in (('audio', S_a, d_a), ('vision', S_v, d_v)):
+        batch |= {s: torch.randn(B, S, d, device=device), s + '_len': full(S), s + '_mask': full(S)[:, None] > torch.arange(S, device=device)}
+    return batch
+
+
+@torch.no_grad()
+def forward_seconds(model, batch):
+    since = time.perf_counter()
+    model.predict(batch)
+    if device != 'cpu': getattr(torch, device).synchronize()
+    return time.perf_counter() - since
+
+
+if c['system'] == 'crosssent':
+    device = next(d for d, is_there in devices().items() if is_there)
+    if c['only']:   # the child: memory of one forward at batch 64, the weights included
+        before = resident('VmRSS', reset=True)
+        forward_seconds(crosssent(int(c['only'])), random_batch(64))
+        print(resident('VmHWM') - before)
+        sys.exit(0)
+    models = {'without': crosssent(0), 'with': crosssent(c['gmra_layer'] or 1)}
+    seconds = {}
+    for B in (1, 64):
+        batch = random_batch(B)
+        for i in range(c['warmup_rounds'] + c['timed_rounds']):
+            for way, m in models.items(): seconds.setdefault((way, B), []).append(forward_seconds(m, batch))
+    took = {k: np.median(v[c['warmup_rounds']:]) for k, v in seconds.items()}
+    count = {way: sum(p.numel() for p in m.parameters()) for way, m in models.items()}
+    megabytes = dict.fromkeys(models, float('nan'))
+    for way, layer in (('without', 0), ('with', c['gmra_layer'] or 1)):
+        if device == 'cuda':
+            for m in models.values(): m.to('cpu')
+            batch = random_batch(64)
+            torch.cuda.reset_peak_memory_stats(); forward_seconds(models[way].to('cuda'), batch)
+            megabytes[way] = torch.cuda.max_memory_allocated() / 2 ** 20
+        elif os.path.exists('/proc/self/clear_refs'):
+            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], f'--only={layer}'], capture_output=True, text=True)
+            if done.returncode: sys.exit(f"bench: measuring the memory failed: {done.stderr.strip()[-300:]}")
+            megabytes[way] = float(done.stdout.splitlines()[-1])
+    print(f"CrossSent {c['encoder_shape']} at {c['shapes']}, {c['max_text_len']} tokens, {device}, {torch.get_num_threads()} threads, "
+          f"{matmul_peak() / 1e9:.0f} GFLOP/s float32 matmul on the CPU; median of {c['timed_rounds']} after {c['warmup_rounds']}, by turns")
+    for what, without, with_it, unit, paper in (
+            ('parameters', count['without'] / 1e6, count['with'] / 1e6, 'M', '+7.10 %'),
+            ('latency, batch 1', 1e3 * took['without', 1], 1e3 * took['with', 1], 'ms', '+11.42 %'),
+            ('throughput, batch 64', 64 / took['without', 64], 64 / took['with', 64], 'clips/s', '-6.46 %'),
+            ('peak memory, batch 64', megabytes['without'], megabytes['with'], 'MB', '+1.33 %')):
+        print(f"  {what:22s} without {without:9.2f} {unit:7s} with {with_it:9.2f} {unit:7s} {100 * (with_it / without - 1):+6.2f} %   paper {paper}")
+    sys.exit(0)
 
 
 with tempfile.TemporaryDirectory() as _folder:

@@ -644,6 +644,7 @@ class Feed:
                               "regression.")
         for split in corpus.n_clips: self._check_labels(split)
         self.streams = c['modalities'] if c['system'] != 'lm' else ()
+        self.words = {}
         self.clips = {split: np.arange(n) for split, n in corpus.n_clips.items()}            # feed's number -> corpus's
         if c['train_fraction'] < 1: self.clips['train'] = self._few(c['train_fraction'], c['seed'])
         self.n_clips = {split: len(clips) for split, clips in self.clips.items()}
@@ -660,6 +661,26 @@ class Feed:
                 before, after = prompt.before + [0] * c['n_pseudo'], prompt.after
                 tokens = [before + own + after for own in tokens]
             self.tokens[split] = tokens
+            if c['system'] == 'crosssent' and c['resample'] == 'words': self.words[split] = self._words(tokenizer, split, texts)
+
+    def _words(self, tokenizer, split, texts):
+        """ For each clip, which word (between spaces) each of its tokens begins in; -1 for special ones. """
+        for s in self.streams if split == 'train' else ():
+            n_frames, n_words = self.corpus.lengths(split, s), np.array([len(t.split()) for t in texts])     # [N]
+            if np.mean(n_frames == n_words) < 0.5:
+                raise CorpusError(f"resample='words' is for sources with one frame a word, and {s} has {np.median(n_frames):.0f} frames "
+                                  f"for {np.median(n_words):.0f} words (medians): take another resample.")
+        try: offsets = tokenizer(list(texts), truncation=True, max_length=self.c['max_text_len'],
+                                 return_offsets_mapping=True)['offset_mapping']
+        except (TypeError, ValueError, NotImplementedError, KeyError):
+            raise CorpusError("resample='words' needs a fast Hugging Face tokenizer (tokenizer.json), which knows where in the text "
+                              "a token is: take another resample.") from None
+        def words(text, spans):
+            starts = [not ch.isspace() and (i == 0 or text[i - 1].isspace()) for i, ch in enumerate(text)]
+            number = np.cumsum(starts) - 1                                                   # of the word at each letter
+            letter = [next((i for i in range(a, b) if not text[i].isspace()), None) for a, b in spans]
+            return [-1 if i is None else int(number[i]) for i in letter]
+        return [words(text, spans) for text, spans in zip(texts, offsets)]
 
     def _check_labels(self, split):
         y, name = self.corpus.label(split, self.c['label']), self.c['label']                 # [N]
@@ -687,6 +708,9 @@ class Feed:
         index = self.clips[split][index]                                                     # [B]
         batch = get_batch(self.corpus, split, index, self.tokens.get(split), 0, self.c['standardise'], self.c['label'],
                           self.streams)
+        if self.words:
+            own = [self.words[split][i] for i in index]
+            batch['word'] = torch.tensor([w + [-1] * (batch['tokens'].shape[1] - len(w)) for w in own])      # [B,T]
         if self.device != 'cuda': return {k: v.to(self.device) for k, v in batch.items()}
         return {k: v.pin_memory().to('cuda', non_blocking=True) for k, v in batch.items()}   # the step need not wait
 

@@ -3,6 +3,7 @@ What a run is worth: every metric, one checkpoint or many runs, report and compa
 
     python eval.py out/deepmlf_toy                            the best checkpoint on its test set again, and the report
     python eval.py out/deepmlf_toy out/deepmlf_toy-seed1 ..   many runs: mean +- std (n), paired differences
+    python eval.py out/RUN --corpus=OTHER [--modalities=text]  another corpus's test set, without training there
 
 Metrics are fractions (0.8451, not 84.51) and nothing is rounded, so that means over seeds are right; nan means
 undefined, never zero. The definitions are those of the code that the field's tables come from (MMSA 2.2.1,
@@ -430,14 +431,13 @@ def confusion_picture(folder, names):
     plt.close(fig)
 
 
-def rerun(folder):
+def revive(folder):
     """
-    The best checkpoint of a run on its test set again, from the files alone (and from the folder that it was trained
-    in: its corpus and LM are named as they were then): rebuilds the model, writes test.jsonl and
-    report.md anew, and returns the report. Raises EvalError, ModelError, CorpusError.
+    The best model of a run from its files (and from where it was trained: its corpus and LM are named as they were then), its
+    Corpus, and test(corpus, knobs) -> what evaluate gives on the test split of a corpus. Raises EvalError, ModelError, CorpusError.
     """
-    r = read_run(folder)
-    about, c = r['about'], r['about']['knobs']
+    about = read_run(folder)['about']
+    c = about['knobs']
     corpus, dtype = open_corpus(about['corpus']['folder']), getattr(torch, about['dtype'])
     torch.manual_seed(c['seed'])   # a random LM (lm_init) is in no checkpoint: it is drawn again as it was
     if corpus.sha256 != about['corpus']['sha256']:
@@ -445,17 +445,57 @@ def rerun(folder):
     if c['system'] == 'lm':
         lm, tokenizer = load_lm(folder, dtype)
         model = LanguageModel(lm.hf)
-    else: model, tokenizer = build(c | dict(av_init='random'), corpus, folder, dtype)   # the checkpoint has its weights
+    else:   # the checkpoint has its weights, the folder its tokenizer
+        model, tokenizer = build(c | dict(av_init='random', resume=True), corpus, folder, dtype)
     if hasattr(model, 'lm') and model.lm.fingerprint() != about['lm_fingerprint']:
         raise EvalError(f"the LM {c['lm']} is not the one that {folder} was trained with: put that one back.")
     put(model, load_checkpoint(os.path.join(folder, 'best.safetensors'))[0], folder)
     device = about['device'] if devices()[about['device']] else 'cpu'
     autocast = lambda: torch.autocast(device, dtype, enabled=dtype is not torch.float32)
-    feed = Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None))
-    r['test'], predictions = evaluate(model.to(device), feed, 'test', autocast)
+    model.to(device)
+    def test(corpus, c): return evaluate(model, Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None)), 'test', autocast)
+    return corpus, test
+
+
+def rerun(folder):
+    """ The best checkpoint of a run on its test set again, from the files alone: writes test.jsonl and report.md anew, and
+    returns the report. Raises EvalError, ModelError, CorpusError. """
+    r, (corpus, test) = read_run(folder), revive(folder)
+    r['test'], predictions = test(corpus, r['about']['knobs'])
     if predictions: write_predictions(folder, corpus, predictions)
     write_text(os.path.join(folder, 'result.json'), json.dumps(r, indent=1))
     return report(folder)
+
+
+def elsewhere(folder, source, modalities=None):
+    """
+    A run on the test split of another corpus, without training there (zero-shot; CrossSent's 4.6), as a table. Features are
+    standardised as the run's own were. modalities: a list of 'audio', 'vision' to let through, [] for text alone; a stream
+    whose width differs must be left out, as then it is another feature set. Raises EvalError, ModelError, CorpusError.
+    """
+    r, (home, test) = read_run(folder), revive(folder)
+    c, other = r['about']['knobs'], open_corpus(source, r['about']['knobs']['data_dir'])
+    modalities = [m for m in c['modalities'] if modalities is None or m in modalities]
+    for m in modalities:
+        if other.widths.get(m) != home.widths.get(m):
+            raise EvalError(f"{m} is {home.widths.get(m)} wide in {home.name} and {other.widths.get(m)} in {other.name}, so they are "
+                            "other features: leave it out, as --modalities=text does with both.")
+    if (info := other.labels.get(c['label'])) != r['info']:
+        raise EvalError(f"the label {c['label']!r} is {r['info']} in {home.name} and {info} in {other.name}: they do not compare.")
+    for m in home.widths:   # their frames, as this model knows frames: its widths and its normaliser; none, where left out
+        if m not in modalities: other.meta['streams'][m] = home.meta['streams'][m] | dict(standardised=True)
+        elif other.meta['streams'][m]['standardised']:
+            raise EvalError(f"{other.folder} holds {m} standardised by its own mean: convert it with --dtype=float32.")
+        else: other.meta['streams'][m] |= {k: home.meta['streams'][m][k] for k in ('mean', 'std')}
+    frames = other.frames
+    other.widths = home.widths
+    other.frames = lambda split, m, i: frames(split, m, i) if m in modalities else np.zeros((0, home.widths[m]), np.float32)
+    other.lengths = lambda split, m: np.array([len(other.frames(split, m, i)) for i in range(other.n_clips[split])])
+    there, _ = test(home, c | dict(modalities=modalities))
+    metrics, _ = test(other, c | dict(modalities=modalities))
+    keys = [k for k in there if k in metrics]
+    rows = [[home.name] + [f'{there[k]:.3f}' for k in keys], [f'{other.name}, zero-shot'] + [f'{metrics[k]:.3f}' for k in keys]]
+    return markdown_table([f"{r['about']['name']} ({', '.join(['text'] + modalities)}) on"] + keys, rows)
 
 
 def compare(folders):
@@ -493,8 +533,13 @@ def compare(folders):
 
 
 if __name__ == '__main__':
-    _folders = [a.rstrip('/') for a in sys.argv[1:]]
-    if '--help' in _folders or '-h' in _folders: print(__doc__); sys.exit(0)
+    _folders = [a.rstrip('/') for a in sys.argv[1:] if not a.startswith('--')]
+    _flags = dict(a[2:].partition('=')[::2] for a in sys.argv[1:] if a.startswith('--'))
+    if 'help' in _flags or '-h' in _folders: print(__doc__); sys.exit(0)
     if not _folders: sys.exit(__doc__)
-    try: print(rerun(_folders[0]) if len(_folders) == 1 else compare(_folders))
+    if set(_flags) - {'corpus', 'modalities'} or 'modalities' in _flags and 'corpus' not in _flags or _flags and len(_folders) > 1:
+        sys.exit("eval: --corpus=OTHER and with it --modalities=text|audio|vision,.. are for one run; there are no other flags.")
+    _only = _flags['modalities'].split(',') if 'modalities' in _flags else None
+    if set(_only or ()) - {'text', 'audio', 'vision'}: sys.exit(f"eval: --modalities={_flags['modalities']} may hold text, audio and vision only.")
+    try: print(elsewhere(_folders[0], _flags['corpus'], _only) if _flags else rerun(_folders[0]) if len(_folders) == 1 else compare(_folders))
     except (EvalError, CorpusError, ModelError) as e: sys.exit(f"eval: {e}")

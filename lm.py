@@ -200,6 +200,51 @@ class FrozenLM(nn.Module):
         return torch.stack(new, 1)                                                               # [B,n_new]
 
 
+class TextEncoder(nn.Module):
+    """
+    A BERT- or RoBERTa-family encoder that is fine-tuned, run layer by layer like the frozen LM, so that a block can come
+    between two layers. Its pooler, if it has one, is left out: systems here have heads of their own.
+    """
+    def __init__(self, hf):
+        super().__init__()
+        c = hf.config
+        self.hf = hf
+        self.eval()   # no dropout in the comparison below
+        try:
+            self.width, self.n_layers, self.n_heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
+            self.dropout = c.attention_probs_dropout_prob
+            padding = hf.embeddings.position_embeddings.padding_idx   # RoBERTa counts positions from behind its padding id
+            self.max_positions = c.max_position_embeddings - (0 if padding is None else padding + 1)
+            with torch.no_grad():   # many that look like a BERT are none: it must compute what theirs does
+                tokens = 7 * torch.arange(3, 35)[None, :self.max_positions] % c.vocab_size       # [1,32]
+                theirs = hf(tokens).last_hidden_state                                            # [1,32,D]
+                same = float((self(tokens, tokens >= 0) - theirs).abs().max() / theirs.abs().max()) <= 1e-2
+        except Exception: same = False   # of any kind: its code is not ours
+        if not same:
+            raise ModelError(f"{c.model_type!r} is no encoder of the BERT or RoBERTa family, or computes something else than they do: "
+                             "take one for --lm=, such as bert-base-uncased or roberta-base.")
+        self.hf.pooler = None
+
+    def embed(self, tokens):
+        """ tokens [B,T] -> [B,T,D], positions and norm included. """
+        return self.hf.embeddings(input_ids=tokens)                                              # [B,T,D]
+
+    def layer(self, l, x, mask):
+        """ Encoder layer l (from 0): x [B,T,D], mask [B,T] -> [B,T,D]. """
+        part, (B, T, D) = self.hf.encoder.layer[l], x.shape
+        see = part.attention.self
+        q, k, v = (p(x).view(B, T, self.n_heads, -1).transpose(1, 2) for p in (see.query, see.key, see.value))   # [B,h,T,D/h]
+        y = F.scaled_dot_product_attention(q, k, v, mask[:, None, None], self.dropout * self.training)
+        x = part.attention.output(y.transpose(1, 2).reshape(B, T, D), x)                         # [B,T,D]
+        return part.output(part.intermediate(x), x)
+
+    def forward(self, tokens, mask):
+        """ Text alone -> the last hidden states [B,T,D]. """
+        x = self.embed(tokens)
+        for l in range(self.n_layers): x = self.layer(l, x, mask)
+        return x
+
+
 class SentencePiece:
     """ A tokenizer that is sentencepiece's tokenizer.model and nothing else (Hugging Face would want protobuf for it). """
     def __init__(self, folder):
@@ -226,8 +271,8 @@ def loading(name):
     try: yield
     except Exception as e:   # of any kind: the LM may have brought code of its own
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes the Hugging Face name of a causal LM "
-                         "that the hub or the local cache has, or a folder with config.json, weights and tokenizer.") from None
+        raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes the Hugging Face name of a causal LM (for "
+                         "CrossSent, of an encoder) that the hub or the local cache has, or a folder with config.json, weights and tokenizer.") from None
 
 
 def lm_config(name, remote=False):
@@ -272,15 +317,23 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False):
     return FrozenLM(hf), load_tokenizer(name, remote)
 
 
-def new_lm(texts, c, folder):
-    """
-    A GPT-2 of lm_layers x lm_width from nothing, and a sentencepiece tokenizer trained on `texts`. `folder` becomes an
-    ordinary Hugging Face folder (tokenizer.json for AutoTokenizer, tokenizer.model beside it; the weights come later).
-    """
+def load_encoder(name, remote=False):
+    """ A pretrained encoder and its tokenizer, by Hugging Face name or by folder. Raises ModelError. """
+    from transformers import AutoModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    config, name = lm_config(name, remote)
+    with loading(name): hf = AutoModel.from_pretrained(name, trust_remote_code=remote)
+    return TextEncoder(hf.float()), load_tokenizer(name, remote)
+
+
+def new_tokenizer(texts, c, folder, ends=False):
+    """ A sentencepiece tokenizer trained on `texts`, saved in `folder` (tokenizer.json for AutoTokenizer, tokenizer.model
+    beside it). ends: it puts <s> before each text and </s> behind. Raises ModelError. """
     import io
     import sentencepiece
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
     if c['lm_positions'] < c['max_text_len']:
         raise ModelError(f"lm_positions={c['lm_positions']} is less than max_text_len={c['max_text_len']}: raise it.")
     if c['lm_width'] % c['lm_heads']:
@@ -296,11 +349,32 @@ def new_lm(texts, c, folder):
     fast = Tokenizer(models.Unigram([(sp.id_to_piece(i), sp.get_score(i)) for i in range(sp.vocab_size())], unk_id=0))
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     fast.add_special_tokens([AddedToken(t, special=True) for t in ('<unk>', '<s>', '</s>')])
+    if ends: fast.post_processor = processors.TemplateProcessing('<s> $A </s>', special_tokens=[('<s>', 1), ('</s>', 2)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
     os.makedirs(folder, exist_ok=True)
     tokenizer.save_pretrained(folder)
     with open(os.path.join(folder, 'tokenizer.model'), 'wb') as f: f.write(proto.getvalue())
+    return tokenizer
+
+
+def new_lm(texts, c, folder):
+    """ A GPT-2 of lm_layers x lm_width from nothing, and a tokenizer trained on `texts`. `folder` becomes an ordinary
+    Hugging Face folder (the weights come later). """
+    from transformers import GPT2Config, GPT2LMHeadModel
+    tokenizer = new_tokenizer(texts, c, folder)
     return GPT2LMHeadModel(GPT2Config(
-        vocab_size=sp.vocab_size(), n_positions=c['lm_positions'], n_embd=c['lm_width'], n_layer=c['lm_layers'],
+        vocab_size=len(tokenizer), n_positions=c['lm_positions'], n_embd=c['lm_width'], n_layer=c['lm_layers'],
         n_head=c['lm_heads'], bos_token_id=1, eos_token_id=2,
         resid_pdrop=c['dropout'], embd_pdrop=c['dropout'], attn_pdrop=c['dropout'])), tokenizer
+
+
+def new_encoder(texts, c, folder, again=False):
+    """ A BERT of lm_layers x lm_width from nothing, and a tokenizer trained on `texts` (again: the one in `folder`). """
+    from transformers import BertConfig, BertModel
+    tokenizer = load_tokenizer(folder) if again else new_tokenizer(texts, c, folder, ends=True)
+    config = BertConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=c['lm_positions'], hidden_size=c['lm_width'],
+        num_hidden_layers=c['lm_layers'], num_attention_heads=c['lm_heads'], intermediate_size=4 * c['lm_width'],
+        hidden_dropout_prob=c['dropout'], attention_probs_dropout_prob=c['dropout'])
+    config.save_pretrained(folder)
+    return TextEncoder(BertModel(config)), tokenizer

@@ -61,3 +61,28 @@ def deepmlf_loss(out, label, weights):
     """
     terms = {'task': l1(out['pred'], label)} | {k: l1(out[k], label) for k, w in weights.items() if w}
     return terms, terms['task'] + sum(w * terms[k] for k, w in weights.items() if w)
+
+
+def mpr_loss(pred, label, gap, margin, slope):
+    """
+    CrossSent's monotonic pairwise ranking: over all pairs whose labels are more than `gap` (delta) apart, the mean of
+    max(0, m - s (p_i - p_j)), s = sign(y_i - y_j), m = margin + slope |y_i - y_j| (alpha, beta). A batch without such a
+    pair (one clip, all ties) gives 0, with a graph. pred, label [B] -> []. Equations reconstructed: the paper's are images.
+    """
+    dy, dp = label[:, None] - label, pred[:, None] - pred                                        # [B,B]
+    pairs = dy > gap                                                                             # each pair once, s = 1
+    return ((margin + slope * dy - dp).clamp(min=0) * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def eioi_loss(pred, label, band, power=1.0):
+    """ CrossSent's error-interval loss: how far a prediction is outside [y - band, y + band], to a power. -> []. """
+    return ((pred - label).abs() - band).clamp(min=0).pow(power).mean()
+
+
+def ordinal_loss(pred, label, c, ramp):
+    """ The two regularisers of CrossSent as the knobs `c` weigh them, times the ramp-up of this epoch: (terms, their
+    weighted sum). Any system that predicts a score may add them. """
+    terms = {}
+    if c['weight_mpr']: terms['mpr'] = mpr_loss(pred, label, c['mpr_gap'], c['mpr_margin'], c['mpr_slope'])
+    if c['weight_eioi']: terms['eioi'] = eioi_loss(pred, label, c['eioi_band'], c['eioi_power'])
+    return terms, ramp * sum(c['weight_' + k] * v for k, v in terms.items())

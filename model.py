@@ -22,9 +22,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from adapters import CMPTA, AVEncoder, MMBlock, MSEAdapter, masked_mean, regularise
-from lm import FrozenLM, ModelError, empty_lm, load_lm, load_tokenizer, new_lm
-from losses import deepmlf_loss, l1, label_loss, lm_loss
+from adapters import CMPTA, GMRA, AVEncoder, MMBlock, MSEAdapter, masked_mean, regularise, to_tokens
+from data import lower_if_shouting
+from lm import FrozenLM, ModelError, empty_lm, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm
+from losses import deepmlf_loss, l1, label_loss, lm_loss, ordinal_loss
 from prompts import Prompt, rated
 
 
@@ -57,9 +58,9 @@ class LanguageModel(nn.Module):
 class AVModel(nn.Module):
     """ The AV encoder by itself: its isolated pretraining (paper 4.6, "AV Initialization"). One linear head on the mean
     over real slots; the release reads the last slot, which is mostly padding. Loss: L1. """
-    def __init__(self, encoder):
+    def __init__(self, encoder, c):
         super().__init__()
-        self.av_encoder = encoder
+        self.av_encoder, self.c = encoder, c
         self.head = nn.Linear(encoder.d, 1)
 
     def predict(self, batch):
@@ -68,8 +69,9 @@ class AVModel(nn.Module):
         return dict(pred=y[:, 0])                                                                # [B]
 
     def forward(self, batch):
-        loss = l1(self.predict(batch)['pred'], batch['label'])
-        return dict(loss=loss, terms={'task': loss})
+        pred = self.predict(batch)['pred']
+        task, (more, extra) = l1(pred, batch['label']), ordinal_loss(pred, batch['label'], self.c, batch.get('ramp', 1.0))
+        return dict(loss=task + extra, terms={'task': task} | more)
 
     def param_groups(self): return grouped(self)
 
@@ -161,6 +163,8 @@ class DeepMLF(nn.Module):
         x_t, x_f, z, z_mask = self.streams(batch)
         out = self.heads(x_t, x_f, z, z_mask, batch['text_len'])
         terms, loss = deepmlf_loss(out, batch['label'], self.weights)
+        more, extra = ordinal_loss(out['pred'], batch['label'], c, batch.get('ramp', 1.0))
+        terms, loss = terms | more, loss + extra
         if c['weight_lm']:
             terms['lm'] = lm_loss(x_t, batch, self.lm.lm_head)
             loss = loss + c['weight_lm'] * terms['lm']
@@ -289,8 +293,9 @@ class PseudoTokenLM(nn.Module):
         if self.c['readout'] == 'head':
             out = self.head_out(x, n)
             regression = self.prompt.kind == 'regression'
-            loss = l1(out[:, 0], batch['label']) if regression else F.cross_entropy(out, k)
-            return dict(loss=loss, terms={'task': loss})
+            task = l1(out[:, 0], batch['label']) if regression else F.cross_entropy(out, k)
+            more, extra = ordinal_loss(out[:, 0], batch['label'], self.c, batch.get('ramp', 1.0)) if regression else ({}, 0.0)
+            return dict(loss=task + extra, terms={'task': task} | more)
         answer, real = self.trie_answer[k], self.trie_real[k]                                    # [B,n], [B,n]
         depth = torch.arange(answer.shape[1], device=x.device)
         y = torch.cat([self.trie_token[:1].expand(len(x), 1), answer[:, :-1]], 1)                # [B,n]
@@ -299,6 +304,72 @@ class PseudoTokenLM(nn.Module):
         return dict(loss=loss, terms={'label': loss})
 
     def param_groups(self): return grouped(self)
+
+
+class CrossSent(nn.Module):
+    """
+    CrossSent (Liu et al. 2026): an encoder, fine-tuned, into which a GMRA brings audio and video before layer gmra_layer; the
+    first token through a dense tanh layer gives the score. Loss: MSE, and the ordinal regularisers.
+    """
+    def __init__(self, encoder, tokenizer, widths, c):
+        super().__init__()
+        self.encoder, self.c, D = encoder, c, encoder.width
+        if not 0 <= c['gmra_layer'] <= encoder.n_layers:
+            raise ModelError(f"gmra_layer={c['gmra_layer']} must be from 1 to {encoder.n_layers}, the layers of this encoder, "
+                             "or 0 for none.")
+        if c['max_text_len'] > encoder.max_positions:
+            raise ModelError(f"max_text_len={c['max_text_len']} is past the {encoder.max_positions} positions of this encoder: "
+                             "lower it.")
+        if c['gmra_concat'] == 'features' and c['resample'] == 'none':
+            raise ModelError("gmra_concat='features' puts audio and video side by side, so both must be on the text's time "
+                             "line: take another resample.")
+        bare, full = (tokenizer(['a'], add_special_tokens=s)['input_ids'][0] for s in (False, True))
+        self.n_special, self.before = len(full) - len(bare), next((i for i, t in enumerate(full) if t == bare[0]), 0)
+        self.gmra = GMRA(widths, D, c['gmra_width'] or D, c['gmra_heads'] or encoder.n_heads, c['gmra_mult'], c['gmra_concat'],
+                         c['gmra_start'], c['dropout']) if c['gmra_layer'] and widths else None
+        self.head = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Dropout(c['dropout']), nn.Linear(D, 1))
+
+    def cues(self, batch):
+        """ stream -> (frames [B,L,d_m], mask [B,L]): on the text's time line, or as they are (resample='none'). """
+        n, T, how = batch['text_len'], batch['tokens'].shape[1], self.c['resample']
+        own = torch.arange(T, device=n.device) - self.before                                     # [T], 0 at the first word
+        own = (own >= 0) & (own < (n - self.n_special)[:, None])                                 # [B,T]
+        out = {}
+        for s in self.gmra.proj:
+            x, length = batch[s], batch[s + '_len']
+            if how == 'none': out[s] = x, batch[s + '_mask']
+            elif how == 'words':   # each token has its word's frame
+                word = batch['word']                                                             # [B,T], -1 at special tokens
+                has = (word >= 0) & (word < length[:, None])
+                at = word.clamp(min=0, max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2])
+                out[s] = x.gather(1, at) * has[..., None], has
+            else:
+                y = to_tokens(x, length, (n - self.n_special).clamp(min=1), self.before, T, how)   # [B,T,d_m]
+                out[s] = y * own[..., None], own & (length > 0)[:, None]
+        return out
+
+    def predict(self, batch):
+        """ pred [B]. Reads no label. """
+        mask, cues = batch['text_mask'], self.cues(batch) if self.gmra is not None else None
+        x = self.encoder.embed(batch['tokens'])                                                  # [B,T,D]
+        for l in range(self.encoder.n_layers):
+            if self.gmra is not None and l + 1 == self.c['gmra_layer']: x = self.gmra(x, cues)
+            x = self.encoder.layer(l, x, mask)
+        with torch.autocast(x.device.type, enabled=False):
+            x = masked_mean(x.float(), mask) if self.c['text_pool'] == 'mean' else x[:, 0].float()   # [B,D]
+            return dict(pred=self.head(x)[:, 0])                                                 # [B]
+
+    def forward(self, batch):
+        pred, label = self.predict(batch)['pred'], batch['label']
+        terms, extra = ordinal_loss(pred, label, self.c, batch.get('ramp', 1.0))
+        terms['task'] = (pred - label).square().mean()
+        return dict(loss=terms['task'] + extra, terms=terms)
+
+    def param_groups(self):
+        """ The encoder's own weights learn at lr_encoder times the rate of what is new. """
+        scale = lambda n: self.c['lr_encoder'] if n.startswith('encoder.') else 1.0
+        return [dict(names=[n for n in g['names'] if scale(n) == s], params=[p for n, p in zip(g['names'], g['params']) if scale(n) == s],
+                     decay=g['decay'], lr_scale=s) for g in grouped(self) for s in sorted({scale('encoder.'), 1.0})]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -310,14 +381,20 @@ def build(c, corpus, out_dir, dtype=torch.float32):
     c['av_from'] unless av_init='random'. Raises ModelError.
     """
     corpus.label('train', c['label'])   # a wrong name gets its sentence before gigabytes are loaded
+    def own_texts():   # what a tokenizer of our own is trained on: what the model will read
+        texts = rated(corpus, 'train') if c['system'] == 'lm' and c['lm_text'] == 'rated' else corpus.text('train')
+        return lower_if_shouting(texts, corpus) if c['lowercase'] == 'auto' else texts
     encoder = lambda: AVEncoder(corpus.widths, c['av_width'], c['av_layers'], c['av_heads'], c['av_len'],
                                 c['av_dropout'], c['av_seqaug'])
     try:
         if c['system'] == 'lm':
-            texts = rated(corpus, 'train') if c['lm_text'] == 'rated' else corpus.text('train')
-            hf, tokenizer = new_lm(texts, c, os.path.join(out_dir, 'hf'))
+            hf, tokenizer = new_lm(own_texts(), c, os.path.join(out_dir, 'hf'))
             return LanguageModel(hf), tokenizer
-        if c['system'] == 'av': return AVModel(encoder()), None
+        if c['system'] == 'av': return AVModel(encoder(), c), None
+        if c['system'] == 'crosssent':
+            encoder, tokenizer = load_encoder(c['lm'], c['trust_remote_code']) if c['lm'] != 'new' else \
+                new_encoder(own_texts(), c, os.path.join(out_dir, 'hf'), again=c['resume'])
+            return CrossSent(encoder, tokenizer, {s: corpus.widths[s] for s in c['modalities'] if s in corpus.widths}, c), tokenizer
         if c['system'] in ('mse', 'cmpta'):   # and so do labels that cannot be told apart
             prompt = Prompt(c, corpus.labels[c['label']], load_tokenizer(c['lm'], c['trust_remote_code']))
         lm, tokenizer = load_lm(c['lm'], dtype, c['lm_init'] == 'random', c['trust_remote_code'])

@@ -34,7 +34,7 @@ KNOBS = dict(system='mse', lm='tiny', label='label', prompt='en', prompt_start='
              score_estimate='expected', n_pseudo=4, max_text_len=48, pseudo_projection='released', mse_width=8, lstm_audio=6, lstm_vision=5,
              msf_scales=[1, 2, 4], tgm_pool='real', cmpta_width=8, cmpta_heads=2, cmpta_layers=1, cmpta_pool='mean', cmpta_align='bi',
              cmpta_align_text=True, cmpta_attend=True, dropout=0.0, head_width=8, checkpoint_lm=False, train_fraction=1.0, seed=0, batch_size=16, lowercase='auto',
-             modalities=['audio', 'vision'], standardise=True, av_len=50, lm_text='plain')
+             modalities=['audio', 'vision'], standardise=True, av_len=50, lm_text='plain', weight_mpr=0.0, weight_eioi=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def tiny_lm(family='gpt2', seed=0):
 
 KNOBS = dict(mm_layers=[2, 3], max_text_len=20, n_fusion=4, mm_heads=4, mm_query='fusion', mm_gate='sigmoid', mm_ffw='full', mm_ffw_init='lm',
              lora_rank=4, lora_alpha=8.0, lora_dropout=0.0, dropout=0.0, head_width=8, text_reg='none', text_reg_rate=0.1, text_reg_prob=0.5,
-             text_reg_draw='fixed', fusion_position='after', weight_av=1.0, weight_text=1.0, weight_fusion=1.0, weight_lm=1.0)
+             text_reg_draw='fixed', fusion_position='after', weight_av=1.0, weight_text=1.0, weight_fusion=1.0, weight_lm=1.0, weight_mpr=0.0, weight_eioi=0.0)
 
 
 def tiny_deepmlf(family='gpt2', **knobs):
@@ -243,7 +243,7 @@ def test_bf16_rounds_neither_predictions_nor_raw_features():
     model.lm.bfloat16()
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): out = model.predict(batch)
     assert all(y.dtype == torch.float32 and (y != y.bfloat16().float()).any() for y in out.values())
-    alone = AVModel(model.av_encoder).eval()
+    alone = AVModel(model.av_encoder, KNOBS).eval()
     z, y = model.av_encoder(batch)[0], alone.predict(batch)['pred']
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(model.av_encoder(batch)[0], z) and torch.equal(alone.predict(batch)['pred'], y)

@@ -416,11 +416,14 @@ def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys)
         words = line.split()[1:]
         if words[0] == 'train.py': train(*words[1:], '--max_steps=2', '--device=cpu', *(fit if 'config/deepmlf_mosei.py' in words else []))
         elif words[0] in ('eval.py', 'data.py'):
+            words = [w.replace('out/RUN', 'out/deepmlf_toy').replace('OTHER', 'data/toy') for w in words]
             monkeypatch.setattr(sys, 'argv', [w + '-steps2' if w.startswith('out/') else w for w in words])
             runpy.run_path(str(HERE / words[0]), run_name='__main__')
         elif words[0] == 'bench.py':
-            monkeypatch.setattr(sys, 'argv', words + ['--bench_clips=3', '--batch_size=2', '--repeats=1', '--lm_shape=2,32,2,500', '--large_shape=2,64,2,500'])
-            runpy.run_path(str(HERE / 'bench.py'), run_name='__main__')
+            small = '--bench_clips=3 --batch_size=2 --repeats=1 --lm_shape=2,32,2,500 --large_shape=2,64,2,500 --encoder_shape=2,32,2,500 --warmup_rounds=1 --timed_rounds=2'
+            monkeypatch.setattr(sys, 'argv', words + small.split())
+            try: runpy.run_path(str(HERE / 'bench.py'), run_name='__main__')
+            except SystemExit as e: assert not e.code
         else: assert words[:3] == ['-m', 'pytest', '-q'], line
         ran.append(words[0])
     assert ran.count('train.py') >= 2 and {'eval.py', 'data.py', '-m'} <= set(ran)
@@ -444,7 +447,7 @@ def test_no_knob_without_a_reader():
     text = (HERE / 'train.py').read_text(encoding='utf-8')
     block = text[text.index("# what is trained"):text.index("# -----")]
     read = set()
-    for source in [text[text.index('_needed = '):]] + [(HERE / f).read_text(encoding='utf-8') for f in ('model.py', 'lm.py', 'prompts.py', 'data.py', 'eval.py')]:
+    for source in [text[text.index('_needed = '):]] + [(HERE / f).read_text(encoding='utf-8') for f in ('model.py', 'lm.py', 'losses.py', 'prompts.py', 'data.py', 'eval.py')]:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load): read.add(node.id)          # lr
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant): read.add(node.slice.value)   # c['lr']

@@ -34,7 +34,7 @@ from model import build, devices, load_checkpoint, memory, own_tensors, put, reh
 from prompts import PROMPTS
 
 # what is trained, and on what
-system = 'deepmlf'            # 'lm', 'av', 'deepmlf', 'mse' or 'cmpta'
+system = 'deepmlf'            # 'lm', 'av', 'deepmlf', 'mse', 'cmpta' or 'crosssent'
 needs = []                    # configs of the runs that this one stands on; those not finished are made first
 corpus = 'toy'                # 'toy', a corpus folder, an M-SENA .pkl, or a folder of NAME_train.pkl ..
 data_dir = 'data'             # where converted corpora are kept
@@ -130,6 +130,25 @@ cmpta_pool = 'mean'           # how a sequence becomes a token: 'mean', 'last', 
 cmpta_align = 'bi'            # temporal alignment by a 'bi' or 'one-way' LSTM, or 'off' (Tables 5, 6)
 cmpta_align_text = True       # text too (the paper can be read both ways)
 cmpta_attend = True           # False: each token from its own modality, without the CMPT adapter (Tables 5, 6)
+# CrossSent: an encoder (--lm=, BERT or RoBERTa family; 'new' makes one of lm_layers x lm_width) and its GMRA
+gmra_layer = 1                # encoder layer, from 1, that the GMRA comes before; 0: text only
+gmra_width = 0                # d; 0 is the encoder's own width
+gmra_heads = 0                # attention heads; 0: as many as the encoder has
+gmra_mult = 4.0               # hidden width of the residual adapter over the encoder's; 4 is the paper's parameter count
+gmra_concat = 'sequence'      # audio and video one behind the other, or side by side: 'features'
+gmra_start = 'identity'       # begin as the encoder without it, or 'random'
+resample = 'linear'           # frames onto the text's tokens: 'linear', 'mean'; 'words': one frame a word; 'none': as they are
+text_pool = 'first'           # sentence vector: 'first' token, or the 'mean' of them
+lr_encoder = 1.0              # learning rate of the encoder over that of what is new
+# ordinal regularisers of CrossSent, for any system that predicts a score by a head; weights ramp up by a cosine
+weight_mpr = 0.0              # pairwise ranking
+weight_eioi = 0.0             # error outside a tolerance band
+mpr_gap = 0.5                 # delta: pairs whose labels are further apart than this
+mpr_margin = 0.1              # alpha: margin of a pair, at least
+mpr_slope = 0.5               # beta: and this much more for each unit of label difference
+eioi_band = 0.25              # epsilon: half width of the band
+eioi_power = 1.0              # of the error outside it
+ramp_epochs = 5.0             # length of the ramp-up
 # DeepMLF's loss: L1 of the task head (weight 1) + these (eqs. 13-14)
 weight_av = 1.0               # lambda_av
 weight_text = 1.0             # lambda_t
@@ -164,7 +183,7 @@ sys.excepthook = on_exception
 # What can be checked before anything is read, all at once
 
 choices = dict(
-    system=('lm', 'av', 'deepmlf', 'mse', 'cmpta'), lowercase=('auto', 'never'), device=('auto', 'cpu', 'cuda', 'mps'),
+    system=('lm', 'av', 'deepmlf', 'mse', 'cmpta', 'crosssent'), lowercase=('auto', 'never'), device=('auto', 'cpu', 'cuda', 'mps'),
     dtype=('auto', 'float32', 'bfloat16', 'float16'), select=tuple(BETTER), lm_init=('pretrained', 'random'),
     av_init=('tune', 'frozen', 'random'), fusion_position=('after', 'fixed'),
     mm_query=('fusion', 'text+fusion', 'text'), mm_gate=('sigmoid', 'tanh', 'none'),
@@ -172,11 +191,13 @@ choices = dict(
     text_reg=('seqaug', 'noise', 'dropout', 'none'), text_reg_draw=('fixed', 'beta', 'halfnormal'),
     lm_text=('plain', 'rated'), prompt=tuple(PROMPTS), label_words=('index', 'name'), readout=('score', 'generate', 'head'),
     score_estimate=('expected', 'mode', 'median'), pseudo_projection=('released', 'full'), tgm_pool=('real', 'padded'),
-    cmpta_pool=('mean', 'last', 'learned'), cmpta_align=('bi', 'one-way', 'off'))
+    cmpta_pool=('mean', 'last', 'learned'), cmpta_align=('bi', 'one-way', 'off'), gmra_concat=('sequence', 'features'),
+    gmra_start=('identity', 'random'), resample=('linear', 'mean', 'words', 'none'), text_pool=('first', 'mean'))
 at_least_1 = ('batch_size accumulate epochs patience log_interval max_text_len lm_vocab lm_width lm_layers lm_heads '
               'lm_positions av_width av_layers av_heads av_len n_fusion mm_heads lora_rank head_width n_pseudo mse_width '
               'lstm_audio lstm_vision cmpta_width cmpta_heads cmpta_layers').split()
-at_least_0 = ('seed save_interval lr lr_min warmup_epochs weight_decay adam_eps clip text_reg_rate lora_alpha '
+at_least_0 = ('seed save_interval lr lr_min lr_encoder warmup_epochs weight_decay adam_eps clip text_reg_rate lora_alpha '
+              'gmra_layer gmra_width gmra_heads weight_mpr weight_eioi mpr_gap mpr_margin mpr_slope eioi_band ramp_epochs '
               'weight_av weight_text weight_fusion weight_lm').split()
 shares = 'dropout av_dropout lora_dropout av_seqaug beta_1 beta_2'.split()
 wrong = [f"{k}={config[k]!r} is none of {', '.join(v)}" for k, v in choices.items() if config[k] not in v]
@@ -190,6 +211,11 @@ if not msf_scales or min(msf_scales) < 1: wrong += [f"msf_scales={msf_scales} mu
 if seed >= 2 ** 63: wrong += [f"seed={seed} must be below 2^63"]
 if set(modalities) - {'audio', 'vision'}: wrong += [f"modalities={modalities} may hold 'audio' and 'vision' only"]
 if (system == 'lm') != (select == 'loss'): wrong += ["select is 'loss' for system='lm', and a metric for the others"]
+if gmra_mult < 0.1: wrong += [f"gmra_mult={gmra_mult} must be at least 0.1"]
+if eioi_power < 1: wrong += [f"eioi_power={eioi_power} must be at least 1: below, the gradient at the band's edge is infinite"]
+if (weight_mpr or weight_eioi) and (system == 'lm' or system in ('mse', 'cmpta') and readout != 'head'):
+    wrong += ["weight_mpr and weight_eioi are for systems that predict a score by a head: --readout=head for 'mse' and 'cmpta'"]
+if weight_mpr and batch_size == 1: wrong += ["weight_mpr needs pairs of clips: a batch_size of at least 2"]
 if resume and fresh: wrong += ["resume and fresh contradict each other"]
 if wrong: stop('; '.join(wrong) + '.')
 _needed = {os.path.splitext(os.path.basename(need))[0]: os.path.join(_here, need) for need in needs}   # name -> config
@@ -276,7 +302,7 @@ step_model = torch.compile(model) if compile else model
 # Every trainable weight is in exactly one group, by name, so that a checkpoint can say whose moments it holds.
 groups = model.param_groups()
 named = {n: p for g in groups for n, p in zip(g['names'], g['params'])}
-groups = [dict(params=g['params'], weight_decay=weight_decay if g['decay'] else 0.0) for g in groups]
+groups = [dict(params=g['params'], weight_decay=weight_decay if g['decay'] else 0.0, scale=g.get('lr_scale', 1.0)) for g in groups]
 optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta_1, beta_2), eps=adam_eps)
 n_trainable = sum(p.numel() for p in named.values())
 n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -293,6 +319,11 @@ def lr_at(step):
     if step < warmup_steps: return lr * (step + 1) / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, steps_per_epoch * epochs - warmup_steps))
     return lr_min + 0.5 * (lr - lr_min) * (1 + math.cos(math.pi * done))
+
+
+def ramp_at(epoch):
+    """ How much of the ordinal regularisers' weights counts in an epoch (from 0): a cosine from 0 to 1. """
+    return 0.5 - 0.5 * math.cos(math.pi * min(1.0, epoch / ramp_epochs)) if ramp_epochs else 1.0
 
 
 def matmul_rate(n=1024):
@@ -393,6 +424,13 @@ if in_main_thread: previous_handler = signal.signal(signal.SIGINT, on_interrupt)
 
 print(f"{name}: {system} on {clips.name}, {n_train} clips / ({batch_size} x {accumulate}) = {steps_per_epoch} steps an epoch, "
       f"{n_steps} in all; {n_trainable:,} trainable and {n_frozen:,} frozen weights; {device}, {dtype}")
+if (weight_mpr or weight_eioi) and ramp_epochs > (n_steps - 1) // steps_per_epoch:   # epochs count from 0
+    feed.notes.append(f"ramp_epochs={ramp_epochs:g} does not end within this run's epochs: the regularisers never count in full")
+if weight_mpr and mpr_gap >= np.ptp(clips.label('train', label)):
+    feed.notes.append(f"mpr_gap={mpr_gap:g} is as large as the labels' whole range: MPR has no pair to rank")
+if weight_mpr and mpr_margin > (1 - mpr_slope) * mpr_gap + 1e-9:
+    feed.notes.append(f"mpr_margin={mpr_margin:g} is over (1 - mpr_slope) mpr_gap = {(1 - mpr_slope) * mpr_gap:g}: MPR will punish even "
+                      "perfect predictions")
 for note in feed.notes: print(f"  {note}")
 
 # ---------------------------------------------------------------------------------------------------------
@@ -411,7 +449,8 @@ while state['step'] < n_steps and not state['done']:
     n_targets = [feed.n_targets('train', index) for index in micro_batches]
     for index, n in zip(micro_batches, n_targets):
         share = len(index) / n_clips                                # the gradient is a mean over clips, not batches
-        batch = feed('train', index) | dict(lm_weight=torch.tensor(n / max(1, sum(n_targets)) / share))   # and over tokens
+        batch = feed('train', index) | dict(ramp=torch.tensor(ramp_at(epoch)),
+                                            lm_weight=torch.tensor(n / max(1, sum(n_targets)) / share))   # and over tokens
         with autocast(): out = step_model(batch)
         (out['loss'] * share * loss_scale).backward()
         for k, v in (out['terms'] | dict(loss=out['loss'])).items(): terms[k] = terms.get(k, 0) + v.detach() * share
@@ -430,7 +469,7 @@ while state['step'] < n_steps and not state['done']:
     logging = validating or step % log_interval == 0
     saving = validating or bool(interrupted) or (save_interval and step % save_interval == 0)
     before = [p.detach().clone() for p in named.values()] if logging else None
-    for group in optimizer.param_groups: group['lr'] = lr_at(step - 1)
+    for group in optimizer.param_groups: group['lr'] = lr_at(step - 1) * group['scale']
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     line_clips += n_clips
