@@ -1,6 +1,6 @@
 """
-The frozen LM: any Hugging Face causal LM of a known family, run layer by layer by our own code; and how one is loaded,
-or made from nothing.
+The frozen LM: any Hugging Face causal LM of a known family, run layer by layer by our own code; the encoder that CrossSent
+fine-tunes, run the same way; and how either is loaded, or made from nothing.
 
 Axis letters, the same in every file:
     B clips   T text tokens   L any sequence   D LM width   V vocabulary   h heads

@@ -1,5 +1,5 @@
 """
-Trains one thing, top to bottom: an LM, an audiovisual encoder, DeepMLF on both, or MSE-Adapter or CMPTA on an LM.
+Trains one thing, top to bottom: an LM, an audiovisual encoder, DeepMLF on both, MSE-Adapter or CMPTA on an LM, or CrossSent.
 
     python train.py                                              the toy corpus, the whole curriculum, 2-3 minutes
     python train.py config/deepmlf_mosei.py --corpus=unaligned_50.pkl    the paper's run on M-SENA's MOSEI file
