@@ -218,6 +218,14 @@ def resident(what, reset=False):
     with open('/proc/self/status') as f: return next(int(line.split()[1]) / 1024 for line in f if line.startswith(what))
 
 
+def child_megabytes(only):
+    """ What a process of its own prints when it runs `only`: its peak memory, in MB; nan where there is no /proc. """
+    if not os.path.exists('/proc/self/clear_refs'): return float('nan')
+    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], f'--only={only}'], capture_output=True, text=True)
+    if done.returncode: sys.exit(f"bench: measuring the memory of {only!r} failed: {done.stderr.strip()[-300:]}")
+    return float(done.stdout.splitlines()[-1])
+
+
 def matmul_peak(n=1536):
     """ FLOP/s of a float32 matmul here and now. """
     a, best = torch.randn(n, n), np.inf
@@ -272,17 +280,14 @@ if c['system'] == 'crosssent':
             for way, m in models.items(): seconds.setdefault((way, B), []).append(forward_seconds(m, batch))
     took = {k: np.median(v[c['warmup_rounds']:]) for k, v in seconds.items()}
     count = {way: sum(p.numel() for p in m.parameters()) for way, m in models.items()}
-    megabytes = dict.fromkeys(models, float('nan'))
+    megabytes = {}
     for way, layer in (('without', 0), ('with', c['gmra_layer'] or 1)):
         if device == 'cuda':
             for m in models.values(): m.to('cpu')
             batch = random_batch(64)
             torch.cuda.reset_peak_memory_stats(); forward_seconds(models[way].to('cuda'), batch)
             megabytes[way] = torch.cuda.max_memory_allocated() / 2 ** 20
-        elif os.path.exists('/proc/self/clear_refs'):
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], f'--only={layer}'], capture_output=True, text=True)
-            if done.returncode: sys.exit(f"bench: measuring the memory failed: {done.stderr.strip()[-300:]}")
-            megabytes[way] = float(done.stdout.splitlines()[-1])
+        else: megabytes[way] = child_megabytes(layer)
     print(f"CrossSent {c['encoder_shape']} at {c['shapes']}, {c['max_text_len']} tokens, {device}, {torch.get_num_threads()} threads, "
           f"{matmul_peak() / 1e9:.0f} GFLOP/s float32 matmul on the CPU; median of {c['timed_rounds']} after {c['warmup_rounds']}, by turns")
     for what, without, with_it, unit, paper in (
@@ -312,11 +317,7 @@ with tempfile.TemporaryDirectory() as _folder:
             run(way)
             if i: seconds[way].append(time.perf_counter() - since)
         if i == 0: peak = matmul_peak()
-    megabytes = dict.fromkeys(WAYS, float('nan'))
-    for way in WAYS if os.path.exists('/proc/self/clear_refs') else ():
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], f'--only={way}'], capture_output=True, text=True)
-        if done.returncode: sys.exit(f"bench: measuring the memory of {way!r} failed: {done.stderr.strip()[-300:]}")
-        megabytes[way] = float(done.stdout.splitlines()[-1])
+    megabytes = {way: child_megabytes(way) for way in WAYS}
 
     lengths = [len(t) for t in feed.tokens['train']]
     print(f"{c['system']} at {c['shapes']}: {c['bench_clips']} clips, batch {c['batch_size']}, random Llama {c['lm_shape']}, prompts of "

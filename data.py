@@ -556,6 +556,12 @@ def lower_if_shouting(texts, corpus):
     return [t.lower() for t in texts] if corpus.meta['text']['upper_case'] else list(texts)
 
 
+def texts_for(corpus, split, c):
+    """ A split's texts as a run of knobs `c` reads them: with ratings behind (lm_text='rated'), in lower case if they shout. """
+    texts = rated(corpus, split) if c['system'] == 'lm' and c['lm_text'] == 'rated' else corpus.text(split)
+    return lower_if_shouting(texts, corpus) if c['lowercase'] == 'auto' else texts
+
+
 def epoch_order(cost, batch_size, seed, epoch):
     """
     An epoch's batches, as a list of int64 arrays of clip numbers; each clip is in one. Clips of like cost [N]
@@ -651,8 +657,7 @@ class Feed:
         rounding = self._answer_lengths() if prompt else 0.0
         if rounding > 1e-6: self.notes.append(f"labels are said with one decimal, which costs an MAE of {rounding:.3f}")
         for split in corpus.n_clips if tokenizer else ():
-            texts = rated(corpus, split) if c['system'] == 'lm' and c['lm_text'] == 'rated' else corpus.text(split)
-            if c['lowercase'] == 'auto': texts = lower_if_shouting(texts, corpus)
+            texts = texts_for(corpus, split, c)
             tokens, n_empty, n_cut = tokenize(tokenizer, texts, c['max_text_len'], special=not prompt)
             mean = np.mean([len(t) for t in tokens])
             self.notes.append(f"{split} text: {mean:.1f} tokens a clip, {n_empty} empty, {n_cut} cut at "

@@ -265,6 +265,13 @@ class SentencePiece:
     def decode(self, ids): return self.sp.decode(list(ids))
 
 
+def specials(tokenizer):
+    """ The tokens that a tokenizer puts before and behind a text by itself: (<s>, [CLS], [gMASK] <sop> .., </s>, [SEP] ..). """
+    full, bare = (list(tokenizer(['a'], add_special_tokens=s)['input_ids'][0]) for s in (True, False))
+    at = next((i for i in range(len(full)) if full[i:i + len(bare)] == bare), None)
+    return ([], []) if at is None else (full[:at], full[at + len(bare):])
+
+
 @contextmanager
 def loading(name):
     """ Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError). """

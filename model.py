@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from adapters import CMPTA, GMRA, AVEncoder, MMBlock, MSEAdapter, masked_mean, regularise, to_tokens
-from data import lower_if_shouting
-from lm import FrozenLM, ModelError, empty_lm, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm
+from data import texts_for
+from lm import FrozenLM, ModelError, empty_lm, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm, specials
 from losses import deepmlf_loss, l1, label_loss, lm_loss, ordinal_loss
-from prompts import Prompt, rated
+from prompts import Prompt
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -323,8 +323,8 @@ class CrossSent(nn.Module):
         if c['gmra_concat'] == 'features' and c['resample'] == 'none':
             raise ModelError("gmra_concat='features' puts audio and video side by side, so both must be on the text's time "
                              "line: take another resample.")
-        bare, full = (tokenizer(['a'], add_special_tokens=s)['input_ids'][0] for s in (False, True))
-        self.n_special, self.before = len(full) - len(bare), next((i for i, t in enumerate(full) if t == bare[0]), 0)
+        before, behind = specials(tokenizer)
+        self.n_special, self.before = len(before) + len(behind), len(before)
         self.gmra = GMRA(widths, D, c['gmra_width'] or D, c['gmra_heads'] or encoder.n_heads, c['gmra_mult'], c['gmra_concat'],
                          c['gmra_start'], c['dropout']) if c['gmra_layer'] and widths else None
         self.head = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Dropout(c['dropout']), nn.Linear(D, 1))
@@ -381,26 +381,23 @@ def build(c, corpus, out_dir, dtype=torch.float32):
     c['av_from'] unless av_init='random'. Raises ModelError.
     """
     corpus.label('train', c['label'])   # a wrong name gets its sentence before gigabytes are loaded
-    def own_texts():   # what a tokenizer of our own is trained on: what the model will read
-        texts = rated(corpus, 'train') if c['system'] == 'lm' and c['lm_text'] == 'rated' else corpus.text('train')
-        return lower_if_shouting(texts, corpus) if c['lowercase'] == 'auto' else texts
-    encoder = lambda: AVEncoder(corpus.widths, c['av_width'], c['av_layers'], c['av_heads'], c['av_len'],
-                                c['av_dropout'], c['av_seqaug'])
+    av_encoder = lambda: AVEncoder(corpus.widths, c['av_width'], c['av_layers'], c['av_heads'], c['av_len'],
+                                   c['av_dropout'], c['av_seqaug'])
     try:
         if c['system'] == 'lm':
-            hf, tokenizer = new_lm(own_texts(), c, os.path.join(out_dir, 'hf'))
+            hf, tokenizer = new_lm(texts_for(corpus, 'train', c), c, os.path.join(out_dir, 'hf'))
             return LanguageModel(hf), tokenizer
-        if c['system'] == 'av': return AVModel(encoder(), c), None
+        if c['system'] == 'av': return AVModel(av_encoder(), c), None
         if c['system'] == 'crosssent':
             encoder, tokenizer = load_encoder(c['lm'], c['trust_remote_code']) if c['lm'] != 'new' else \
-                new_encoder(own_texts(), c, os.path.join(out_dir, 'hf'), again=c['resume'])
+                new_encoder(texts_for(corpus, 'train', c), c, os.path.join(out_dir, 'hf'), again=c['resume'])
             return CrossSent(encoder, tokenizer, {s: corpus.widths[s] for s in c['modalities'] if s in corpus.widths}, c), tokenizer
         if c['system'] in ('mse', 'cmpta'):   # and so do labels that cannot be told apart
             prompt = Prompt(c, corpus.labels[c['label']], load_tokenizer(c['lm'], c['trust_remote_code']))
         lm, tokenizer = load_lm(c['lm'], dtype, c['lm_init'] == 'random', c['trust_remote_code'])
         if c['system'] in ('mse', 'cmpta'):
             return PseudoTokenLM(lm, build_adapter(c, corpus.widths, lm), prompt, c), tokenizer
-        model = DeepMLF(lm, encoder(), c)
+        model = DeepMLF(lm, av_encoder(), c)
     except ValueError as e: raise ModelError(str(e)) from None
     if c['av_init'] != 'random':
         tensors, _ = load_checkpoint(os.path.join(c['av_from'], 'best.safetensors'))

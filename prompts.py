@@ -13,7 +13,7 @@ import re
 
 import torch
 
-from lm import ModelError
+from lm import ModelError, specials
 
 # One entry a language. `space` stands before a label; {low} {high} {classes} come from the corpus.
 PROMPTS = {
@@ -48,7 +48,8 @@ class Prompt:
             self.labels = [f"{'+' if c['label_plus'] and v >= 0 else ''}{v:.1f}" for v in self.values]
             question = said['regression'].format(low=self.labels[0], high=self.labels[-1])
         plain = lambda text: list(tokenizer([text], add_special_tokens=False)['input_ids'][0]) if text else []
-        self.before = (self._start() if c['prompt_start'] == 'auto' else plain(c['prompt_start'])) + plain(said['open'])
+        start = specials(tokenizer)[0] if c['prompt_start'] == 'auto' else plain(c['prompt_start'])
+        self.before = start + plain(said['open'])
         self.after = plain(said['close'] + question)
         if not self.after: raise ModelError(f"the tokenizer of {c['lm']} makes no tokens of the prompt {c['prompt']!r}.")
         # behind the lead-in, not by itself: a sentencepiece label begins with its space
@@ -62,11 +63,6 @@ class Prompt:
         self._tell_apart()
         known = (tokenizer.pad_token_id, getattr(tokenizer, 'unk_token_id', None), tokenizer.eos_token_id)
         self.pad_id = next((t for t in known if t is not None and t >= 0), 0)   # for tgm_pool='padded' alone
-
-    def _start(self):
-        """ The tokens that the tokenizer puts before a text by itself: <s>, [CLS], [gMASK] <sop>, or nothing. """
-        with_them, without = (list(self.tokenizer(['a'], add_special_tokens=s)['input_ids'][0]) for s in (True, False))
-        return next((with_them[:i] for i in range(len(with_them)) if with_them[i:i + len(without)] == without), [])
 
     def _tell_apart(self):
         of, lm = {}, self.c['lm']
