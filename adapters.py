@@ -49,6 +49,21 @@ class LoRA(nn.Module):
         return (weight.float() + self.scale * self.B.float() @ self.A.float()).to(weight.dtype)
 
 
+def grouped(model, lr_scales={}):
+    """
+    Every trainable weight in one group, by name: matrices are decayed; biases, norms, gates and learnable tokens are not (the
+    release of DeepMLF means to, and its name rule never matches: it decays all but 'bias'). lr_scales: the first part of a
+    name -> its learning rate over that of the others.
+    """
+    groups = {}
+    for n, p in model.named_parameters():
+        if not p.requires_grad: continue
+        key = p.ndim > 1 and 'tokens' not in n, lr_scales.get(n.split('.')[0], 1.0)
+        group = groups.setdefault(key, dict(names=[], params=[], decay=key[0], lr_scale=key[1]))
+        group['names'].append(n); group['params'].append(p)
+    return [groups[key] for key in sorted(groups, reverse=True)]
+
+
 def weight_of(layer):
     """ [n_out, n_in] of an LM's linear layer. GPT-2 keeps its own as Conv1D, weight [n_in, n_out]. """
     return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
@@ -306,6 +321,13 @@ def masked_mean(x, mask):
 # ---------------------------------------------------------------------------------------------------------
 # MSE-Adapter: pseudo tokens from one vector a modality
 
+def reverse(x, lengths):
+    """ x [B,S,d], each clip turned round within its own length (padding stays behind): what an LSTM needs to read backwards. """
+    s, n = torch.arange(x.shape[1], device=x.device), lengths[:, None]                           # [S], [B,1]
+    turn = torch.where(s < n, n - 1 - s, s)[..., None]                                           # [B,S,1]
+    return x.gather(1, turn.expand_as(x))
+
+
 def last_step(x, lengths):
     """ x [B,S,d] -> [B,d], each clip's last real step (its first, if it has none). """
     return x[torch.arange(len(x), device=x.device), lengths.clamp(min=1) - 1]
@@ -385,11 +407,7 @@ class Align(nn.Module):
     def forward(self, x, lengths):
         """ x [B,S,width], lengths [B] -> [B,S,d]. """
         h = [x if self.ahead is None else self.ahead(x)[0]]                                      # [B,S,d/2]
-        if self.back is not None:   # each clip turned round within its own length: nothing needs packing
-            s, n = torch.arange(x.shape[1], device=x.device), lengths[:, None]                   # [S], [B,1]
-            turn = torch.where(s < n, n - 1 - s, s)[..., None]                                   # [B,S,1]
-            turned = self.back(x.gather(1, turn.expand_as(x)))[0]                                # [B,S,d/2]
-            h.append(turned.gather(1, turn.expand_as(turned)))
+        if self.back is not None: h.append(reverse(self.back(reverse(x, lengths))[0], lengths))  # [B,S,d/2]
         return F.dropout(self.norm(self.proj(torch.cat(h, -1))), self.dropout, self.training)    # [B,S,d]
 
 
@@ -503,6 +521,30 @@ def to_tokens(x, lengths, n_tokens, before, T, how):
         y = torch.lerp(take(low), take((low + 1).clamp(max=n - 1)), (at - low)[..., None].to(x.dtype))   # [B,m,d]
         y = y * ((j < n_tokens[:, None]) & (lengths[:, None] > 0))[..., None]
     return F.pad(y, (0, 0, before, 0))                                                           # [B,T,d]
+
+
+def frames_on_tokens(batch, streams, ends, how):
+    """
+    stream -> (frames [B,L,d_m], mask [B,L]) for each of `streams`, to meet a text of tokens [B,T]: on its time line (L = T), zeros
+    at special tokens and padding, or as they are (how='none'). ends: special tokens before and behind each text. how: see
+    to_tokens; 'words': batch['word'] [B,T] says which frame is a token's.
+    """
+    n, T, (before, behind), out = batch['text_len'], batch['tokens'].shape[1], ends, {}
+    n_own = n - before - behind                                                                  # [B]
+    own = torch.arange(T, device=n.device) - before                                              # [T], 0 at the first word
+    own = (own >= 0) & (own < n_own[:, None])                                                    # [B,T]
+    for s in streams:
+        x, length = batch[s], batch[s + '_len']
+        if how == 'none': out[s] = x, batch[s + '_mask']
+        elif how == 'words':
+            word = batch['word']                                                                 # [B,T], -1 at special tokens
+            has = (word >= 0) & (word < length[:, None])
+            at = word.clamp(min=0, max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2])
+            out[s] = x.gather(1, at) * has[..., None], has
+        else:
+            y = to_tokens(x, length, n_own.clamp(min=1), before, T, how)                         # [B,T,d_m]
+            out[s] = y * own[..., None], own & (length > 0)[:, None]
+    return out
 
 
 class GMRA(nn.Module):

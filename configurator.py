@@ -58,8 +58,12 @@ def _parse(text, default):
     return float(text) if text in ('inf', '-inf', 'nan') else text   # any other bare word is a str
 
 
-def read_config(path, known):
-    """ The settings of one config file, checked against known (defaults by name) and applied to nothing. """
+def read_config(path, known, variant=None):
+    """
+    The settings of one config file, checked against known (defaults by name) and applied to nothing. A file
+    that sets `dataset` may hold variants, `mosi = dict(lr=1e-3)`, settings that go over its own: of these the one called `variant`
+    counts, or else the one of that name.
+    """
     path, where = Path(path), f"in {path}"
     if path.suffix != '.py' or not path.is_file():   # runpy itself would also run a folder or a zip
         stems = {p.stem: p.as_posix() for p in sorted(Path('config').rglob('*.py'))}
@@ -72,6 +76,11 @@ def read_config(path, known):
     # modules and functions are no settings unless they take a knob's name; all else that a file leaves is one
     new = {k: v for k, v in found.items()
            if k in known or not (k.startswith('_') or isinstance(v, ModuleType) or callable(v))}
+    if 'dataset' in new:
+        variant = variant or new['dataset']
+        variants = {k: new.pop(k) for k, v in list(new.items()) if type(v) is dict and k not in known}
+        if variant not in variants: _stop(f"there is no dataset {variant!r} {where}: it has {', '.join(variants)}")
+        new |= variants[variant] | dict(dataset=variant)
     for key in new: _known(key, known, where)
     return {key: _check(key, value, known[key], where) for key, value in new.items()}
 
@@ -98,9 +107,10 @@ def configure(g, argv=None, echo=True):
             text = ','.join(map(str, v)) or '[]' if type(v) in (list, tuple) else str(v)
             print(f"{f'--{k}={shlex.quote(text)}':<32} {comments.get(k, '')}".rstrip())
         sys.exit(0)
+    variant = next((a.partition('=')[2] for a in reversed(argv) if a.startswith('--dataset=')), None)
     for arg in argv:
         key, eq, text = arg[2:].partition('=')
-        if not arg.startswith('-'): config.update(read_config(arg, defaults))
+        if not arg.startswith('-'): config.update(read_config(arg, defaults, variant))
         elif not eq or not arg.startswith('--'): _stop(f"flags look like --key=value, got {arg!r}")
         else:
             where = "on the command line"

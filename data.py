@@ -639,9 +639,10 @@ class Feed:
     A corpus as one system reads it: text tokenised once, batches on a device, and what each clip costs (to put clips of
     like length into one batch). `c` is the run's knobs; tokenizer None means that the system reads no text. `prompt` (a
     Prompt) stands around each text, with room for the pseudo tokens. Attributes for the others: info (the label's entry
-    in meta.json), n_clips (train's after train_fraction), notes. Raises CorpusError.
+    in meta.json), n_clips (train's after train_fraction), notes. frozen: frozen_text of lm.py, for a system whose text is hidden
+    states, [B,T,D] in batch['text']. Raises CorpusError.
     """
-    def __init__(self, corpus, c, tokenizer, device, prompt=None):
+    def __init__(self, corpus, c, tokenizer, device, prompt=None, frozen=None):
         self.corpus, self.c, self.device, self.prompt, self.tokens, self.notes = corpus, c, device, prompt, {}, []
         corpus.label('train', c['label'])
         self.info = corpus.labels[c['label']]
@@ -650,7 +651,7 @@ class Feed:
                               "regression.")
         for split in corpus.n_clips: self._check_labels(split)
         self.streams = c['modalities'] if c['system'] != 'lm' else ()
-        self.words = {}
+        self.words, self.text, self.lm_fingerprint = {}, {}, None
         self.clips = {split: np.arange(n) for split, n in corpus.n_clips.items()}            # feed's number -> corpus's
         if c['train_fraction'] < 1: self.clips['train'] = self._few(c['train_fraction'], c['seed'])
         self.n_clips = {split: len(clips) for split, clips in self.clips.items()}
@@ -666,7 +667,14 @@ class Feed:
                 before, after = prompt.before + [0] * c['n_pseudo'], prompt.after
                 tokens = [before + own + after for own in tokens]
             self.tokens[split] = tokens
-            if c['system'] == 'crosssent' and c['resample'] == 'words': self.words[split] = self._words(tokenizer, split, texts)
+            if c['system'] in ('crosssent', 'mag') and c['resample'] == 'words': self.words[split] = self._words(tokenizer, split, texts)
+            if frozen:
+                hidden, self.lm_fingerprint = frozen(c['lm'], tokens, os.path.join(c['data_dir'], 'features'), c['trust_remote_code'], device)
+                self.text[split] = np.split(hidden, np.cumsum([len(t) for t in tokens])[:-1])    # N of [T_n,D], views of the map
+        if c['system'] == 'mag':
+            for s in self.streams:
+                if s in corpus.widths: self.notes.append(f"{s}: a median of {np.median(corpus.lengths('train', s)):.0f} frames a clip, "
+                                                         f"brought to the text's tokens (resample={c['resample']!r})")
 
     def _words(self, tokenizer, split, texts):
         """ For each clip, which word (between spaces) each of its tokens begins in; -1 for special ones. """
@@ -716,6 +724,9 @@ class Feed:
         if self.words:
             own = [self.words[split][i] for i in index]
             batch['word'] = torch.tensor([w + [-1] * (batch['tokens'].shape[1] - len(w)) for w in own])      # [B,T]
+        if self.text:
+            batch['text'] = torch.zeros(*batch['tokens'].shape, self.text[split][0].shape[1])    # [B,T,D]
+            batch['text'][batch['text_mask']] = torch.from_numpy(np.concatenate([self.text[split][i] for i in index]).astype(np.float32))
         if self.device != 'cuda': return {k: v.to(self.device) for k, v in batch.items()}
         return {k: v.pin_memory().to('cuda', non_blocking=True) for k, v in batch.items()}   # the step need not wait
 

@@ -18,8 +18,9 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
+from baselines import BASELINES
 from data import CorpusError, Feed, epoch_order, open_corpus
-from lm import ModelError, load_lm
+from lm import ModelError, frozen_text, load_lm
 from model import LanguageModel, build, devices, load_checkpoint, put, write_text
 
 
@@ -42,6 +43,9 @@ METRIC_HELP = {
     'qwk':        "higher is better: quadratic weighted kappa of the ordinal levels",
     'jump2':      "lower is better: share of clips that are two or more ordinal levels off",
     'jump_mean':  "lower is better: mean number of ordinal levels off",
+    'qwk_3':      "higher is better: qwk of three levels, round(score) (SIMS only)",
+    'jump2_3':    "lower is better: jump2 of three levels (SIMS only)",
+    'jump_mean_3': "lower is better: jump_mean of three levels (SIMS only)",
     'loss':       "lower is better: the training loss, for a model that predicts no label",
     'acc':        "higher is better: share of clips with the right class",
     'wf1':        "higher is better: F1 of each class, averaged by the class's share of the labels",
@@ -136,7 +140,8 @@ def regression_metrics(pred, label, label_range):
     included. Has0 is MMSA's Mult_acc_2, all clips, > 0 against > 0: here 0 is negative. Non0 as above:
     CrossSent's printed SIMS numbers are that, and compare with no other paper's. Acc3 has borders at +-.1,
     Acc5 also at +-.7, and a border belongs to the class below it. Levels: round(2 x), CrossSent's -2 .. 2,
-    which are *not* the classes of Acc5 (.2 is level 0, and weakly positive there). No Acc7.
+    which are *not* the classes of Acc5 (.2 is level 0, and weakly positive there); its second reading, round(x), -1 .. 1,
+    has names that end in _3. No Acc7.
 
     Any other [lo, hi]: the rules of [-3, 3], levels round(clip(x, lo, hi)), and those AccK whose [-k, k] lies
     inside. That is ours. So is acc2_weak beyond SIMS v2, where it is |label| <= .4: Has0 over the clips with
@@ -165,24 +170,25 @@ def regression_metrics(pred, label, label_range):
     m |= binary('non0', y != 0, lambda x: x > 0) | binary('has0', slice(None), positive)
     m['acc2_weak'] = _mean(positive(p[weak]) == positive(y[weak]))
 
+    levels = {'': 1}   # suffix of the ordinal metrics -> levels a unit of the score
     if sims:   # searchsorted counts the borders below a score, in float32 so that .7 is on the border
         for n, cuts in {3: [-.1, .1], 5: [-.7, -.1, .1, .7]}.items():
             a, b = (np.searchsorted(np.float32(cuts), x) for x in (p, y))
             m[f'acc{n}'] = _mean(a == b)
-        scale, first, n_levels = 2, -2, 5
+        levels = {'': 2, '_3': 1}
     else:
         for k in (1, 2, 3):
             if lo <= -k and k <= hi:
                 m[f'acc{2 * k + 1}'] = _mean(np.round(np.clip(p, -k, k)) == np.round(np.clip(y, -k, k)))
-        scale, first = 1, round(lo)
-        n_levels = round(hi) - first + 1
 
     error = p.astype(np.float64) - y
     spread = np.sum((y - np.mean(y, dtype=np.float64)) ** 2) if np.ptp(y) > 0 else np.nan
     m |= {'mae': _mean(np.abs(error)), 'corr': _corr(p, y), 'r2': float(1 - np.sum(error ** 2) / spread)}
 
-    a, b = (np.round(scale * np.clip(x, lo, hi)).astype(np.int64) - first for x in (p, y))
-    m |= {'qwk': _qwk(a, b, n_levels), 'jump2': _mean(abs(a - b) >= 2), 'jump_mean': _mean(abs(a - b))}
+    for which, scale in levels.items():
+        first, last = round(scale * lo), round(scale * hi)
+        a, b = (np.round(scale * np.clip(x, lo, hi)).astype(np.int64) - first for x in (p, y))
+        m |= {'qwk' + which: _qwk(a, b, last - first + 1), 'jump2' + which: _mean(abs(a - b) >= 2), 'jump_mean' + which: _mean(abs(a - b))}
     return m
 
 
@@ -447,13 +453,17 @@ def revive(folder):
         model = LanguageModel(lm.hf)
     else:   # the checkpoint has its weights, the folder its tokenizer
         model, tokenizer = build(c | dict(av_init='random', resume=True), corpus, folder, dtype)
-    if hasattr(model, 'lm') and model.lm.fingerprint() != about['lm_fingerprint']:
-        raise EvalError(f"the LM {c['lm']} is not the one that {folder} was trained with: put that one back.")
+    other_lm = f"the LM {c['lm']} is not the one that {folder} was trained with: put that one back."
+    if hasattr(model, 'lm') and model.lm.fingerprint() != about['lm_fingerprint']: raise EvalError(other_lm)
     put(model, load_checkpoint(os.path.join(folder, 'best.safetensors'))[0], folder)
     device = about['device'] if devices()[about['device']] else 'cpu'
     autocast = lambda: torch.autocast(device, dtype, enabled=dtype is not torch.float32)
     model.to(device)
-    def test(corpus, c): return evaluate(model, Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None)), 'test', autocast)
+    frozen = frozen_text if c['system'] in BASELINES and c['text_features'] == 'frozen' else None
+    def test(corpus, c):
+        feed = Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None), frozen)
+        if frozen and feed.lm_fingerprint != about['lm_fingerprint']: raise EvalError(other_lm)
+        return evaluate(model, feed, 'test', autocast)
     return corpus, test
 
 

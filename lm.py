@@ -10,6 +10,7 @@ import json
 import os
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -104,11 +105,7 @@ class FrozenLM(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    def fingerprint(self):
-        """ 16 hex digits that another LM, or this one trained again, would not have: of the first 256 values of each
-        tensor, as hashing gigabytes at every start would take long. """
-        first = [p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in self.hf.parameters()]
-        return hashlib.sha256(b''.join(first)).hexdigest()[:16]
+    def fingerprint(self): return fingerprint(self.hf)
 
     def part(self, l, name):
         """ Layer l's submodule under the name that FAMILIES gives it (None where the family has none). """
@@ -265,6 +262,13 @@ class SentencePiece:
     def decode(self, ids): return self.sp.decode(list(ids))
 
 
+def fingerprint(model):
+    """ 16 hex digits that another LM, or this one trained again, would not have: of the first 256 values of each
+    tensor, as hashing gigabytes at every start would take long. """
+    first = [p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in model.parameters()]
+    return hashlib.sha256(b''.join(first)).hexdigest()[:16]
+
+
 def specials(tokenizer):
     """ The tokens that a tokenizer puts before and behind a text by itself: (<s>, [CLS], [gMASK] <sop> .., </s>, [SEP] ..). """
     full, bare = (list(tokenizer(['a'], add_special_tokens=s)['input_ids'][0]) for s in (True, False))
@@ -332,6 +336,46 @@ def load_encoder(name, remote=False):
     config, name = lm_config(name, remote)
     with loading(name): hf = AutoModel.from_pretrained(name, trust_remote_code=remote)
     return TextEncoder(hf.float()), load_tokenizer(name, remote)
+
+
+@torch.no_grad()
+def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64):
+    """
+    The last hidden states of any Hugging Face model for texts (lists of token ids), end to end, and the model's fingerprint.
+    Computed once, and kept in `folder` as float16 [n, D], mapped and never read whole; n is all tokens of all texts. What they
+    are kept under changes with the texts and with the model's files (or its revision on the hub). Raises ModelError.
+    """
+    from transformers import AutoModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    config, name = lm_config(name, remote)
+    files = [(e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(name)] if os.path.isdir(name) else []
+    which = json.dumps([os.path.abspath(name) if files else name, sorted(files), getattr(config, '_commit_hash', None), tokens])
+    path = os.path.join(folder, hashlib.sha256(which.encode()).hexdigest()[:16])
+    if not os.path.exists(path + '.json'):
+        with loading(name): model = AutoModel.from_pretrained(name, trust_remote_code=remote).float().eval().to(device)
+        os.makedirs(folder, exist_ok=True)
+        start = np.cumsum([0] + [len(t) for t in tokens])                                        # [N+1]
+        new = f'{path}.{os.getpid()}.new'   # two runs may make the same file: each its own, and the last name stays
+        try:
+            out = np.lib.format.open_memmap(new, 'w+', np.float16, (int(start[-1]), config.hidden_size))
+            order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+            for i in range(0, len(order), batch_size):
+                index = order[i:i + batch_size]
+                ids = nn.utils.rnn.pad_sequence([torch.tensor(tokens[k]) for k in index], batch_first=True).to(device)   # [B,T]
+                mask = torch.arange(ids.shape[1], device=device) < torch.tensor([len(tokens[k]) for k in index], device=device)[:, None]
+                with loading(name): hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.half().cpu()     # [B,T,D]
+                if not hidden[mask.cpu()].isfinite().all():
+                    raise ModelError(f"hidden states of {name!r} are past what float16 holds: take another LM for text_features='frozen'.")
+                for k, x in zip(index, hidden): out[start[k]:start[k + 1]] = x[:len(tokens[k])]
+            out.flush()
+            os.replace(new, path + '.npy')
+        finally:
+            if os.path.exists(new): os.remove(new)
+        with open(path + '.json.new', 'w', encoding='utf-8') as f: json.dump(dict(model=name, fingerprint=fingerprint(model)), f)
+        os.replace(path + '.json.new', path + '.json')
+    with open(path + '.json', encoding='utf-8') as f: made = json.load(f)
+    return np.load(path + '.npy', mmap_mode='r'), made['fingerprint']                            # [n,D]
 
 
 def new_tokenizer(texts, c, folder, ends=False):

@@ -13,6 +13,11 @@ def l1(pred, label):
     return (pred - label).abs().mean()
 
 
+def mse(pred, label):
+    """ Mean squared error. pred, label of one shape -> []. """
+    return (pred - label).square().mean()
+
+
 def lm_loss(hidden, batch, lm_head, chunk=1024):
     """
     Next-token cross-entropy, the mean over the batch's real targets (DeepMLF eq. 5, with the mean for the sum).

@@ -22,24 +22,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from adapters import CMPTA, GMRA, AVEncoder, MMBlock, MSEAdapter, masked_mean, regularise, to_tokens
+from adapters import CMPTA, GMRA, AVEncoder, MMBlock, MSEAdapter, frames_on_tokens, grouped, masked_mean, regularise
+from baselines import BASELINES, build_baseline
 from data import texts_for
-from lm import FrozenLM, ModelError, empty_lm, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm, specials
-from losses import deepmlf_loss, l1, label_loss, lm_loss, ordinal_loss
+from lm import FrozenLM, ModelError, empty_lm, lm_config, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm, specials
+from losses import deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
 from prompts import Prompt
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The systems
-
-def grouped(model):
-    """ Every trainable weight in one of two groups: matrices are decayed; biases, norms, gates and learnable tokens
-    are not (the release means to and its name rule never matches: it decays all but 'bias'). """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    flat = lambda n, p: p.ndim < 2 or 'tokens' in n
-    return [dict(names=[n for n, p in named if flat(n, p) != decay], decay=decay,
-                 params=[p for n, p in named if flat(n, p) != decay]) for decay in (True, False)]
-
 
 class LanguageModel(nn.Module):
     """ A causal LM trained from nothing on a corpus's own text: step one of the curriculum on the toy corpus. """
@@ -323,34 +315,15 @@ class CrossSent(nn.Module):
         if c['gmra_concat'] == 'features' and c['resample'] == 'none':
             raise ModelError("gmra_concat='features' puts audio and video side by side, so both must be on the text's time "
                              "line: take another resample.")
-        before, behind = specials(tokenizer)
-        self.n_special, self.before = len(before) + len(behind), len(before)
+        self.ends = [len(tokens) for tokens in specials(tokenizer)]
         self.gmra = GMRA(widths, D, c['gmra_width'] or D, c['gmra_heads'] or encoder.n_heads, c['gmra_mult'], c['gmra_concat'],
                          c['gmra_start'], c['dropout']) if c['gmra_layer'] and widths else None
         self.head = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Dropout(c['dropout']), nn.Linear(D, 1))
 
-    def cues(self, batch):
-        """ stream -> (frames [B,L,d_m], mask [B,L]): on the text's time line, or as they are (resample='none'). """
-        n, T, how = batch['text_len'], batch['tokens'].shape[1], self.c['resample']
-        own = torch.arange(T, device=n.device) - self.before                                     # [T], 0 at the first word
-        own = (own >= 0) & (own < (n - self.n_special)[:, None])                                 # [B,T]
-        out = {}
-        for s in self.gmra.proj:
-            x, length = batch[s], batch[s + '_len']
-            if how == 'none': out[s] = x, batch[s + '_mask']
-            elif how == 'words':   # each token has its word's frame
-                word = batch['word']                                                             # [B,T], -1 at special tokens
-                has = (word >= 0) & (word < length[:, None])
-                at = word.clamp(min=0, max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2])
-                out[s] = x.gather(1, at) * has[..., None], has
-            else:
-                y = to_tokens(x, length, (n - self.n_special).clamp(min=1), self.before, T, how)   # [B,T,d_m]
-                out[s] = y * own[..., None], own & (length > 0)[:, None]
-        return out
-
     def predict(self, batch):
         """ pred [B]. Reads no label. """
-        mask, cues = batch['text_mask'], self.cues(batch) if self.gmra is not None else None
+        mask = batch['text_mask']
+        cues = frames_on_tokens(batch, self.gmra.proj, self.ends, self.c['resample']) if self.gmra is not None else None
         x = self.encoder.embed(batch['tokens'])                                                  # [B,T,D]
         for l in range(self.encoder.n_layers):
             if self.gmra is not None and l + 1 == self.c['gmra_layer']: x = self.gmra(x, cues)
@@ -362,14 +335,12 @@ class CrossSent(nn.Module):
     def forward(self, batch):
         pred, label = self.predict(batch)['pred'], batch['label']
         terms, extra = ordinal_loss(pred, label, self.c, batch.get('ramp', 1.0))
-        terms['task'] = (pred - label).square().mean()
+        terms['task'] = mse(pred, label)
         return dict(loss=terms['task'] + extra, terms=terms)
 
     def param_groups(self):
         """ The encoder's own weights learn at lr_encoder times the rate of what is new. """
-        scale = lambda n: self.c['lr_encoder'] if n.startswith('encoder.') else 1.0
-        return [dict(names=[n for n in g['names'] if scale(n) == s], params=[p for n, p in zip(g['names'], g['params']) if scale(n) == s],
-                     decay=g['decay'], lr_scale=s) for g in grouped(self) for s in sorted({scale('encoder.'), 1.0})]
+        return grouped(self, dict(encoder=self.c['lr_encoder']))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -388,9 +359,14 @@ def build(c, corpus, out_dir, dtype=torch.float32):
             hf, tokenizer = new_lm(texts_for(corpus, 'train', c), c, os.path.join(out_dir, 'hf'))
             return LanguageModel(hf), tokenizer
         if c['system'] == 'av': return AVModel(av_encoder(), c), None
-        if c['system'] == 'crosssent':
+        if c['system'] in BASELINES and c['text_features'] == 'frozen':   # the feed has the hidden states: here are no weights
+            width = lm_config(c['lm'], c['trust_remote_code'])[0].hidden_size
+            tokenizer = load_tokenizer(c['lm'], c['trust_remote_code'])
+            return build_baseline(c, corpus, None, width, tokenizer), tokenizer
+        if c['system'] == 'crosssent' or c['system'] in BASELINES:
             encoder, tokenizer = load_encoder(c['lm'], c['trust_remote_code']) if c['lm'] != 'new' else \
                 new_encoder(texts_for(corpus, 'train', c), c, os.path.join(out_dir, 'hf'), again=c['resume'])
+            if c['system'] in BASELINES: return build_baseline(c, corpus, encoder, encoder.width, tokenizer), tokenizer
             return CrossSent(encoder, tokenizer, {s: corpus.widths[s] for s in c['modalities'] if s in corpus.widths}, c), tokenizer
         if c['system'] in ('mse', 'cmpta'):   # and so do labels that cannot be told apart
             prompt = Prompt(c, corpus.labels[c['label']], load_tokenizer(c['lm'], c['trust_remote_code']))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import data
 import eval as evaluation
-from adapters import GMRA, to_tokens
+from adapters import GMRA, frames_on_tokens, to_tokens
 from data import Feed
 from lm import ModelError, TextEncoder
 from losses import eioi_loss, mpr_loss, ordinal_loss
@@ -126,7 +126,7 @@ def test_frames_on_the_texts_time_line_by_hand():
 def test_sub_words_have_their_words_frame():
     model, batch = tiny_crosssent(resample='words'), tiny_batch()
     batch['word'] = torch.tensor([[-1, 0, 0, 1, 2, 2, 2, 30, -1], [-1, 0, 1, -1] + [-1] * 5, [-1] * 9])
-    x, mask = model.cues(batch)['audio']
+    x, mask = frames_on_tokens(batch, ['audio'], model.ends, model.c['resample'])['audio']
     assert mask[0].tolist() == [False, True, True, True, True, True, True, False, False]   # no frame for word 30; none at all for clip 1
     assert torch.equal(x[0, 4], batch['audio'][0, 2]) and torch.equal(x[0, 6], batch['audio'][0, 2]) and not mask[1].any() and (x[1] == 0).all()
 

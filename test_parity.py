@@ -373,7 +373,10 @@ def test_weak_clips():
 def test_jumps():
     m = regression_metrics([3, 0, -9, 1], [1, 1, 3, 1], [-3, 3])   # 2, 1, 6 (clipped) and 0 levels off
     assert m['jump2'] == 0.5 and m['jump_mean'] == 9 / 4
-    assert regression_metrics([0.2], [0.4], [-1, 1])['jump_mean'] == 1   # round(.4) = 0, round(.8) = 1
+    m = regression_metrics([0.2], [0.4], [-1, 1])
+    assert m['jump_mean'] == 1 and m['jump_mean_3'] == 0   # round(.4) = 0, round(.8) = 1; in three levels both are 0
+    m = regression_metrics([-0.6, 0.7, 0.4], [0.6, 0.8, -0.9], [-1, 1])
+    assert m['jump2_3'] == 1 / 3 and m['jump_mean_3'] == 1 and 'jump2_3' not in regression_metrics([0.2], [0.4], [-3, 3])
 
 def test_which_metrics_a_label_range_has():
     has = lambda lo, hi: {'acc3', 'acc5', 'acc7'} & regression_metrics([0, 1], [0, 1], [lo, hi]).keys()
@@ -502,7 +505,7 @@ def test_tables():
 
 def test_every_metric_says_what_it_is_and_which_way_is_better():
     pred, label = scores()
-    assert {*regression_metrics(pred, label, [-3, 3]), 'acc', 'wf1', 'f1_<class>', 'loss', 'unread'} == METRIC_HELP.keys()
-    assert {k for k, way in BETTER.items() if way == 'low'} == {'mae', 'jump2', 'jump_mean', 'loss', 'unread'}
+    assert {*regression_metrics(pred, label, [-3, 3]), *regression_metrics(pred, label, [-1, 1]), 'acc', 'wf1', 'f1_<class>', 'loss', 'unread'} == METRIC_HELP.keys()
+    assert {k for k, way in BETTER.items() if way == 'low'} == {'mae', 'jump2', 'jump_mean', 'jump2_3', 'jump_mean_3', 'loss', 'unread'}
     good, bad = (regression_metrics(label + e * (pred - label), label, [-3, 3]) for e in (0.3, 1.5))
     for key in good: assert (good[key] < bad[key]) == (BETTER[key] == 'low'), key

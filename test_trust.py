@@ -431,15 +431,16 @@ def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys)
 
 
 def test_every_config_names_its_own_command_and_knows_its_knobs():
+    known = set(re.findall(r'^(\w+) = ', (HERE / 'train.py').read_text(encoding='utf-8'), re.M))
     for path in sorted((HERE / 'config').glob('*.py')):
         text = path.read_text(encoding='utf-8')
         named = commands(path)
         assert named and (f'config/{path.name}' in named[0] or path.name == 'deepmlf_toy.py'), path.name
         body = [l for l in text.splitlines() if l and not l.startswith('#')]
         assert 5 <= len(body) <= 25, path.name
-        done = runpy.run_path(str(path))
-        known = set(re.findall(r'^(\w+) = ', (HERE / 'train.py').read_text(encoding='utf-8'), re.M))
-        assert {k for k in done if not k.startswith('_')} | set(re.findall(r' --(\w+)=', text)) - {'name'} <= known, path.name   # data.py's
+        done = {k: v for k, v in runpy.run_path(str(path)).items() if not k.startswith('_')}
+        for variant in [k for k, v in done.items() if isinstance(v, dict)]: done |= done.pop(variant)
+        assert set(done) | set(re.findall(r' --(\w+)=', text)) - {'name'} <= known, path.name   # data.py's
 
 
 def test_no_knob_without_a_reader():
@@ -447,11 +448,12 @@ def test_no_knob_without_a_reader():
     text = (HERE / 'train.py').read_text(encoding='utf-8')
     block = text[text.index("# what is trained"):text.index("# -----")]
     read = set()
-    for source in [text[text.index('_needed = '):]] + [(HERE / f).read_text(encoding='utf-8') for f in ('model.py', 'lm.py', 'losses.py', 'prompts.py', 'data.py', 'eval.py')]:
+    for source in [text[text.index('_needed = '):]] + [(HERE / f).read_text(encoding='utf-8') for f in ('model.py', 'lm.py', 'losses.py', 'prompts.py', 'data.py', 'eval.py', 'baselines.py')]:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load): read.add(node.id)          # lr
             if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant): read.add(node.slice.value)   # c['lr']
-    read |= {'weight_' + k for k in ('av', 'text', 'fusion')}   # c['weight_' + k]
+    read |= {'weight_' + k for k in ('av', 'text', 'fusion')} | {'lr_' + k for k in ('encoder', 'audio', 'vision', 'factors')}   # c['weight_' + k]
+    read |= {'dataset'}   # by configurator.py
     assert set(re.findall(r'^(\w+) = ', block, re.M)) <= read
 
 

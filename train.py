@@ -1,5 +1,6 @@
 """
-Trains one thing, top to bottom: an LM, an audiovisual encoder, DeepMLF on both, MSE-Adapter or CMPTA on an LM, or CrossSent.
+Trains one thing, top to bottom: an LM, an audiovisual encoder, DeepMLF on both, MSE-Adapter or CMPTA on an LM, CrossSent, or
+one of the systems that these are compared with.
 
     python train.py                                              the toy corpus, the whole curriculum, 2-3 minutes
     python train.py config/deepmlf_mosei.py --corpus=unaligned_50.pkl    the paper's run on M-SENA's MOSEI file
@@ -27,14 +28,16 @@ import torch
 import transformers
 
 from configurator import configure, read_config
+from baselines import BASELINES
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import BETTER, constant, continuation, curve_picture, evaluate, report, write_predictions
-from lm import ModelError, empty_lm
+from lm import ModelError, empty_lm, frozen_text
 from model import build, devices, load_checkpoint, memory, own_tensors, put, rehearse, save_checkpoint, write_text
 from prompts import PROMPTS
 
 # what is trained, and on what
-system = 'deepmlf'            # 'lm', 'av', 'deepmlf', 'mse', 'cmpta' or 'crosssent'
+system = 'deepmlf'            # 'lm', 'av', 'deepmlf', 'mse', 'cmpta', 'crosssent', or one of BASELINES in baselines.py
+dataset = ''                  # which of a config's variants, as 'mosi': the settings that go with a corpus
 needs = []                    # configs of the runs that this one stands on; those not finished are made first
 corpus = 'toy'                # 'toy', a corpus folder, an M-SENA .pkl, or a folder of NAME_train.pkl ..
 data_dir = 'data'             # where converted corpora are kept
@@ -70,7 +73,7 @@ beta_1 = 0.9                  # AdamW
 beta_2 = 0.95                 # AdamW
 adam_eps = 1e-8               # AdamW
 clip = 1.0                    # gradient norm at most, after accumulation; 0 is off
-dropout = 0.1                 # in MM blocks, in CMPTA, or in the LM for system='lm'
+dropout = 0.1                 # in MM blocks, in CMPTA, behind the fusion of a baseline, or in the LM for system='lm'
 # the LM
 lm = 'gpt2-large'             # Hugging Face name, folder, or the name of a run in needs
 lm_init = 'pretrained'        # 'random' keeps its shape and tokenizer alone: a control
@@ -140,6 +143,32 @@ gmra_start = 'identity'       # begin as the encoder without it, or 'random'
 resample = 'linear'           # frames onto the text's tokens: 'linear', 'mean'; 'words': one frame a word; 'none': as they are
 text_pool = 'first'           # sentence vector: 'first' token, or the 'mean' of them
 lr_encoder = 1.0              # learning rate of the encoder over that of what is new
+# baselines (baselines.py); lists are for text, audio, vision
+text_features = 'tuned'       # text enters by an encoder that is 'tuned', or as the 'frozen' hidden states of any Hugging Face model
+sub_widths = [128, 16, 128]   # hidden width of what reads each stream
+sub_dropouts = [0.2, 0.2, 0.2]  # in it
+text_out = 128                # width of LF-DNN's, TFN's and LMF's text vector
+post_width = 128              # hidden width behind the fusion, LF-DNN and TFN
+late_streams = ['text', 'audio', 'vision']  # system='late': those that are added up; one alone is a unimodal system
+lmf_rank = 3                  # R
+mag_beta = 1.0                # the shift is at most this times the text's own length
+fusion_width = 50             # d of MulT, MISA, TETFN, ALMT
+fusion_heads = 10             # attention heads
+fusion_layers = 4             # of each crossmodal stack (MulT, TETFN); of the last one (ALMT)
+kernels = [5, 5, 5]           # of the convolutions of MulT and TETFN, steps
+attn_dropout = 0.2            # on attention weights
+attn_dropout_audio = 0.2      # where audio is looked at (MulT)
+res_dropout = 0.0             # on what a layer adds
+embed_dropout = 0.2           # on what enters a stack
+misa_diff = 0.1               # weights of MISA's losses: difference,
+misa_sim = 0.3                # similarity,
+misa_rebuild = 1.0            # and reconstruction
+head_widths = [128, 32, 16, 32]  # Self-MM, TETFN: hidden width of the heads of fused, text, audio, vision
+head_dropouts = [0.0, 0.1, 0.1, 0.0]  # before them
+almt_tokens = 8               # tokens a stream is gathered in
+lr_audio = 1.0                # learning rate of what reads audio over lr
+lr_vision = 1.0               # of what reads video
+lr_factors = 1.0              # of LMF's factors
 # ordinal regularisers of CrossSent, for any system that predicts a score by a head; weights ramp up by a cosine
 weight_mpr = 0.0              # pairwise ranking
 weight_eioi = 0.0             # error outside a tolerance band
@@ -162,7 +191,7 @@ _argv = [a if a.startswith('-') or os.path.exists(a) else os.path.join(_here, a)
 _defaults = dict(globals())
 config = configure(globals(), _argv)
 name = os.path.splitext(os.path.basename([a for a in _argv if not a.startswith('-')][-1]))[0]
-suffix = (f'-seed{seed}' if seed else '') + (f'-steps{max_steps}' if max_steps > 0 else '') \
+suffix = (f'-{dataset}' if dataset not in ('', 'toy') else '') + (f'-seed{seed}' if seed else '') + (f'-steps{max_steps}' if max_steps > 0 else '') \
     + (f'-train{train_fraction:g}' if train_fraction != 1 else '')
 out_dir = config['out_dir'] = out_dir or os.path.join('out', name + suffix)
 
@@ -183,7 +212,7 @@ sys.excepthook = on_exception
 # What can be checked before anything is read, all at once
 
 choices = dict(
-    system=('lm', 'av', 'deepmlf', 'mse', 'cmpta', 'crosssent'), lowercase=('auto', 'never'), device=('auto', 'cpu', 'cuda', 'mps'),
+    system=('lm', 'av', 'deepmlf', 'mse', 'cmpta', 'crosssent', *BASELINES), lowercase=('auto', 'never'), device=('auto', 'cpu', 'cuda', 'mps'),
     dtype=('auto', 'float32', 'bfloat16', 'float16'), select=tuple(BETTER), lm_init=('pretrained', 'random'),
     av_init=('tune', 'frozen', 'random'), fusion_position=('after', 'fixed'),
     mm_query=('fusion', 'text+fusion', 'text'), mm_gate=('sigmoid', 'tanh', 'none'),
@@ -192,14 +221,15 @@ choices = dict(
     lm_text=('plain', 'rated'), prompt=tuple(PROMPTS), label_words=('index', 'name'), readout=('score', 'generate', 'head'),
     score_estimate=('expected', 'mode', 'median'), pseudo_projection=('released', 'full'), tgm_pool=('real', 'padded'),
     cmpta_pool=('mean', 'last', 'learned'), cmpta_align=('bi', 'one-way', 'off'), gmra_concat=('sequence', 'features'),
-    gmra_start=('identity', 'random'), resample=('linear', 'mean', 'words', 'none'), text_pool=('first', 'mean'))
+    gmra_start=('identity', 'random'), resample=('linear', 'mean', 'words', 'none'), text_pool=('first', 'mean'), text_features=('tuned', 'frozen'))
 at_least_1 = ('batch_size accumulate epochs patience log_interval max_text_len lm_vocab lm_width lm_layers lm_heads '
               'lm_positions av_width av_layers av_heads av_len n_fusion mm_heads lora_rank head_width n_pseudo mse_width '
-              'lstm_audio lstm_vision cmpta_width cmpta_heads cmpta_layers').split()
-at_least_0 = ('seed save_interval lr lr_min lr_encoder warmup_epochs weight_decay adam_eps clip text_reg_rate lora_alpha '
+              'lstm_audio lstm_vision cmpta_width cmpta_heads cmpta_layers text_out post_width lmf_rank fusion_width fusion_heads '
+              'fusion_layers almt_tokens').split()
+at_least_0 = ('seed save_interval lr lr_min lr_encoder lr_audio lr_vision lr_factors mag_beta misa_diff misa_sim misa_rebuild warmup_epochs weight_decay adam_eps clip text_reg_rate lora_alpha '
               'gmra_layer gmra_width gmra_heads weight_mpr weight_eioi mpr_gap mpr_margin mpr_slope eioi_band ramp_epochs '
               'weight_av weight_text weight_fusion weight_lm').split()
-shares = 'dropout av_dropout lora_dropout av_seqaug beta_1 beta_2'.split()
+shares = 'dropout av_dropout lora_dropout av_seqaug beta_1 beta_2 attn_dropout attn_dropout_audio res_dropout embed_dropout'.split()
 wrong = [f"{k}={config[k]!r} is none of {', '.join(v)}" for k, v in choices.items() if config[k] not in v]
 wrong += [f"{k}={config[k]} must be at least 1" for k in at_least_1 if config[k] < 1]
 wrong += [f"{k}={config[k]} must be at least 0" for k in at_least_0 if config[k] < 0]
@@ -209,6 +239,11 @@ if text_reg != 'noise' and text_reg_rate > 1: wrong += [f"text_reg_rate={text_re
 if not 0 < train_fraction <= 1: wrong += [f"train_fraction={train_fraction} must be in (0, 1]"]
 if not msf_scales or min(msf_scales) < 1: wrong += [f"msf_scales={msf_scales} must be numbers of at least 1"]
 if seed >= 2 ** 63: wrong += [f"seed={seed} must be below 2^63"]
+for k, n in dict(sub_widths=3, sub_dropouts=3, kernels=3, head_widths=4, head_dropouts=4).items():
+    if len(config[k]) != n: wrong += [f"{k}={config[k]} must be {n} numbers"]
+    low, high = (0, 0.999) if 'drop' in k else (1, math.inf)
+    if any(not low <= v <= high for v in config[k]): wrong += [f"{k}={config[k]} must be {'in [0, 1)' if 'drop' in k else 'at least 1'}"]
+if not late_streams or set(late_streams) - {'text', 'audio', 'vision'}: wrong += [f"late_streams={late_streams} may hold 'text', 'audio' and 'vision', at least one"]
 if set(modalities) - {'audio', 'vision'}: wrong += [f"modalities={modalities} may hold 'audio' and 'vision' only"]
 if (system == 'lm') != (select == 'loss'): wrong += ["select is 'loss' for system='lm', and a metric for the others"]
 if gmra_mult < 0.1: wrong += [f"gmra_mult={gmra_mult} must be at least 0.1"]
@@ -289,7 +324,8 @@ try:
                  "--out_dir in another folder.")
     torch.manual_seed(seed)
     model, tokenizer = build(config, clips, out_dir, getattr(torch, dtype))
-    feed = Feed(clips, config, tokenizer, device, getattr(model, 'prompt', None))   # text is tokenised once, here
+    frozen = frozen_text if system in BASELINES and text_features == 'frozen' else None
+    feed = Feed(clips, config, tokenizer, device, getattr(model, 'prompt', None), frozen)    # text is tokenised once, here
     majority = None if system == 'lm' else constant(clips, label, feed.clips['train'])
     if majority and select not in majority:
         stop(f"select={select!r} is no metric of the label {label!r}: it has {', '.join(majority)}.")
@@ -346,7 +382,7 @@ about = dict(
                   transformers=transformers.__version__),
     device=device, dtype=dtype, threads=torch.get_num_threads(), matmul_gflops=round(matmul_rate(), 1),
     corpus=dict(folder=clips.folder, sha256=clips.sha256, widths=clips.widths),
-    lm_fingerprint=model.lm.fingerprint() if hasattr(model, 'lm') else None)
+    lm_fingerprint=model.lm.fingerprint() if hasattr(model, 'lm') else feed.lm_fingerprint)
 
 # ---------------------------------------------------------------------------------------------------------
 # Where we are. The last checkpoint has all of it, and resuming is bitwise: the order of the clips is a function of
@@ -449,7 +485,7 @@ while state['step'] < n_steps and not state['done']:
     n_targets = [feed.n_targets('train', index) for index in micro_batches]
     for index, n in zip(micro_batches, n_targets):
         share = len(index) / n_clips                                # the gradient is a mean over clips, not batches
-        batch = feed('train', index) | dict(ramp=torch.tensor(ramp_at(epoch)),
+        batch = feed('train', index) | dict(ramp=torch.tensor(ramp_at(epoch)), epoch=torch.tensor(epoch),
                                             lm_weight=torch.tensor(n / max(1, sum(n_targets)) / share))   # and over tokens
         with autocast(): out = step_model(batch)
         (out['loss'] * share * loss_scale).backward()

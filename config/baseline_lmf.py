@@ -1,0 +1,19 @@
+# Low-rank Multimodal Fusion (Liu et al. 2018): frozen text features.
+# python train.py config/baseline_lmf.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosi, mosei, sims, simsv2
+# hardware: not yet measured
+system = 'lmf'
+dataset = 'toy'
+text_features = 'frozen'
+epochs = 30
+patience = 8
+warmup_epochs = 1.0
+lr_min = 0.0
+accumulate = 1
+beta_2 = 0.999
+weight_decay = 0.01
+clip = 0.0
+toy = dict(corpus='toy', lm='lm_toy', needs=['config/lm_toy.py'], batch_size=64, lr=1e-3, sub_widths=[64, 16, 32], text_out=32, lmf_rank=4, epochs=16)
+mosi = dict(corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=64, lr=1e-3, sub_widths=[128, 16, 128], text_out=64, lmf_rank=3, sub_dropouts=[0.3, 0.3, 0.3], weight_decay=5e-3)
+mosei = dict(corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, lr=1e-3, sub_widths=[128, 16, 128], text_out=64, lmf_rank=4, weight_decay=1e-3)
+sims = dict(corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=64, lr=5e-4, lr_factors=4.0, sub_widths=[64, 16, 64], text_out=32, lmf_rank=4, weight_decay=5e-3)
+simsv2 = dict(corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-4, lr_factors=4.0, sub_widths=[64, 32, 64], text_out=32, lmf_rank=4, sub_dropouts=[0.3, 0.3, 0.3], weight_decay=1e-4)
