@@ -356,19 +356,21 @@ class MSEAdapter(nn.Module):
 
     projection 'released': token p = w_p m + b_p, so the P tokens span two directions, m and the all-ones vector.
     'full': each token its own matrix, scaled to the LM's embeddings. A clip without frames counts as one frame of
-    zeros, a modality that the corpus lacks has no encoder.
+    zeros, a modality that the corpus lacks has no encoder. Ablations: without the mixer (tgm=False) the three are added up;
+    without Multi-Scale-Fusion (msf=False) what the mixer gives goes on as it is.
     """
     def __init__(self, widths, D, n_pseudo=4, d=256, lstm_widths=dict(audio=64, vision=32), scales=(8, 32, 16),
-                 projection='released', embed_rms=1.0):
+                 projection='released', embed_rms=1.0, tgm=True, msf=True):
         super().__init__()
         if not widths: raise ValueError("MSE-Adapter needs audio or vision, and this corpus has neither.")
         self.lstm = nn.ModuleDict({s: nn.LSTM(w, lstm_widths[s], batch_first=True) for s, w in widths.items()})
         self.proj = nn.ModuleDict({s: nn.Linear(lstm_widths[s], d) for s in widths})
         self.text_proj = nn.Linear(D, d)
-        hidden = [max(1, D // k) for k in scales]
+        self.tgm, self.msf = tgm, msf
+        hidden = [max(1, D // k) for k in scales] if msf else []
         self.squeeze = nn.ModuleList(nn.Linear(d, h) for h in hidden)
         self.expand = nn.ModuleList(nn.Linear(h, d) for h in hidden)
-        self.mix = nn.Linear(len(scales), 1)   # the paper's 1x1 convolution: one weight a scale for all features
+        self.mix = nn.Linear(len(scales), 1) if msf else None   # the paper's 1x1 convolution: one weight a scale for all features
         self.n_pseudo, full = n_pseudo, projection == 'full'
         self.up = nn.Linear(d, n_pseudo * D if full else D)
         self.out = MatchScale(n_pseudo, embed_rms) if full else nn.Linear(1, n_pseudo)
@@ -377,10 +379,12 @@ class MSEAdapter(nn.Module):
         """ Text-Guide-Mixer: text [B,T,D] -> [B,d]. """
         t = self.text_proj(masked_mean(text, text_mask))                                         # [B,d]
         # padding comes after the last real step of a one-way LSTM, so nothing needs packing
-        return sum(t * self.proj[s](last_step(lstm(batch[s])[0], batch[f'{s}_len'])) for s, lstm in self.lstm.items())
+        v = [self.proj[s](last_step(lstm(batch[s])[0], batch[f'{s}_len'])) for s, lstm in self.lstm.items()]     # 2x [B,d]
+        return t * sum(v) if self.tgm else t + sum(v)
 
     def fused(self, x):
         """ Multi-Scale-Fusion: x [B,d] -> [B,d]. """
+        if not self.msf: return x
         at_scales = [up(F.gelu(down(x))) for down, up in zip(self.squeeze, self.expand)]         # 3x [B,d]
         return self.mix(torch.stack(at_scales, -1))[..., 0]                                      # [B,d]
 

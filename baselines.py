@@ -31,8 +31,8 @@ STREAMS = ('text', 'audio', 'vision')   # the order of every knob that is a list
 class Baseline(nn.Module):
     """
     A system of two methods: `fuse(x, batch)`, hidden states of the text to a dict with pred [B] and whatever its losses
-    want, and `own_loss(out, batch)`, the terms that it adds to the task's, already weighted. Which of a system's parts is
-    called encoder, audio or vision decides its learning rate.
+    want, and `own_loss(out, batch)`, the terms that it adds to the task's, already weighted. Parts that are called encoder,
+    audio, vision or factors have learning rates of their own, in the systems that have such parts.
     """
     task_loss = staticmethod(l1)
     needs = ('audio', 'vision')
@@ -43,6 +43,8 @@ class Baseline(nn.Module):
         if lacks := [m for m in self.needs if m not in widths]:
             raise ModelError(f"system={c['system']!r} needs {' and '.join(self.needs)}, and this corpus has no {lacks[0]}: take another "
                              "corpus, or system='late' with --late_streams= of those that are there.")
+        if encoder is not None and c['max_text_len'] > encoder.max_positions:
+            raise ModelError(f"max_text_len={c['max_text_len']} is past the {encoder.max_positions} positions of this encoder: lower it.")
         self.encoder, self.c = encoder, c
 
     def text(self, batch):
@@ -71,7 +73,6 @@ class Baseline(nn.Module):
         return dict(loss=task + sum(own.values()) + extra, terms={'task': task} | own | more)
 
     def param_groups(self):
-        """ An encoder, what reads audio, what reads video, and LMF's factors each learn at lr times a knob of their own. """
         return grouped(self, {part: self.c['lr_' + part] for part in ('encoder', 'audio', 'vision', 'factors')})
 
 
@@ -197,9 +198,8 @@ class Late(Baseline):
             raise ModelError(f"late_streams={c['late_streams']}, and this corpus has no {lacks[0]}: leave it out.")
         self.readers = nn.ModuleDict({m: nn.Linear(D, 1) if m == 'text' else Recurrent(widths[m], d, 1, p) for m, d, p in zip(
             STREAMS, c['sub_widths'], c['sub_dropouts']) if m in c['late_streams']})
-        if 'text' not in c['late_streams']: self.encoder = None   # its weights would get no gradient
 
-    def text(self, batch): return super().text(batch) if 'text' in self.readers else batch['text_len']
+    def text(self, batch): return super().text(batch) if 'text' in self.readers else batch['label'][:, None]   # not read
 
     def fuse(self, x, batch):
         read = lambda m, f: f(self.sentence(x, batch)) if m == 'text' else f(batch[m], batch[m + '_len'])
@@ -288,7 +288,8 @@ class MAG(nn.Module):
 
 class MAGBERT(Baseline):
     """ MAG-BERT: a fine-tuned encoder with a MAG between its embeddings and its first layer, then dense, tanh, linear. Every
-    token has its frames: of its word, or resampled onto the text (knob resample). Special tokens have zeros. """
+    token has its frames: of its word, or resampled onto the text (knob resample). Special tokens have zeros.
+    The dense layer is new (the paper's is BERT's pooler). """
     def __init__(self, encoder, D, widths, c, tokenizer):
         super().__init__(encoder, widths, c)
         if encoder is None: raise ModelError("MAG is inside the encoder: system='mag' wants text_features='tuned'.")
@@ -315,7 +316,7 @@ class MulT(Baseline):
         stack = lambda width, n_layers, p: CrossStack(width, c['fusion_heads'], n_layers, p, c['res_dropout'], c['embed_dropout'])
         self.text_dropout = nn.Dropout(c['sub_dropouts'][0])
         self.convs = nn.ModuleDict({m: Conv((dict(text=D) | widths)[m], d, k) for m, k in zip(STREAMS, c['kernels'])})
-        attn_dropout = dict.fromkeys(STREAMS, c['attn_dropout']) | dict(audio=c['attn_dropout_audio'])
+        attn_dropout = dict(text=c['attn_dropout'], audio=c['attn_dropout_audio'], vision=c['attn_dropout_vision'])
         self.cross = nn.ModuleDict({f'{m}_from_{o}': stack(d, c['fusion_layers'], attn_dropout[o])
                                     for m in STREAMS for o in STREAMS if o != m})
         self.memory = nn.ModuleDict({m: stack(2 * d, max(c['fusion_layers'], 3), c['attn_dropout']) for m in STREAMS})
@@ -337,7 +338,8 @@ class MISA(Baseline):
     """
     MISA (Hazarika et al. 2020): each stream has a private and a shared vector; a Transformer layer over the six. Losses: MSE;
     the two kinds of vector orthogonal (difference); shared ones alike (CMD of 5 moments); both together rebuild the stream.
-    Audio and video are read to their own ends (MMSA packs them by the text's length).
+    Audio and video are read to their own ends (MMSA packs them by the text's length). The Transformer layer is pre-norm with
+    GELU (the release's: post-norm, ReLU), and difference has a gradient through the vectors' lengths too.
     """
     task_loss = staticmethod(mse)
 
@@ -430,15 +432,17 @@ class OwnLabels(nn.Module):
     def side(self, m, feature):
         """ delta_m: how much nearer to the positive centre, [B]. """
         label, known = self[m], getattr(self, 'feature_' + m)                                    # [N], [N,d]
-        centre = lambda which: masked_mean(known[None], (which & self.seen)[None])               # [1,d]
+        centre = lambda which: masked_mean(known[None], which[None])                             # [1,d]; a label not seen yet is 0
         far = lambda which: torch.linalg.vector_norm(feature - centre(which), dim=-1)            # [B]
         to_positive, to_negative = far(label > 0), far(label < 0)
         return (to_negative - to_positive) / (to_positive + 1e-8)
 
     @torch.no_grad()
     def update(self, index, features, epoch):
-        """ index [B]; features: dict of [B,d_m]; epoch from 1. In the first, features are gathered and labels stay. """
+        """ index [B]; features: dict of [B,d_m]; epoch from 1. In the first, features are gathered and labels stay; so they do
+        where nothing is positive, or nothing negative (labels of [0, 4]): a side without clips has no centre. """
         if epoch > 1:
+            two_sided = torch.stack([(self[m] > 0).any() & (self[m] < 0).any() for m in ('fused', *self.streams)]).all()
             fused = self['fused'][index]                                                         # [B]
             delta_f = self.side('fused', features['fused'])                                      # [B]
             moved = {}
@@ -447,7 +451,7 @@ class OwnLabels(nn.Module):
                 new = 0.5 * fused * delta / (delta_f + 1e-8) + 0.5 * (fused + delta - delta_f)   # [B], eqs. 10-12
                 new = new.nan_to_num(0.0).clamp(-self.high, self.high)
                 moved[m] = (epoch - 1) / (epoch + 1) * self[m][index] + 2 / (epoch + 1) * new    # [B], eq. 14
-            for m, label in moved.items(): self[m][index] = label
+            for m, label in moved.items(): self[m][index] = torch.where(two_sided, label, self[m][index])
         for m, x in features.items(): getattr(self, 'feature_' + m)[index] = x.detach()
 
 
@@ -490,8 +494,9 @@ class SelfMM(SelfLabelled):
 class TETFN(SelfLabelled):
     """
     TETFN (Wang et al. 2023): text, and LSTMs over audio and video, by convolutions to width d; text looks at each of the others,
-    and audio looks at video, and video at audio, through the text: the text-queried other is what is looked at. Self-MM's
-    heads and labels, on the largest value over time of each stream. (MMSA reads padding, and gives video audio's kernel.)
+    each of the others at text, and audio and video at each other through the text: what one looks at is the other after it
+    has looked at the text. Self-MM's heads and labels, on the largest value over time of each stream. (MMSA reads padding,
+    and gives video audio's kernel.)
     """
     def __init__(self, encoder, D, widths, c, n_clips, high):
         super().__init__(encoder, widths, c)
@@ -509,13 +514,13 @@ class TETFN(SelfLabelled):
         mask = {m: batch[m + '_mask'] for m in self.convs}
         x = {m: conv(x if m == 'text' else getattr(self, m)(batch[m])[0], mask[m]) for m, conv in self.convs.items()}    # 3x [B,L,d]
         t, look = x['text'], lambda k, y, m: self.cross[k](y, x[m], mask[m])
-        guided = {m: look('guided_' + m, t, m) for m in ('audio', 'vision')}                     # 2x [B,T,d]: m as the text sees it
+        guided = {m: look('guided_' + m, x[m], 'text') for m in ('audio', 'vision')}             # 2x [B,S,d]: m after a look at the text
         y = dict(text=torch.cat([look('text_from_audio', t, 'audio'), look('text_from_vision', t, 'vision')], -1))       # [B,T,2d]
         for m, other in (('audio', 'vision'), ('vision', 'audio')):
             y[m] = torch.cat([look(m + '_from_text', x[m], 'text'),
-                              self.cross[m + '_from_guided'](x[m], guided[other], mask['text'])], -1)                    # [B,S,2d]
+                              self.cross[m + '_from_guided'](x[m], guided[other], mask[other])], -1)                     # [B,S,2d]
         last = [last_step(self.memory[m](y[m], y[m], mask[m]), batch[m + '_len']) for m in y]    # 3x [B,2d]
-        top = {m: torch.where(mask[m][..., None], x[m], -torch.inf).amax(1).nan_to_num(neginf=0.0) for m in x}           # 3x [B,d]
+        top = {m: torch.where(mask[m][..., None], x[m], -torch.inf).amax(1).where(mask[m].any(1)[:, None], 0.0) for m in x}  # 3x [B,d]
         return self.say(dict(fused=torch.cat(last, -1)) | top)
 
 
@@ -582,6 +587,8 @@ def build_baseline(c, corpus, encoder, D, tokenizer):
     low_high = corpus.labels[c['label']].get('range')
     if c['fusion_width'] % c['fusion_heads'] and c['system'] in ('mult', 'misa', 'tetfn', 'almt'):
         raise ModelError(f"fusion_heads={c['fusion_heads']} does not divide fusion_width={c['fusion_width']}: take a divisor of it.")
+    if c['text_features'] == 'frozen' and c['text_pool'] == 'first' and c['system'] in ('late', 'selfmm'):
+        raise ModelError("the first hidden state of a causal LM knows one token: with text_features='frozen' take text_pool='mean'.")
     if low_high is None: raise ModelError(f"the label {c['label']!r} is one of classes, and {c['system']} is a system for regression.")
     more = dict(tfn=(low_high,), mag=(tokenizer,), selfmm=(corpus.n_clips['train'], max(map(abs, low_high))))
     more['tetfn'] = more['selfmm']

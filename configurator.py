@@ -81,6 +81,7 @@ def read_config(path, known, variant=None):
         variants = {k: new.pop(k) for k, v in list(new.items()) if type(v) is dict and k not in known}
         if variant not in variants: _stop(f"there is no dataset {variant!r} {where}: it has {', '.join(variants)}")
         new |= variants[variant] | dict(dataset=variant)
+    elif variant: _stop(f"--dataset={variant} picks one of a config's data sets, and {path} has none")
     for key in new: _known(key, known, where)
     return {key: _check(key, value, known[key], where) for key, value in new.items()}
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lm import ModelError, frozen_text
 from prompts import rated
 from unpickle import CorpusError, Lazy, LazyArray, Py2Str, read_pickle, strangers_file
 
@@ -581,14 +582,14 @@ def epoch_order(cost, batch_size, seed, epoch):
 
 
 def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, label='label',
-              modalities=STREAMS):
+              modalities=STREAMS, stream_index=None):
     """
     Clips `index` of a split as a dict of CPU tensors, padded on the right, masks True where there is
     something: index [B], label [B] (float32, or int64 for classes); given `tokens`, a list of ids for each
     clip of the split, tokens [B,T], text_len [B], text_mask [B,T] and targets [n], the flat positions in
     tokens that have a next token to predict; and for each stream m of the corpus m
     [B,S,d], m_len [B], m_mask [B,S], standardised by train's mean and std. A stream not in `modalities` has
-    all lengths 0. Raises CorpusError.
+    all lengths 0. stream_index: whose streams they are, where not their own. Raises CorpusError.
     """
     if unknown := set(modalities) - set(STREAMS):
         raise CorpusError(f"The modalities are audio and vision, not {', '.join(map(str, unknown))}.")
@@ -606,7 +607,7 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
         info = corpus.meta['streams'][m]
         if info['standardised'] and not standardise:
             raise CorpusError(f"{corpus.folder} holds {m} standardised; convert with --dtype=float32.")
-        x = [corpus.frames(split, m, i)[:None if m in modalities else 0] for i in index]     # B of [S_b,d]
+        x = [corpus.frames(split, m, i)[:None if m in modalities else 0] for i in (index if stream_index is None else stream_index)]   # B of [S_b,d]
         length = np.array([len(clip) for clip in x])                                         # [B]
         mask = np.arange(max(1, length.max())) < length[:, None]                             # [B,S]
         out = np.zeros((*mask.shape, d), np.float32)                                         # [B,S,d]
@@ -639,10 +640,10 @@ class Feed:
     A corpus as one system reads it: text tokenised once, batches on a device, and what each clip costs (to put clips of
     like length into one batch). `c` is the run's knobs; tokenizer None means that the system reads no text. `prompt` (a
     Prompt) stands around each text, with room for the pseudo tokens. Attributes for the others: info (the label's entry
-    in meta.json), n_clips (train's after train_fraction), notes. frozen: frozen_text of lm.py, for a system whose text is hidden
-    states, [B,T,D] in batch['text']. Raises CorpusError.
+    in meta.json), n_clips (train's after train_fraction), notes. Where text_features='frozen', text is hidden states too,
+    [B,T,D] in batch['text']. Raises CorpusError, and ModelError where that LM cannot be had.
     """
-    def __init__(self, corpus, c, tokenizer, device, prompt=None, frozen=None):
+    def __init__(self, corpus, c, tokenizer, device, prompt=None):
         self.corpus, self.c, self.device, self.prompt, self.tokens, self.notes = corpus, c, device, prompt, {}, []
         corpus.label('train', c['label'])
         self.info = corpus.labels[c['label']]
@@ -655,6 +656,12 @@ class Feed:
         self.clips = {split: np.arange(n) for split, n in corpus.n_clips.items()}            # feed's number -> corpus's
         if c['train_fraction'] < 1: self.clips['train'] = self._few(c['train_fraction'], c['seed'])
         self.n_clips = {split: len(clips) for split, clips in self.clips.items()}
+        # a ring through the clips in random order: each gets the streams of the next, and nobody its own
+        self.streams_of = {}
+        for split, n in corpus.n_clips.items() if c['shuffle_streams'] else ():
+            ring = np.random.default_rng([c['seed'], 2]).permutation(n)                      # [N]
+            self.streams_of[split] = np.empty(n, np.int64)
+            self.streams_of[split][ring] = np.roll(ring, 1)
         rounding = self._answer_lengths() if prompt else 0.0
         if rounding > 1e-6: self.notes.append(f"labels are said with one decimal, which costs an MAE of {rounding:.3f}")
         for split in corpus.n_clips if tokenizer else ():
@@ -668,9 +675,11 @@ class Feed:
                 tokens = [before + own + after for own in tokens]
             self.tokens[split] = tokens
             if c['system'] in ('crosssent', 'mag') and c['resample'] == 'words': self.words[split] = self._words(tokenizer, split, texts)
-            if frozen:
-                hidden, self.lm_fingerprint = frozen(c['lm'], tokens, os.path.join(c['data_dir'], 'features'), c['trust_remote_code'], device)
-                self.text[split] = np.split(hidden, np.cumsum([len(t) for t in tokens])[:-1])    # N of [T_n,D], views of the map
+        if c['text_features'] == 'frozen' and tokenizer:
+            tokens = [t for split in self.tokens for t in self.tokens[split]]
+            hidden, self.lm_fingerprint = frozen_text(c['lm'], tokens, os.path.join(c['data_dir'], 'features'), c['trust_remote_code'], device)
+            clips = iter(np.split(hidden, np.cumsum([len(t) for t in tokens])[:-1]))         # of [T_n,D], views of the map
+            self.text = {split: [next(clips) for _ in self.tokens[split]] for split in self.tokens}
         if c['system'] == 'mag':
             for s in self.streams:
                 if s in corpus.widths: self.notes.append(f"{s}: a median of {np.median(corpus.lengths('train', s)):.0f} frames a clip, "
@@ -720,7 +729,7 @@ class Feed:
         """ Clips `index` of a split, on the device. Pads with token 0: nothing ever looks at padding. """
         index = self.clips[split][index]                                                     # [B]
         batch = get_batch(self.corpus, split, index, self.tokens.get(split), 0, self.c['standardise'], self.c['label'],
-                          self.streams)
+                          self.streams, self.streams_of[split][index] if self.streams_of else None)
         if self.words:
             own = [self.words[split][i] for i in index]
             batch['word'] = torch.tensor([w + [-1] * (batch['tokens'].shape[1] - len(w)) for w in own])      # [B,T]
@@ -737,14 +746,14 @@ class Feed:
         return sum(len(self.tokens[split][i]) - 1 for i in index) if self.tokens else 0
 
     def cost(self, split):
-        """ [N] text tokens plus audiovisual slots, as far as this system reads them; behind a prompt, text first. """
+        """ [N] text tokens plus frames (or slots, for an AV encoder, which pools them); behind a prompt, text first. """
         cost = np.zeros(self.corpus.n_clips[split], np.int64)
         if self.tokens: cost += [len(t) for t in self.tokens[split]]
         if self.prompt: cost *= 10_000   # there every frame costs less than any token
         for s in self.corpus.widths:
             if s in self.streams:
                 frames = self.corpus.lengths(split, s)                                       # [N]
-                cost += frames if self.prompt else np.minimum(frames, self.c['av_len'])
+                cost += np.minimum(frames, self.c['av_len']) if self.c['system'] in ('av', 'deepmlf') else frames
         return cost[self.clips[split]]
 
 
@@ -753,6 +762,12 @@ def _command_line(argv):
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
     sources, label_range = [a for a in argv if not a.startswith('--')], None
     usage = _command_line.__doc__.strip()
+    if {'compare', 'subsets'} & set(flags):
+        import language   # which reads corpora, so it cannot come first
+        n = flags.get('n', '300')
+        if len(sources) != (2 if 'compare' in flags else 1) or set(flags) - {'compare', 'subsets', 'lm', 'n'} or not n.isdecimal() or int(n) < 1:
+            raise CorpusError("the usage is python data.py --compare A B [--lm=NAME], or python data.py --subsets A [--lm=NAME] [--n=300].")
+        return print(language.compare(*sources, flags.get('lm', '')) if 'compare' in flags else language.subsets(*sources, flags.get('lm', ''), int(n)))
     if unknown := sorted(set(flags) - {'name', 'dtype', 'label_range'}):
         raise CorpusError(f"There is no flag --{unknown[0]}; the usage is {usage}.")
     if len(sources) != 1: raise CorpusError(f"Give one source, not {len(sources)}; the usage is {usage}.")
@@ -768,4 +783,4 @@ def _command_line(argv):
 if __name__ == '__main__':
     if '--help' in sys.argv or '-h' in sys.argv: print(__doc__); sys.exit(0)
     try: _command_line(sys.argv[1:])
-    except CorpusError as e: sys.exit(f"data.py: {e}")
+    except (CorpusError, ModelError) as e: sys.exit(f"data.py: {e}")

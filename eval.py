@@ -4,6 +4,7 @@ What a run is worth: every metric, one checkpoint or many runs, report and compa
     python eval.py out/deepmlf_toy                            the best checkpoint on its test set again, and the report
     python eval.py out/deepmlf_toy out/deepmlf_toy-seed1 ..   many runs: mean +- std (n), paired differences
     python eval.py out/RUN --corpus=OTHER [--modalities=text]  another corpus's test set, without training there
+    python eval.py out/RUN --modalities=text,vision            its own test set, with these alone (the others arrive empty)
 
 Metrics are fractions (0.8451, not 84.51) and nothing is rounded, so that means over seeds are right; nan means
 undefined, never zero. The definitions are those of the code that the field's tables come from (MMSA 2.2.1,
@@ -14,13 +15,13 @@ import os
 import re
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from baselines import BASELINES
 from data import CorpusError, Feed, epoch_order, open_corpus
-from lm import ModelError, frozen_text, load_lm
+from lm import ModelError, load_lm
 from model import LanguageModel, build, devices, load_checkpoint, put, write_text
 
 
@@ -226,6 +227,22 @@ def paired_bootstrap(metric_fn, preds_a, preds_b, label, n_resamples=2000, seed=
     low, high = np.percentile(resampled, [2.5, 97.5])
     return float(a.mean() - b.mean()), float(low), float(high)
 
+def score_by(info):
+    """ What systems are compared by: ('mae' or 'wf1', a function of predictions [N] and labels [N]). """
+    if info['kind'] != 'classes': return 'mae', lambda pred, y: np.abs(pred - y).mean()
+    return 'wf1', lambda pred, y: class_f1(pred, y.astype(int), len(info['names']))[1]
+
+def claim(metric, first, other, label, by, **how):
+    """
+    What may be said of a system against a first one: dict(difference, low, high, text, verdict). Predictions are [runs,N]. The
+    verdict is 'better' or 'worse' where both have at least 3 runs and the 95 % interval of the paired difference excludes 0; it
+    is 'open' otherwise, and that is no proof of equality. What was chosen must have been chosen on validation.
+    """
+    difference, low, high = paired_bootstrap(metric, other, first, label, **how)
+    sure = min(len(first), len(other)) >= 3 and (low > 0 or high < 0)
+    verdict = 'open' if not sure else 'better' if (difference > 0) == (BETTER[by] == 'high') else 'worse'
+    return dict(difference=difference, low=low, high=high, verdict=verdict, text=f'{difference:+.4f} [{low:+.4f}, {high:+.4f}]')
+
 def mean_std_n(values, digits=3):
     """ '0.512 ± 0.004 (n=3)', the sample standard deviation (n - 1); '0.512 (n=1)', as one run has none. """
     values = np.asarray(values, np.float64).ravel()
@@ -340,7 +357,7 @@ def summary(folder, r):
         _, p = read_predictions(folder)
         head = lambda k: regression_metrics(p[k], p['label'], r['info']['range'])
         if r.get('lm_alone'): own.append(('the LM alone (text)', r['lm_alone'], 'text'))
-        if 'text' in p and c['mm_query'] == 'fusion': own.append(('text only (y_t)', head('text'), 'text'))
+        if c['system'] == 'deepmlf' and 'text' in p and c['mm_query'] == 'fusion': own.append(('text only (y_t)', head('text'), 'text'))
         alone = os.path.join(c['av_from'], 'result.json') if c['system'] == 'deepmlf' and c['av_init'] != 'random' else ''
         if os.path.exists(alone): own.append(('audio+video only', read_run(c['av_from'])['test'], 'av'))
         elif 'av' in p: own.append(('audio+video only (y_av)', head('av'), 'av'))
@@ -439,8 +456,9 @@ def confusion_picture(folder, names):
 
 def revive(folder):
     """
-    The best model of a run from its files (and from where it was trained: its corpus and LM are named as they were then), its
-    Corpus, and test(corpus, knobs) -> what evaluate gives on the test split of a corpus. Raises EvalError, ModelError, CorpusError.
+    The best model of a run from its files (and from where it was trained: its corpus and LM are named as they were then), with
+    corpus, model (in eval mode), feed(corpus, knobs) -> its Feed, and test(corpus, knobs) -> what evaluate gives on the test split
+    of a corpus. Raises EvalError, ModelError, CorpusError.
     """
     about = read_run(folder)['about']
     c = about['knobs']
@@ -459,22 +477,31 @@ def revive(folder):
     device = about['device'] if devices()[about['device']] else 'cpu'
     autocast = lambda: torch.autocast(device, dtype, enabled=dtype is not torch.float32)
     model.to(device)
-    frozen = frozen_text if c['system'] in BASELINES and c['text_features'] == 'frozen' else None
-    def test(corpus, c):
-        feed = Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None), frozen)
-        if frozen and feed.lm_fingerprint != about['lm_fingerprint']: raise EvalError(other_lm)
-        return evaluate(model, feed, 'test', autocast)
-    return corpus, test
+    def feed(corpus, c):
+        fed = Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None))
+        if fed.lm_fingerprint and fed.lm_fingerprint != about['lm_fingerprint']: raise EvalError(other_lm)
+        return fed
+    def test(corpus, c): return evaluate(model, feed(corpus, c), 'test', autocast)
+    return SimpleNamespace(corpus=corpus, model=model.eval(), feed=feed, test=test)
 
 
 def rerun(folder):
     """ The best checkpoint of a run on its test set again, from the files alone: writes test.jsonl and report.md anew, and
     returns the report. Raises EvalError, ModelError, CorpusError. """
-    r, (corpus, test) = read_run(folder), revive(folder)
-    r['test'], predictions = test(corpus, r['about']['knobs'])
-    if predictions: write_predictions(folder, corpus, predictions)
+    r, run = read_run(folder), revive(folder)
+    r['test'], predictions = run.test(run.corpus, r['about']['knobs'])
+    if predictions: write_predictions(folder, run.corpus, predictions)
     write_text(os.path.join(folder, 'result.json'), json.dumps(r, indent=1))
     return report(folder)
+
+
+def deprived(folder, modalities):
+    """ A run on its own test set with these of 'audio', 'vision' alone ([]: the text), as a table. Raises EvalError and its kin. """
+    r, run = read_run(folder), revive(folder)
+    metrics, _ = run.test(run.corpus, r['about']['knobs'] | dict(modalities=modalities))
+    keys = [k for k in r['test'] if k in metrics]
+    rows = [['as trained'] + [f"{r['test'][k]:.3f}" for k in keys], [', '.join(['text'] + modalities)] + [f'{metrics[k]:.3f}' for k in keys]]
+    return markdown_table([f"{r['about']['name']}, test"] + keys, rows)
 
 
 def elsewhere(folder, source, modalities=None):
@@ -483,7 +510,8 @@ def elsewhere(folder, source, modalities=None):
     standardised as the run's own were. modalities: a list of 'audio', 'vision' to let through, [] for text alone; a stream
     whose width differs must be left out, as then it is another feature set. Raises EvalError, ModelError, CorpusError.
     """
-    r, (home, test) = read_run(folder), revive(folder)
+    r, run = read_run(folder), revive(folder)
+    home = run.corpus
     c, other = r['about']['knobs'], open_corpus(source, r['about']['knobs']['data_dir'])
     modalities = [m for m in c['modalities'] if modalities is None or m in modalities]
     for m in modalities:
@@ -501,8 +529,8 @@ def elsewhere(folder, source, modalities=None):
     other.widths = home.widths
     other.frames = lambda split, m, i: frames(split, m, i) if m in modalities else np.zeros((0, home.widths[m]), np.float32)
     other.lengths = lambda split, m: np.array([len(other.frames(split, m, i)) for i in range(other.n_clips[split])])
-    there, _ = test(home, c | dict(modalities=modalities))
-    metrics, _ = test(other, c | dict(modalities=modalities))
+    there, _ = run.test(home, c | dict(modalities=modalities))
+    metrics, _ = run.test(other, c | dict(modalities=modalities))
     keys = [k for k in there if k in metrics]
     rows = [[home.name] + [f'{there[k]:.3f}' for k in keys], [f'{other.name}, zero-shot'] + [f'{metrics[k]:.3f}' for k in keys]]
     return markdown_table([f"{r['about']['name']} ({', '.join(['text'] + modalities)}) on"] + keys, rows)
@@ -529,7 +557,7 @@ def compare(folders):
     names = [name for name, _ in systems]
     keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc7', 'acc5', 'acc', 'wf1')
             if all(k in metrics for runs in systems.values() for metrics, *_ in runs)]
-    rows, by = [], 'wf1' if info['kind'] == 'classes' else 'mae'
+    rows, (by, metric) = [], score_by(info)
     first = np.stack([pred for _, pred, _ in next(iter(systems.values()))])            # [seeds,N]
     for (name, _), runs in systems.items():
         if names.count(name) > 1: name = os.path.basename(runs[0][2])   # one config with other knobs: say which folder
@@ -537,8 +565,7 @@ def compare(folders):
         if len(systems) > 1 and len(rows) == 1: rows[0].append('-')
         elif len(systems) > 1:
             preds = np.stack([pred for _, pred, _ in runs])                                      # [seeds,N]
-            score = lambda pred, y: class_f1(pred, y.astype(int), len(info['names']))[1] if by == 'wf1' else np.abs(pred - y).mean()
-            rows[-1].append('{:+.4f} [{:+.4f}, {:+.4f}]'.format(*paired_bootstrap(score, preds, first, label)))
+            rows[-1].append(claim(metric, first, preds, label, by)['text'])
     return markdown_table(['test'] + keys + [f'{by} less the first row, 95 %'] * (len(systems) > 1), rows)
 
 
@@ -547,9 +574,11 @@ if __name__ == '__main__':
     _flags = dict(a[2:].partition('=')[::2] for a in sys.argv[1:] if a.startswith('--'))
     if 'help' in _flags or '-h' in _folders: print(__doc__); sys.exit(0)
     if not _folders: sys.exit(__doc__)
-    if set(_flags) - {'corpus', 'modalities'} or 'modalities' in _flags and 'corpus' not in _flags or _flags and len(_folders) > 1:
-        sys.exit("eval: --corpus=OTHER and with it --modalities=text|audio|vision,.. are for one run; there are no other flags.")
+    if set(_flags) - {'corpus', 'modalities'} or _flags and len(_folders) > 1:
+        sys.exit("eval: --corpus=OTHER and --modalities=text|audio|vision,.. are for one run; there are no other flags.")
     _only = _flags['modalities'].split(',') if 'modalities' in _flags else None
     if set(_only or ()) - {'text', 'audio', 'vision'}: sys.exit(f"eval: --modalities={_flags['modalities']} may hold text, audio and vision only.")
-    try: print(elsewhere(_folders[0], _flags['corpus'], _only) if _flags else rerun(_folders[0]) if len(_folders) == 1 else compare(_folders))
+    try: print(elsewhere(_folders[0], _flags['corpus'], _only) if 'corpus' in _flags else
+               deprived(_folders[0], [m for m in _only if m != 'text']) if _flags else
+               rerun(_folders[0]) if len(_folders) == 1 else compare(_folders))
     except (EvalError, CorpusError, ModelError) as e: sys.exit(f"eval: {e}")

@@ -262,6 +262,14 @@ class SentencePiece:
     def decode(self, ids): return self.sp.decode(list(ids))
 
 
+def width_of(config):
+    """ The width of an LM's hidden states, or ModelError: some have several, or project them behind the last layer. """
+    width = getattr(config, 'hidden_size', None)
+    if not width or getattr(config, 'word_embed_proj_dim', width) != width:
+        raise ModelError(f"the LM family {config.model_type!r} does not say how wide its hidden states are: take another --lm=.")
+    return width
+
+
 def fingerprint(model):
     """ 16 hex digits that another LM, or this one trained again, would not have: of the first 256 values of each
     tensor, as hashing gigabytes at every start would take long. """
@@ -353,18 +361,21 @@ def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64)
     which = json.dumps([os.path.abspath(name) if files else name, sorted(files), getattr(config, '_commit_hash', None), tokens])
     path = os.path.join(folder, hashlib.sha256(which.encode()).hexdigest()[:16])
     if not os.path.exists(path + '.json'):
+        longest = max(map(len, tokens))
+        if longest > getattr(config, 'max_position_embeddings', longest):
+            raise ModelError(f"a text of {longest} tokens is past the {config.max_position_embeddings} positions of {name!r}: lower max_text_len.")
         with loading(name): model = AutoModel.from_pretrained(name, trust_remote_code=remote).float().eval().to(device)
         os.makedirs(folder, exist_ok=True)
         start = np.cumsum([0] + [len(t) for t in tokens])                                        # [N+1]
         new = f'{path}.{os.getpid()}.new'   # two runs may make the same file: each its own, and the last name stays
         try:
-            out = np.lib.format.open_memmap(new, 'w+', np.float16, (int(start[-1]), config.hidden_size))
+            out = np.lib.format.open_memmap(new, 'w+', np.float16, (int(start[-1]), width_of(config)))
             order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
             for i in range(0, len(order), batch_size):
                 index = order[i:i + batch_size]
                 ids = nn.utils.rnn.pad_sequence([torch.tensor(tokens[k]) for k in index], batch_first=True).to(device)   # [B,T]
                 mask = torch.arange(ids.shape[1], device=device) < torch.tensor([len(tokens[k]) for k in index], device=device)[:, None]
-                with loading(name): hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.half().cpu()     # [B,T,D]
+                hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.half().cpu()                         # [B,T,D]
                 if not hidden[mask.cpu()].isfinite().all():
                     raise ModelError(f"hidden states of {name!r} are past what float16 holds: take another LM for text_features='frozen'.")
                 for k, x in zip(index, hidden): out[start[k]:start[k + 1]] = x[:len(tokens[k])]
@@ -372,8 +383,8 @@ def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64)
             os.replace(new, path + '.npy')
         finally:
             if os.path.exists(new): os.remove(new)
-        with open(path + '.json.new', 'w', encoding='utf-8') as f: json.dump(dict(model=name, fingerprint=fingerprint(model)), f)
-        os.replace(path + '.json.new', path + '.json')
+        with open(new, 'w', encoding='utf-8') as f: json.dump(dict(model=name, fingerprint=fingerprint(model)), f)
+        os.replace(new, path + '.json')
     with open(path + '.json', encoding='utf-8') as f: made = json.load(f)
     return np.load(path + '.npy', mmap_mode='r'), made['fingerprint']                            # [n,D]
 

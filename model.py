@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from adapters import CMPTA, GMRA, AVEncoder, MMBlock, MSEAdapter, frames_on_tokens, grouped, masked_mean, regularise
 from baselines import BASELINES, build_baseline
 from data import texts_for
-from lm import FrozenLM, ModelError, empty_lm, lm_config, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm, specials
+from lm import FrozenLM, ModelError, empty_lm, lm_config, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm, specials, width_of
 from losses import deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
 from prompts import Prompt
 
@@ -359,8 +359,9 @@ def build(c, corpus, out_dir, dtype=torch.float32):
             hf, tokenizer = new_lm(texts_for(corpus, 'train', c), c, os.path.join(out_dir, 'hf'))
             return LanguageModel(hf), tokenizer
         if c['system'] == 'av': return AVModel(av_encoder(), c), None
+        if c['system'] == 'late' and 'text' not in c['late_streams']: return build_baseline(c, corpus, None, 0, None), None
         if c['system'] in BASELINES and c['text_features'] == 'frozen':   # the feed has the hidden states: here are no weights
-            width = lm_config(c['lm'], c['trust_remote_code'])[0].hidden_size
+            width = width_of(lm_config(c['lm'], c['trust_remote_code'])[0])
             tokenizer = load_tokenizer(c['lm'], c['trust_remote_code'])
             return build_baseline(c, corpus, None, width, tokenizer), tokenizer
         if c['system'] == 'crosssent' or c['system'] in BASELINES:
@@ -389,7 +390,7 @@ def build_adapter(c, widths, lm):
     embed_rms = 1.0 if embed.is_meta else float(embed[:4096].float().pow(2).mean().sqrt())       # of 4096 tokens, at most
     if c['system'] == 'mse':
         return MSEAdapter(widths, lm.width, c['n_pseudo'], c['mse_width'], dict(audio=c['lstm_audio'], vision=c['lstm_vision']),
-                          c['msf_scales'], c['pseudo_projection'], embed_rms)
+                          c['msf_scales'], c['pseudo_projection'], embed_rms, c['mse_tgm'], c['mse_msf'])
     return CMPTA(widths, lm.width, c['n_pseudo'], c['cmpta_width'], c['cmpta_heads'], c['cmpta_layers'], c['cmpta_align'],
                  c['cmpta_align_text'], c['cmpta_attend'], c['cmpta_pool'], c['dropout'], c['pseudo_projection'], embed_rms)
 

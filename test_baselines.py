@@ -14,7 +14,7 @@ import data
 import eval as evaluation
 from baselines import BASELINES, CrossStack, MAG, OwnLabels, build_baseline, cmd, orthogonality
 from configurator import read_config
-from lm import ModelError, TextEncoder, frozen_text
+from lm import ModelError, TextEncoder, frozen_text, width_of
 from test_crosssent import Ends, tiny_bert
 from test_parity import TOLERANCE, golden, needs_golden
 from test_smoke import HERE, tiny_batch, tiny_lm
@@ -22,12 +22,21 @@ from test_trust import TINY, Killed, same_run, train
 
 KNOBS = dict(text_features='tuned', text_pool='first', resample='linear', dropout=0.0, sub_widths=[8, 6, 4], sub_dropouts=[0.0] * 3, text_out=5, post_width=7,
              late_streams=['text', 'audio', 'vision'], lmf_rank=3, mag_beta=1.0, fusion_width=8, fusion_heads=2, fusion_layers=2, kernels=[3, 1, 5], attn_dropout=0.0,
-             attn_dropout_audio=0.0, res_dropout=0.0, embed_dropout=0.0, misa_diff=0.1, misa_sim=0.3, misa_rebuild=1.0, head_widths=[8, 5, 4, 3], head_dropouts=[0.0] * 4, almt_tokens=3,
+             attn_dropout_audio=0.0, attn_dropout_vision=0.0, max_text_len=20, res_dropout=0.0, embed_dropout=0.0, misa_diff=0.1, misa_sim=0.3, misa_rebuild=1.0, head_widths=[8, 5, 4, 3], head_dropouts=[0.0] * 4, almt_tokens=3,
              lr_encoder=0.5, lr_audio=2.0, lr_vision=3.0, lr_factors=4.0, weight_mpr=0.0, weight_eioi=0.0, label='label')
 
 
 class TinyCorpus:
     widths, n_clips, labels = dict(audio=5, vision=7), dict(train=6), dict(label=dict(kind='regression', range=[-3, 3]))
+
+
+def knobs_of_train():
+    """ Name -> default of train.py's knobs: its literal assignments up to the first private name. """
+    known = {}
+    for node in ast.parse((HERE / 'train.py').read_text(encoding='utf-8')).body:
+        if not isinstance(node, ast.Assign): continue
+        if node.targets[0].id.startswith('_'): return known
+        known[node.targets[0].id] = ast.literal_eval(node.value)
 
 
 def tiny_baseline(system, widths=None, label_range=(-3, 3), **knobs):
@@ -87,8 +96,8 @@ def test_a_batch_of_one_trains(system):
 
 @pytest.mark.parametrize('system', sorted(set(BASELINES) - {'mag'}))
 def test_frozen_hidden_states_are_the_encoder_that_does_not_learn(system):
-    tuned, batch = tiny_baseline(system).eval(), tiny_batch()
-    frozen = tiny_baseline(system, text_features='frozen').eval()
+    tuned, batch = tiny_baseline(system, text_pool='mean').eval(), tiny_batch()
+    frozen = tiny_baseline(system, text_features='frozen', text_pool='mean').eval()
     frozen.load_state_dict({k: v for k, v in tuned.state_dict().items() if not k.startswith('encoder.')})
     with torch.no_grad():
         batch['text'] = tuned.encoder(batch['tokens'], batch['text_mask'])
@@ -103,7 +112,8 @@ def test_a_corpus_without_video_is_refused(system):
 
 
 @pytest.mark.parametrize('knobs, sentence', [(dict(system='mag', text_features='frozen'), "wants text_features='tuned'"), (dict(system='mag', resample='none'), 'adds a frame to each token'),
-                                             (dict(system='mult', fusion_heads=3), 'does not divide fusion_width=8')])
+                                             (dict(system='mult', fusion_heads=3), 'does not divide fusion_width=8'),
+                                             (dict(system='misa', max_text_len=41), 'past the 40 positions'), (dict(system='selfmm', text_features='frozen'), "take text_pool='mean'")])
 def test_knobs_that_do_not_fit(knobs, sentence):
     with pytest.raises(ModelError, match=sentence): tiny_baseline(**knobs)
 
@@ -268,6 +278,15 @@ def test_misa_reads_audio_and_video_to_their_own_ends():
     torch.testing.assert_close(got[:, :5], h[0]); torch.testing.assert_close(got[:, 10:15], h[1])
 
 
+def test_tetfns_audio_and_video_meet_through_the_text():
+    """ What audio looks at is video after a look at the text, step by step of the video (9 tokens, 20 and 11 frames). """
+    model, batch, seen = tiny_baseline('tetfn').eval(), tiny_batch(), {}
+    for name, stack in model.cross.items(): stack.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: (args[0].shape[1], args[1].shape[1])}))
+    with torch.no_grad(): model.predict(batch)
+    assert seen == dict(text_from_audio=(9, 20), text_from_vision=(9, 11), audio_from_text=(20, 9), vision_from_text=(11, 9),
+                        guided_audio=(20, 9), guided_vision=(11, 9), audio_from_guided=(20, 11), vision_from_guided=(11, 20))
+
+
 def test_misas_distances_by_hand():
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     assert cmd(x, x) == 0 and float(cmd(x, x + 2)) == pytest.approx(8 ** 0.5, abs=1e-5)   # only the mean differs, by 2 in both features
@@ -297,6 +316,10 @@ def test_own_labels_by_hand():
     assert labels['fused'].tolist()[:3] == y.tolist() and float(labels['text'][3]) == 0
     labels.start(index, y)                                                                # seen before: nothing starts over
     assert float(labels['text'][1]) not in (0.0, 1.0)
+    one_sided = OwnLabels(3, dict(fused=1, text=1), high=4.0)                             # labels of [0, 4]: no negative centre
+    one_sided.start(index, y.abs())
+    for epoch in (1, 2): one_sided.update(index, look, epoch)
+    assert one_sided['text'].tolist() == [2.0, 1.0, 1.0]
 
 
 def test_accumulated_gradients_are_never_dropped(corpora, tmp_path):
@@ -347,25 +370,24 @@ def test_frozen_text_is_hugging_faces_and_computed_once(tmp_path):
     tiny_bert(seed=3).save_pretrained(tmp_path / 'bert')
     assert frozen_text(str(tmp_path / 'bert'), tokens, str(tmp_path / 'features'))[1] != mark
     with pytest.raises(ModelError, match='could not be loaded'): frozen_text('no/such', tokens, str(tmp_path / 'features'))
+    with pytest.raises(ModelError, match='a text of 50 tokens is past the 40 positions'): frozen_text(str(tmp_path / 'bert'), [[5] * 50], str(tmp_path / 'features'))
+    from transformers import OPTConfig
+    with pytest.raises(ModelError, match='how wide its hidden states are'): width_of(OPTConfig(hidden_size=32, word_embed_proj_dim=16))
 
 
 def test_a_datasets_settings_go_over_the_files_and_under_the_flags():
     """ Every config of a baseline has the four data sets of the facts, with knobs that exist. """
-    tree = ast.parse((HERE / 'train.py').read_text(encoding='utf-8'))
-    first = [n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
-    known = {}
-    for n in first:   # train.py's knobs: its literal assignments, the first of each name
-        if n.targets[0].id.startswith('_'): break
-        known.setdefault(n.targets[0].id, ast.literal_eval(n.value))
+    known = knobs_of_train()
     for system in BASELINES:
-        for dataset in ('toy', 'mosi', 'mosei', 'sims', 'simsv2'):
+        for dataset in ('toy', 'mosi', 'mosei', 'sims', 'simsv2', 'minilm'):
             new = read_config(HERE / f'config/baseline_{system}.py', known, dataset)
             assert new['dataset'] == dataset and new['system'] == system
     with pytest.raises(SystemExit, match="there is no dataset 'mosie' .* it has toy, mosi"):
         train('config/baseline_tfn.py', '--dataset=mosie')
+    with pytest.raises(SystemExit, match='and config/crosssent_toy.py has none'): train('config/crosssent_toy.py', '--dataset=mosi')
 
 
 def test_what_a_baseline_cannot_take_gets_a_sentence(corpora, tmp_path):
     for flags, sentence in ((['--label=emotion', '--select=wf1'], 'is one of classes'), (['--late_streams=text,video'], "may hold 'text', 'audio' and 'vision'"), (['--kernels=5,5'], 'must be 3 numbers'),
-                            (['--sub_dropouts=0.1,0.1,1.0'], r'must be in \[0, 1\)'), (['--text_features=froze'], 'is none of tuned, frozen')):
+                            (['--sub_dropouts=0.1,0.1,1.0'], r'must be in \[0, 1\)'), (['--text_features=froze'], 'is none of tuned, frozen'), (['--text_features=frozen'], 'with an --lm= that exists')):
         with pytest.raises(SystemExit, match=sentence): train('config/baseline_late.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', *TINY, *flags)

@@ -251,6 +251,18 @@ def test_words_of_byte_level_tokens(corpora):
     assert len(words) == len(pieces) and [spelt[w] for w in range(4)] == ['the', 'film', 'was', 'goods']
 
 
+def test_shuffled_streams_are_another_clips(corpora):
+    """ The text and the label stay; audio and video come, both, from one other clip; nobody keeps its own; each seed another way. """
+    from test_prompts import KNOBS as FED
+    feeds = [Feed(data.open_corpus(str(corpora / 'toy')), FED | dict(system='av', shuffle_streams=on, seed=seed), None, 'cpu') for on, seed in ((False, 0), (True, 0), (True, 0), (True, 1))]
+    own, other, again, third = (f('test', np.arange(32)) for f in feeds)
+    assert torch.equal(own['label'], other['label']) and torch.equal(other['audio'], again['audio']) and not torch.equal(other['audio'], third['audio'])
+    frames = lambda b, m, i: b[m][i, :b[m + '_len'][i]]
+    same = lambda m, i, j: frames(own, m, i).shape == frames(other, m, j).shape and torch.equal(frames(own, m, i), frames(other, m, j))
+    came_from = [[i for i in range(32) if same('audio', i, j)] for j in range(32)]
+    assert all(len(i) == 1 and i[0] != j and same('vision', i[0], j) for j, i in enumerate(came_from)) and len({i[0] for i in came_from}) == 32
+
+
 def test_killed_and_resumed_is_the_run_that_was_not_and_eval_leaves_the_tokenizer(corpora, tmp_path, monkeypatch):
     real, left, flags = data.get_batch, [0], [f'--data_dir={corpora}', *TINY, '--save_interval=2']
     train('config/crosssent_toy.py', *flags, f'--out_dir={tmp_path}/whole', '--fresh=True')

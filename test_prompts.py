@@ -34,7 +34,7 @@ KNOBS = dict(system='mse', lm='tiny', label='label', prompt='en', prompt_start='
              score_estimate='expected', n_pseudo=4, max_text_len=48, pseudo_projection='released', mse_width=8, lstm_audio=6, lstm_vision=5,
              msf_scales=[1, 2, 4], tgm_pool='real', cmpta_width=8, cmpta_heads=2, cmpta_layers=1, cmpta_pool='mean', cmpta_align='bi',
              cmpta_align_text=True, cmpta_attend=True, dropout=0.0, head_width=8, checkpoint_lm=False, train_fraction=1.0, seed=0, batch_size=16, lowercase='auto',
-             modalities=['audio', 'vision'], standardise=True, av_len=50, lm_text='plain', weight_mpr=0.0, weight_eioi=0.0)
+             modalities=['audio', 'vision'], shuffle_streams=False, standardise=True, av_len=50, text_features='tuned', mse_tgm=True, mse_msf=True, lm_text='plain', weight_mpr=0.0, weight_eioi=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def test_a_clip_alone_is_the_clip_in_company(knobs, corpora, tokenizers):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('knobs', [dict(), dict(pseudo_projection='full'), dict(readout='head'), dict(label='emotion', readout='head'), dict(tgm_pool='padded'),
+@pytest.mark.parametrize('knobs', [dict(), dict(mse_tgm=False), dict(mse_msf=False), dict(pseudo_projection='full'), dict(readout='head'), dict(label='emotion', readout='head'), dict(tgm_pool='padded'),
                                    dict(system='cmpta', n_pseudo=7), dict(system='cmpta', n_pseudo=6, cmpta_pool='learned', pseudo_projection='full')])
 def test_frozen_is_bit_identical_and_everything_else_moves(knobs, dtype, corpora, tokenizers):
     """ Evaluation, then two steps: every weight of the adapter, query and head has a gradient and moves, and none of the LM. """

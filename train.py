@@ -11,6 +11,7 @@ one of the systems that these are compared with.
 A run is a folder: config.json, log.jsonl, best and last .safetensors (+ .json), test.jsonl, result.json, report.md,
 curve.png. `python eval.py out/NAME` reads it. Knobs: defaults here < config file < command line; a typo stops the run.
 """
+import hashlib
 import json
 import math
 import os
@@ -31,7 +32,7 @@ from configurator import configure, read_config
 from baselines import BASELINES
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import BETTER, constant, continuation, curve_picture, evaluate, report, write_predictions
-from lm import ModelError, empty_lm, frozen_text
+from lm import ModelError, empty_lm
 from model import build, devices, load_checkpoint, memory, own_tensors, put, rehearse, save_checkpoint, write_text
 from prompts import PROMPTS
 
@@ -44,11 +45,12 @@ data_dir = 'data'             # where converted corpora are kept
 label = 'label'               # which of the corpus's labels; classes (as 'emotion') for 'mse' and 'cmpta'
 train_fraction = 1.0          # share of the train split that is trained on, of each class alike (few-shot)
 modalities = ['audio', 'vision']  # streams that the model gets to see; the others arrive empty
+shuffle_streams = False       # control: each clip hears and sees another clip of its split
 standardise = True            # per feature, with the train split's mean and std
 lowercase = 'auto'            # 'auto': lower-case a corpus that is all capitals (CMU-MOSI); 'never'
 max_text_len = 50             # tokens of a clip's own text; longer texts are cut at the end
 # the run
-out_dir = ''                  # '' is out/<config>, with -seed<k>, -steps<n>, -train<share> behind it where these are set
+out_dir = ''                  # '' is out/<config>, with -<dataset>, -seed<k>, -steps<n>, -train<share> behind it where these are set
 seed = 0                      # of everything random, but for the toy corpus itself
 resume = False                # go on, bitwise, from the last checkpoint in out_dir
 fresh = False                 # start over in an out_dir that holds a run (the runs in needs are kept)
@@ -125,6 +127,8 @@ mse_width = 256               # d
 lstm_audio = 64               # hidden width
 lstm_vision = 32              # hidden width
 msf_scales = [8, 32, 16]      # bottlenecks of Multi-Scale-Fusion are the LM's width over these
+mse_tgm = True                # Text-Guide-Mixer: text times audio and video; False: added
+mse_msf = True                # Multi-Scale-Fusion; False: left out
 tgm_pool = 'real'             # the mean text embedding is over 'real' tokens, or 'padded' ones too as released
 cmpta_width = 1024            # d
 cmpta_heads = 8               # not stated in the paper, as are the next two
@@ -157,7 +161,8 @@ fusion_heads = 10             # attention heads
 fusion_layers = 4             # of each crossmodal stack (MulT, TETFN); of the last one (ALMT)
 kernels = [5, 5, 5]           # of the convolutions of MulT and TETFN, steps
 attn_dropout = 0.2            # on attention weights
-attn_dropout_audio = 0.2      # where audio is looked at (MulT)
+attn_dropout_audio = 0.2      # where audio is looked at (MulT),
+attn_dropout_vision = 0.0     # and video
 res_dropout = 0.0             # on what a layer adds
 embed_dropout = 0.2           # on what enters a stack
 misa_diff = 0.1               # weights of MISA's losses: difference,
@@ -229,7 +234,7 @@ at_least_1 = ('batch_size accumulate epochs patience log_interval max_text_len l
 at_least_0 = ('seed save_interval lr lr_min lr_encoder lr_audio lr_vision lr_factors mag_beta misa_diff misa_sim misa_rebuild warmup_epochs weight_decay adam_eps clip text_reg_rate lora_alpha '
               'gmra_layer gmra_width gmra_heads weight_mpr weight_eioi mpr_gap mpr_margin mpr_slope eioi_band ramp_epochs '
               'weight_av weight_text weight_fusion weight_lm').split()
-shares = 'dropout av_dropout lora_dropout av_seqaug beta_1 beta_2 attn_dropout attn_dropout_audio res_dropout embed_dropout'.split()
+shares = 'dropout av_dropout lora_dropout av_seqaug beta_1 beta_2 attn_dropout attn_dropout_audio attn_dropout_vision res_dropout embed_dropout'.split()
 wrong = [f"{k}={config[k]!r} is none of {', '.join(v)}" for k, v in choices.items() if config[k] not in v]
 wrong += [f"{k}={config[k]} must be at least 1" for k in at_least_1 if config[k] < 1]
 wrong += [f"{k}={config[k]} must be at least 0" for k in at_least_0 if config[k] < 0]
@@ -241,8 +246,8 @@ if not msf_scales or min(msf_scales) < 1: wrong += [f"msf_scales={msf_scales} mu
 if seed >= 2 ** 63: wrong += [f"seed={seed} must be below 2^63"]
 for k, n in dict(sub_widths=3, sub_dropouts=3, kernels=3, head_widths=4, head_dropouts=4).items():
     if len(config[k]) != n: wrong += [f"{k}={config[k]} must be {n} numbers"]
-    low, high = (0, 0.999) if 'drop' in k else (1, math.inf)
-    if any(not low <= v <= high for v in config[k]): wrong += [f"{k}={config[k]} must be {'in [0, 1)' if 'drop' in k else 'at least 1'}"]
+    if any(not 0 <= v < 1 if 'drop' in k else v < 1 for v in config[k]): wrong += [f"{k}={config[k]} must be {'in [0, 1)' if 'drop' in k else 'at least 1'}"]
+if text_features == 'frozen' and (system not in BASELINES or lm == 'new'): wrong += ["text_features='frozen' is for the baselines, with an --lm= that exists"]
 if not late_streams or set(late_streams) - {'text', 'audio', 'vision'}: wrong += [f"late_streams={late_streams} may hold 'text', 'audio' and 'vision', at least one"]
 if set(modalities) - {'audio', 'vision'}: wrong += [f"modalities={modalities} may hold 'audio' and 'vision' only"]
 if (system == 'lm') != (select == 'loss'): wrong += ["select is 'loss' for system='lm', and a metric for the others"]
@@ -263,18 +268,21 @@ if system == 'deepmlf' and lm not in _needed:
 
 # What both must agree on is passed on. An LM does not read the audiovisual knobs, and the AV encoder reads no text.
 SHARED = dict(lm=('corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype', 'max_steps'),
-              av=('corpus', 'data_dir', 'train_fraction', 'label', 'modalities', 'standardise', 'seed', 'device', 'dtype', 'max_steps',
+              av=('corpus', 'data_dir', 'train_fraction', 'label', 'modalities', 'shuffle_streams', 'standardise', 'seed', 'device', 'dtype', 'max_steps',
                   'av_width', 'av_layers', 'av_heads', 'av_len'))
 FREE = ('needs out_dir data_dir device dtype resume fresh log_interval save_interval patience').split()   # may differ
 stands_on = []
 for child, need in _needed.items():
     if child not in (lm, av_from) or (child == av_from and av_init == 'random'): continue
-    folder = os.path.join(os.path.dirname(out_dir), child + suffix)
+    wanted = {k: _defaults[k] for k in config} | read_config(need, config)
+    shared = {k: config[k] for k in SHARED[wanted['system']]}
+    # one with other knobs than its config's is another run, and gets another folder (but for those that suffix names)
+    other = {k: v for k, v in shared.items() if wanted[k] != v and k not in (*FREE, 'corpus', 'seed', 'max_steps', 'train_fraction')}
+    mark = '-' + hashlib.sha256(json.dumps(other, sort_keys=True).encode()).hexdigest()[:6] if other else ''
+    folder = os.path.join(os.path.dirname(out_dir), child + suffix + mark)
     if lm == child: lm = config['lm'] = folder
     if av_from == child: av_from = config['av_from'] = folder
     stands_on.append(folder)
-    wanted = {k: _defaults[k] for k in config} | read_config(need, config)
-    shared = {k: config[k] for k in SHARED[wanted['system']]}
     finished = os.path.exists(os.path.join(folder, 'result.json'))
     cut_off = not finished and os.path.exists(os.path.join(folder, 'last.safetensors'))
     if finished:
@@ -324,8 +332,7 @@ try:
                  "--out_dir in another folder.")
     torch.manual_seed(seed)
     model, tokenizer = build(config, clips, out_dir, getattr(torch, dtype))
-    frozen = frozen_text if system in BASELINES and text_features == 'frozen' else None
-    feed = Feed(clips, config, tokenizer, device, getattr(model, 'prompt', None), frozen)    # text is tokenised once, here
+    feed = Feed(clips, config, tokenizer, device, getattr(model, 'prompt', None))   # text is tokenised once, here
     majority = None if system == 'lm' else constant(clips, label, feed.clips['train'])
     if majority and select not in majority:
         stop(f"select={select!r} is no metric of the label {label!r}: it has {', '.join(majority)}.")

@@ -1,6 +1,7 @@
 # Low-rank Multimodal Fusion (Liu et al. 2018): frozen text features.
-# python train.py config/baseline_lmf.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosi, mosei, sims, simsv2
+# python train.py config/baseline_lmf.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
 # hardware: not yet measured
+# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'lmf'
 dataset = 'toy'
 text_features = 'frozen'
@@ -14,6 +15,7 @@ weight_decay = 0.01
 clip = 0.0
 toy = dict(corpus='toy', lm='lm_toy', needs=['config/lm_toy.py'], batch_size=64, lr=1e-3, sub_widths=[64, 16, 32], text_out=32, lmf_rank=4, epochs=16)
 mosi = dict(corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=64, lr=1e-3, sub_widths=[128, 16, 128], text_out=64, lmf_rank=3, sub_dropouts=[0.3, 0.3, 0.3], weight_decay=5e-3)
+minilm = dict(corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=64, lr=1e-3, sub_widths=[128, 16, 128], text_out=64, lmf_rank=3, sub_dropouts=[0.3, 0.3, 0.3], weight_decay=3.0)
 mosei = dict(corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, lr=1e-3, sub_widths=[128, 16, 128], text_out=64, lmf_rank=4, weight_decay=1e-3)
-sims = dict(corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=64, lr=5e-4, lr_factors=4.0, sub_widths=[64, 16, 64], text_out=32, lmf_rank=4, weight_decay=5e-3)
-simsv2 = dict(corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-4, lr_factors=4.0, sub_widths=[64, 32, 64], text_out=32, lmf_rank=4, sub_dropouts=[0.3, 0.3, 0.3], weight_decay=1e-4)
+sims = dict(corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=64, lr=2e-3, lr_factors=0.25, sub_widths=[64, 16, 64], text_out=32, lmf_rank=4, weight_decay=5e-3)
+simsv2 = dict(corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=32, lr=2e-3, lr_factors=0.25, sub_widths=[64, 32, 64], text_out=32, lmf_rank=4, sub_dropouts=[0.3, 0.3, 0.3], weight_decay=1e-4)

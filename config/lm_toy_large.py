@@ -1,0 +1,17 @@
+# A GPT twice as wide as lm_toy's, for the sweep over LM sizes.
+# python train.py config/lm_toy_large.py
+# hardware: 1 CPU core, about 25 s. paper: none. ours: see results/deepmlf-4.md.
+system = 'lm'
+select = 'loss'
+batch_size = 64
+accumulate = 1
+epochs = 4
+lr = 3e-3
+lr_min = 1e-4
+weight_decay = 0.01
+dropout = 0.0
+lm_vocab = 256
+lm_width = 128
+lm_layers = 4
+lm_heads = 4
+log_interval = 50

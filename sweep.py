@@ -1,0 +1,202 @@
+"""
+A paper's table as one command.
+
+    python sweep.py config/sweeps/deepmlf.py                            the tables that there are
+    python sweep.py config/sweeps/deepmlf.py --table=11                 on the toy corpus, 3 seeds
+    python sweep.py config/sweeps/deepmlf.py --table=11 --config=config/deepmlf_mosei.py --corpus=unaligned_50.pkl --seeds=5 --jobs=4
+
+A table is a list of (row, knob changes, what the paper has there). Each row is trained for each seed by train.py, in a folder
+of its own under out/sweeps/; what is finished is skipped, what was cut off goes on, what fails is reported and the rest goes on.
+Flags that are not below go to every run. A row with at_test=[..] is not trained: the first row's runs meet the test set with
+these modalities only.
+
+What may be claimed (README): a row beats another if both have at least 3 seeds, the 95 % interval of their paired difference
+over clips and seeds excludes 0, and everything was chosen on validation, which is all that train.py can choose by. The table
+has a row in bold where it beats the first row by this rule, or is the first and beats all others; nothing else is bold.
+"""
+import json
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
+from data import CorpusError
+from eval import EvalError, claim, markdown_table, mean_std_n, read_predictions, read_run, revive, score_by
+from lm import ModelError
+from model import write_text
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+FLAGS = dict(table='', seeds='3', jobs='', config='', out='out/sweeps')
+
+
+def text(value):
+    """ A knob's value as it stands on a command line. """
+    return ','.join(map(str, value)) or '[]' if isinstance(value, (list, tuple)) else str(value)
+
+
+class Run:
+    """ One row and seed: its folder, its command, and how it went. """
+    def __init__(self, folder, label, config, knobs, seed):
+        slug = re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')
+        self.label, self.seed, self.knobs = label, seed, {k: text(v) for k, v in knobs.items()}
+        self.folder = os.path.join(folder, f'{slug}-seed{seed}')
+        self.command = ['train.py', config, f'--out_dir={self.folder}', f'--seed={seed}'] + [f'--{k}={v}' for k, v in self.knobs.items()]
+        self.process, self.failed = None, ''
+        # The runs that it stands on are made beside it, before its own config.json is there: two of one seed must not make
+        # them at the same time.
+        needs = text(knobs.get('needs', runpy.run_path(os.path.join(HERE, config)).get('needs', [])))
+        self.stands_on = None if needs == '[]' else (seed, needs)
+
+    def finished(self):
+        """ True if its result is there. Raises EvalError where it is of other knobs than these. """
+        if not os.path.exists(os.path.join(self.folder, 'result.json')): return False
+        theirs = read_run(self.folder)['about']['knobs']
+        for k, v in self.knobs.items():
+            same = text(theirs.get(k)) == v or k == 'lm' and os.path.basename(text(theirs[k])).startswith(v)
+            try: same = same or float(v) == theirs.get(k)
+            except ValueError: pass
+            if not same:
+                raise EvalError(f"{self.folder} holds a run with {k}={text(theirs.get(k))}, and this sweep wants {v}: remove it, or give another --out.")
+        return True
+
+    def start(self, slot, threads):
+        os.makedirs(os.path.dirname(self.folder), exist_ok=True)
+        again = ['--resume=True'] if os.path.exists(os.path.join(self.folder, 'last.safetensors')) else []
+        env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'} | ({'CUDA_VISIBLE_DEVICES': str(slot)} if torch.cuda.is_available() else {})
+        with open(self.folder + '.txt', 'w', encoding='utf-8') as out:
+            self.process = subprocess.Popen([sys.executable, os.path.join(HERE, self.command[0]), *self.command[1:], *again], stdout=out,
+                                            stderr=subprocess.STDOUT, env=env, start_new_session=True)   # Ctrl-C reaches it through us, once
+        self.slot, self.since = slot, time.time()
+
+    def ended(self):
+        """ True once its process is gone; notes why, if it failed. """
+        if self.process.poll() is None: return False
+        if self.process.returncode:
+            with open(self.folder + '.txt', encoding='utf-8') as f: said = f.read().strip().splitlines()
+            self.failed = said[-1] if said else f'exit status {self.process.returncode}'
+        self.process = None
+        return True
+
+
+def run_all(runs, jobs):
+    """ Trains what is not finished, `jobs` at a time, and says how far it is. Ctrl-C lets each save and stops. """
+    todo = [r for r in runs if not r.finished()]
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {jobs} at a time")
+    threads, active, done, started = max(1, (os.cpu_count() or 1) // jobs), [], 0, time.time()
+    try:
+        while todo or active:
+            for r in [r for r in active if r.ended()]:
+                active.remove(r)
+                done += 1
+                eta = (time.time() - started) / done * (len(todo) + len(active))
+                how = f"FAILED ({r.failed})" if r.failed else f"{(time.time() - r.since) / 60:.1f} min"
+                print(f"  {done} of {done + len(todo) + len(active)}  {r.label}, seed {r.seed}: {how}; ETA {eta / 60:.0f} min", flush=True)
+            busy = {r.stands_on for r in active if not os.path.exists(os.path.join(r.folder, 'config.json'))} - {None}
+            ready = next((r for r in todo if r.stands_on not in busy), None)
+            if ready is not None and len(active) < jobs:
+                todo.remove(ready)
+                ready.start(min(set(range(jobs)) - {r.slot for r in active}), threads)
+                active.append(ready)
+            else: time.sleep(0.2)
+    except KeyboardInterrupt:
+        for r in active: r.process.send_signal(signal.SIGINT)
+        for r in active: r.process.wait()
+        sys.exit("sweep: stopped; every run has saved, and the same command goes on.")
+
+
+def read_row(runs):
+    """ A row's finished runs -> dict(label, test (list of metrics), valid, preds [n,N], seconds, n_trainable, failed). """
+    good = [r for r in runs if os.path.exists(os.path.join(r.folder, 'result.json'))]
+    results = [read_run(r.folder) for r in good]
+    preds = [read_predictions(r.folder)[1] for r in good]
+    return dict(label=runs[0].label, test=[r['test'] for r in results], valid=[r['valid'] for r in results], preds=[p['pred'] for p in preds],
+                truth=preds[0]['label'] if preds else None, info=results[0]['info'] if results else None, folders=[r.folder for r in good],
+                seconds=[r['seconds'] for r in results], n_trainable=[r['n_trainable'] for r in results], failed=[r.failed for r in runs if r.failed],
+                commands=[r['about']['command'] for r in results], commit=[r['about']['commit'] + '*' * r['about']['dirty'] for r in results])
+
+
+def at_test(label, first, modalities):
+    """ A row that is not trained: the runs of the first row on the test set, with these modalities alone. """
+    row = dict(first, label=label, test=[], preds=[], seconds=[], n_trainable=[], valid=[], failed=[], commands=[])
+    for folder in first['folders']:
+        run = revive(folder)
+        metrics, got = run.test(run.corpus, read_run(folder)['about']['knobs'] | dict(modalities=modalities))
+        row['test'].append(metrics); row['preds'].append(got['pred'])
+    return row
+
+
+def table(rows, paper):
+    """ The Markdown table, and the same as a dict for the JSON. rows: read_row's; the first is what the others are compared with. """
+    first = rows[0]
+    if not first['test']: raise EvalError(f"no run of the first row, {first['label']}, has finished: there is nothing to compare with.")
+    by, metric = score_by(first['info'])
+    keys = [k for k in ('mae', 'corr', 'acc2_non0', 'acc7', 'qwk', 'acc', 'wf1') if k in first['test'][0]]
+    claims = [None] + [claim(metric, first['preds'], r['preds'], first['truth'], by) if r['preds'] else None for r in rows[1:]]
+    best = [c is not None and c['verdict'] == 'better' for c in claims]
+    best[0] = len(rows) > 1 and all(c is not None and c['verdict'] == 'worse' for c in claims[1:])
+    cells = []
+    for row, c, bold in zip(rows, claims, best):
+        label = f"**{row['label']}**" if bold else row['label']
+        if not row['test']: cells.append([label] + ['failed'] * len(keys) + ['-'] * 3 + [paper[row['label']]]); continue
+        minutes = f"{np.mean(row['seconds']) / 60:.1f}" if row['seconds'] else '-'
+        weights = f"{row['n_trainable'][0]:,}" if row['n_trainable'] else '-'
+        label += f" ({len(row['failed'])} failed)" if row['failed'] else ''
+        cells.append([label] + [mean_std_n([m[k] for m in row['test']]) for k in keys] + [c['text'] if c else '-', minutes, weights, paper[row['label']]])
+    numbers = [{k: v for k, v in row.items() if k not in ('preds', 'truth', 'info')} | dict(claim=c, paper=paper[row['label']]) for row, c in zip(rows, claims)]
+    return markdown_table(['test'] + keys + [f'{by} less the first row, 95 %', 'min a run', 'trainable', 'paper'], cells), numbers
+
+
+def main(argv):
+    """ The command line of the docstring. Raises EvalError and its kin for a sentence. """
+    flags, files = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--')), [a for a in argv if not a.startswith('-')]
+    if 'help' in flags or '-h' in argv or len(files) != 1: print(__doc__); return
+    own, knobs = {k: flags.pop(k, v) for k, v in FLAGS.items()}, flags
+    if any(not v for v in knobs.values()): raise EvalError("flags look like --key=value.")
+    try: sweep = runpy.run_path(files[0])
+    except OSError: raise EvalError(f"there is no sweep {files[0]}: config/sweeps has deepmlf.py, mse.py, cmpta.py, crosssent.py and controls.py.") from None
+    tables = sweep['tables']
+    if own['table'] not in tables:
+        if own['table']: raise EvalError(f"{files[0]} has no table {own['table']!r}: it has {', '.join(tables)}.")
+        for k, t in tables.items(): print(f"--table={k:<12} {t['title']} ({len(t['rows'])} rows)")
+        return
+    try: n_seeds, jobs = int(own['seeds']), int(own['jobs'] or max(1, torch.cuda.device_count()))
+    except ValueError: raise EvalError("--seeds and --jobs are whole numbers.") from None
+    if n_seeds < 1 or jobs < 1: raise EvalError("--seeds and --jobs are at least 1.")
+    t, stem = tables[own['table']], os.path.splitext(os.path.basename(files[0]))[0]
+    toy = not own['config'] and not knobs.get('corpus', 'toy') != 'toy'
+    common = (sweep.get('short', {}) | t.get('short', {}) if toy else {}) | knobs   # short settings are for the toy corpus
+    folder = os.path.join(own['out'], stem + ('' if toy else '-' + os.path.splitext(os.path.basename(own['config'] or knobs['corpus']))[0]))
+    trained, tested, paper = {}, {}, {}
+    for label, changes, printed in t['rows']:
+        paper[label] = printed
+        if 'at_test' in changes: tested[label] = changes['at_test']; continue
+        config = own['config'] or changes.get('config') or t.get('config') or sweep['config']
+        changes = {k: v for k, v in changes.items() if k != 'config'}
+        trained[label] = [Run(os.path.join(folder, own['table']) if t.get('apart') else folder, label, config, common | changes, seed) for seed in range(n_seeds)]
+    started = time.time()
+    run_all([runs[seed] for seed in range(n_seeds) for runs in trained.values()], jobs)
+    rows = {label: read_row(runs) for label, runs in trained.items()}
+    first = next(iter(rows.values()))
+    rows |= {label: at_test(label, first, m) for label, m in tested.items()}
+    drawn, numbers = table([rows[label] for label, *_ in t['rows']], paper)
+    title = f"{sweep['name']}, {t['title']}"
+    words = f"# {title}\n\n`python sweep.py {shlex.join(argv)}`; every run: `{' '.join(f'--{k}={text(v)}' for k, v in common.items()) or 'as its config'}`; " \
+            f"commit {', '.join(sorted({c for r in rows.values() for c in r['commit']}))}.\n\n{t.get('note', '')}\n\n{drawn}\n"
+    for row in rows.values():
+        for why in row['failed']: words += f"\n{row['label']} failed: {why}\n"
+    where = os.path.join(own['out'], f"{os.path.basename(folder)}-{own['table']}")
+    write_text(where + '.md', words)
+    write_text(where + '.json', json.dumps(dict(title=title, command=argv, rows=numbers), indent=1))
+    print(f"\n{words}\n{where}.md, {(time.time() - started) / 60:.1f} min")
+
+
+if __name__ == '__main__':
+    try: main(sys.argv[1:])
+    except (EvalError, CorpusError, ModelError) as e: sys.exit(f"sweep: {e}")
