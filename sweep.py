@@ -159,7 +159,8 @@ def main(argv):
     if 'help' in flags or '-h' in argv or len(files) != 1: print(__doc__); return
     own, knobs = {k: flags.pop(k, v) for k, v in FLAGS.items()}, flags
     if any(not v for v in knobs.values()): raise EvalError("flags look like --key=value.")
-    try: sweep = runpy.run_path(files[0])
+    path = files[0] if os.path.exists(files[0]) else os.path.join(HERE, files[0])
+    try: sweep = runpy.run_path(path)
     except OSError: raise EvalError(f"there is no sweep {files[0]}: config/sweeps has deepmlf.py, mse.py, cmpta.py, crosssent.py and controls.py.") from None
     tables = sweep['tables']
     if own['table'] not in tables:

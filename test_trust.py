@@ -399,7 +399,7 @@ def test_real_mosi_with_a_real_lm_runs(tmp_path):
 
 
 def commands(path):
-    return re.findall(r'^(?:# )?(python (?:train|eval|data|bench)\.py.*)$', path.read_text(encoding='utf-8'), re.M)
+    return re.findall(r'^(?:# )?(python (?:train|eval|data|bench|sweep|figures)\.py.*)$', path.read_text(encoding='utf-8'), re.M)
 
 
 def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys):
@@ -416,8 +416,9 @@ def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys)
     for line in re.findall(r'^    (python .+)$', (HERE / 'README.md').read_text(encoding='utf-8'), re.M):
         words = line.split()[1:]
         if words[0] == 'train.py': train(*words[1:], '--max_steps=2', '--device=cpu', *(fit if 'config/deepmlf_mosei.py' in words else []))
-        elif words[0] in ('eval.py', 'data.py'):
-            words = [w.replace('out/RUN', 'out/deepmlf_toy').replace('OTHER', 'data/toy') for w in words]
+        elif words[0] in ('eval.py', 'data.py', 'figures.py', 'sweep.py'):
+            stands_for = {'out/RUN': 'out/deepmlf_toy', 'OTHER': 'data/toy', 'data/mosi': 'data/toy', 'data/mosei': 'data/toy', 'sentence-transformers/all-mpnet-base-v2': 'out/lm_toy-steps2'}
+            for real, small in stands_for.items(): words = [w.replace(real, small) for w in words]
             monkeypatch.setattr(sys, 'argv', [w + '-steps2' if w.startswith('out/') else w for w in words])
             runpy.run_path(str(HERE / words[0]), run_name='__main__')
         elif words[0] == 'bench.py':
