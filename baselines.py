@@ -199,7 +199,7 @@ class Late(Baseline):
         self.readers = nn.ModuleDict({m: nn.Linear(D, 1) if m == 'text' else Recurrent(widths[m], d, 1, p) for m, d, p in zip(
             STREAMS, c['sub_widths'], c['sub_dropouts']) if m in c['late_streams']})
 
-    def text(self, batch): return super().text(batch) if 'text' in self.readers else batch['label'][:, None]   # not read
+    def text(self, batch): return super().text(batch) if 'text' in self.readers else batch['index'][:, None]   # not read
 
     def fuse(self, x, batch):
         read = lambda m, f: f(self.sentence(x, batch)) if m == 'text' else f(batch[m], batch[m + '_len'])

@@ -98,6 +98,16 @@ def _comments(path):
     return comments
 
 
+def knobs_of(path):
+    """ {knob: default} of a script, without running it: its literal assignments up to the first private name. """
+    knobs = {}
+    for node in ast.parse(Path(path).read_text(encoding='utf-8')).body:
+        if not isinstance(node, ast.Assign): continue
+        if node.targets[0].id.startswith('_'): break
+        knobs[node.targets[0].id] = ast.literal_eval(node.value)
+    return knobs
+
+
 def configure(g, argv=None, echo=True):
     """ Set the knobs in g, a script's globals(), from argv; print what changed; return all as a dict. """
     defaults = {k: v for k, v in g.items() if not k.startswith('_') and _is_knob(v)}

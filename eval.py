@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from configurator import knobs_of
 from data import CorpusError, Feed, epoch_order, open_corpus
 from lm import ModelError, load_lm
 from model import LanguageModel, build, devices, load_checkpoint, put, write_text
@@ -325,7 +326,10 @@ def read_run(folder):
     if not os.path.exists(path):
         raise EvalError(f"{folder} holds no finished run (no result.json): train it to the end, with --resume=True if it "
                         "was cut off.")
-    with open(path, encoding='utf-8') as f: return json.load(f)
+    with open(path, encoding='utf-8') as f: r = json.load(f)
+    # a knob that is younger than the run has its default, which is what the run did
+    r['about']['knobs'] = knobs_of(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')) | r['about']['knobs']
+    return r
 
 
 def write_predictions(folder, corpus, predictions):
@@ -391,7 +395,8 @@ def report(folder):
     each = [[k, f"{v:.4f}", f"{r['valid'][k]:.4f}", METRIC_HELP.get(k, METRIC_HELP['f1_<class>'])] for k, v in r['test'].items()]
     pictures = '![learning curve](curve.png)'
     if r['info']['kind'] == 'classes' and c['system'] != 'lm':
-        confusion_picture(folder, r['info']['names'])
+        _, p = read_predictions(folder)
+        confusion_picture(os.path.join(folder, 'confusion.png'), p['pred'], p['label'], r['info']['names'])
         pictures += '\n\n![confusion matrix](confusion.png)'
         if not ''.join(r['info']['names']).isascii():
             pictures += '\n\nThe classes: ' + ', '.join(f'{i} {k}' for i, k in enumerate(r['info']['names'])) + '.'
@@ -432,14 +437,13 @@ def curve_picture(folder, select='mae'):
     plt.close(fig)
 
 
-def confusion_picture(folder, names):
-    """ folder/confusion.png from folder/test.jsonl: counts of true class against predicted class, coloured by row share. """
+def confusion_picture(path, pred, label, names):
+    """ A picture at `path`: counts of true class against predicted class, numbers [N] into `names`, coloured by row share. """
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    _, p = read_predictions(folder)
-    counts = confusion(p['pred'], p['label'], len(names))                                        # [K,K]
-    share = counts / np.maximum(np.bincount(p['label'].astype(int), minlength=len(names)), 1)[:, None]
+    counts = confusion(pred, label, len(names))                                                  # [K,K]
+    share = counts / np.maximum(np.bincount(np.asarray(label, int), minlength=len(names)), 1)[:, None]
     fig, ax = plt.subplots(figsize=(1.6 + 0.6 * len(names), 1.2 + 0.5 * len(names)), layout='constrained')
     picture = ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for i, j in np.ndindex(counts.shape):
@@ -450,7 +454,7 @@ def confusion_picture(folder, names):
     ax.set_yticks(range(len(names)), named, fontsize=8)
     ax.set(xlabel='predicted class', ylabel='true class')
     fig.colorbar(picture, label='share of the true class')
-    fig.savefig(os.path.join(folder, 'confusion.png'), dpi=120)
+    fig.savefig(path, dpi=120)
     plt.close(fig)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data import CorpusError
-from eval import EvalError, confusion, read_predictions, read_run, revive
+from eval import EvalError, confusion_picture, read_predictions, read_run, revive
 from lm import ModelError
 
 WIDE, HIGH = 3.35, 2.4   # inches: 85 mm, and what goes with it
@@ -58,7 +58,8 @@ def curves(folders, out):
     """ Training loss and the metric that selects, over epochs, with seeds as a band. """
     logs, select = [read_log(f) for f in folders], read_run(folders[0])['about']['knobs']['select']
     fig, ((left, right),) = canvas(1, 2)
-    for k in sorted({k for e in logs[0] if 'train' in e for k in e['train']}):
+    terms = sorted({k for e in logs[0] if 'train' in e for k in e['train']})
+    for k in terms if len(terms) > 2 else ['loss']:   # one term is the loss
         entries = [[e for e in log if k in e.get('train', ())] for log in logs]
         band(left, [e['epoch'] for e in entries[0]], [[e['train'][k] for e in es] for es in entries], k)
     entries = [[e for e in log if 'valid' in e] for log in logs]
@@ -110,17 +111,9 @@ def truth(folder, out):
         levels = np.arange(round(low), round(high) + 1)
         names = [f'{v:+d}' if v else '0' for v in levels]
         pred, label = (np.round(np.clip(x, low, high)) - levels[0] for x in (p['pred'], p['label']))
-    counts = confusion(pred, label, len(names))                                                  # [K,K]
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    fig, ((ax,),) = canvas(high=WIDE)
-    picture = ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    for i, j in np.ndindex(counts.shape): ax.text(j, i, counts[i, j], ha='center', va='center', fontsize=7, color='white' if share[i, j] > 0.6 else 'black')
-    named = [k if k.isascii() else str(i) for i, k in enumerate(names)]   # this font has no Chinese
-    ax.set_xticks(range(len(names)), named, rotation=45 if max(map(len, named)) > 3 else 0)
-    ax.set_yticks(range(len(names)), named)
-    ax.set(xlabel='predicted', ylabel='true')
-    fig.colorbar(picture, label='share of the true class', shrink=0.7)
-    save(fig, out, 'confusion')
+    os.makedirs(out, exist_ok=True)
+    confusion_picture(os.path.join(out, 'confusion.png'), pred, label, names)
+    print(os.path.join(out, 'confusion.png'))
 
 
 def calibration(folder, out, n_bins=10):
@@ -139,7 +132,7 @@ def calibration(folder, out, n_bins=10):
     ax.plot([0, 1], [0, 1], color='0.6', lw=0.8)
     ax.plot(x, y, 'o-', ms=4)
     for a, b, k in zip(x, y, n): ax.annotate(str(k), (a, b), textcoords='offset points', xytext=(4, -8), fontsize=6)
-    ax.set(xlabel=what[0], ylabel=what[1], xlim=(0, 1), ylim=(0, 1), aspect='equal', title=f"expected calibration error {np.sum(n * np.abs(x - y)) / n.sum():.3f}; clips beside the points")
+    ax.set(xlabel=what[0], ylabel=what[1], xlim=(0, 1), ylim=(0, 1), aspect='equal', title=f"calibration error {np.sum(n * np.abs(x - y)) / n.sum():.3f}; clips at points")
     save(fig, out, 'calibration')
 
 
@@ -239,7 +232,8 @@ def weights_of(gca, x, z, mask):
 
 @torch.no_grad()
 def look(model, batch):
-    """ Name -> (weights [rows,columns], row name, column name) of one clip (B = 1), for each kind of model that attends. """
+    """ Name -> (weights [rows,columns], rows, columns: names of the axes, or of each row) of one clip (B = 1), for each kind of
+    model that attends. """
     if hasattr(model, 'mm_blocks'):   # each layer's fusion tokens over the slots of Z, mean over heads
         with Watch([b.gca for b in model.mm_blocks.values()]) as watch: model.predict(batch)
         return {f'layer {n}': (weights_of(b.gca, *args)[0].mean(0), 'fusion token', 'audiovisual slot') for (n, b), args in zip(model.mm_blocks.items(), watch.seen)}
@@ -248,7 +242,7 @@ def look(model, batch):
         out = {}
         for other in ('text', 'audio', 'vision'):
             of = {k: v[0, :int(batch[other + '_len'][0]) if other != 'text' else v.shape[1]] for k, v in pairs.items() if k.endswith('from_' + other)}
-            if of: out[f'over {other}'] = torch.stack(list(of.values())), ' and '.join(k.split('_from_')[0] for k in of), 'text token' if other == 'text' else f'{other} frame'
+            if of: out[f'over {other}'] = torch.stack(list(of.values())), [k.split('_from_')[0] for k in of], 'text token' if other == 'text' else f'{other} frame'
         return out
     if hasattr(model, 'encoder') and getattr(model, 'encoder') is not None and model.encoder.n_layers:
         last = model.encoder.hf.encoder.layer[-1].attention.self                                 # Figures 5, 6: mean over heads
@@ -276,7 +270,10 @@ def attention(folder, out, clip=''):
     fig, axes = canvas(len(views), 1, high=0.5 + 1.3 * len(views))
     for (ax,), (name, (w, row, column)) in zip(axes, views.items()):
         picture = ax.imshow(w.cpu().numpy(), aspect='auto', cmap='viridis', vmin=0)
-        ax.set(title=name, ylabel=row, xlabel=column)
+        ax.set(title=name, xlabel=column)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if isinstance(row, list): ax.set_yticks(range(len(row)), [f'from {k}' for k in row])
+        else: ax.set_ylabel(row); ax.yaxis.get_major_locator().set_params(integer=True)
         fig.colorbar(picture, ax=ax, label='weight')
     text = feed.corpus.text('test')[i]
     fig.suptitle(f"{feed.corpus.id('test')[i]}: {text if text.isascii() else ''}"[:70], fontsize=7, parse_math=False)   # an id has dollars
@@ -294,11 +291,11 @@ def tokens(folders, out, clip=''):
         with torch.no_grad(): pred = float(model.predict(batch)['pred'])
         views = look(model, batch)
         for ax, m in zip(row, ('audio', 'vision')):
-            w, name, _ = views[f'over {m}']
-            for k, line in zip(name.split(' and '), w.cpu().numpy()): ax.plot(line, label=f'from {k}')
-            ax.set(xlabel=f'{m} frame', ylabel='weight', title=f"{n} tokens: {pred:+.2f} (label {float(batch['label']):+.2f})")
+            w, names, _ = views[f'over {m}']
+            for k, line in zip(names, w.cpu().numpy()): ax.plot(line, label=f'from {k}')
+            ax.set(xlabel=f'{m} frame', ylabel='weight', title=f'{n} tokens: {pred:+.2f}')
     axes[0][0].legend()
-    fig.suptitle(f"{feed.corpus.id('test')[i]}: {feed.corpus.text('test')[i]}"[:70], fontsize=7, parse_math=False)   # an id has dollars
+    fig.suptitle(f"label {float(batch['label']):+.2f}, {feed.corpus.id('test')[i]}: {feed.corpus.text('test')[i]}"[:70], fontsize=7, parse_math=False)
     save(fig, out, 'tokens')
 
 

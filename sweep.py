@@ -69,7 +69,8 @@ class Run:
     def start(self, slot, threads):
         os.makedirs(os.path.dirname(self.folder), exist_ok=True)
         again = ['--resume=True'] if os.path.exists(os.path.join(self.folder, 'last.safetensors')) else []
-        env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'} | ({'CUDA_VISIBLE_DEVICES': str(slot)} if torch.cuda.is_available() else {})
+        env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'} | (
+            {'CUDA_VISIBLE_DEVICES': str(slot % torch.cuda.device_count())} if torch.cuda.is_available() else {})
         with open(self.folder + '.txt', 'w', encoding='utf-8') as out:
             self.process = subprocess.Popen([sys.executable, os.path.join(HERE, self.command[0]), *self.command[1:], *again], stdout=out,
                                             stderr=subprocess.STDOUT, env=env, start_new_session=True)   # Ctrl-C reaches it through us, once

@@ -3,7 +3,6 @@ The systems that the papers compare with: their forwards against stored arrays, 
 
     python -m pytest -q test_baselines.py
 """
-import ast
 import json
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 import data
 import eval as evaluation
 from baselines import BASELINES, CrossStack, MAG, OwnLabels, build_baseline, cmd, orthogonality
-from configurator import read_config
+from configurator import knobs_of, read_config
 from lm import ModelError, TextEncoder, frozen_text, width_of
 from test_crosssent import Ends, tiny_bert
 from test_parity import TOLERANCE, golden, needs_golden
@@ -28,15 +27,6 @@ KNOBS = dict(text_features='tuned', text_pool='first', resample='linear', dropou
 
 class TinyCorpus:
     widths, n_clips, labels = dict(audio=5, vision=7), dict(train=6), dict(label=dict(kind='regression', range=[-3, 3]))
-
-
-def knobs_of_train():
-    """ Name -> default of train.py's knobs: its literal assignments up to the first private name. """
-    known = {}
-    for node in ast.parse((HERE / 'train.py').read_text(encoding='utf-8')).body:
-        if not isinstance(node, ast.Assign): continue
-        if node.targets[0].id.startswith('_'): return known
-        known[node.targets[0].id] = ast.literal_eval(node.value)
 
 
 def tiny_baseline(system, widths=None, label_range=(-3, 3), **knobs):
@@ -109,6 +99,8 @@ def test_a_corpus_without_video_is_refused(system):
     with pytest.raises(ModelError, match=f"system='{system}' needs audio and vision, and this corpus has no vision"): tiny_baseline(system, dict(audio=5))
     assert tiny_baseline('late', {}, late_streams=['text']).eval().predict(tiny_batch())['pred'].shape == (3,)
     with pytest.raises(ModelError, match='this corpus has no audio'): tiny_baseline('late', {})
+    heard = {k: v for k, v in tiny_batch().items() if k == 'index' or k.startswith('audio')}   # a unimodal system reads nothing else
+    assert list(tiny_baseline('late', dict(audio=5), late_streams=['audio']).eval().predict(heard)) == ['pred', 'audio']
 
 
 @pytest.mark.parametrize('knobs, sentence', [(dict(system='mag', text_features='frozen'), "wants text_features='tuned'"), (dict(system='mag', resample='none'), 'adds a frame to each token'),
@@ -377,7 +369,7 @@ def test_frozen_text_is_hugging_faces_and_computed_once(tmp_path):
 
 def test_a_datasets_settings_go_over_the_files_and_under_the_flags():
     """ Every config of a baseline has the four data sets of the facts, with knobs that exist. """
-    known = knobs_of_train()
+    known = knobs_of(HERE / 'train.py')
     for system in BASELINES:
         for dataset in ('toy', 'mosi', 'mosei', 'sims', 'simsv2', 'minilm'):
             new = read_config(HERE / f'config/baseline_{system}.py', known, dataset)

@@ -13,10 +13,9 @@ import torch
 
 import figures
 import sweep
-from configurator import read_config
+from configurator import knobs_of, read_config
 from eval import EvalError, claim, score_by
 from figures import tsne, weights_of
-from test_baselines import knobs_of_train
 from test_smoke import HERE, tiny_deepmlf, tiny_batch
 from test_trust import TINY, train
 
@@ -57,7 +56,7 @@ def test_a_table_bolds_what_the_rule_allows_and_nothing_else():
 
 
 def test_every_sweeps_rows_are_knobs_that_exist():
-    known = knobs_of_train()
+    known = knobs_of(HERE / 'train.py')
     for path in sorted((HERE / 'config' / 'sweeps').glob('*.py')):
         s = runpy.run_path(str(path))
         for key, t in s['tables'].items():
