@@ -16,6 +16,7 @@ mm_layers count from 1, as the papers print them: 8 means "an MM block after the
 """
 import json
 import os
+import zlib
 
 import torch
 import torch.nn as nn
@@ -428,14 +429,17 @@ def put(model, tensors, where):
 
 def save_checkpoint(path, tensors, info):
     """
-    One safetensors file at `path`, with `info` (JSON) in its header and, for people, in a .json beside it. Written under
-    another name and renamed, so `path` is at any moment the old file or the new one. Raises ModelError on a full disk.
+    One safetensors file at `path`, with `info` (JSON) and a checksum of the tensors in its header and, for people, info in a
+    .json beside it. Written under another name and renamed, so `path` is at any moment the old file or the new one. Raises
+    ModelError on a full disk.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     new = path + '.new'
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new, {'info': json.dumps(info)})
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        said = json.dumps(info)
+        save_file(tensors, new, {'info': said, 'crc32': checksum(tensors, said)})
         with open(new, 'rb') as f: os.fsync(f.fileno())
         os.replace(new, path)
         write_text(path.removesuffix('.safetensors') + '.json', json.dumps(info, indent=1))
@@ -445,6 +449,14 @@ def save_checkpoint(path, tensors, info):
                          "--resume=True.") from None
 
 
+def checksum(tensors, said):
+    """ 8 hex digits of the text `said` and of all tensors' names and bytes: safetensors itself would read a flipped bit as another
+    weight. CRC-32, as a hash would take seconds for a large `last`. """
+    crc = zlib.crc32(said.encode())
+    for k in sorted(tensors): crc = zlib.crc32(tensors[k].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(k.encode(), crc))
+    return f'{crc:08x}'
+
+
 def load_checkpoint(path):
     """ tensors, info of a file that save_checkpoint wrote. Raises ModelError where it is missing or damaged. """
     from safetensors import SafetensorError, safe_open
@@ -452,7 +464,9 @@ def load_checkpoint(path):
         raise ModelError(f"there is no checkpoint {path}: has that run finished its first validation?")
     try:
         with safe_open(path, 'pt') as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['info'])
+            tensors, info = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+        if info.get('crc32') not in (None, checksum(tensors, info['info'])): raise ValueError("its checksum does not fit")   # older ones have none
+        return tensors, json.loads(info['info'])
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ModelError(f"{path} is damaged or not a checkpoint of ours ({str(e)[:120]}): remove it, or take its other "
                          "copy (best and last are two files).") from None

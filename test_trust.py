@@ -253,6 +253,33 @@ def test_a_run_is_never_overwritten_or_continued_as_another(corpora, curriculum)
     with pytest.raises(SystemExit, match='was trained with n_fusion=8, not 5'): train(*deepmlf(corpora, curriculum, 'whole', '--resume=True', '--n_fusion=5'))
 
 
+def test_a_flipped_byte_is_no_weight(curriculum, tmp_path):
+    """ In the tensors, in the header, or the file cut short: a sentence; the other copy is whole. """
+    whole = (curriculum / 'whole' / 'best.safetensors').read_bytes()
+    for i, change in ((len(whole) - 5, lambda b: b ^ 1), (whole.index(b'n_fusion') + 3, lambda b: b ^ 8), (len(whole) // 2, lambda b: b ^ 128)):
+        path = tmp_path / 'best.safetensors'
+        path.write_bytes(whole[:i] + bytes([change(whole[i])]) + whole[i + 1:])
+        with pytest.raises(models.ModelError, match='damaged'): models.load_checkpoint(str(path))
+    path.write_bytes(whole[:-100])
+    with pytest.raises(models.ModelError, match='damaged'): models.load_checkpoint(str(path))
+    path.write_bytes(whole)
+    models.load_checkpoint(str(path))
+
+
+def test_two_runs_into_one_folder(corpora, tmp_path):
+    """ The second says so and leaves; the first does not notice. """
+    argv = [sys.executable, str(HERE / 'train.py'), 'config/av_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', '--device=cpu', '--epochs=9000', '--patience=9000', '--batch_size=16']
+    first = subprocess.Popen(argv, env=ENV, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if (tmp_path / 'run' / 'last.safetensors').exists(): break
+            time.sleep(0.1)
+        second = subprocess.run([*argv, '--fresh=True'], env=ENV, capture_output=True, text=True)
+        assert second.returncode == 1 and 'another run is writing into' in second.stderr and 'Traceback' not in second.stderr
+        assert first.poll() is None and (tmp_path / 'run' / 'last.safetensors').exists()
+    finally: first.kill(); first.wait()
+
+
 def test_what_a_run_stands_on_must_be_what_it_says(corpora, tmp_path):
     """ A finished run in needs is taken where it fits (an LM reads no audiovisual knob), and refused where it was trained
     with other knobs, on another file, or by a config that has been edited since. """

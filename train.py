@@ -24,6 +24,9 @@ import sys
 import threading
 import time
 
+try: import fcntl
+except ImportError: fcntl = None   # Windows
+
 import numpy as np
 import torch
 import transformers
@@ -419,6 +422,10 @@ if resume:
 
 try:
     os.makedirs(out_dir, exist_ok=True)
+    if fcntl:   # gone with this process, however that ends; where there is no such lock (Windows), two runs are the user's care
+        _lock = open(os.path.join(out_dir, '.lock'), 'w')
+        try: fcntl.lockf(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError: stop(f"another run is writing into {out_dir}: wait for it, or give another --out_dir.")
     # result.json says that a run is finished, so it goes while this one is not; and a fresh start has no past
     past = 'last.safetensors last.json best.safetensors best.json test.jsonl report.md curve.png'.split()
     for old in ['result.json'] + (past if fresh else []):
