@@ -207,7 +207,7 @@ def test_best_and_last_are_two_files_and_best_is_the_best(corpora, curriculum):
     valid = [json.loads(l) for l in open(curriculum / 'whole' / 'log.jsonl') if 'valid' in l]
     assert info['state']['best'] == min(v['valid']['mae'] for v in valid)
     assert {p.name for p in (curriculum / 'whole').iterdir()} == {
-        'best.json', 'best.safetensors', 'config.json', 'curve.png', 'last.json', 'last.safetensors', 'log.jsonl', 'report.md', 'result.json', 'test.jsonl'}
+        '.lock', 'best.json', 'best.safetensors', 'config.json', 'curve.png', 'last.json', 'last.safetensors', 'log.jsonl', 'report.md', 'result.json', 'test.jsonl'}
 
 
 def test_eval_rebuilds_the_run_from_its_files(curriculum):
