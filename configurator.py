@@ -108,6 +108,12 @@ def knobs_of(path):
     return knobs
 
 
+def parse_flags(flags, known, where="on the command line"):
+    """ {knob: text} -> {knob: value}, checked against known (defaults by name) as the command line is. """
+    for key in flags: _known(key, known, where)
+    return {key: _check(key, _parse(value, known[key]), known[key], where) for key, value in flags.items()}
+
+
 def configure(g, argv=None, echo=True):
     """ Set the knobs in g, a script's globals(), from argv; print what changed; return all as a dict. """
     defaults = {k: v for k, v in g.items() if not k.startswith('_') and _is_knob(v)}
@@ -124,9 +130,7 @@ def configure(g, argv=None, echo=True):
         if not arg.startswith('-'): config.update(read_config(arg, defaults, variant))
         elif not eq or not arg.startswith('--'): _stop(f"flags look like --key=value, got {arg!r}")
         else:
-            where = "on the command line"
-            _known(key, defaults, where)
-            config[key] = _check(key, _parse(text, defaults[key]), defaults[key], where)
+            config |= parse_flags({key: text}, defaults)
     for k, v in config.items():
         if echo and v != defaults[k]: print(f"    {k} = {v!r}   (default {defaults[k]!r})")
     g.update(config)

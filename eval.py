@@ -230,7 +230,9 @@ def paired_bootstrap(metric_fn, preds_a, preds_b, label, n_resamples=2000, seed=
 
 def score_by(info):
     """ What systems are compared by: ('mae' or 'wf1', a function of predictions [N] and labels [N]). """
-    if info['kind'] != 'classes': return 'mae', lambda pred, y: np.abs(pred - y).mean()
+    if info['kind'] != 'classes':
+        low, high = info['range'] if info['range'] == [-1, 1] else (-np.inf, np.inf)   # SIMS: as regression_metrics has it
+        return 'mae', lambda pred, y: np.abs(np.clip(pred, low, high) - y).mean()
     return 'wf1', lambda pred, y: class_f1(pred, y.astype(int), len(info['names']))[1]
 
 def claim(metric, first, other, label, by, **how):
@@ -461,7 +463,7 @@ def confusion_picture(path, pred, label, names):
 def revive(folder):
     """
     The best model of a run from its files (and from where it was trained: its corpus and LM are named as they were then), with
-    corpus, model (in eval mode), feed(corpus, knobs) -> its Feed, and test(corpus, knobs) -> what evaluate gives on the test split
+    corpus, model (in eval mode), predict(batch), feed(corpus, knobs) -> its Feed, and test(corpus, knobs) -> what evaluate gives on the test split
     of a corpus. Raises EvalError, ModelError, CorpusError.
     """
     about = read_run(folder)['about']
@@ -486,7 +488,10 @@ def revive(folder):
         if fed.lm_fingerprint and fed.lm_fingerprint != about['lm_fingerprint']: raise EvalError(other_lm)
         return fed
     def test(corpus, c): return evaluate(model, feed(corpus, c), 'test', autocast)
-    return SimpleNamespace(corpus=corpus, model=model.eval(), feed=feed, test=test)
+    @torch.no_grad()
+    def predict(batch):
+        with autocast(): return model.predict(batch)
+    return SimpleNamespace(corpus=corpus, model=model.eval(), feed=feed, test=test, predict=predict)
 
 
 def rerun(folder):
@@ -502,6 +507,7 @@ def rerun(folder):
 def deprived(folder, modalities):
     """ A run on its own test set with these of 'audio', 'vision' alone ([]: the text), as a table. Raises EvalError and its kin. """
     r, run = read_run(folder), revive(folder)
+    modalities = [m for m in r['about']['knobs']['modalities'] if m in modalities]   # what it never met is no test
     metrics, _ = run.test(run.corpus, r['about']['knobs'] | dict(modalities=modalities))
     keys = [k for k in r['test'] if k in metrics]
     rows = [['as trained'] + [f"{r['test'][k]:.3f}" for k in keys], [', '.join(['text'] + modalities)] + [f'{metrics[k]:.3f}' for k in keys]]
@@ -540,24 +546,27 @@ def elsewhere(folder, source, modalities=None):
     return markdown_table([f"{r['about']['name']} ({', '.join(['text'] + modalities)}) on"] + keys, rows)
 
 
+def system_of(r):
+    """ What a run is but for its seed and where it was: (name, its knobs as text). Runs that it stands on carry its seed in their names. """
+    where = ('seed', 'out_dir', 'resume', 'fresh', 'device', 'data_dir', 'log_interval', 'save_interval')
+    return r['about']['name'], json.dumps({k: re.sub(r'-seed\d+', '', str(v)) for k, v in r['about']['knobs'].items() if k not in where}, sort_keys=True)
+
+
 def compare(folders):
     """
     Many runs as a table, a row a system: mean +- std (n), and the paired difference to the first row (in MAE; in weighted F1
     for classes) with its 95 % bootstrap interval over clips and seeds. Runs whose knobs differ in the seed alone are one system. Raises EvalError.
     """
-    where = ('seed', 'out_dir', 'resume', 'fresh', 'device', 'data_dir', 'log_interval', 'save_interval')
     systems, clips, label = {}, None, None      # (name, knobs) -> list of (metrics, predictions [N], folder)
     for folder in folders:
         r = read_run(folder)
         if 'loss' in r['test']: raise EvalError(f"{folder} is a language model: it has a loss, no predictions to compare.")
-        # the runs that a run stands on carry its seed in their names
-        knobs = {k: re.sub(r'-seed\d+', '', str(v)) for k, v in r['about']['knobs'].items() if k not in where}
         ids, p = read_predictions(folder)
         if clips is None: clips, label, info = ids, p['label'], r['info']
         if ids != clips or not np.array_equal(p['label'], label):
             raise EvalError(f"{folder} was tested on other clips or labels than {folders[0]}: a paired comparison needs the "
                             "same.")
-        systems.setdefault((r['about']['name'], json.dumps(knobs, sort_keys=True)), []).append((r['test'], p['pred'], folder))
+        systems.setdefault(system_of(r), []).append((r['test'], p['pred'], folder))
     names = [name for name, _ in systems]
     keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc7', 'acc5', 'acc', 'wf1')
             if all(k in metrics for runs in systems.values() for metrics, *_ in runs)]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data import CorpusError
-from eval import EvalError, confusion_picture, read_predictions, read_run, revive
+from eval import EvalError, confusion_picture, read_predictions, read_run, revive, system_of
 from lm import ModelError
 
 WIDE, HIGH = 3.35, 2.4   # inches: 85 mm, and what goes with it
@@ -84,6 +84,7 @@ def gates(folders, out):
 def sweep_curve(path):
     """ The rows of a sweep's JSON in their order, mean and standard deviation over seeds. """
     with open(path, encoding='utf-8') as f: sweep = json.load(f)
+    if 'rows' not in sweep or 'title' not in sweep: raise EvalError(f"{path} is not what a sweep has written.")
     rows = [r for r in sweep['rows'] if r['test']]
     by = 'mae' if 'mae' in rows[0]['test'][0] else 'wf1'
     y = [[m[by] for m in r['test']] for r in rows]
@@ -91,7 +92,7 @@ def sweep_curve(path):
     ax.errorbar(range(len(rows)), [np.mean(v) for v in y], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in y], fmt='o-', ms=4, capsize=2)
     ax.set_xticks(range(len(rows)), [r['label'] for r in rows], rotation=30, ha='right')
     ax.set(ylabel=f"test {by} (n = {min(map(len, y))})", title=sweep['title'])
-    save(fig, os.path.dirname(path), os.path.splitext(os.path.basename(path))[0])
+    save(fig, os.path.dirname(path) or '.', os.path.splitext(os.path.basename(path))[0])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -192,8 +193,8 @@ def fused_module(model):
 
 def embeddings(folder, out, n_most=1000):
     """ t-SNE of the fused vectors of the test clips, coloured by label (CrossSent's Figures 3 and 4). """
-    model, feed = bring_back(folder)
-    vectors, labels, n = [], [], min(feed.n_clips['test'], n_most)
+    run, feed = bring_back(folder)
+    model, vectors, labels, n = run.model, [], [], min(feed.n_clips['test'], n_most)
     for i in range(0, n, 64):
         batch = feed('test', np.arange(i, min(i + 64, n)))
         module = fused_module(model)
@@ -201,7 +202,7 @@ def embeddings(folder, out, n_most=1000):
             if hasattr(model, 'adapter'): vectors.append(model.adapter(batch, *model.own_text(model.lm.embed(batch['tokens']), batch['text_len'])).flatten(1))
             elif module is None: return
             else:
-                with Watch([module]) as watch: model.predict(batch)
+                with Watch([module]) as watch: run.predict(batch)
                 vectors.append(watch.seen[-1][0])
         labels.append(batch['label'])
     y, label, r = tsne(torch.cat(vectors).float().cpu()), torch.cat(labels).cpu().numpy(), read_run(folder)
@@ -217,9 +218,9 @@ def embeddings(folder, out, n_most=1000):
 
 
 def bring_back(folder):
-    """ The best model of a run in eval mode, and its Feed. Raises EvalError and its kin. """
+    """ The best model of a run in eval mode with predict(batch), and its Feed. Raises EvalError and its kin. """
     run = revive(folder)
-    return run.model, run.feed(run.corpus, read_run(folder)['about']['knobs'])
+    return run, run.feed(run.corpus, read_run(folder)['about']['knobs'])
 
 
 def weights_of(gca, x, z, mask):
@@ -231,23 +232,27 @@ def weights_of(gca, x, z, mask):
 
 
 @torch.no_grad()
-def look(model, batch):
+def look(run, batch):
     """ Name -> (weights [rows,columns], rows, columns: names of the axes, or of each row) of one clip (B = 1), for each kind of
     model that attends. """
-    if hasattr(model, 'mm_blocks'):   # each layer's fusion tokens over the slots of Z, mean over heads
-        with Watch([b.gca for b in model.mm_blocks.values()]) as watch: model.predict(batch)
-        return {f'layer {n}': (weights_of(b.gca, *args)[0].mean(0), 'fusion token', 'audiovisual slot') for (n, b), args in zip(model.mm_blocks.items(), watch.seen)}
-    if hasattr(model, 'adapter') and hasattr(model.adapter, 'directed'):
+    model, out = run.model, {}
+    if hasattr(model, 'mm_blocks'):   # each layer's tokens over the slots of Z, mean over heads; of fusion tokens, where they look
+        who = 'fusion token' if 'fusion' in model.c['mm_query'] else 'text token'
+        for n, block in model.mm_blocks.items():
+            with Watch([block.gca]) as watch: run.predict(batch)
+            x, z, mask = watch.seen[0]
+            out[f'layer {n}'] = weights_of(block.gca, x.float(), z.float(), mask)[0].mean(0), who, 'audiovisual slot'
+        return out
+    if hasattr(model, 'adapter') and model.c['system'] == 'cmpta' and model.c['cmpta_attend']:
         pairs = model.attention(batch)                                                           # name -> [B,S]
-        out = {}
         for other in ('text', 'audio', 'vision'):
             of = {k: v[0, :int(batch[other + '_len'][0]) if other != 'text' else v.shape[1]] for k, v in pairs.items() if k.endswith('from_' + other)}
             if of: out[f'over {other}'] = torch.stack(list(of.values())), [k.split('_from_')[0] for k in of], 'text token' if other == 'text' else f'{other} frame'
         return out
     if hasattr(model, 'encoder') and getattr(model, 'encoder') is not None and model.encoder.n_layers:
         last = model.encoder.hf.encoder.layer[-1].attention.self                                 # Figures 5, 6: mean over heads
-        with Watch([last.query]) as watch: model.predict(batch)
-        x = watch.seen[-1][0]                                                                    # [1,T,D]
+        with Watch([last.query]) as watch: run.predict(batch)
+        x = watch.seen[-1][0].float()                                                                    # [1,T,D]
         q, k = (p(x).view(x.shape[1], model.encoder.n_heads, -1).transpose(0, 1) for p in (last.query, last.key))    # [h,T,D/h]
         return {'last layer': ((q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0), 'text token', 'text token')}
     return {}
@@ -262,10 +267,10 @@ def clip_number(folder, feed, clip):
 
 def attention(folder, out, clip=''):
     """ What one test clip is looked at by: DeepMLF's fusion tokens in each MM block, CMPTA's six directions, an encoder's last layer. """
-    model, feed = bring_back(folder)
+    run, feed = bring_back(folder)
     i = clip_number(folder, feed, clip)
     batch = feed('test', np.array([i]))
-    views = look(model, batch)
+    views = look(run, batch)
     if not views: return
     fig, axes = canvas(len(views), 1, high=0.5 + 1.3 * len(views))
     for (ax,), (name, (w, row, column)) in zip(axes, views.items()):
@@ -285,11 +290,11 @@ def tokens(folders, out, clip=''):
     runs = sorted(folders, key=lambda f: read_run(f)['about']['knobs']['n_pseudo'])
     fig, axes = canvas(len(runs), 2, high=0.6 + 1.1 * len(runs))
     for folder, row in zip(runs, axes):
-        model, feed = bring_back(folder)
+        run, feed = bring_back(folder)
         i = clip_number(folder, feed, clip)
         batch, n = feed('test', np.array([i])), read_run(folder)['about']['knobs']['n_pseudo']
-        with torch.no_grad(): pred = float(model.predict(batch)['pred'])
-        views = look(model, batch)
+        pred, views = float(run.predict(batch)['pred']), look(run, batch)
+        if not {'over audio', 'over vision'} <= set(views): raise EvalError(f"{folder} has no attention over audio and over video: --tokens is for CMPTA with both.")
         for ax, m in zip(row, ('audio', 'vision')):
             w, names, _ = views[f'over {m}']
             for k, line in zip(names, w.cpu().numpy()): ax.plot(line, label=f'from {k}')
@@ -309,6 +314,7 @@ def main(argv):
     out = os.path.join(paths[0], 'figures')
     if 'tokens' in flags: return tokens(paths, out, flags.get('clip', ''))
     r = read_run(paths[0])
+    if len({system_of(read_run(p)) for p in paths}) > 1: raise EvalError("these runs differ in more than the seed: one system at a time.")
     curves(paths, out)
     gates(paths, out)
     if r['about']['knobs']['system'] == 'lm': return

@@ -68,14 +68,14 @@ def compare(a, b, lm='', seed=0):
     is written in capitals would give MOSI away), 80 % to learn from and 20 % to be tested on: 0.5 is chance. Raises CorpusError.
     """
     corpora, rng = [open_corpus(a), open_corpus(b)], np.random.default_rng(seed)
-    texts = [[t.lower() for t in all_texts(c) if words(t)] for c in corpora]
+    texts = [list(dict.fromkeys(t.lower() for t in all_texts(c) if words(t))) for c in corpora]  # each sentence once
     if min(map(len, texts)) < 10: raise CorpusError(f"{a} or {b} has fewer than 10 sentences with a word: there is nothing to compare.")
     vocabulary = [{w for t in ts for w in words(t)} for ts in texts]
     n = min(map(len, texts))
     picked = [[ts[i] for i in rng.permutation(len(ts))[:n]] for ts in texts]
     x, y = embed(picked[0] + picked[1], lm), np.repeat([0, 1], n)                                # [2n,D], [2n]
-    order = rng.permutation(2 * n)
-    train, test = order[:int(1.6 * n)], order[int(1.6 * n):]
+    order, cut = np.arange(n), int(0.8 * n)                                                      # picked are in random order already
+    train, test = (np.concatenate([part, n + part]) for part in (order[:cut], order[cut:]))
     right = (classify(x[train], y[train], x[test]) > 0.5) == y[test]
     length = lambda ts: f"{np.mean([len(words(t)) for t in ts]):.1f} ({np.median([len(words(t)) for t in ts]):.0f})"
     rows = [['sentences', *map(len, texts)], ['vocabulary', *map(len, vocabulary)], ['words a sentence, mean (median)', *map(length, texts)],
@@ -92,12 +92,13 @@ def subsets(source, lm, n=300, seed=0):
     the train split, against all of it: mean, spread and extremes of the accuracy. Raises CorpusError.
     """
     corpus, rng = open_corpus(source), np.random.default_rng(seed)
-    if corpus.labels['label']['kind'] != 'regression': raise CorpusError(f"{corpus.name} has no scores, so no polarity.")
+    if corpus.labels.get('label', {}).get('kind') != 'regression': raise CorpusError(f"{corpus.name} has no scores, so no polarity.")
     x, y = {}, {}
     for split in ('train', 'test'):
         label = corpus.label(split)
         keep = np.flatnonzero(label)
         x[split], y[split] = embed([lower_if_shouting(corpus.text(split), corpus)[i] for i in keep], lm), (label[keep] > 0).astype(int)
+    if not 0 < y['train'].mean() < 1: raise CorpusError(f"the train split of {corpus.name} has one polarity only: there is nothing to tell apart.")
     accuracy = lambda i: float(((classify(x['train'][i], y['train'][i], x['test']) > 0.5) == y['test']).mean())
     whole, got = accuracy(np.arange(len(y['train']))), []
     while len(got) < n:

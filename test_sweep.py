@@ -19,7 +19,7 @@ from figures import tsne, weights_of
 from test_smoke import HERE, tiny_deepmlf, tiny_batch
 from test_trust import TINY, train
 
-MAE = score_by(dict(kind='regression'))[1]
+MAE = score_by(dict(kind='regression', range=[-3, 3]))[1]
 
 
 def test_a_win_needs_three_seeds_and_an_interval_without_zero():
@@ -39,7 +39,7 @@ def test_a_win_needs_three_seeds_and_an_interval_without_zero():
 def row(label, error, n=3):
     truth = np.linspace(-1, 1, 300).astype(np.float32)
     preds = [truth + error * np.random.default_rng(i).choice([-1, 1], 300) for i in range(n)]
-    return dict(label=label, test=[dict(mae=float(np.abs(p - truth).mean())) for p in preds], valid=[], preds=preds, truth=truth, info=dict(kind='regression', range=[-1, 1]), folders=[],
+    return dict(label=label, test=[dict(mae=float(np.abs(p - truth).mean())) for p in preds], valid=[], preds=preds, truth=truth, ids=['a'], info=dict(kind='regression', range=[-1, 1]), folders=[],
                 seconds=[60.0] * n, n_trainable=[1000] * n, failed=[], commands=[], commit=[])
 
 
@@ -82,13 +82,20 @@ def test_a_sweep_skips_resumes_and_survives(corpora, tmp_path, capsys, monkeypat
     assert '| whole' in written and '| no video at test' in written and 'failed' in written and 'layer 9 failed: ' in written
     saved = json.loads((out / 'tiny-1.json').read_text())['rows']
     assert [len(r['test']) for r in saved] == [2, 0, 2] and saved[0]['test'][0] != saved[2]['test'][0] and saved[0]['paper'] == '.5'
-    whole = out / 'tiny' / 'whole-seed1'
+    first, whole = (next(p.parent for p in (out / 'tiny').glob(f'*-seed{s}/result.json')) for s in (0, 1))
     before = (whole / 'result.json').stat().st_mtime_ns
-    os.remove(out / 'tiny' / 'whole-seed0' / 'result.json')                                 # cut off after its last checkpoint
+    os.remove(first / 'result.json')                                                        # cut off after its last checkpoint
     sweep.main(argv)
     assert '1 of them finished before' in capsys.readouterr().out and (whole / 'result.json').stat().st_mtime_ns == before
     assert (out / 'tiny-1.md').read_text().splitlines()[5:7] == written.splitlines()[5:7]    # the resumed run ended as it had
-    with pytest.raises(EvalError, match='holds a run with batch_size=16, and this sweep wants 8'): sweep.main([*argv, '--batch_size=8'])
+    about = json.loads((whole / 'result.json').read_text())
+    about['about']['knobs']['lr'] = 0.5                                                     # the config has been edited since
+    (whole / 'result.json').write_text(json.dumps(about))
+    with pytest.raises(EvalError, match='was trained with lr=0.5, and it would be 0.002 now'): sweep.main(argv)
+    for flags, sentence in ((['--table=1', '--seed=1'], 'sets itself'), (['--table=1', '--config=config/crosssent_mosi.py'], 'sized for the toy corpus')):
+        with pytest.raises(EvalError, match=sentence): sweep.main([str(HERE / 'config/sweeps/deepmlf.py'), *[f.replace('=1', '=4') if 'table' in f else f for f in flags]])
+    with pytest.raises(SystemExit, match="unknown key 'gmra_layr'"): sweep.main([str(path), '--table=1', '--gmra_layr=2'])
+    with pytest.raises(EvalError, match='there is no sweep'): sweep.main(['config/deepmlf_toy.py'])
     for flags, sentence in ((['--table=7'], "has no table '7': it has 1"), (['--table=1', '--seeds=x'], 'whole numbers'), (['--table=1', '--jobs=0'], 'at least 1')):
         with pytest.raises(EvalError, match=sentence): sweep.main([str(path), *flags])
     with pytest.raises(EvalError, match='there is no sweep'): sweep.main(['no/such.py'])

@@ -290,7 +290,7 @@ for child, need in _needed.items():
     cut_off = not finished and os.path.exists(os.path.join(folder, 'last.safetensors'))
     if finished:
         with open(os.path.join(folder, 'result.json'), encoding='utf-8') as f: theirs = json.load(f)
-        knobs, best = theirs['about']['knobs'], theirs['state']['best']
+        knobs, best = _defaults | theirs['about']['knobs'], theirs['state']['best']   # a knob younger than that run has its default
         other = [k for k, v in (wanted | shared).items() if k not in FREE and knobs.get(k) != v]
         if other: stop(f"{folder} was trained with {other[0]}={knobs.get(other[0])!r} and this run wants "
                        f"{(wanted | shared)[other[0]]!r}: remove it, or give this run an --out_dir in another folder.")

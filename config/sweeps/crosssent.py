@@ -10,8 +10,8 @@ tables = {
     '10': dict(title='Table 10, ablations', config='config/crosssent_mosei.py', note='Paper: MOSEI, MAE.', rows=_parts('.513', '.512', 'about .513', '.520')),
     '11': dict(title='Table 11, ablations', config='config/crosssent_sims.py', note='Paper: SIMS, MAE.', rows=_parts('.408', '.418', '.416', 'not printed')),
     'layer': dict(title='4.2, the layer that GMRA comes before', note='Paper: values not to be had.', rows=[(f'layer {n}', dict(gmra_layer=n), '') for n in (1, 2, 3)]),
-    'weights': dict(title='4.2, the regularisers\' weights', note='Paper: values not to be had.', rows=[('.1 and .1', {}, '')] + [
-        (f'{k.upper()} {w:g}', {f'weight_{k}': w}, '') for k in ('mpr', 'eioi') for w in (0.0, 0.03, 0.3, 1.0)]),
-    'start': dict(title='the start of GMRA, and how frames meet tokens', note='No paper has it.', rows=[('random', {}, ''), ('identity', dict(gmra_start='identity'), ''),
+    'weights': dict(title='4.2, the regularisers\' weights', note='Paper: values not to be had.', rows=[('.1 and .1', dict(weight_mpr=0.1, weight_eioi=0.1), '')] + [
+        (f'{k.upper()} {w:g}', dict(weight_mpr=0.1, weight_eioi=0.1) | {f'weight_{k}': w}, '') for k in ('mpr', 'eioi') for w in (0.0, 0.03, 0.3, 1.0)]),
+    'start': dict(title='the start of GMRA, and how frames meet tokens', note='No paper has it.', rows=[('random', dict(gmra_start='random'), ''), ('identity', dict(gmra_start='identity'), ''),
         ('side by side', dict(gmra_concat='features'), ''), ('means of frames', dict(resample='mean'), ''), ('frames as they are', dict(resample='none'), '')]),
 }

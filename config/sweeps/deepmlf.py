@@ -6,16 +6,16 @@ config = 'config/deepmlf_toy.py'
 short = dict(epochs=5)
 _small, _large = ['config/lm_toy_small.py', 'config/av_toy.py'], ['config/lm_toy_large.py', 'config/av_toy.py']
 tables = {
-    '2': dict(title='Table 2, one modality alone', note='Paper: MOSEI, Acc2: BERT .834, GPT2-large .825, GPT2 .808. Here text is an encoder from nothing.', rows=[
+    '2': dict(toy=True, title='Table 2, one modality alone', note='Paper: MOSEI, Acc2: BERT .834, GPT2-large .825, GPT2 .808. Here text is an encoder from nothing.', rows=[
         ('text', dict(config='config/baseline_late.py', late_streams=['text'], epochs=6), '.834'),
         ('audio', dict(config='config/av_toy.py', modalities=['audio'], epochs=6), '.651'),
         ('video', dict(config='config/av_toy.py', modalities=['vision'], epochs=6), '.644'),
         ('audio and video', dict(config='config/av_toy.py', epochs=6), '-')]),
-    '4': dict(title='Table 4, size of the LM', note='Paper: MOSEI, MAE of GPT-2-base, medium, large. Here GPTs of 32 x 4, 64 x 4 and 128 x 4, trained on the toy text.', rows=[
+    '4': dict(toy=True, title='Table 4, size of the LM', note='Paper: MOSEI, MAE of GPT-2-base, medium, large. Here GPTs of 32 x 4, 64 x 4 and 128 x 4, trained on the toy text.', rows=[
         ('small', dict(lm='lm_toy_small', needs=_small), '.529'), ('medium', {}, '.511'), ('large', dict(lm='lm_toy_large', needs=_large), '.499')]),
-    '6': dict(title='Table 6, depth of fusion', note='Paper: SIMS, 5, 7 and 9 MM blocks in the last layers of 12.', rows=[
+    '6': dict(toy=True, title='Table 6, depth of fusion', note='Paper: SIMS, 5, 7 and 9 MM blocks in the last layers of 12.', rows=[
         ('last 1', dict(mm_layers=[4]), '-'), ('last 2', dict(mm_layers=[3, 4]), '.374'), ('last 3', dict(mm_layers=[2, 3, 4]), '.353'), ('all 4', dict(mm_layers=[1, 2, 3, 4]), '.358')]),
-    '7': dict(title='Table 7, where one block goes', note='Paper: MOSEI, it is better to skip shallow layers; no such row is printed. Here one block, by layer.', rows=[
+    '7': dict(toy=True, title='Table 7, where one block goes', note='Paper: MOSEI, it is better to skip shallow layers; no such row is printed. Here one block, by layer.', rows=[
         (f'layer {n}', dict(mm_layers=[n]), '-') for n in (1, 2, 3, 4)]),
     'figure3': dict(title='Figure 3, fusion tokens', note='Paper: MOSEI, best at 12, worse beyond; the values are in a picture.', rows=[
         (f'n_f = {n}', dict(n_fusion=n), 'best' if n == 12 else '-') for n in (1, 2, 4, 8, 12, 20)]),
