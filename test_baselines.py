@@ -110,6 +110,18 @@ def test_knobs_that_do_not_fit(knobs, sentence):
     with pytest.raises(ModelError, match=sentence): tiny_baseline(**knobs)
 
 
+@pytest.mark.parametrize('system', BASELINES)
+def test_the_ordinal_losses_are_two_knobs_here_too(system):
+    """ They add what they weigh, ramped, to any of them; off, the loss is the system's own. """
+    batch = tiny_batch() | dict(epoch=torch.tensor(0), label=torch.tensor([2.0, -1.0, 0.5]))
+    knobs = dict(mpr_gap=0.5, mpr_margin=0.1, mpr_slope=0.5, eioi_band=0.1, eioi_power=1.0)
+    plain, both = tiny_baseline(system).train(), tiny_baseline(system, weight_mpr=0.3, weight_eioi=0.2, **knobs).train()
+    torch.manual_seed(5); off = plain(batch)   # the same dropout in both
+    torch.manual_seed(5); on = both(batch | dict(ramp=torch.tensor(0.5)))
+    assert not {'mpr', 'eioi'} & set(off['terms']) and on['terms']['mpr'] > 0 and on['terms']['eioi'] > 0
+    torch.testing.assert_close(on['loss'], off['loss'] + 0.5 * (0.3 * on['terms']['mpr'] + 0.2 * on['terms']['eioi']))
+
+
 def test_the_control_adds_and_cannot_fuse():
     """ Changing the text changes the score by the same amount whatever is heard and seen. """
     model, batch = tiny_baseline('late').eval(), tiny_batch()
