@@ -293,7 +293,8 @@ class MAGBERT(Baseline):
     def __init__(self, encoder, D, widths, c, tokenizer):
         super().__init__(encoder, widths, c)
         if encoder is None: raise ModelError("MAG is inside the encoder: system='mag' wants text_features='tuned'.")
-        if c['resample'] == 'none': raise ModelError("system='mag' adds a frame to each token: resample must be 'linear', 'mean' or 'words'.")
+        if c['resample'] == 'none':
+            raise ModelError("system='mag' adds a frame to each token: resample must be 'linear', 'mean' or 'words'.")
         self.ends = [len(tokens) for tokens in specials(tokenizer)]
         self.mag = MAG(widths, D, c['mag_beta'], c['dropout'])
         self.head = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Dropout(c['dropout']), nn.Linear(D, 1))
@@ -503,7 +504,8 @@ class TETFN(SelfLabelled):
         d, (_, d_a, d_v) = c['fusion_width'], c['sub_widths']
         self.audio, self.vision = nn.LSTM(widths['audio'], d_a, batch_first=True), nn.LSTM(widths['vision'], d_v, batch_first=True)
         self.convs = nn.ModuleDict({m: Conv(w, d, k) for m, w, k in zip(STREAMS, (D, d_a, d_v), c['kernels'])})
-        stack = lambda width: CrossStack(width, c['fusion_heads'], c['fusion_layers'], c['attn_dropout'], c['res_dropout'], c['embed_dropout'])
+        how = c['fusion_heads'], c['fusion_layers'], c['attn_dropout'], c['res_dropout'], c['embed_dropout']
+        stack = lambda width: CrossStack(width, *how)
         self.cross = nn.ModuleDict({k: stack(d) for k in (
             'text_from_audio', 'text_from_vision', 'audio_from_text', 'vision_from_text', 'guided_audio', 'guided_vision',
             'audio_from_guided', 'vision_from_guided')})

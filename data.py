@@ -607,7 +607,8 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
         info = corpus.meta['streams'][m]
         if info['standardised'] and not standardise:
             raise CorpusError(f"{corpus.folder} holds {m} standardised; convert with --dtype=float32.")
-        x = [corpus.frames(split, m, i)[:None if m in modalities else 0] for i in (index if stream_index is None else stream_index)]   # B of [S_b,d]
+        whose = index if stream_index is None else stream_index                              # [B]
+        x = [corpus.frames(split, m, i)[:None if m in modalities else 0] for i in whose]     # B of [S_b,d]
         length = np.array([len(clip) for clip in x])                                         # [B]
         mask = np.arange(max(1, length.max())) < length[:, None]                             # [B,S]
         out = np.zeros((*mask.shape, d), np.float32)                                         # [B,S,d]
@@ -677,7 +678,8 @@ class Feed:
             if c['system'] in ('crosssent', 'mag') and c['resample'] == 'words': self.words[split] = self._words(tokenizer, split, texts)
         if c['text_features'] == 'frozen' and tokenizer:
             tokens = [t for split in self.tokens for t in self.tokens[split]]
-            hidden, self.lm_fingerprint = frozen_text(c['lm'], tokens, os.path.join(c['data_dir'], 'features'), c['trust_remote_code'], device)
+            folder = os.path.join(c['data_dir'], 'features')
+            hidden, self.lm_fingerprint = frozen_text(c['lm'], tokens, folder, c['trust_remote_code'], device)
             clips = iter(np.split(hidden, np.cumsum([len(t) for t in tokens])[:-1]))         # of [T_n,D], views of the map
             self.text = {split: [next(clips) for _ in self.tokens[split]] for split in self.tokens}
         if c['system'] == 'mag':
@@ -765,9 +767,11 @@ def _command_line(argv):
     if {'compare', 'subsets'} & set(flags):
         import language   # which reads corpora, so it cannot come first
         n = flags.get('n', '300')
-        if len(sources) != (2 if 'compare' in flags else 1) or set(flags) - {'compare', 'subsets', 'lm', 'n'} or not n.isdecimal() or int(n) < 1:
+        odd = set(flags) - {'compare', 'subsets', 'lm', 'n'}
+        if len(sources) != (2 if 'compare' in flags else 1) or odd or not n.isdecimal() or int(n) < 1:
             raise CorpusError("the usage is python data.py --compare A B [--lm=NAME], or python data.py --subsets A [--lm=NAME] [--n=300].")
-        return print(language.compare(*sources, flags.get('lm', '')) if 'compare' in flags else language.subsets(*sources, flags.get('lm', ''), int(n)))
+        if 'compare' in flags: return print(language.compare(*sources, flags.get('lm', '')))
+        return print(language.subsets(*sources, flags.get('lm', ''), int(n)))
     if unknown := sorted(set(flags) - {'name', 'dtype', 'label_range'}):
         raise CorpusError(f"There is no flag --{unknown[0]}; the usage is {usage}.")
     if len(sources) != 1: raise CorpusError(f"Give one source, not {len(sources)}; the usage is {usage}.")

@@ -463,8 +463,8 @@ def confusion_picture(path, pred, label, names):
 def revive(folder):
     """
     The best model of a run from its files (and from where it was trained: its corpus and LM are named as they were then), with
-    corpus, model (in eval mode), predict(batch), feed(corpus, knobs) -> its Feed, and test(corpus, knobs) -> what evaluate gives on the test split
-    of a corpus. Raises EvalError, ModelError, CorpusError.
+    corpus, model (in eval mode), predict(batch), feed(corpus, knobs) -> its Feed, and test(corpus, knobs) -> what evaluate gives on
+    the test split of a corpus. Raises EvalError, ModelError, CorpusError.
     """
     about = read_run(folder)['about']
     c = about['knobs']
@@ -510,7 +510,8 @@ def deprived(folder, modalities):
     modalities = [m for m in r['about']['knobs']['modalities'] if m in modalities]   # what it never met is no test
     metrics, _ = run.test(run.corpus, r['about']['knobs'] | dict(modalities=modalities))
     keys = [k for k in r['test'] if k in metrics]
-    rows = [['as trained'] + [f"{r['test'][k]:.3f}" for k in keys], [', '.join(['text'] + modalities)] + [f'{metrics[k]:.3f}' for k in keys]]
+    cells = lambda m: [f'{m[k]:.3f}' for k in keys]
+    rows = [['as trained'] + cells(r['test']), [', '.join(['text'] + modalities)] + cells(metrics)]
     return markdown_table([f"{r['about']['name']}, test"] + keys, rows)
 
 
@@ -547,15 +548,18 @@ def elsewhere(folder, source, modalities=None):
 
 
 def system_of(r):
-    """ What a run is but for its seed and where it was: (name, its knobs as text). Runs that it stands on carry its seed in their names. """
+    """ What a run is but for its seed and where it was: (name, its knobs as text). Runs that it stands on carry its seed in
+    their names. """
     where = ('seed', 'out_dir', 'resume', 'fresh', 'device', 'data_dir', 'log_interval', 'save_interval')
-    return r['about']['name'], json.dumps({k: re.sub(r'-seed\d+', '', str(v)) for k, v in r['about']['knobs'].items() if k not in where}, sort_keys=True)
+    knobs = {k: re.sub(r'-seed\d+', '', str(v)) for k, v in r['about']['knobs'].items() if k not in where}
+    return r['about']['name'], json.dumps(knobs, sort_keys=True)
 
 
 def compare(folders):
     """
     Many runs as a table, a row a system: mean +- std (n), and the paired difference to the first row (in MAE; in weighted F1
-    for classes) with its 95 % bootstrap interval over clips and seeds. Runs whose knobs differ in the seed alone are one system. Raises EvalError.
+    for classes) with its 95 % bootstrap interval over clips and seeds. Runs whose knobs differ in the seed alone are one
+    system. Raises EvalError.
     """
     systems, clips, label = {}, None, None      # (name, knobs) -> list of (metrics, predictions [N], folder)
     for folder in folders:
@@ -590,7 +594,8 @@ if __name__ == '__main__':
     if set(_flags) - {'corpus', 'modalities'} or _flags and len(_folders) > 1:
         sys.exit("eval: --corpus=OTHER and --modalities=text|audio|vision,.. are for one run; there are no other flags.")
     _only = _flags['modalities'].split(',') if 'modalities' in _flags else None
-    if set(_only or ()) - {'text', 'audio', 'vision'}: sys.exit(f"eval: --modalities={_flags['modalities']} may hold text, audio and vision only.")
+    if set(_only or ()) - {'text', 'audio', 'vision'}:
+        sys.exit(f"eval: --modalities={_flags['modalities']} may hold text, audio and vision only.")
     try: print(elsewhere(_folders[0], _flags['corpus'], _only) if 'corpus' in _flags else
                deprived(_folders[0], [m for m in _only if m != 'text']) if _flags else
                rerun(_folders[0]) if len(_folders) == 1 else compare(_folders))

@@ -24,7 +24,8 @@ from eval import EvalError, confusion_picture, read_predictions, read_run, reviv
 from lm import ModelError
 
 WIDE, HIGH = 3.35, 2.4   # inches: 85 mm, and what goes with it
-plt.rcParams.update({'font.size': 8, 'axes.titlesize': 8, 'legend.fontsize': 7, 'legend.frameon': False, 'savefig.dpi': 200, 'lines.linewidth': 1.2})
+plt.rcParams.update({'font.size': 8, 'axes.titlesize': 8, 'legend.fontsize': 7, 'legend.frameon': False, 'savefig.dpi': 200,
+                     'lines.linewidth': 1.2})
 
 
 def save(fig, folder, name):
@@ -51,7 +52,9 @@ def band(ax, xs, ys, label, color=None):
     n = min(map(len, ys))
     y = np.array([one[:n] for one in ys])                                                        # [runs,n]
     line, = ax.plot(xs[:n], y.mean(0), label=label, color=color)
-    if len(y) > 1: ax.fill_between(xs[:n], y.mean(0) - y.std(0, ddof=1), y.mean(0) + y.std(0, ddof=1), alpha=0.2, color=line.get_color(), lw=0)
+    if len(y) == 1: return
+    mean, std = y.mean(0), y.std(0, ddof=1)
+    ax.fill_between(xs[:n], mean - std, mean + std, alpha=0.2, color=line.get_color(), lw=0)
 
 
 def curves(folders, out):
@@ -75,7 +78,8 @@ def gates(folders, out):
     if not all(logs): return
     fig, axes = canvas(1, 2)
     for i, (ax, what) in enumerate(zip(axes[0], ('cross-attention gate', 'FFW gate'))):
-        for layer in logs[0][0]['gates']: band(ax, [e['epoch'] for e in logs[0]], [[e['gates'][layer][i] for e in log] for log in logs], f'layer {layer}')
+        epochs = [e['epoch'] for e in logs[0]]
+        for layer in logs[0][0]['gates']: band(ax, epochs, [[e['gates'][layer][i] for e in log] for log in logs], f'layer {layer}')
         ax.set(xlabel='epoch', ylabel=what)
     axes[0][0].legend()
     save(fig, out, 'gates')
@@ -107,7 +111,8 @@ def truth(folder, out):
         fig, ((ax,),) = canvas(high=WIDE)
         ax.plot([low, high], [low, high], color='0.6', lw=0.8)
         ax.plot(p['label'], p['pred'], '.', ms=3, alpha=0.4)
-        ax.set(xlabel='label', ylabel='prediction', aspect='equal', title=f"MAE {r['test']['mae']:.3f}, r {r['test']['corr']:.3f}, {len(p['pred'])} clips")
+        title = f"MAE {r['test']['mae']:.3f}, r {r['test']['corr']:.3f}, {len(p['pred'])} clips"
+        ax.set(xlabel='label', ylabel='prediction', aspect='equal', title=title)
         save(fig, out, 'truth')
         levels = np.arange(round(low), round(high) + 1)
         names = [f'{v:+d}' if v else '0' for v in levels]
@@ -122,10 +127,13 @@ def calibration(folder, out, n_bins=10):
     of a positive score, against how often the label is positive. With the expected calibration error. """
     r, (_, p) = read_run(folder), read_predictions(folder)
     if 'prob' not in p: return
-    if r['info']['kind'] == 'classes': said, right, what = p['prob'].max(1), p['prob'].argmax(1) == p['label'], ('probability of the answer', 'share of right answers')
+    if r['info']['kind'] == 'classes':
+        said, right = p['prob'].max(1), p['prob'].argmax(1) == p['label']                        # [N], [N]
+        what = 'probability of the answer', 'share of right answers'
     else:
         values = np.linspace(*r['info']['range'], p['prob'].shape[1])                            # [K]
-        said, right, what = p['prob'][:, values > 1e-6].sum(1), p['label'] > 0, ('probability of a positive score', 'share of positive labels')
+        said, right = p['prob'][:, values > 1e-6].sum(1), p['label'] > 0                         # [N], [N]
+        what = 'probability of a positive score', 'share of positive labels'
     bin_of = np.minimum((said * n_bins).astype(int), n_bins - 1)                                 # [N]
     filled = [b for b in range(n_bins) if (bin_of == b).any()]
     x, y, n = (np.array([f(bin_of == b) for b in filled]) for f in (lambda m: said[m].mean(), lambda m: right[m].mean(), np.sum))
@@ -133,7 +141,8 @@ def calibration(folder, out, n_bins=10):
     ax.plot([0, 1], [0, 1], color='0.6', lw=0.8)
     ax.plot(x, y, 'o-', ms=4)
     for a, b, k in zip(x, y, n): ax.annotate(str(k), (a, b), textcoords='offset points', xytext=(4, -8), fontsize=6)
-    ax.set(xlabel=what[0], ylabel=what[1], xlim=(0, 1), ylim=(0, 1), aspect='equal', title=f"calibration error {np.sum(n * np.abs(x - y)) / n.sum():.3f}; clips at points")
+    error = np.sum(n * np.abs(x - y)) / n.sum()
+    ax.set(xlabel=what[0], ylabel=what[1], xlim=(0, 1), ylim=(0, 1), aspect='equal', title=f'calibration error {error:.3f}; clips at points')
     save(fig, out, 'calibration')
 
 
@@ -179,7 +188,9 @@ def tsne(x, perplexity=30.0, n_steps=750, seed=0):
 
 class Watch:
     """ What goes into some modules while a model predicts: watch = Watch(modules); model.predict(..); watch.seen -> list of args. """
-    def __init__(self, modules): self.seen, self.handles = [], [m.register_forward_pre_hook(lambda _, args: self.seen.append(args)) for m in modules]
+    def __init__(self, modules):
+        self.seen = []
+        self.handles = [m.register_forward_pre_hook(lambda _, args: self.seen.append(args)) for m in modules]
     def __enter__(self): return self
     def __exit__(self, *_): [h.remove() for h in self.handles]
 
@@ -199,7 +210,9 @@ def embeddings(folder, out, n_most=1000):
         batch = feed('test', np.arange(i, min(i + 64, n)))
         module = fused_module(model)
         with torch.no_grad():
-            if hasattr(model, 'adapter'): vectors.append(model.adapter(batch, *model.own_text(model.lm.embed(batch['tokens']), batch['text_len'])).flatten(1))
+            if hasattr(model, 'adapter'):
+                text, mask = model.own_text(model.lm.embed(batch['tokens']), batch['text_len'])
+                vectors.append(model.adapter(batch, text, mask).flatten(1))                      # [B,P D]
             elif module is None: return
             else:
                 with Watch([module]) as watch: run.predict(batch)
@@ -211,7 +224,8 @@ def embeddings(folder, out, n_most=1000):
     points = ax.scatter(*y.T, c=label, s=5, cmap='tab10' if classes else 'coolwarm', lw=0)
     if classes:   # not every class need be among these clips
         handles, _ = points.legend_elements(num=None)
-        ax.legend(handles, [next(k if k.isascii() else str(i) for i, k in enumerate(r['info']['names']) if i == v) for v in np.unique(label).astype(int)])
+        names = [k if k.isascii() else str(i) for i, k in enumerate(r['info']['names'])]
+        ax.legend(handles, [names[v] for v in np.unique(label).astype(int)])
     else: fig.colorbar(points, label='label', shrink=0.8)
     ax.set(xticks=[], yticks=[], title=f't-SNE of fused vectors, {n} test clips')
     save(fig, out, 'tsne')
@@ -246,8 +260,10 @@ def look(run, batch):
     if hasattr(model, 'adapter') and model.c['system'] == 'cmpta' and model.c['cmpta_attend']:
         pairs = model.attention(batch)                                                           # name -> [B,S]
         for other in ('text', 'audio', 'vision'):
-            of = {k: v[0, :int(batch[other + '_len'][0]) if other != 'text' else v.shape[1]] for k, v in pairs.items() if k.endswith('from_' + other)}
-            if of: out[f'over {other}'] = torch.stack(list(of.values())), [k.split('_from_')[0] for k in of], 'text token' if other == 'text' else f'{other} frame'
+            of = {k.split('_from_')[0]: v[0] for k, v in pairs.items() if k.endswith('from_' + other)}   # by who looks, [S]
+            n = None if other == 'text' else int(batch[other + '_len'][0])
+            what = 'text token' if other == 'text' else f'{other} frame'
+            if of: out[f'over {other}'] = torch.stack(list(of.values()))[:, :n], list(of), what
         return out
     if hasattr(model, 'encoder') and getattr(model, 'encoder') is not None and model.encoder.n_layers:
         last = model.encoder.hf.encoder.layer[-1].attention.self                                 # Figures 5, 6: mean over heads
@@ -294,20 +310,23 @@ def tokens(folders, out, clip=''):
         i = clip_number(folder, feed, clip)
         batch, n = feed('test', np.array([i])), read_run(folder)['about']['knobs']['n_pseudo']
         pred, views = float(run.predict(batch)['pred']), look(run, batch)
-        if not {'over audio', 'over vision'} <= set(views): raise EvalError(f"{folder} has no attention over audio and over video: --tokens is for CMPTA with both.")
+        if not {'over audio', 'over vision'} <= set(views):
+            raise EvalError(f"{folder} has no attention over audio and over video: --tokens is for CMPTA with both.")
         for ax, m in zip(row, ('audio', 'vision')):
             w, names, _ = views[f'over {m}']
             for k, line in zip(names, w.cpu().numpy()): ax.plot(line, label=f'from {k}')
             ax.set(xlabel=f'{m} frame', ylabel='weight', title=f'{n} tokens: {pred:+.2f}')
     axes[0][0].legend()
-    fig.suptitle(f"label {float(batch['label']):+.2f}, {feed.corpus.id('test')[i]}: {feed.corpus.text('test')[i]}"[:70], fontsize=7, parse_math=False)
+    words = f"label {float(batch['label']):+.2f}, {feed.corpus.id('test')[i]}: {feed.corpus.text('test')[i]}"
+    fig.suptitle(words[:70], fontsize=7, parse_math=False)
     save(fig, out, 'tokens')
 
 
 def main(argv):
-    paths, flags = [a.rstrip('/') for a in argv if not a.startswith('--')], dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
+    paths = [a.rstrip('/') for a in argv if not a.startswith('--')]
+    flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
     if not paths or 'help' in flags: print(__doc__); return
-    if set(flags) - {'clip', 'tokens'}: raise EvalError(f"there is no flag --{sorted(set(flags) - {'clip', 'tokens'})[0]}: there are --clip=ID and --tokens.")
+    if odd := sorted(set(flags) - {'clip', 'tokens'}): raise EvalError(f"there is no flag --{odd[0]}: there are --clip=ID and --tokens.")
     if paths[0].endswith('.json'):
         for path in paths: sweep_curve(path)
         return

@@ -98,7 +98,8 @@ def subsets(source, lm, n=300, seed=0):
         label = corpus.label(split)
         keep = np.flatnonzero(label)
         x[split], y[split] = embed([lower_if_shouting(corpus.text(split), corpus)[i] for i in keep], lm), (label[keep] > 0).astype(int)
-    if not 0 < y['train'].mean() < 1: raise CorpusError(f"the train split of {corpus.name} has one polarity only: there is nothing to tell apart.")
+    if not 0 < y['train'].mean() < 1:
+        raise CorpusError(f"the train split of {corpus.name} has one polarity only: there is nothing to tell apart.")
     accuracy = lambda i: float(((classify(x['train'][i], y['train'][i], x['test']) > 0.5) == y['test']).mean())
     whole, got = accuracy(np.arange(len(y['train']))), []
     while len(got) < n:

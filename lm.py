@@ -363,7 +363,8 @@ def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64)
     if not os.path.exists(path + '.json'):
         longest = max(map(len, tokens))
         if longest > getattr(config, 'max_position_embeddings', longest):
-            raise ModelError(f"a text of {longest} tokens is past the {config.max_position_embeddings} positions of {name!r}: lower max_text_len.")
+            raise ModelError(f"a text of {longest} tokens is past the {config.max_position_embeddings} positions of {name!r}: lower "
+                             "max_text_len.")
         with loading(name): model = AutoModel.from_pretrained(name, trust_remote_code=remote).float().eval().to(device)
         os.makedirs(folder, exist_ok=True)
         start = np.cumsum([0] + [len(t) for t in tokens])                                        # [N+1]

@@ -465,7 +465,8 @@ def load_checkpoint(path):
     try:
         with safe_open(path, 'pt') as f:
             tensors, info = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-        if info.get('crc32') not in (None, checksum(tensors, info['info'])): raise ValueError("its checksum does not fit")   # older ones have none
+        if info.get('crc32') not in (None, checksum(tensors, info['info'])):   # None: older than the checksum
+            raise ValueError("its checksum does not fit")
         return tensors, json.loads(info['info'])
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ModelError(f"{path} is damaged or not a checkpoint of ours ({str(e)[:120]}): remove it, or take its other "

@@ -43,7 +43,8 @@ def text(value):
     return ','.join(map(str, value)) or '[]' if isinstance(value, (list, tuple)) else str(value)
 
 
-FREE = set('needs out_dir data_dir device dtype resume fresh log_interval save_interval seed lm av_from'.split())   # may differ between equal runs
+# may differ between equal runs
+FREE = set('needs out_dir data_dir device dtype resume fresh log_interval save_interval seed lm av_from'.split())
 
 
 def resolve(path):
@@ -70,7 +71,8 @@ class Run:
         theirs = read_run(self.folder)['about']['knobs']
         for k, v in self.wanted.items():
             if k not in FREE and text(theirs[k]) != text(type(theirs[k])(v) if type(theirs[k]) is float else v):
-                raise EvalError(f"{self.folder} was trained with {k}={text(theirs[k])}, and it would be {text(v)} now: remove it, or give another --out.")
+                raise EvalError(f"{self.folder} was trained with {k}={text(theirs[k])}, and it would be {text(v)} now: remove it, or give "
+                                "another --out.")
         return True
 
     def start(self, slot, threads):
@@ -81,8 +83,9 @@ class Run:
             gpus = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))
             env['CUDA_VISIBLE_DEVICES'] = gpus.split(',')[slot % len(gpus.split(','))]
         with open(self.folder + '.txt', 'w', encoding='utf-8') as out:
-            self.process = subprocess.Popen([sys.executable, os.path.join(HERE, self.command[0]), *self.command[1:], *again], stdout=out,
-                                            stderr=subprocess.STDOUT, env=env, start_new_session=True)   # Ctrl-C reaches it through us, once
+            argv = [sys.executable, os.path.join(HERE, self.command[0]), *self.command[1:], *again]
+            # in a session of its own: Ctrl-C reaches it through us, once
+            self.process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         self.slot, self.since = slot, time.time()
 
     def ended(self):
@@ -126,10 +129,10 @@ def read_row(runs):
     good = [r for r in runs if os.path.exists(os.path.join(r.folder, 'result.json'))]
     results = [read_run(r.folder) for r in good]
     ids, preds = zip(*(read_predictions(r.folder) for r in good)) if good else ((), ())
-    return dict(label=runs[0].label, test=[r['test'] for r in results], valid=[r['valid'] for r in results], preds=[p['pred'] for p in preds],
-                ids=ids[0] if good else None, truth=preds[0]['label'] if good else None, info=results[0]['info'] if results else None, folders=[r.folder for r in good],
-                seconds=[r['seconds'] for r in results], n_trainable=[r['n_trainable'] for r in results], failed=[r.failed for r in runs if r.failed],
-                commands=[r['about']['command'] for r in results], commit=[r['about']['commit'] + '*' * r['about']['dirty'] for r in results])
+    row = dict(label=runs[0].label, preds=[p['pred'] for p in preds], folders=[r.folder for r in good], failed=[r.failed for r in runs if r.failed],
+               commands=[r['about']['command'] for r in results], commit=[r['about']['commit'] + '*' * r['about']['dirty'] for r in results])
+    row |= {k: [r[k] for r in results] for k in ('test', 'valid', 'seconds', 'n_trainable')}
+    return row | (dict(ids=ids[0], truth=preds[0]['label'], info=results[0]['info']) if good else dict(ids=None, truth=None, info=None))
 
 
 def at_test(label, first, modalities):
@@ -163,8 +166,10 @@ def table(rows, paper):
         minutes = f"{np.mean(row['seconds']) / 60:.1f}" if row['seconds'] else '-'
         weights = f"{row['n_trainable'][0]:,}" if row['n_trainable'] else '-'
         label += f" ({len(row['failed'])} failed)" if row['failed'] else ''
-        cells.append([label] + [mean_std_n([m[k] for m in row['test']]) for k in keys] + [c['text'] if c else '-', minutes, weights, paper[row['label']]])
-    numbers = [{k: v for k, v in row.items() if k not in ('preds', 'truth', 'info', 'ids')} | dict(claim=c, paper=paper[row['label']]) for row, c in zip(rows, claims)]
+        means = [mean_std_n([m[k] for m in row['test']]) for k in keys]
+        cells.append([label] + means + [c['text'] if c else '-', minutes, weights, paper[row['label']]])
+    large = 'preds', 'truth', 'info', 'ids'
+    numbers = [{k: v for k, v in row.items() if k not in large} | dict(claim=c, paper=paper[row['label']]) for row, c in zip(rows, claims)]
     return markdown_table(['test'] + keys + [f'{by} less the first row, 95 %', 'min a run', 'trainable', 'paper'], cells), numbers
 
 

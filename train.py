@@ -199,7 +199,8 @@ _argv = [a if a.startswith('-') or os.path.exists(a) else os.path.join(_here, a)
 _defaults = dict(globals())
 config = configure(globals(), _argv)
 name = os.path.splitext(os.path.basename([a for a in _argv if not a.startswith('-')][-1]))[0]
-suffix = (f'-{dataset}' if dataset not in ('', 'toy') else '') + (f'-seed{seed}' if seed else '') + (f'-steps{max_steps}' if max_steps > 0 else '') \
+suffix = (f'-{dataset}' if dataset not in ('', 'toy') else '') + (f'-seed{seed}' if seed else '') \
+    + (f'-steps{max_steps}' if max_steps > 0 else '') \
     + (f'-train{train_fraction:g}' if train_fraction != 1 else '')
 out_dir = config['out_dir'] = out_dir or os.path.join('out', name + suffix)
 
@@ -220,7 +221,8 @@ sys.excepthook = on_exception
 # What can be checked before anything is read, all at once
 
 choices = dict(
-    system=('lm', 'av', 'deepmlf', 'mse', 'cmpta', 'crosssent', *BASELINES), lowercase=('auto', 'never'), device=('auto', 'cpu', 'cuda', 'mps'),
+    system=('lm', 'av', 'deepmlf', 'mse', 'cmpta', 'crosssent', *BASELINES), lowercase=('auto', 'never'),
+    device=('auto', 'cpu', 'cuda', 'mps'),
     dtype=('auto', 'float32', 'bfloat16', 'float16'), select=tuple(BETTER), lm_init=('pretrained', 'random'),
     av_init=('tune', 'frozen', 'random'), fusion_position=('after', 'fixed'),
     mm_query=('fusion', 'text+fusion', 'text'), mm_gate=('sigmoid', 'tanh', 'none'),
@@ -229,15 +231,18 @@ choices = dict(
     lm_text=('plain', 'rated'), prompt=tuple(PROMPTS), label_words=('index', 'name'), readout=('score', 'generate', 'head'),
     score_estimate=('expected', 'mode', 'median'), pseudo_projection=('released', 'full'), tgm_pool=('real', 'padded'),
     cmpta_pool=('mean', 'last', 'learned'), cmpta_align=('bi', 'one-way', 'off'), gmra_concat=('sequence', 'features'),
-    gmra_start=('identity', 'random'), resample=('linear', 'mean', 'words', 'none'), text_pool=('first', 'mean'), text_features=('tuned', 'frozen'))
+    gmra_start=('identity', 'random'), resample=('linear', 'mean', 'words', 'none'), text_pool=('first', 'mean'),
+    text_features=('tuned', 'frozen'))
 at_least_1 = ('batch_size accumulate epochs patience log_interval max_text_len lm_vocab lm_width lm_layers lm_heads '
               'lm_positions av_width av_layers av_heads av_len n_fusion mm_heads lora_rank head_width n_pseudo mse_width '
               'lstm_audio lstm_vision cmpta_width cmpta_heads cmpta_layers text_out post_width lmf_rank fusion_width fusion_heads '
               'fusion_layers almt_tokens').split()
-at_least_0 = ('seed save_interval lr lr_min lr_encoder lr_audio lr_vision lr_factors mag_beta misa_diff misa_sim misa_rebuild warmup_epochs weight_decay adam_eps clip text_reg_rate lora_alpha '
+at_least_0 = ('seed save_interval lr lr_min lr_encoder lr_audio lr_vision lr_factors mag_beta misa_diff misa_sim misa_rebuild '
+              'warmup_epochs weight_decay adam_eps clip text_reg_rate lora_alpha '
               'gmra_layer gmra_width gmra_heads weight_mpr weight_eioi mpr_gap mpr_margin mpr_slope eioi_band ramp_epochs '
               'weight_av weight_text weight_fusion weight_lm').split()
-shares = 'dropout av_dropout lora_dropout av_seqaug beta_1 beta_2 attn_dropout attn_dropout_audio attn_dropout_vision res_dropout embed_dropout'.split()
+shares = ('dropout av_dropout lora_dropout av_seqaug beta_1 beta_2 attn_dropout attn_dropout_audio attn_dropout_vision '
+          'res_dropout embed_dropout').split()
 wrong = [f"{k}={config[k]!r} is none of {', '.join(v)}" for k, v in choices.items() if config[k] not in v]
 wrong += [f"{k}={config[k]} must be at least 1" for k in at_least_1 if config[k] < 1]
 wrong += [f"{k}={config[k]} must be at least 0" for k in at_least_0 if config[k] < 0]
@@ -249,9 +254,12 @@ if not msf_scales or min(msf_scales) < 1: wrong += [f"msf_scales={msf_scales} mu
 if seed >= 2 ** 63: wrong += [f"seed={seed} must be below 2^63"]
 for k, n in dict(sub_widths=3, sub_dropouts=3, kernels=3, head_widths=4, head_dropouts=4).items():
     if len(config[k]) != n: wrong += [f"{k}={config[k]} must be {n} numbers"]
-    if any(not 0 <= v < 1 if 'drop' in k else v < 1 for v in config[k]): wrong += [f"{k}={config[k]} must be {'in [0, 1)' if 'drop' in k else 'at least 1'}"]
-if text_features == 'frozen' and (system not in BASELINES or lm == 'new'): wrong += ["text_features='frozen' is for the baselines, with an --lm= that exists"]
-if not late_streams or set(late_streams) - {'text', 'audio', 'vision'}: wrong += [f"late_streams={late_streams} may hold 'text', 'audio' and 'vision', at least one"]
+    if 'drop' in k and not all(0 <= v < 1 for v in config[k]): wrong += [f"{k}={config[k]} must be in [0, 1)"]
+    if 'drop' not in k and min(config[k], default=1) < 1: wrong += [f"{k}={config[k]} must be at least 1"]
+if text_features == 'frozen' and (system not in BASELINES or lm == 'new'):
+    wrong += ["text_features='frozen' is for the baselines, with an --lm= that exists"]
+if not late_streams or set(late_streams) - {'text', 'audio', 'vision'}:
+    wrong += [f"late_streams={late_streams} may hold 'text', 'audio' and 'vision', at least one"]
 if set(modalities) - {'audio', 'vision'}: wrong += [f"modalities={modalities} may hold 'audio' and 'vision' only"]
 if (system == 'lm') != (select == 'loss'): wrong += ["select is 'loss' for system='lm', and a metric for the others"]
 if gmra_mult < 0.1: wrong += [f"gmra_mult={gmra_mult} must be at least 0.1"]
@@ -271,8 +279,8 @@ if system == 'deepmlf' and lm not in _needed:
 
 # What both must agree on is passed on. An LM does not read the audiovisual knobs, and the AV encoder reads no text.
 SHARED = dict(lm=('corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype', 'max_steps'),
-              av=('corpus', 'data_dir', 'train_fraction', 'label', 'modalities', 'shuffle_streams', 'standardise', 'seed', 'device', 'dtype', 'max_steps',
-                  'av_width', 'av_layers', 'av_heads', 'av_len'))
+              av=('corpus', 'data_dir', 'train_fraction', 'label', 'modalities', 'shuffle_streams', 'standardise', 'seed', 'device',
+                  'dtype', 'max_steps', 'av_width', 'av_layers', 'av_heads', 'av_len'))
 FREE = ('needs out_dir data_dir device dtype resume fresh log_interval save_interval patience').split()   # may differ
 stands_on = []
 for child, need in _needed.items():
