@@ -318,6 +318,11 @@ def masked_mean(x, mask):
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1)                                      # [B,d]
 
 
+def sentence(x, mask, how):
+    """ x [B,T,D], mask [B,T] -> [B,D], a text's vector: its 'first' token, or the 'mean' of the real ones. """
+    return x[:, 0] if how == 'first' else masked_mean(x, mask)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # MSE-Adapter: pseudo tokens from one vector a modality
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapters import EncoderLayer, frames_on_tokens, grouped, last_step, masked_mean, reverse, sinusoid
+from adapters import EncoderLayer, frames_on_tokens, grouped, last_step, masked_mean, reverse, sentence, sinusoid
 from lm import ModelError, specials
 from losses import l1, mse, ordinal_loss
 
@@ -43,8 +43,7 @@ class Baseline(nn.Module):
         if lacks := [m for m in self.needs if m not in widths]:
             raise ModelError(f"system={c['system']!r} needs {' and '.join(self.needs)}, and this corpus has no {lacks[0]}: take another "
                              "corpus, or system='late' with --late_streams= of those that are there.")
-        if encoder is not None and c['max_text_len'] > encoder.max_positions:
-            raise ModelError(f"max_text_len={c['max_text_len']} is past the {encoder.max_positions} positions of this encoder: lower it.")
+        if encoder is not None: encoder.fits(c['max_text_len'])
         self.encoder, self.c = encoder, c
 
     def text(self, batch):
@@ -52,8 +51,8 @@ class Baseline(nn.Module):
         return batch['text'] if self.encoder is None else self.encoder(batch['tokens'], batch['text_mask'])
 
     def sentence(self, x, batch):
-        """ x [B,T,D] -> [B,D]: the first token, or the mean of the real ones. """
-        return x[:, 0] if self.c['text_pool'] == 'first' else masked_mean(x, batch['text_mask'])
+        """ x [B,T,D] -> [B,D], as text_pool has it. """
+        return sentence(x, batch['text_mask'], self.c['text_pool'])
 
     def run(self, batch):
         x = self.text(batch)
@@ -209,9 +208,9 @@ class Late(Baseline):
 
 class Vectors(Baseline):
     """ One vector a stream, v_m [B,d_m]: text by an LSTM, audio and video by SubNets. LF-DNN, TFN and LMF fuse these. """
-    def __init__(self, encoder, D, widths, c, text_out):
+    def __init__(self, encoder, D, widths, c):
         super().__init__(encoder, widths, c)
-        d_t, d_a, d_v = c['sub_widths']
+        (d_t, d_a, d_v), text_out = c['sub_widths'], c['text_out']
         p_t, p_a, p_v = c['sub_dropouts']
         self.text_net = Recurrent(D, d_t, text_out, p_t)
         self.audio, self.vision = SubNet(widths['audio'], d_a, p_a), SubNet(widths['vision'], d_v, p_v)
@@ -226,7 +225,7 @@ class Vectors(Baseline):
 class LFDNN(Vectors):
     """ LF-DNN, the late-fusion network of MMSA (Cambria et al. 2017): the three vectors side by side, then a Head. """
     def __init__(self, encoder, D, widths, c):
-        super().__init__(encoder, D, widths, c, c['text_out'])
+        super().__init__(encoder, D, widths, c)
         self.head = Head(sum(self.widths.values()), c['post_width'], c['dropout'])
 
     def fuse(self, x, batch): return dict(pred=self.head(torch.cat(self.vectors(x, batch), -1))[0])
@@ -236,7 +235,7 @@ class TFN(Vectors):
     """ Tensor Fusion Network (Zadeh et al. 2017, eq. 5): the outer product of [1; v_a], [1; v_v] and [1; v_t], then a Head whose
     sigmoid spans the corpus's label range (the ports' is (-3, 3) always). """
     def __init__(self, encoder, D, widths, c, label_range):
-        super().__init__(encoder, D, widths, c, c['text_out'])
+        super().__init__(encoder, D, widths, c)
         self.low, self.high = label_range
         n = 1
         for width in self.widths.values(): n *= 1 + width
@@ -252,7 +251,7 @@ class LMF(Vectors):
     """ Low-rank Multimodal Fusion (Liu et al. 2018, eq. 8): TFN's tensor meets a weight of rank R, so nobody makes it:
     y = sum_r w_r prod_m [1; v_m] F_m,r + b. Here w and b are trained; in MMSA the optimizer skips them. """
     def __init__(self, encoder, D, widths, c):
-        super().__init__(encoder, D, widths, c, c['text_out'])
+        super().__init__(encoder, D, widths, c)
         R = c['lmf_rank']
         self.factors = nn.ParameterDict({m: nn.Parameter(nn.init.xavier_normal_(torch.empty(R, 1 + d, 1))[..., 0])
                                          for m, d in self.widths.items()})                       # [R,1+d_m]

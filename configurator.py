@@ -12,7 +12,7 @@ is the costliest bug there is. int -> float is the only silent conversion. --hel
 A knob is a global without a leading underscore that holds a bool, int, float, str, None or a list of these.
 Call configure right after the knobs, before other constants: `from math import pi` would be a knob too.
 """
-import ast, difflib, math, runpy, shlex, sys, tokenize
+import ast, difflib, functools, math, runpy, shlex, sys, tokenize
 from pathlib import Path
 from types import ModuleType
 
@@ -98,6 +98,7 @@ def _comments(path):
     return comments
 
 
+@functools.cache
 def knobs_of(path):
     """ {knob: default} of a script, without running it: its literal assignments up to the first private name. """
     knobs = {}

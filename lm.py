@@ -222,6 +222,11 @@ class TextEncoder(nn.Module):
                              "take one for --lm=, such as bert-base-uncased or roberta-base.")
         self.hf.pooler = None
 
+    def fits(self, max_text_len):
+        """ Raises ModelError where a text may be longer than the encoder has positions. """
+        if max_text_len > self.max_positions:
+            raise ModelError(f"max_text_len={max_text_len} is past the {self.max_positions} positions of this encoder: lower it.")
+
     def embed(self, tokens):
         """ tokens [B,T] -> [B,T,D], positions and norm included. """
         return self.hf.embeddings(input_ids=tokens)                                              # [B,T,D]

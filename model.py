@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from adapters import CMPTA, GMRA, AVEncoder, MMBlock, MSEAdapter, frames_on_tokens, grouped, masked_mean, regularise
+from adapters import CMPTA, GMRA, AVEncoder, MMBlock, MSEAdapter, frames_on_tokens, grouped, masked_mean, regularise, sentence
 from baselines import BASELINES, build_baseline
 from data import texts_for
 from lm import FrozenLM, ModelError, empty_lm, lm_config, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm, specials, width_of
@@ -310,9 +310,7 @@ class CrossSent(nn.Module):
         if not 0 <= c['gmra_layer'] <= encoder.n_layers:
             raise ModelError(f"gmra_layer={c['gmra_layer']} must be from 1 to {encoder.n_layers}, the layers of this encoder, "
                              "or 0 for none.")
-        if c['max_text_len'] > encoder.max_positions:
-            raise ModelError(f"max_text_len={c['max_text_len']} is past the {encoder.max_positions} positions of this encoder: "
-                             "lower it.")
+        encoder.fits(c['max_text_len'])
         if c['gmra_concat'] == 'features' and c['resample'] == 'none':
             raise ModelError("gmra_concat='features' puts audio and video side by side, so both must be on the text's time "
                              "line: take another resample.")
@@ -330,8 +328,7 @@ class CrossSent(nn.Module):
             if self.gmra is not None and l + 1 == self.c['gmra_layer']: x = self.gmra(x, cues)
             x = self.encoder.layer(l, x, mask)
         with torch.autocast(x.device.type, enabled=False):
-            x = masked_mean(x.float(), mask) if self.c['text_pool'] == 'mean' else x[:, 0].float()   # [B,D]
-            return dict(pred=self.head(x)[:, 0])                                                 # [B]
+            return dict(pred=self.head(sentence(x.float(), mask, self.c['text_pool']))[:, 0])    # [B]
 
     def forward(self, batch):
         pred, label = self.predict(batch)['pred'], batch['label']

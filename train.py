@@ -356,7 +356,7 @@ step_model = torch.compile(model) if compile else model
 # Every trainable weight is in exactly one group, by name, so that a checkpoint can say whose moments it holds.
 groups = model.param_groups()
 named = {n: p for g in groups for n, p in zip(g['names'], g['params'])}
-groups = [dict(params=g['params'], weight_decay=weight_decay if g['decay'] else 0.0, scale=g.get('lr_scale', 1.0)) for g in groups]
+groups = [dict(params=g['params'], weight_decay=weight_decay if g['decay'] else 0.0, scale=g['lr_scale']) for g in groups]
 optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta_1, beta_2), eps=adam_eps)
 n_trainable = sum(p.numel() for p in named.values())
 n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

@@ -1,6 +1,6 @@
 # A GPT twice as wide as lm_toy's, for the sweep over LM sizes.
 # python train.py config/lm_toy_large.py
-# hardware: 1 CPU core, about 25 s. paper: none. ours: see results/deepmlf-4.md.
+# hardware: not yet measured. paper: none.
 system = 'lm'
 select = 'loss'
 batch_size = 64

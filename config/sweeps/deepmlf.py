@@ -1,6 +1,6 @@
 # DeepMLF's tables (Georgiou et al. 2025), sized for the toy LM of 4 layers; for the paper's corpora --config= and --corpus=.
 # python sweep.py config/sweeps/deepmlf.py --table=11
-# A row: what it is called, its knobs, what the paper has (MAE; lower is better). short: about half a minute a run on one core.
+# A row: what it is called, its knobs, what the paper has (MAE; lower is better). short is meant for half a minute a run; not yet measured.
 name = 'DeepMLF'
 config = 'config/deepmlf_toy.py'
 short = dict(epochs=5)
