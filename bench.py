@@ -1,16 +1,21 @@
 """
-How fast a system is here, and against the plain way of doing the same: training step, validation pass, peak memory, share
-of this machine's own matmul peak, and the FLOPs spent over those that the result needs.
+How fast a system is here, and against the plain way of doing the same: training step, evaluation pass, peak memory, share of
+this machine's own matmul peak, and the FLOPs spent over those that the result needs.
 
     python bench.py                                      MSE-Adapter at CH-SIMS v2's shapes, a random Llama of 8 x 512
-    python bench.py config/cmpta_simsv2.py --cmpta_width=256     another config; any knob of train.py, or of those below
-    python bench.py config/crosssent_mosei.py --shapes=mosei     CrossSent with GMRA and without: the paper's Table 4
+    python bench.py config/deepmlf_sims.py --shapes=sims     another config; any knob of train.py, or of those below
+    python bench.py config/baseline_mult.py --dataset=sims --shapes=sims
+    python bench.py config/crosssent_mosei.py --shapes=mosei --vs=without    what GMRA costs: the paper's Table 4
+    python bench.py --vs=start                           process start to first step, and conversion, by size of the corpus
+    python bench.py --vs=paper                           MSE-Adapter's weights, memory, traffic and time for LMs that are not here, by count
 
 Clips and LM are random. Widths and longest lengths are the corpus's; lengths are assumed: text lognormal with mean 15 words,
-frames uniform from a quarter to all. The plain way is what one writes first, and what MSE-Adapter's release does: text padded
-to max_text_len, frames to the longest, Hugging Face's own forward with logits for the whole sequence in float32, and
-generate() for validation. Both ways run in one process by turns, on the CPU in float32; memory is that of a process of its
-own, above the loaded model (Linux). Times are only worth something as the ratio of the two.
+frames uniform from a quarter to all. The plain way is what one writes first. For pseudo tokens, as MSE-Adapter's release: text
+padded to max_text_len, frames to the longest, Hugging Face's own forward with logits for the whole sequence in float32, and
+generate() to validate. For DeepMLF, as its release: one stream of padded text and fusion tokens with a graph from the bottom, logits
+for every slot, in evaluation too. For the others the same model on such padded batches. Texts are tokenised again in each batch.
+Both ways run in one process by turns, on the CPU in float32 (or bfloat16 by --dtype); memory is that of a process of its own,
+above the loaded model (Linux). Times are only worth something as the ratio of the two.
 """
 import ast
 import os
@@ -20,24 +25,35 @@ import sys
 import tempfile
 import time
 import zlib
+from contextlib import nullcontext
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from adapters import AVEncoder, MSEAdapter, regularise
+from baselines import build_baseline
 from configurator import configure
 from data import Feed, convert, epoch_order, open_corpus
+from eval import markdown_table
 from lm import FrozenLM, TextEncoder
-from model import CrossSent, PseudoTokenLM, build_adapter, devices
+from losses import deepmlf_loss
+from model import CrossSent, DeepMLF, PseudoTokenLM, build_adapter, devices
 from prompts import Prompt
 
 shapes = 'simsv2'              # of the clips: a row of SHAPES
-lm_shape = [8, 512, 8, 32000]  # of the random Llama: layers, width, heads, vocabulary
-large_shape = [32, 4096, 32, 32000]  # of the one whose FLOPs are counted, without a weight in memory: Llama-2-7B's
-bench_clips = 96               # clips; training steps and validation passes go through all of them
-encoder_shape = [12, 768, 12, 50265]  # CrossSent: layers, width, heads, vocabulary of the random RoBERTa: base
-warmup_rounds = 20             # CrossSent: forwards that do not count
-timed_rounds = 50              # CrossSent: forwards that do
+vs = 'plain'                   # what ours is measured against: 'plain'; 'without' GMRA; 'start': not at all, but from process start on;
+                               # 'paper': nothing is measured
+gpu = [989, 450, 50]           # 'paper': TFLOP/s in bfloat16, GB/s to the GPUs of its node, GB/s to other nodes (an H100)
+gpu_share = 0.45               # 'paper': of these TFLOP/s, what is reached
+lm_shape = []                  # of the random text model: layers, width, heads, vocabulary; []: see SIZES
+large_shape = [32, 4096, 32, 32000]  # of the Llama whose FLOPs are counted, without a weight in memory: Llama-2-7B's
+bench_clips = 1000             # clips of the random corpus
+bench_batches = 6              # of these, batches that are timed: spread over all lengths, as an epoch has them
+warmup_rounds = 20             # 'without': forwards that do not count
+timed_rounds = 50              # 'without': forwards that do
+start_clips = [1000, 16000]    # 'start': clips of the corpora, MOSEI's number last
 repeats = 5                    # timed rounds of both ways by turns, after one that does not count
 only = ''                      # for the process that bench.py starts itself: 'ours train', 'plain valid', ..
 # ---------------------------------------------------------------------------------------------------------
@@ -47,126 +63,199 @@ _block = ast.parse(_source[:_source.index('# -----')]).body
 _knobs = {n.targets[0].id: ast.literal_eval(n.value) for n in _block if isinstance(n, ast.Assign)}     # train.py's own
 _argv = [a if a.startswith('-') or os.path.exists(a) else os.path.join(_here, a) for a in sys.argv[1:]]
 if all(a.startswith('-') for a in _argv): _argv.insert(0, os.path.join(_here, 'config', 'mse_simsv2.py'))
-_own = {k: globals()[k] for k in ('shapes', 'lm_shape', 'large_shape', 'bench_clips', 'encoder_shape', 'warmup_rounds',
-                                'timed_rounds', 'repeats', 'only')}
+_own = {k: globals()[k] for k in ('shapes', 'vs', 'gpu', 'gpu_share', 'lm_shape', 'large_shape', 'bench_clips', 'bench_batches', 'warmup_rounds', 'timed_rounds', 'start_clips',
+                                'repeats', 'only')}
 c = configure(_knobs | _own | dict(__file__=__file__), _argv, echo='--only' not in ' '.join(_argv))
 SHAPES = dict(   # audio frames, width; video frames, width; label range
     mosi=(375, 5, 500, 20, 3), simsv2=(925, 25, 232, 177, 1), mosei=(500, 74, 375, 35, 3), sims=(400, 33, 55, 709, 1))
+SIZES = dict(mse=[8, 512, 8, 32000], cmpta=[8, 512, 8, 32000], deepmlf=[12, 768, 12, 50257])   # a Llama, GPT-2-base; RoBERTa-base:
+shape = c['lm_shape'] or SIZES.get(c['system'], [12, 768, 12, 50265])
 if c['shapes'] not in SHAPES: sys.exit(f"bench: shapes={c['shapes']!r} is none of {', '.join(SHAPES)}.")
-if c['system'] not in ('mse', 'cmpta', 'crosssent'): sys.exit(f"bench: system={c['system']!r} is not measured here yet: 'mse', 'cmpta' and 'crosssent' are.")
+if c['vs'] not in ('plain', 'without', 'start', 'paper'): sys.exit(f"bench: vs={c['vs']!r} is none of plain, without, start, paper.")
+if c['vs'] == 'paper' and c['system'] != 'mse': sys.exit("bench: vs='paper' counts MSE-Adapter: take one of its configs.")
+if c['vs'] == 'without' and c['system'] != 'crosssent': sys.exit("bench: vs='without' is for CrossSent, with and without its GMRA.")
+if c['system'] in ('lm', 'av'): sys.exit(f"bench: system={c['system']!r} is a step on the way and not measured: take a config of a system.")
 if c['resample'] == 'words': sys.exit("bench: the random clips have no words of their own: take another resample.")
 if c['label'] != 'label': sys.exit("bench: the random clips have a score and no classes: take a regression config.")
+if c['dtype'] not in ('auto', 'float32', 'bfloat16'): sys.exit("bench: dtype is 'float32' or 'bfloat16' here.")
+c = c | dict(train_fraction=1.0, shuffle_streams=False, standardise=True)
+autocast = lambda: torch.autocast('cpu', torch.bfloat16) if c['dtype'] == 'bfloat16' else nullcontext()
 
 
 class Words:
     """ A stand-in for a tokenizer: a token a word, a digit or two Chinese characters, its number a checksum. """
     eos_token_id, bos_token_id, pad_token_id, unk_token_id = 2, 1, None, 0
     def __init__(self, vocabulary): self.vocabulary = vocabulary
-    def __call__(self, texts, **_):
+    def __call__(self, texts, truncation=False, max_length=None, **_):
         word = lambda w: 10 + zlib.crc32(w.encode()) % (self.vocabulary - 10)
-        return {'input_ids': [[word(w) for w in re.findall(r'[A-Za-z]+|[\u4e00-\u9fff]{1,2}|[^\sA-Za-z]', t)] for t in texts]}
+        cut = max_length if truncation else None
+        return {'input_ids': [[word(w) for w in re.findall(r'[A-Za-z]+|[\u4e00-\u9fff]{1,2}|[^\sA-Za-z]', t)][:cut] for t in texts]}
     def decode(self, ids): return ''
 
 
-def llama(layers, width, heads, vocabulary):
-    """ A random Llama of this shape; its FFW is as wide as Llama-2's in proportion. """
-    from transformers import LlamaConfig, LlamaForCausalLM
+def random_lm(kind, layers, width, heads, vocabulary):
+    """ A random text model of this shape: 'gpt2', 'llama' (its FFW as wide as Llama-2's in proportion) or 'roberta'. """
+    import transformers as hf
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
+    if kind == 'gpt2': return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=1, eos_token_id=2))
+    if kind == 'roberta': return hf.RobertaModel(hf.RobertaConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+        max_position_embeddings=514, type_vocab_size=1))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=int(width * 2.6875), num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048))
 
 
-def random_corpus(folder):
-    """ Random clips of the shapes, as an M-SENA pickle that walks the usual road. """
+def random_corpus(folder, n_clips, S_a, d_a, S_v, d_v, limit):
+    """ Random clips of the shapes, as an M-SENA pickle that walks the usual road -> the corpus, and MB/s of its conversion. """
     import pickle
-    S_a, d_a, S_v, d_v, limit = SHAPES[c['shapes']]
-    rng, N, source = np.random.default_rng(0), c['bench_clips'], {}
-    for split, n in (('train', N), ('valid', N), ('test', 2)):
+    rng, source = np.random.default_rng(0), {}
+    for split, n in (('train', n_clips), ('valid', n_clips), ('test', 2)):
         n_words = np.clip(rng.lognormal(np.log(15) - 0.18, 0.6, n), 1, 100).astype(int)          # mean 15
         source[split] = dict(
             raw_text=[' '.join(''.join(rng.choice(list('abcdefghij'), 5)) for _ in range(k)) for k in n_words],
             regression_labels=rng.uniform(-limit, limit, n).round(1).astype('f4'))
         for m, S, d in (('audio', S_a, d_a), ('vision', S_v, d_v)):
             length = rng.integers(S // 4, S + 1, n)
-            x = rng.normal(size=(n, S, d)).astype('f4') * (np.arange(S) < length[:, None])[..., None]
+            x = rng.standard_normal((n, S, d), np.float32) * (np.arange(S) < length[:, None])[..., None]
             source[split] |= {m: x, m + '_lengths': length.tolist()}
-    with open(os.path.join(folder, 'random.pkl'), 'wb') as f: pickle.dump(source, f, protocol=4)
-    convert(os.path.join(folder, 'random.pkl'), os.path.join(folder, 'random'), label_range=(-limit, limit))
-    return open_corpus(os.path.join(folder, 'random'))
+    path = os.path.join(folder, 'random.pkl')
+    with open(path, 'wb') as f: pickle.dump(source, f, protocol=4)
+    since = time.perf_counter()
+    convert(path, os.path.join(folder, 'random'), label_range=(-limit, limit))
+    return open_corpus(os.path.join(folder, 'random')), os.path.getsize(path) / 1e6 / (time.perf_counter() - since)
 
 
 def build(shape):
-    """ Our model and its Feed on a random LM of a shape. """
-    lm, tokenizer = FrozenLM(llama(*shape)), Words(shape[-1])
-    prompt = Prompt(c, corpus.labels['label'], tokenizer)
-    model = PseudoTokenLM(lm, build_adapter(c, corpus.widths, lm), prompt, c)
-    return model, Feed(corpus, c, tokenizer, 'cpu', prompt)
+    """ Our model and its Feed on a random text model of a shape. """
+    tokenizer, prompt = Words(shape[-1]), None
+    if c['system'] in ('mse', 'cmpta'):
+        lm = FrozenLM(random_lm('llama', *shape))
+        prompt = Prompt(c, corpus.labels['label'], tokenizer)
+        model = PseudoTokenLM(lm, build_adapter(c, corpus.widths, lm), prompt, c)
+    elif c['system'] == 'deepmlf':
+        av = AVEncoder(corpus.widths, c['av_width'], c['av_layers'], c['av_heads'], c['av_len'], c['av_dropout'], c['av_seqaug'])
+        model = DeepMLF(FrozenLM(random_lm('gpt2', *shape)), av, c)
+    elif c['system'] == 'crosssent': model = CrossSent(TextEncoder(random_lm('roberta', *shape)), tokenizer, corpus.widths, c)
+    else:
+        frozen = c['text_features'] == 'frozen'
+        model = build_baseline(c, corpus, None if frozen else TextEncoder(random_lm('roberta', *shape)), shape[1], tokenizer)
+    feed = Feed(corpus, c | dict(text_features='tuned'), tokenizer, 'cpu', prompt)
+    if c['text_features'] == 'frozen':   # hidden states out of nowhere
+        rng = np.random.default_rng(1)
+        feed.text = {split: [rng.standard_normal((len(t), shape[1]), np.float32).astype('f2') for t in feed.tokens[split]] for split in feed.tokens}
+    return model, feed
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The plain way
 
 def fixed(split):
-    """ All batches as the release makes them, once and not timed: text padded on the left to max_text_len, frames to the
-    longest of the corpus, clips in the corpus's order. """
-    for i in range(0, c['bench_clips'], c['batch_size']):
-        yield fixed_batch(split, np.arange(i, min(i + c['batch_size'], c['bench_clips'])))
+    """ The same clips, with everything padded to the longest. Texts are tokenised here, each time. """
+    S = dict(audio=SHAPES[c['shapes']][0], vision=SHAPES[c['shapes']][2])
+    for index in batches[split]:
+        batch, T = feed(split, index), c['max_text_len']
+        Words(shape[-1])([corpus.text(split)[n] for n in index])
+        if c['system'] in ('mse', 'cmpta'):   # the text alone, padded on the left
+            first = len(model.prompt.before) + c['n_pseudo']
+            own = [batch['tokens'][b, first:batch['text_len'][b] - len(model.prompt.after)] for b in range(len(index))]
+            batch['text'] = torch.stack([F.pad(t, (T - len(t), 0)) for t in own])                # [B,T]
+        else:
+            more = T - batch['tokens'].shape[1]
+            batch['tokens'] = F.pad(batch['tokens'], (0, more))                                  # [B,T]
+            batch['text_mask'] = F.pad(batch['text_mask'], (0, more), value=False)               # [B,T]
+            if 'text' in batch: batch['text'] = F.pad(batch['text'], (0, 0, 0, more))            # [B,T,D]
+            batch['targets'] = torch.arange(len(index) * T).view(-1, T)[:, :-1][batch['text_mask'][:, 1:]]
+        for m in S:
+            batch[m] = F.pad(batch[m], (0, 0, 0, S[m] - batch[m].shape[1]))                      # [B,S,d]
+            batch[m + '_len'] = torch.full_like(batch[m + '_len'], S[m])
+            batch[m + '_mask'] = torch.ones(batch[m].shape[:2], dtype=torch.bool)
+        yield batch
 
 
-def fixed_batch(split, index):
-    batch, prompt, P, T = feed(split, index), model.prompt, c['n_pseudo'], c['max_text_len']
-    first = len(prompt.before) + P
-    own = [batch['tokens'][b, first:batch['text_len'][b] - len(prompt.after)] for b in range(len(index))]
-    batch['text'] = torch.stack([torch.nn.functional.pad(t, (T - len(t), 0)) for t in own])      # [B,50]
-    for m, S in (('audio', SHAPES[c['shapes']][0]), ('vision', SHAPES[c['shapes']][2])):
-        batch[m] = torch.nn.functional.pad(batch[m], (0, 0, 0, S - batch[m].shape[1]))
-    return batch
-
-
-def plain_prompt(model, batch):
+def plain_prompt(batch):
     embed, B = model.lm.hf.get_input_embeddings(), len(batch['text'])
-    text = embed(batch['text'])                                                                  # [B,50,D]
+    text = embed(batch['text'])                                                                  # [B,T,D]
     pseudo = model.adapter(batch, text, torch.ones(text.shape[:2], dtype=torch.bool))            # [B,P,D]
     constant = lambda ids: embed(torch.tensor(ids)).expand(B, -1, -1)
     return torch.cat([constant(model.prompt.before), pseudo, text, constant(model.prompt.after)], 1)
 
 
-def plain_loss(model, batch):
-    x = plain_prompt(model, batch)
+def plain_deepmlf(batch):
+    """ DeepMLF's release: one stream, every slot through everything. -> its loss, logits of all slots of the text included. """
+    lm, (B, T), n_f = model.lm, batch['tokens'].shape, c['n_fusion']
+    z, z_mask = model.av_encoder(batch)                                                          # [B,m,d], [B,m]
+    x = lm.embed(batch['tokens'])                                                                # [B,T,D]
+    if model.training: x = regularise(x, batch['text_len'], c['text_reg'], c['text_reg_rate'], c['text_reg_prob'], c['text_reg_draw'])
+    x = torch.cat([x, model.fusion_tokens.expand(B, -1, -1)], 1)                                 # [B,T+F,D]
+    x, rope = lm.place(x, torch.arange(T + n_f).expand(B, -1))
+    seen = F.pad(batch['text_mask'], (0, n_f), value=True)[:, None, None]                        # [B,1,1,T+F]
+    mask = seen & torch.ones(T + n_f, T + n_f, dtype=torch.bool).tril()                          # [B,1,T+F,T+F]
+    for l in range(lm.n_layers):
+        x, _ = lm.block(l, x, rope, mask=mask)
+        if str(l + 1) in model.mm_blocks: x = torch.cat(model.mm_blocks[str(l + 1)](x[:, :T], x[:, T:], z, z_mask, lm.ffw(l)), 1)
+    x = lm.final_norm(x)
+    out = model.heads(x[:, :T], x[:, T:], z, z_mask, batch['text_len'])
+    labels = batch['tokens'][:, 1:].masked_fill(~batch['text_mask'][:, 1:], -100)                # [B,T-1]
+    said = F.cross_entropy(lm.lm_head(x)[:, :T - 1].float().flatten(0, 1), labels.flatten())
+    return deepmlf_loss(out, batch['label'], model.weights)[1] + c['weight_lm'] * said
+
+
+def plain_loss(batch):
+    if c['system'] == 'deepmlf': return plain_deepmlf(batch)
+    if c['system'] not in ('mse', 'cmpta'): return model(batch)['loss']
+    x = plain_prompt(batch)
     ids = model.trie_answer[model.prompt.index(batch['label'])]                                  # [B,n]
     labels = torch.cat([torch.full(x.shape[:2], -100), ids], 1)                                  # [B,L+n]
     return model.lm.hf(inputs_embeds=torch.cat([x, model.lm.hf.get_input_embeddings()(ids)], 1), labels=labels).loss
 
 
+def plain_train():
+    for batch in fixed('train'):
+        with autocast(): loss = plain_loss(batch)
+        step(loss, 'plain')
+
+
 @torch.no_grad()
-def plain_valid(model, feed):
-    for batch in plain_batches['valid']:
-        x = plain_prompt(model, batch)
-        model.lm.hf.generate(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2]), do_sample=False, pad_token_id=0,
-                             max_new_tokens=model.trie_answer.shape[1], eos_token_id=None)
-
-
-def plain_train(model, feed):
-    for batch in plain_batches['train']: step(model, plain_loss(model, batch))
+def plain_valid():
+    for batch in fixed('valid'):
+        with autocast():
+            if c['system'] == 'deepmlf': plain_deepmlf(batch)
+            elif c['system'] not in ('mse', 'cmpta'): model.predict(batch)
+            else:
+                x = plain_prompt(batch)
+                model.lm.hf.generate(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2]), do_sample=False, pad_token_id=0,
+                                     max_new_tokens=model.trie_answer.shape[1], eos_token_id=None)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Our way: what train.py and eval.py do
 
-def step(model, loss):
+def step(loss, way='ours'):
     loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizers[way].step()
+    optimizers[way].zero_grad(set_to_none=True)
 
 
-def our_train(model, feed):
-    for index in epoch_order(feed.cost('train'), c['batch_size'], 0, 0): step(model, model(feed('train', index))['loss'])
+def our_train():
+    for index in batches['train']:
+        with autocast(): loss = model(feed('train', index) | dict(epoch=torch.tensor(1)))['loss']
+        step(loss)
 
 
 @torch.no_grad()
-def our_valid(model, feed):
-    for index in epoch_order(feed.cost('valid'), c['batch_size'], 0, None): model.predict(feed('valid', index))
+def our_valid():
+    for index in batches['valid']:
+        with autocast(): model.predict(feed('valid', index))
+
+
+def as_written(model, plain):
+    """ Hugging Face's own GELU for the plain way, in eight passes over memory; ours has the same function in one. """
+    from transformers.activations import NewGELUActivation
+    if c['system'] != 'deepmlf': return
+    for l in range(model.lm.n_layers): model.lm.part(l, 'ffw').act = NewGELUActivation() if plain else torch.nn.GELU('tanh')
+    for block in model.mm_blocks.values():
+        if c['mm_ffw'] == 'full': block.ffw.act = NewGELUActivation() if plain else torch.nn.GELU('tanh')
 
 
 WAYS = {'ours train': our_train, 'plain train': plain_train, 'ours valid': our_valid, 'plain valid': plain_valid}
@@ -174,30 +263,47 @@ WAYS = {'ours train': our_train, 'plain train': plain_train, 'ours valid': our_v
 
 def run(way):
     model.train('train' in way)
-    WAYS[way](model, feed)
+    as_written(model, way.startswith('plain'))
+    WAYS[way]()
 
 
-def needed_flops(shape, feed, prompt):
+# ---------------------------------------------------------------------------------------------------------
+# FLOPs and memory
+
+def needed_flops(shape, feed):
     """
-    What the LM has to compute for a training step on every clip, by count: matrix products on real tokens alone, forward and
-    back to the pseudo tokens (weights are frozen, so no third pass but in attention, which has two factors); of the last
-    layer keys and values of the prompt, and the rest for the tokens that are read out; logits for these. The adapter is
-    left out: 2 % more for MSE-Adapter, but at width 1024 CMPTA's BiLSTM over 925 frames costs more than a small LM.
+    What the LM and the blocks in it have to compute for a training step on every clip, by count: matrix products on real tokens
+    alone, forward, back to the first thing that is trained, and for weights that are. None for systems without a frozen LM. Left
+    out: MSE-Adapter's adapter (2 % more; at width 1024 CMPTA's BiLSTM over 925 frames costs more than a small LM), DeepMLF's AV
+    encoder, and its attention, which torch does not count on the CPU either.
     """
     layers, D, _, V = shape
-    ffw, total, n_out = int(D * 2.6875), 0.0, max(map(len, prompt.answers))
-    for split_tokens in feed.tokens['train']:
-        n = len(split_tokens) + n_out - 1
+    clips = np.concatenate(batches['train'])                                                     # [N]
+    total, n = 0.0, np.array([len(feed.tokens['train'][i]) for i in clips])                      # [N]
+    if c['system'] in ('mse', 'cmpta'):
+        # weights are frozen, so no third pass but in attention, which has two factors; of the last layer keys and values of the
+        # prompt, and the rest for the tokens that are read out; logits for these
+        ffw, n_out = int(D * 2.6875), max(map(len, feed.prompt.answers))
+        n = n + n_out - 1
         linear = (layers - 1) * n * (8 * D * D + 6 * D * ffw) + n * 4 * D * D + n_out * (4 * D * D + 6 * D * ffw + 2 * D * V)
         attention = (layers - 1) * 2 * n * n * D + 4 * n_out * n * D          # q k and p v; causal, so half of 4 n^2 D
-        total += 2 * linear + 3 * attention
-    return total
+        return float((2 * linear + 3 * attention).sum())
+    if c['system'] != 'deepmlf' or c['mm_ffw'] != 'full': return None
+    n_f, m = c['n_fusion'], np.minimum(c['av_len'], np.maximum(*(feed.corpus.lengths('train', s)[clips] for s in ('audio', 'vision'))))   # [N]
+    first = min(c['mm_layers'])
+    text, fusion = n * 24 * D * D, n_f * 24 * D * D                                              # a layer's forward
+    total = (2 * layers - first) * text + 2 * layers * fusion                                    # text: no graph below the first block
+    for l in c['mm_layers']:
+        total = total + (2 if l == first else 3) * n * 16 * D * D + 3 * n_f * 16 * D * D         # FFW: back to its weights, and its input
+        total = total + 3 * (4 * n_f * D * D + 4 * m * c['av_width'] * D)                        # GCA
+    if c['weight_lm']: total = total + 2 * (n - 1) * 2 * D * V
+    return float(total.sum())
 
 
-def spent_flops(shape, feed):
-    """ What ours spends on the LM at this shape, counted by torch on the meta device, where nothing is computed. """
+def spent_flops(shape):
+    """ What ours spends on that at this shape, counted by torch on the meta device, where nothing is computed. """
     with torch.device('meta'):
-        lm = FrozenLM(llama(*shape))
+        lm = FrozenLM(random_lm('llama', *shape))
         big = PseudoTokenLM(lm, build_adapter(c, corpus.widths, lm), feed.prompt, c)
         pseudo, first = torch.zeros(c['n_pseudo'], lm.width, requires_grad=True), len(feed.prompt.before)
     def read(batch):   # without the adapter: pseudo tokens out of nowhere, that want a gradient
@@ -205,7 +311,7 @@ def spent_flops(shape, feed):
         return torch.cat([x[:, :first], pseudo.expand(len(x), -1, -1), x[:, first + c['n_pseudo']:]], 1), batch['text_len']
     big.read = read
     with FlopCounterMode(display=False) as counter:
-        for index in epoch_order(feed.cost('train'), c['batch_size'], 0, 0):
+        for index in batches['train']:
             batch = {k: v.to('meta') for k, v in feed('train', index).items()}
             big(batch)['loss'].backward()
     return counter.get_total_flops()
@@ -226,9 +332,9 @@ def child_megabytes(only):
     return float(done.stdout.splitlines()[-1])
 
 
-def matmul_peak(n=1536):
-    """ FLOP/s of a float32 matmul here and now. """
-    a, best = torch.randn(n, n), np.inf
+def matmul_peak(dtype=torch.float32, n=1536):
+    """ FLOP/s of a matmul here and now. """
+    a, best = torch.randn(n, n).to(dtype), np.inf
     for _ in range(5):
         since = time.perf_counter(); a @ a; best = min(best, time.perf_counter() - since)
     return 2 * n ** 3 / best
@@ -239,19 +345,14 @@ def matmul_peak(n=1536):
 
 def crosssent(layer):
     """ CrossSent on a random RoBERTa; layer 0 is without GMRA. """
-    from transformers import RobertaConfig, RobertaModel
-    layers, width, heads, vocabulary = c['encoder_shape']
-    torch.manual_seed(0)
-    hf = RobertaModel(RobertaConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-                                    intermediate_size=4 * width, max_position_embeddings=514, type_vocab_size=1))
     _, d_a, _, d_v, _ = SHAPES[c['shapes']]
-    return CrossSent(TextEncoder(hf), Words(vocabulary), dict(audio=d_a, vision=d_v), c | dict(gmra_layer=layer)).to(device).eval()
+    return CrossSent(TextEncoder(random_lm('roberta', *shape)), Words(shape[-1]), dict(audio=d_a, vision=d_v), c | dict(gmra_layer=layer)).to(device).eval()
 
 
 def random_batch(B):
     S_a, d_a, S_v, d_v, _ = SHAPES[c['shapes']]
     T, full = c['max_text_len'], lambda n: torch.full((B,), n, device=device)
-    batch = dict(tokens=torch.randint(10, c['encoder_shape'][-1], (B, T), device=device), text_len=full(T), text_mask=full(T)[:, None] > torch.arange(T, device=device))
+    batch = dict(tokens=torch.randint(10, shape[-1], (B, T), device=device), text_len=full(T), text_mask=full(T)[:, None] > torch.arange(T, device=device))
     for s, S, d in (('audio', S_a, d_a), ('vision', S_v, d_v)):
         batch |= {s: torch.randn(B, S, d, device=device), s + '_len': full(S), s + '_mask': full(S)[:, None] > torch.arange(S, device=device)}
     return batch
@@ -265,7 +366,7 @@ def forward_seconds(model, batch):
     return time.perf_counter() - since
 
 
-if c['system'] == 'crosssent':
+if c['vs'] == 'without':
     device = next(d for d, is_there in devices().items() if is_there)
     if c['only']:   # the child: memory of one forward at batch 64, the weights included
         before = resident('VmRSS', reset=True)
@@ -288,7 +389,7 @@ if c['system'] == 'crosssent':
             torch.cuda.reset_peak_memory_stats(); forward_seconds(models[way].to('cuda'), batch)
             megabytes[way] = torch.cuda.max_memory_allocated() / 2 ** 20
         else: megabytes[way] = child_megabytes(layer)
-    print(f"CrossSent {c['encoder_shape']} at {c['shapes']}, {c['max_text_len']} tokens, {device}, {torch.get_num_threads()} threads, "
+    print(f"CrossSent {shape} at {c['shapes']}, {c['max_text_len']} tokens, {device}, {torch.get_num_threads()} threads, "
           f"{matmul_peak() / 1e9:.0f} GFLOP/s float32 matmul on the CPU; median of {c['timed_rounds']} after {c['warmup_rounds']}, by turns")
     for what, without, with_it, unit, paper in (
             ('parameters', count['without'] / 1e6, count['with'] / 1e6, 'M', '+7.10 %'),
@@ -298,12 +399,82 @@ if c['system'] == 'crosssent':
         print(f"  {what:22s} without {without:9.2f} {unit:7s} with {with_it:9.2f} {unit:7s} {100 * (with_it / without - 1):+6.2f} %   paper {paper}")
     sys.exit(0)
 
+# ---------------------------------------------------------------------------------------------------------
+# On paper: what a training step of MSE-Adapter takes with LMs that cannot be had here
+
+LMS = {   # layers, width, width of all keys, width of the FFW, vocabulary, is the LM head a matrix of its own; GPUs
+    'Qwen2.5-1.5B': (28, 1536, 256, 8960, 151936, False, 1), 'SmolLM2-1.7B': (24, 2048, 2048, 8192, 49152, False, 1),
+    'Llama-2-7B': (32, 4096, 4096, 11008, 32000, True, 1), 'Llama-2-70B, all GPUs share it': (80, 8192, 1024, 28672, 32000, True, 64),
+    'Llama-2-70B, each node of 8 has it': (80, 8192, 1024, 28672, 32000, True, 64)}
+
+
+def on_paper(layers, D, D_kv, ffw, V, own_head, n_gpus, in_node):
+    """ What a step of batch_size clips a GPU takes -> the cells of a table. bfloat16 weights and activations, float32 adapter. """
+    _, d_a, _, d_v, _ = SHAPES[c['shapes']]
+    with torch.device('meta'): adapter = MSEAdapter(dict(audio=d_a, vision=d_v), D, c['n_pseudo'], c['mse_width'], dict(audio=c['lstm_audio'], vision=c['lstm_vision']),
+                                                    c['msf_scales'], c['pseudo_projection'])
+    trained, tokens = sum(p.numel() for p in adapter.parameters()), 15 + c['n_pseudo'] + 60      # text, pseudo tokens, prompt and answer
+    layer = 2 * D * D + 2 * D * D_kv + 3 * D * ffw
+    weights = 2 * (layers * layer + V * D * (1 + own_head))                                      # bytes
+    # kept for going back through frozen linears: what norms, attention and the gated FFW want; or, computing again, a layer's input
+    kept = 2 * layers * (6 * D + 2 * D_kv + 3 * ffw) * tokens
+    again = 2 * layers * D * tokens + kept / layers
+    clips, share = c['batch_size'], 8 if in_node else n_gpus                                     # on a GPU; GPUs that share the weights
+    flop = clips * tokens * 4 * layers * layer                                                   # forward, and back to the pseudo tokens
+    busy = flop / (c['gpu'][0] * 1e12 * c['gpu_share'])                                          # s
+    traffic = 2 * weights * (1 - 1 / share)                                                      # gathered forward and back
+    moved = traffic / (1e9 * (c['gpu'][1] if in_node else c['gpu'][2]))                          # s
+    gb = lambda n: f'{n / 1e9:.1f} GB'
+    return [f'{trained / 1e6:.2f} M', gb(weights / share), gb(16 * trained), f'{gb(clips * kept)}, {gb(clips * again)}', f'{flop / 1e12:.0f} TFLOP, {busy:.2f} s',
+            f'{gb(traffic)}, {moved:.2f} s' if share > 1 else '-', gb(4 * trained) if n_gpus > 1 else '-']
+
+
+if c['vs'] == 'paper':
+    rows = [[f'{name} x {lm[-1]}'] + on_paper(*lm, 'node' in name) for name, lm in LMS.items()]
+    print(f"MSE-Adapter at {c['shapes']}, {c['batch_size']} clips a GPU and step, {c['gpu_share']:.0%} of {c['gpu'][0]} TFLOP/s, {c['gpu'][1]} GB/s in a node, {c['gpu'][2]} beyond\n")
+    print(markdown_table(['LM x GPUs', 'trained', 'LM a GPU', 'adapter, its gradient and moments', 'activations: kept, with checkpoint_lm', 'computing', 'gathering weights',
+                          'gradients'], rows))
+    sys.exit(0)
+
+# ---------------------------------------------------------------------------------------------------------
+# From process start to the first step: train.py on a converted corpus, system='late' on random features, until it prints a step
+
+if c['vs'] == 'start':
+    def first_line(argv, starts_with):
+        """ Seconds from starting a process to the line that starts so; it is killed there. """
+        since = time.perf_counter()
+        with subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {'PYTHONUNBUFFERED': '1'}) as p:
+            said = []
+            for line in p.stdout:
+                said.append(line)
+                if line.startswith(starts_with): p.kill(); return time.perf_counter() - since
+        sys.exit(f"bench: train.py stopped before its first step: {''.join(said)[-300:]}")
+
+    imports = np.median([first_line(['-c', "import torch, transformers, matplotlib.pyplot, safetensors.torch; print('there')"], 'there') for _ in range(3)])
+    for n in c['start_clips']:
+        with tempfile.TemporaryDirectory() as folder:
+            _, rate = random_corpus(folder, n, 50, 74, 50, 35, 3)
+            argv = [os.path.join(_here, 'train.py'), os.path.join(_here, 'config', 'baseline_late.py'), f'--corpus={folder}/random', f'--out_dir={folder}/run',
+                    '--log_interval=1', '--device=cpu']
+            took = np.median([first_line([*argv, '--fresh=True'], '  step ') for _ in range(3)])
+            print(f"{n} clips: first step {took - imports:.1f} s after imports ({imports:.1f} s), an encoder of 3 x 64 and its tokenizer made in them; "
+                  f"converted at {rate:.0f} MB/s; median of 3")
+    sys.exit(0)
+
+# ---------------------------------------------------------------------------------------------------------
+# Ours and plain by turns
 
 with tempfile.TemporaryDirectory() as _folder:
-    corpus = random_corpus(_folder)
-    model, feed = build(c['lm_shape'])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    plain_batches = {split: list(fixed(split)) for split in ('train', 'valid')}
+    corpus, _ = random_corpus(_folder, c['bench_clips'], *SHAPES[c['shapes']])
+    model, feed = build(shape)
+    batches = {}
+    for split in ('train', 'valid'):   # in the middle of each of bench_batches equal parts of what an epoch has, by cost
+        order = epoch_order(feed.cost(split), c['batch_size'], 0, None)[:c['bench_clips'] // c['batch_size'] or 1]   # full ones
+        n = min(c['bench_batches'], len(order))
+        batches[split] = [order[int((i + 0.5) * len(order) / n)] for i in range(n)]
+    n_clips = {split: sum(map(len, batches[split])) for split in batches}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizers = dict(ours=torch.optim.AdamW(trained, lr=1e-4, fused=True), plain=torch.optim.AdamW(trained, lr=1e-4))
     if c['only']:   # the child
         before = resident('VmRSS', reset=True)
         run(c['only'])
@@ -316,21 +487,23 @@ with tempfile.TemporaryDirectory() as _folder:
             since = time.perf_counter()
             run(way)
             if i: seconds[way].append(time.perf_counter() - since)
-        if i == 0: peak = matmul_peak()
+        if i == 0: peak = {d: matmul_peak(d) for d in (torch.float32, torch.bfloat16)}
     megabytes = {way: child_megabytes(way) for way in WAYS}
+    with FlopCounterMode(display=False) as counter: run('ours train')
+    spent, fast = counter.get_total_flops(), peak[torch.bfloat16 if c['dtype'] == 'bfloat16' else torch.float32]
 
-    lengths = [len(t) for t in feed.tokens['train']]
-    print(f"{c['system']} at {c['shapes']}: {c['bench_clips']} clips, batch {c['batch_size']}, random Llama {c['lm_shape']}, prompts of "
-          f"{np.mean(lengths):.0f} tokens (plain: {len(feed.prompt.before) + c['n_pseudo'] + c['max_text_len'] + len(feed.prompt.after)}); "
-          f"{torch.get_num_threads()} threads, {peak / 1e9:.0f} GFLOP/s float32 matmul")
+    print(f"{c['system']} at {c['shapes']}: {len(batches['train'])} batches of {c['batch_size']} from {c['bench_clips']} clips, random text model {shape}, texts of "
+          f"{np.mean([len(feed.tokens['train'][i]) for i in np.concatenate(batches['train'])]):.0f} tokens; {torch.get_num_threads()} threads, matmul "
+          f"{peak[torch.float32] / 1e9:.0f} GFLOP/s float32, {peak[torch.bfloat16] / 1e9:.0f} bfloat16")
     for what in ('train', 'valid'):
         t = {way: np.median(seconds[f'{way} {what}']) for way in ('ours', 'plain')}
         spread = {way: np.ptp(seconds[f'{way} {what}']) / t[way] for way in t}
         m = {way: megabytes[f'{way} {what}'] for way in t}
-        print(f"  {what}: {t['plain'] / t['ours']:.2f} x plain's speed (ours {c['bench_clips'] / t['ours']:.1f} clips/s +-{50 * spread['ours']:.0f} %, "
-              f"plain {c['bench_clips'] / t['plain']:.1f} +-{50 * spread['plain']:.0f} %; median of {c['repeats']}), peak memory above the "
-              f"model {m['ours']:.0f} MB, {100 * m['ours'] / m['plain']:.0f} % of plain's {m['plain']:.0f} MB")
-    need = needed_flops(c['lm_shape'], feed, feed.prompt)
-    print(f"  training: {100 * need / np.median(seconds['ours train']) / peak:.0f} % of the matmul peak on the FLOPs that the result needs; "
-          f"FLOPs spent over needed: {spent_flops(c['lm_shape'], feed) / need:.2f} here, "
-          f"{spent_flops(c['large_shape'], feed) / needed_flops(c['large_shape'], feed, feed.prompt):.2f} at {c['large_shape']}")
+        print(f"  {what}: {t['plain'] / t['ours']:.2f} x plain's speed (ours {n_clips[what] / t['ours']:.1f} clips/s, {1e3 * t['ours'] / len(batches[what]):.0f} ms a batch, "
+              f"+-{50 * spread['ours']:.0f} %; plain {n_clips[what] / t['plain']:.1f} +-{50 * spread['plain']:.0f} %; median of {c['repeats']}), peak memory "
+              f"above the model {m['ours']:.0f} MB, {100 * m['ours'] / m['plain']:.0f} % of plain's {m['plain']:.0f} MB")
+    took = np.median(seconds['ours train'])
+    print(f"  training: {spent / 1e9:.0f} GFLOP counted without attention's and LSTMs', {100 * spent / took / fast:.0f} % of the matmul peak")
+    if (need := needed_flops(shape, feed)):
+        large = f", {spent_flops(c['large_shape']) / needed_flops(c['large_shape'], feed):.2f} at {c['large_shape']}" if feed.prompt else ''
+        print(f"  {100 * need / took / fast:.0f} % of the peak on the {need / 1e9:.0f} GFLOP that the result needs; spent over needed: {(spent_flops(shape) if feed.prompt else spent) / need:.2f} here{large}")

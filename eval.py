@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import ranks
 from configurator import knobs_of
 from data import CorpusError, Feed, epoch_order, open_corpus
 from lm import ModelError, load_lm
@@ -275,19 +276,19 @@ def evaluate(model, feed, split, autocast=nullcontext, **how):
     """
     was_training = model.training
     model.eval()
-    got, n, loss = {}, feed.n_clips[split], 0.0
-    for index in epoch_order(feed.cost(split), feed.c['batch_size'], seed=0, epoch=None):
+    got, n, mine = {}, feed.n_clips[split], []
+    batches = epoch_order(feed.cost(split), feed.c['batch_size'], seed=0, epoch=None)
+    for first in range(0, len(batches), ranks.N_RANKS):   # torchrun: each process takes every n-th; what comes twice overwrites itself
+        index = batches[min(first + ranks.RANK, len(batches) - 1)]
         batch = feed(split, index)
         with autocast():
-            if not hasattr(model, 'predict'):
-                loss += float(model(batch)['loss']) * len(index) / n
-                continue
-            out = model.predict(batch, **how)
-        for k, v in (out | dict(label=batch['label'])).items():
-            v = v.float().cpu().numpy()                                                          # [B] or [B,K]
-            got.setdefault(k, np.zeros((n, *v.shape[1:]), np.float32))[index] = v
+            if not hasattr(model, 'predict'): out = dict(loss=model(batch)['loss'].expand(len(index)))
+            else: out = model.predict(batch, **how) | dict(label=batch['label'])
+        mine.append((index, {k: v.float().cpu().numpy() for k, v in out.items()}))                       # [B] or [B,K]
+    for index, out in (pair for theirs in ranks.gathered(mine) for pair in theirs):
+        for k, v in out.items(): got.setdefault(k, np.zeros((n, *v.shape[1:]), np.float32))[index] = v
     model.train(was_training)
-    if not got: return dict(loss=loss), {}
+    if 'loss' in got: return dict(loss=float(got['loss'].mean(dtype=np.float64))), {}
     metrics = task_metrics(got['pred'], got['label'], feed.info)
     if 'unread' in got: metrics['unread'] = _mean(got['unread'])
     return metrics, got

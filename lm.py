@@ -88,6 +88,9 @@ class FrozenLM(nn.Module):
         get, self.where = self.hf.get_submodule, where
         self.parts = {k: get(where[k]) if k in where else None for k in ('embed', 'norm', 'wpe', 'rope')}
         self.parts['layers'] = list(get(where['layers']))
+        for l, layer in enumerate(self.parts['layers'] if where['up'] else ()):
+            # Hugging Face writes GPT-2's GELU as eight passes over memory; this is the same function in one
+            if type(self.part(l, 'act')).__name__ == 'NewGELUActivation': layer.set_submodule(where['act'], nn.GELU('tanh'))
 
     @torch.no_grad()
     def _gap(self, where):
@@ -164,7 +167,8 @@ class FrozenLM(nn.Module):
 
     def final_norm(self, x): return self.parts['norm'](x)
 
-    def lm_head(self, x): return self.hf.get_output_embeddings()(x)                              # [..,V]
+    @property
+    def lm_head(self): return self.hf.get_output_embeddings()                                    # [..,D] -> [..,V]
 
     def forward(self, tokens):
         """ Text alone: tokens [B,T] -> hidden states after the final norm [B,T,D]. """
@@ -278,7 +282,8 @@ def width_of(config):
 def fingerprint(model):
     """ 16 hex digits that another LM, or this one trained again, would not have: of the first 256 values of each
     tensor, as hashing gigabytes at every start would take long. """
-    first = [p.detach().flatten()[:256].float().cpu().numpy().tobytes() for p in model.parameters()]
+    whole = lambda p: p.detach().full_tensor() if hasattr(p, 'full_tensor') else p.detach()      # of one that processes share
+    first = [whole(p).flatten()[:256].float().cpu().numpy().tobytes() for p in model.parameters()]
     return hashlib.sha256(b''.join(first)).hexdigest()[:16]
 
 

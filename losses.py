@@ -24,8 +24,8 @@ def lm_loss(hidden, batch, lm_head, chunk=1024):
 
     A target is a real token that has a token before it, so a clip of n tokens has n-1 targets, padding has none
     and the last token is not asked for an end-of-text (the release asks for the padding id there). Logits exist
-    for these positions only, `chunk` of them at a time, and are computed again in the backward pass: at GPT-2's
-    vocabulary 32 clips x 62 slots of them would be 0.4 GB, and their gradient as much again.
+    for these positions only, `chunk` of them at a time: at GPT-2's vocabulary 32 clips x 62 slots of them would be
+    0.4 GB, and their gradient as much again.
 
     hidden [B,T,D] after the LM's final norm; batch: tokens [B,T], targets [n], and while training lm_weight: the
     share of this micro-batch's targets in those of the step over its share of the clips, so that a mean over clips
@@ -38,12 +38,22 @@ def lm_loss(hidden, batch, lm_head, chunk=1024):
 
 
 def summed_cross_entropy(x, y, lm_head, chunk=1024):
-    """ The sum over rows of -log p(y): x [n,D] hidden states, y [n] tokens (-100: not asked) -> []. """
+    """ The sum over rows of -log p(y): x [n,D] hidden states, y [n] tokens (-100: not asked) -> []. Logits are kept for no
+    more than `chunk` rows. """
     def summed(x, y): return F.cross_entropy(lm_head(x).float(), y, reduction='sum')
-    if len(y) <= chunk // 8: return summed(x, y)   # as few as a batch of labels: not worth computing twice
-    parts = [checkpoint(summed, x[i:i + chunk], y[i:i + chunk], use_reentrant=False, preserve_rng_state=False)
-             for i in range(0, len(y), chunk)]
-    return torch.stack(parts).sum()
+    if len(y) <= chunk // 8: return summed(x, y)   # as few as a batch of labels
+    pieces, weight = list(zip(x.split(chunk), y.split(chunk))), getattr(lm_head, 'weight', None)     # [V,D]
+    if weight is None or weight.requires_grad:
+        return torch.stack([checkpoint(summed, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]).sum()
+    # a frozen head: only x wants a gradient, (p - one hot) W, and it is taken while the logits are there: no second time
+    total, slope = 0.0, []
+    with torch.no_grad():
+        for x_c, y_c in pieces:
+            logits, asked = lm_head(x_c).float(), (y_c >= 0)[:, None]                            # [b,V], [b,1]
+            total = total + F.cross_entropy(logits, y_c, reduction='sum')
+            p = logits.softmax(-1).scatter_add_(1, y_c.clamp(min=0)[:, None], -torch.ones_like(logits[:, :1]))
+            slope.append((asked * p).to(weight.dtype) @ weight)                                  # [b,D]
+    return total + ((x - x.detach()) * torch.cat(slope).to(x.dtype)).sum()
 
 
 def label_loss(hidden, answer, real, lm_head, weight=1.0):

@@ -3,6 +3,7 @@ What a reader runs and reads: the blocks and the models, one property a test.
 
     python -m pytest -q test_smoke.py
 """
+import itertools
 import hashlib
 import math
 import os
@@ -175,8 +176,8 @@ def test_lm_loss_is_the_mean_over_real_targets():
     target = batch['tokens'][:, 1:].masked_fill(~batch['text_mask'][:, 1:], -100)
     plain = nn.functional.cross_entropy(head(hidden)[:, :-1].reshape(-1, 60), target.reshape(-1), ignore_index=-100)
     (g,) = torch.autograd.grad(plain, hidden)
-    for chunk in (1024, 4):
-        ours = lm_loss(hidden, batch, head, chunk)
+    for chunk, trained in itertools.product((1024, 4), (True, False)):   # of a frozen head it takes the gradient on the way
+        ours = lm_loss(hidden, batch, head.requires_grad_(trained), chunk)
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(torch.autograd.grad(ours, hidden)[0], g)
     assert lm_loss(hidden, batch | dict(targets=batch['targets'][:0]), head).item() == 0.0

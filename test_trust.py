@@ -449,7 +449,7 @@ def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys)
             monkeypatch.setattr(sys, 'argv', [w + '-steps2' if w.startswith('out/') else w for w in words])
             runpy.run_path(str(HERE / words[0]), run_name='__main__')
         elif words[0] == 'bench.py':
-            small = '--bench_clips=3 --batch_size=2 --repeats=1 --lm_shape=2,32,2,500 --large_shape=2,64,2,500 --encoder_shape=2,32,2,500 --warmup_rounds=1 --timed_rounds=2'
+            small = '--bench_clips=3 --batch_size=2 --repeats=1 --lm_shape=2,32,2,500 --large_shape=2,64,2,500 --warmup_rounds=1 --timed_rounds=2'
             monkeypatch.setattr(sys, 'argv', words + small.split())
             try: runpy.run_path(str(HERE / 'bench.py'), run_name='__main__')
             except SystemExit as e: assert not e.code

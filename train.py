@@ -7,6 +7,7 @@ one of the systems that these are compared with.
     python train.py config/mse_toy_emotion.py                    another system, another task: the LM says a class
     python train.py config/deepmlf_toy.py --seed=1 --n_fusion=4  any knob below, as --knob=value
     python train.py --help                                       every knob with its default
+    torchrun --standalone --nproc_per_node=4 train.py config/..  the same run on four GPUs, or processes
 
 A run is a folder: config.json, log.jsonl, best and last .safetensors (+ .json), test.jsonl, result.json, report.md,
 curve.png. `python eval.py out/NAME` reads it. Knobs: defaults here < config file < command line; a typo stops the run.
@@ -31,8 +32,9 @@ import numpy as np
 import torch
 import transformers
 
+import ranks
 from configurator import configure, read_config
-from baselines import BASELINES
+from baselines import BASELINES, OwnLabels
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import BETTER, constant, continuation, curve_picture, evaluate, report, write_predictions
 from lm import ModelError, empty_lm
@@ -61,6 +63,8 @@ device = 'auto'               # 'auto': cuda, mps or cpu, the first that is ther
 dtype = 'auto'                # of the frozen LM and of autocast: 'auto' is bfloat16 on cuda and where float32 is too
                               # large for the memory, else float32; 'float16' for a GPU without bfloat16
 compile = False               # torch.compile the model
+shard_lm = 'off'              # with torchrun: each process holds a share of the frozen LM's layers (FSDP2), for LMs too large for a GPU:
+                              # shared by the processes of a 'node' (machine), or by 'all'
 max_steps = -1                # optimizer steps at most, here and in the runs that needs makes; -1: as epochs say
 log_interval = 10             # optimizer steps between log lines
 save_interval = 0             # optimizer steps between last checkpoints; 0: after each validation only
@@ -232,7 +236,7 @@ choices = dict(
     score_estimate=('expected', 'mode', 'median'), pseudo_projection=('released', 'full'), tgm_pool=('real', 'padded'),
     cmpta_pool=('mean', 'last', 'learned'), cmpta_align=('bi', 'one-way', 'off'), gmra_concat=('sequence', 'features'),
     gmra_start=('identity', 'random'), resample=('linear', 'mean', 'words', 'none'), text_pool=('first', 'mean'),
-    text_features=('tuned', 'frozen'))
+    text_features=('tuned', 'frozen'), shard_lm=('off', 'node', 'all'))
 at_least_1 = ('batch_size accumulate epochs patience log_interval max_text_len lm_vocab lm_width lm_layers lm_heads '
               'lm_positions av_width av_layers av_heads av_len n_fusion mm_heads lora_rank head_width n_pseudo mse_width '
               'lstm_audio lstm_vision cmpta_width cmpta_heads cmpta_layers text_out post_width lmf_rank fusion_width fusion_heads '
@@ -274,6 +278,10 @@ if system == 'deepmlf' and lm not in _needed:
     try: rehearse(config)
     except ModelError as e: stop(str(e))
 
+if shard_lm != 'off' and (ranks.N_RANKS == 1 or system not in ('deepmlf', 'mse', 'cmpta')):
+    stop("shard_lm is for a frozen LM on several processes: start it with torchrun, or leave it out.")
+ranks.start()
+
 # ---------------------------------------------------------------------------------------------------------
 # The runs that this one stands on: made here if they are not finished, beside this run
 
@@ -294,8 +302,8 @@ for child, need in _needed.items():
     if lm == child: lm = config['lm'] = folder
     if av_from == child: av_from = config['av_from'] = folder
     stands_on.append(folder)
-    finished = os.path.exists(os.path.join(folder, 'result.json'))
-    cut_off = not finished and os.path.exists(os.path.join(folder, 'last.safetensors'))
+    finished = ranks.agreed(os.path.exists(os.path.join(folder, 'result.json')))
+    cut_off = ranks.agreed(not finished and os.path.exists(os.path.join(folder, 'last.safetensors')))
     if finished:
         with open(os.path.join(folder, 'result.json'), encoding='utf-8') as f: theirs = json.load(f)
         knobs, best = _defaults | theirs['about']['knobs'], theirs['state']['best']   # a knob younger than that run has its default
@@ -335,29 +343,35 @@ autocast = lambda: torch.autocast(device, getattr(torch, dtype), enabled=dtype !
 loss_scale = 2.0 ** 10 if dtype == 'float16' else 1.0   # a power of 2, so exact: or small gradients would vanish in the LM
 
 try:
-    clips = open_corpus(corpus, data_dir)
+    with ranks.first(): clips = open_corpus(corpus, data_dir)
     for folder in stands_on:
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f: theirs = json.load(f)
         if theirs['corpus']['sha256'] != clips.sha256:
             stop(f"{folder} was trained on another file than {clips.folder} was made from: remove it, or give this run an "
                  "--out_dir in another folder.")
     torch.manual_seed(seed)
-    model, tokenizer = build(config, clips, out_dir, getattr(torch, dtype))
-    feed = Feed(clips, config, tokenizer, device, getattr(model, 'prompt', None))   # text is tokenised once, here
+    with ranks.first():
+        model, tokenizer = build(config, clips, out_dir, getattr(torch, dtype))
+        feed = Feed(clips, config, tokenizer, device, getattr(model, 'prompt', None))   # text is tokenised once, here
     majority = None if system == 'lm' else constant(clips, label, feed.clips['train'])
     if majority and select not in majority:
         stop(f"select={select!r} is no metric of the label {label!r}: it has {', '.join(majority)}.")
 except (CorpusError, ModelError) as e: stop(str(e))
 except OSError as e: stop(f"cannot write to {out_dir} ({e.strerror or e}): make room, or give another --out_dir.")
 model.to(device)
+lm_fingerprint = model.lm.fingerprint() if hasattr(model, 'lm') else feed.lm_fingerprint
+if shard_lm != 'off': ranks.shard(model.lm, shard_lm)
 says = continuation(model, tokenizer)   # what its frozen LM says before anything is trained
-step_model = torch.compile(model) if compile else model
+if ranks.N_RANKS > 1 and any(isinstance(m, (torch.nn.BatchNorm1d, OwnLabels)) for m in model.modules()):
+    stop(f"system={system!r} keeps statistics of the clips it has seen, which several processes would each have their own of: train it in one.")
 
 # Every trainable weight is in exactly one group, by name, so that a checkpoint can say whose moments it holds.
 groups = model.param_groups()
 named = {n: p for g in groups for n, p in zip(g['names'], g['params'])}
 groups = [dict(params=g['params'], weight_decay=weight_decay if g['decay'] else 0.0, scale=g['lr_scale']) for g in groups]
-optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta_1, beta_2), eps=adam_eps)
+optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta_1, beta_2), eps=adam_eps, fused=True)
+step_model = ranks.shared(model, named)
+if compile: step_model = torch.compile(step_model)
 n_trainable = sum(p.numel() for p in named.values())
 n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
@@ -398,15 +412,16 @@ about = dict(
     commit=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain')),
     versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                   transformers=transformers.__version__),
-    device=device, dtype=dtype, threads=torch.get_num_threads(), matmul_gflops=round(matmul_rate(), 1),
+    device=device, dtype=dtype, threads=torch.get_num_threads(), processes=ranks.N_RANKS, matmul_gflops=round(matmul_rate(), 1),
     corpus=dict(folder=clips.folder, sha256=clips.sha256, widths=clips.widths),
-    lm_fingerprint=model.lm.fingerprint() if hasattr(model, 'lm') else feed.lm_fingerprint)
+    lm_fingerprint=lm_fingerprint)
 
 # ---------------------------------------------------------------------------------------------------------
 # Where we are. The last checkpoint has all of it, and resuming is bitwise: the order of the clips is a function of
-# (seed, epoch), and nothing here draws from any generator but torch's.
+# (seed, epoch), and what a micro-batch draws, of (seed, step, its number), so it matters neither who trains on it nor when.
 
 state = dict(step=0, best=None, best_step=0, stale=0, seconds=0.0, done=False)
+log_path = os.path.join(out_dir, 'log.jsonl')
 if resume:
     try:
         saved, info = load_checkpoint(last_path)
@@ -423,12 +438,12 @@ if resume:
     for n, p in named.items():
         moments = {k: saved.get(f'optimizer.{n}.{k}') for k in ('step', 'exp_avg', 'exp_avg_sq')}
         optimizer.state[p] = {k: v if k == 'step' else v.to(device) for k, v in moments.items()}
-    torch.set_rng_state(saved['rng'])
-    if device == 'cuda' and 'rng_cuda' in saved: torch.cuda.set_rng_state(saved['rng_cuda'])
-    if device == 'mps' and 'rng_mps' in saved: torch.mps.set_rng_state(saved['rng_mps'])
     state = info['state'] | dict(done=info['state']['stale'] >= patience)
 
-try:
+
+def open_folder():
+    """ Makes out_dir this run's own, and returns its log, open. Lines of steps that will be run again are gone from it. """
+    global _lock
     os.makedirs(out_dir, exist_ok=True)
     if fcntl:   # gone with this process, however that ends; where there is no such lock (Windows), two runs are the user's care
         _lock = open(os.path.join(out_dir, '.lock'), 'w')
@@ -439,29 +454,30 @@ try:
     for old in ['result.json'] + (past if fresh else []):
         if os.path.exists(os.path.join(out_dir, old)): os.remove(os.path.join(out_dir, old))
     write_text(os.path.join(out_dir, 'config.json'), json.dumps(about, indent=1))
-    log_path = os.path.join(out_dir, 'log.jsonl')
     lines = open(log_path, encoding='utf-8').readlines() if resume and os.path.exists(log_path) else []
-    # entries of steps that will be run again go, and so does a line that was being written when the run was killed
+    # a line that was being written when the run was killed goes too
     lines = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= state['step']]
     write_text(log_path, ''.join(lines))
-    log_file = open(log_path, 'a', encoding='utf-8', buffering=1)
+    return open(log_path, 'a', encoding='utf-8', buffering=1)
+
+
+try: log_file = open_folder() if ranks.RANK == 0 else None
 except OSError as e: stop(f"cannot write to {out_dir} ({e.strerror}): make room, or give another --out_dir.")
 
 
 def log(**entry):
+    if ranks.RANK: return
     try: log_file.write(json.dumps(entry) + '\n')
     except OSError as e: stop(f"cannot write {log_path} ({e.strerror}): make room; --resume=True goes on from the last checkpoint.")
 
 
 def save(kind):
-    """ 'best': what evaluation needs. 'last': that, the optimizer's moments and the generators, for resuming. """
+    """ 'best': what evaluation needs. 'last': that, and the optimizer's moments, for resuming. """
+    if ranks.RANK: return
     tensors = own_tensors(model)
     if kind == 'last':
         tensors = {f'model.{k}': v for k, v in tensors.items()}
         tensors |= {f'optimizer.{n}.{k}': v for n, p in named.items() for k, v in optimizer.state.get(p, {}).items()}
-        tensors['rng'] = torch.get_rng_state()
-        if device == 'cuda': tensors['rng_cuda'] = torch.cuda.get_rng_state()
-        if device == 'mps': tensors['rng_mps'] = torch.mps.get_rng_state()
     try: save_checkpoint(best_path if kind == 'best' else last_path, tensors, dict(about=about, state=state))
     except ModelError as e: stop(str(e))
 
@@ -481,7 +497,9 @@ in_main_thread = threading.current_thread() is threading.main_thread()
 if in_main_thread: previous_handler = signal.signal(signal.SIGINT, on_interrupt)
 
 print(f"{name}: {system} on {clips.name}, {n_train} clips / ({batch_size} x {accumulate}) = {steps_per_epoch} steps an epoch, "
-      f"{n_steps} in all; {n_trainable:,} trainable and {n_frozen:,} frozen weights; {device}, {dtype}")
+      f"{n_steps} in all; {n_trainable:,} trainable and {n_frozen:,} frozen weights; {device}, {dtype}"
+      + (f", {ranks.N_RANKS} processes" if ranks.N_RANKS > 1 else ''))
+if ranks.N_RANKS > accumulate: feed.notes.append(f"{ranks.N_RANKS} processes share a step's {accumulate} micro-batches: some of them wait")
 if (weight_mpr or weight_eioi) and ramp_epochs > (n_steps - 1) // steps_per_epoch:   # epochs count from 0
     feed.notes.append(f"ramp_epochs={ramp_epochs:g} does not end within this run's epochs: the regularisers never count in full")
 if weight_mpr and mpr_gap >= np.ptp(clips.label('train', label)):
@@ -505,12 +523,19 @@ while state['step'] < n_steps and not state['done']:
     micro_batches = order[i * accumulate:(i + 1) * accumulate]      # fewer in an epoch's last step: none is dropped
     n_clips, terms = sum(map(len, micro_batches)), {}               # of this step
     n_targets = [feed.n_targets('train', index) for index in micro_batches]
-    for index, n in zip(micro_batches, n_targets):
+    rounds = range(0, len(micro_batches), ranks.N_RANKS)
+    for first in rounds:
+        k = first + ranks.RANK                                      # torchrun: each process takes every n-th
+        k, spare = (k, False) if k < len(micro_batches) else (0, True)  # who has none left does one that counts for nothing
+        index, n = micro_batches[k], n_targets[k]
         share = len(index) / n_clips                                # the gradient is a mean over clips, not batches
+        torch.manual_seed(int(hashlib.sha256(f'{seed} {state["step"]} {k}'.encode()).hexdigest()[:15], 16))
         batch = feed('train', index) | dict(ramp=torch.tensor(ramp_at(epoch)), epoch=torch.tensor(epoch),
                                             lm_weight=torch.tensor(n / max(1, sum(n_targets)) / share))   # and over tokens
-        with autocast(): out = step_model(batch)
-        (out['loss'] * share * loss_scale).backward()
+        if spare: share = 0.0
+        with ranks.unsynced(step_model, first == rounds[-1]):
+            with autocast(): out = step_model(batch)
+            (out['loss'] * share * loss_scale * ranks.N_RANKS).backward()   # the processes' gradients are averaged
         for k, v in (out['terms'] | dict(loss=out['loss'])).items(): terms[k] = terms.get(k, 0) + v.detach() * share
     if state['step'] == 0:
         idle = [n for n, p in named.items() if p.grad is None]
@@ -525,7 +550,9 @@ while state['step'] < n_steps and not state['done']:
     step = state['step'] = state['step'] + 1
     validating = i == steps_per_epoch - 1 or step == n_steps
     logging = validating or step % log_interval == 0
-    saving = validating or bool(interrupted) or (save_interval and step % save_interval == 0)
+    # several processes ask each other whether to leave when they meet anyway
+    leaving = bool(interrupted) if ranks.N_RANKS == 1 else logging and any(ranks.gathered(bool(interrupted)))
+    saving = validating or leaving or (save_interval and step % save_interval == 0)
     before = [p.detach().clone() for p in named.values()] if logging else None
     for group in optimizer.param_groups: group['lr'] = lr_at(step - 1) * group['scale']
     optimizer.step()
@@ -534,12 +561,12 @@ while state['step'] < n_steps and not state['done']:
     state['seconds'] = time.time() - started
 
     if logging or saving:   # the only places in a step that wait for the device
-        bad = {k: int(v) for k, v in first_bad.items() if math.isfinite(v)}
+        bad = {k: int(v) for theirs in ranks.gathered({k: float(v) for k, v in first_bad.items()}) for k, v in theirs.items() if math.isfinite(v)}
         if bad: stop(f"{', '.join(k for k in sorted(bad) if bad[k] == min(bad.values()))} became NaN or inf in step "
                      f"{min(bad.values())}, and nothing was saved since: lower --lr or --clip, or look for the clip that "
                      "does it; --resume=True goes on from before.")
     if logging:
-        terms = {k: float(v) for k, v in sorted(terms.items())}
+        terms = {k: float(v) for k, v in sorted(ranks.summed(terms).items())}
         norm = lambda tensors: float(torch.stack([t.detach().float().norm() for t in tensors]).norm())
         rate = line_clips / max(time.time() - line_time, 1e-9)
         log(step=step, epoch=round(step / steps_per_epoch, 3), lr=lr_at(step - 1), train=terms, grad_norm=float(grad_norm),
@@ -565,16 +592,17 @@ while state['step'] < n_steps and not state['done']:
         print(line, flush=True)
         line_time, line_clips = time.time(), 0
     if saving: save('last')
-    if saving and interrupted: stop(f"stopped at step {step} of {n_steps} and saved: --resume=True goes on.")
+    if leaving: stop(f"stopped at step {step} of {n_steps} and saved: --resume=True goes on.")
 if in_main_thread: signal.signal(signal.SIGINT, previous_handler)
-log_file.close()
+if log_file: log_file.close()
 
 # ---------------------------------------------------------------------------------------------------------
 # The end: the best checkpoint by validation reads the test set, once
 
 try:
+    ranks.gathered(None)   # nobody reads it before it is written
     put(model, load_checkpoint(best_path)[0], out_dir)
-    if system == 'lm': model.hf.save_pretrained(os.path.join(out_dir, 'hf'))
+    if system == 'lm' and ranks.RANK == 0: model.hf.save_pretrained(os.path.join(out_dir, 'hf'))
 except ModelError as e: stop(str(e))
 result = dict(about=about, state=state, n_trainable=n_trainable, n_frozen=n_frozen, clips=feed.n_clips,
               info=feed.info, ceilings=clips.meta.get('ceilings'), majority=majority,
@@ -584,10 +612,11 @@ result['test'], predictions = score('test')
 if system in ('mse', 'cmpta') and readout != 'head':
     try: result['lm_alone'], _ = evaluate(model, feed, 'test', autocast, adapter=False)   # it sees text only
     except ValueError as e: print(f"  the LM without the adapter: {e}")
-if predictions: write_predictions(out_dir, clips, predictions)
 result['seconds'] = round(time.time() - started, 1)
 try:
-    write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
-    curve_picture(out_dir, select)
-    print(report(out_dir))
+    if ranks.RANK == 0 and predictions: write_predictions(out_dir, clips, predictions)
+    if ranks.RANK == 0: write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
+    if ranks.RANK == 0: curve_picture(out_dir, select)
+    if ranks.RANK == 0: print(report(out_dir))
+    ranks.gathered(None)   # nobody leaves before it is there
 except OSError as e: stop(f"trained, but cannot write to {out_dir} ({e.strerror}): make room; --resume=True ends it.")
