@@ -5,6 +5,7 @@ What a run is worth: every metric, one checkpoint or many runs, report and compa
     python eval.py out/deepmlf_toy out/deepmlf_toy-seed1 ..   many runs: mean +- std (n), paired differences
     python eval.py out/RUN --corpus=OTHER [--modalities=text]  another corpus's test set, without training there
     python eval.py out/RUN --modalities=text,vision            its own test set, with these alone (the others arrive empty)
+    python eval.py out/RUN --clip=mine.npz                     clips of one's own; --export=FOLDER is for giving a run away: clips.py
 
 Metrics are fractions (0.8451, not 84.51) and nothing is rounded, so that means over seeds are right; nan means
 undefined, never zero. The definitions are those of the code that the field's tables come from (MMSA 2.2.1,
@@ -22,6 +23,7 @@ import torch
 
 import ranks
 from configurator import knobs_of
+from clips import ClipError, Clips, export, opinions, read_clips
 from data import CorpusError, Feed, epoch_order, open_corpus
 from lm import ModelError, load_lm
 from model import LanguageModel, build, devices, load_checkpoint, put, write_text
@@ -461,15 +463,20 @@ def confusion_picture(path, pred, label, names):
     plt.close(fig)
 
 
-def revive(folder):
+def revive(folder, without_corpus=False):
     """
     The best model of a run from its files (and from where it was trained: its corpus and LM are named as they were then), with
     corpus, model (in eval mode), predict(batch), feed(corpus, knobs) -> its Feed, and test(corpus, knobs) -> what evaluate gives on
-    the test split of a corpus. Raises EvalError, ModelError, CorpusError.
+    the test split of a corpus. without_corpus: from the run's folder alone, for clips of one's own; an LM that was exported
+    along is in the folder's lm/. Raises EvalError, ModelError, CorpusError.
     """
-    about = read_run(folder)['about']
-    c = about['knobs']
-    corpus, dtype = open_corpus(about['corpus']['folder']), getattr(torch, about['dtype'])
+    result = read_run(folder)
+    about = result['about']
+    c, facts = about['knobs'], about['corpus']
+    if without_corpus and 'streams' not in facts:
+        raise EvalError(f"{folder} is older than what --clip and --export need to know of its corpus: train it again.")
+    corpus, dtype = Clips(facts) if without_corpus else open_corpus(facts['folder']), getattr(torch, about['dtype'])
+    if c['lm'] == 'lm' and os.path.isdir(os.path.join(folder, 'lm')): c['lm'] = os.path.join(folder, 'lm')
     torch.manual_seed(c['seed'])   # a random LM (lm_init) is in no checkpoint: it is drawn again as it was
     if corpus.sha256 != about['corpus']['sha256']:
         raise EvalError(f"{corpus.folder} was made from another source file than the one that {folder} was trained on.")
@@ -492,7 +499,29 @@ def revive(folder):
     @torch.no_grad()
     def predict(batch):
         with autocast(): return model.predict(batch)
-    return SimpleNamespace(corpus=corpus, model=model.eval(), feed=feed, test=test, predict=predict)
+    @torch.no_grad()
+    def predict_each(batch, variants):   # the same texts with other audio and video: dicts of what differs in the batch
+        if not hasattr(model, 'predict_each'): return [predict(batch | v) for v in variants]
+        with autocast(): return model.predict_each(batch, variants)
+    return SimpleNamespace(corpus=corpus, model=model.eval(), feed=feed, test=test, predict=predict, predict_each=predict_each, result=result,
+                           knobs=c, info=result['info'], facts=facts, values=getattr(getattr(model, 'prompt', None), 'values', None))
+
+
+def bring_back(folder):
+    """ The best model of a run, as revive has it, and its Feed. Raises EvalError and its kin. """
+    run = revive(folder)
+    return run, run.feed(run.corpus, run.knobs)
+
+
+def own_clips(folder, path):
+    """ What a run says of clips of one's own (clips.py), and a picture of where it looks. Raises EvalError and its kin. """
+    import figures   # which reads runs, so it cannot come first
+    run = revive(folder, without_corpus=True)
+    rows, mended = read_clips(path, run.facts)
+    said, _ = opinions(run, rows)
+    feed, stem = run.feed(Clips(run.facts, rows), run.knobs | dict(train_fraction=1.0, shuffle_streams=False)), os.path.splitext(os.path.basename(path))[0]
+    for i in range(len(rows)): figures.draw_attention(run, feed, i, os.path.join(folder, 'clips'), stem + (f'-{i}' if len(rows) > 1 else ''))
+    return '\n'.join(mended + [said])
 
 
 def rerun(folder):
@@ -592,12 +621,14 @@ if __name__ == '__main__':
     _flags = dict(a[2:].partition('=')[::2] for a in sys.argv[1:] if a.startswith('--'))
     if 'help' in _flags or '-h' in _folders: print(__doc__); sys.exit(0)
     if not _folders: sys.exit(__doc__)
-    if set(_flags) - {'corpus', 'modalities'} or _flags and len(_folders) > 1:
-        sys.exit("eval: --corpus=OTHER and --modalities=text|audio|vision,.. are for one run; there are no other flags.")
+    if set(_flags) - {'corpus', 'modalities', 'clip', 'export'} or _flags and len(_folders) > 1:
+        sys.exit("eval: --corpus=OTHER, --modalities=text|audio|vision,.., --clip=FILE and --export=FOLDER are for one run; there are no other flags.")
     _only = _flags['modalities'].split(',') if 'modalities' in _flags else None
     if set(_only or ()) - {'text', 'audio', 'vision'}:
         sys.exit(f"eval: --modalities={_flags['modalities']} may hold text, audio and vision only.")
-    try: print(elsewhere(_folders[0], _flags['corpus'], _only) if 'corpus' in _flags else
+    try: print(own_clips(_folders[0], _flags['clip']) if 'clip' in _flags else
+               export(_folders[0], revive(_folders[0], without_corpus=True).result, _flags['export']) if 'export' in _flags else
+               elsewhere(_folders[0], _flags['corpus'], _only) if 'corpus' in _flags else
                deprived(_folders[0], [m for m in _only if m != 'text']) if _flags else
                rerun(_folders[0]) if len(_folders) == 1 else compare(_folders))
-    except (EvalError, CorpusError, ModelError) as e: sys.exit(f"eval: {e}")
+    except (EvalError, CorpusError, ModelError, ClipError) as e: sys.exit(f"eval: {e}")

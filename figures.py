@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data import CorpusError
-from eval import EvalError, confusion_picture, read_predictions, read_run, revive, system_of
+from eval import EvalError, bring_back, confusion_picture, read_predictions, read_run, system_of
 from lm import ModelError
 
 WIDE, HIGH = 3.35, 2.4   # inches: 85 mm, and what goes with it
@@ -231,12 +231,6 @@ def embeddings(folder, out, n_most=1000):
     save(fig, out, 'tsne')
 
 
-def bring_back(folder):
-    """ The best model of a run in eval mode with predict(batch), and its Feed. Raises EvalError and its kin. """
-    run = revive(folder)
-    return run, run.feed(run.corpus, read_run(folder)['about']['knobs'])
-
-
 def weights_of(gca, x, z, mask):
     """ Attention of a CrossAttention block from x [B,L,D] to z [B,m,d] -> [B,h,L,m]. """
     B, L, D = x.shape
@@ -284,9 +278,12 @@ def clip_number(folder, feed, clip):
 def attention(folder, out, clip=''):
     """ What one test clip is looked at by: DeepMLF's fusion tokens in each MM block, CMPTA's six directions, an encoder's last layer. """
     run, feed = bring_back(folder)
-    i = clip_number(folder, feed, clip)
-    batch = feed('test', np.array([i]))
-    views = look(run, batch)
+    draw_attention(run, feed, clip_number(folder, feed, clip), out)
+
+
+def draw_attention(run, feed, i, out, stem='attention'):
+    """ The picture of test clip i of a feed; none where the model does not attend. """
+    views = look(run, feed('test', np.array([i])))
     if not views: return
     fig, axes = canvas(len(views), 1, high=0.5 + 1.3 * len(views))
     for (ax,), (name, (w, row, column)) in zip(axes, views.items()):
@@ -298,7 +295,7 @@ def attention(folder, out, clip=''):
         fig.colorbar(picture, ax=ax, label='weight')
     text = feed.corpus.text('test')[i]
     fig.suptitle(f"{feed.corpus.id('test')[i]}: {text if text.isascii() else ''}"[:70], fontsize=7, parse_math=False)   # an id has dollars
-    save(fig, out, 'attention')
+    save(fig, out, stem)
 
 
 def tokens(folders, out, clip=''):

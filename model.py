@@ -112,6 +112,7 @@ class DeepMLF(nn.Module):
         c, lm, (B, T) = self.c, self.lm, batch['tokens'].shape
         n_f, dev, text_len = c['n_fusion'], batch['tokens'].device, batch['text_len']
         z, z_mask = self.av_encoder(batch)                                                       # [B,m,d], [B,m]
+        n = len(z) // B   # 1; or the same texts meet n audios and videos, one behind the other: then B of x_f is n B
 
         x_t = lm.embed(batch['tokens'])                                                          # [B,T,D]
         if self.training:
@@ -119,16 +120,17 @@ class DeepMLF(nn.Module):
         x_t, rope_t = lm.place(x_t, torch.arange(T, device=dev).expand(B, T))
         # right behind the last real token, or (as released) behind the padded length, whatever the text's own
         start = text_len if c['fusion_position'] == 'after' else text_len * 0 + c['max_text_len']    # [B]
-        x_f = self.fusion_tokens.to(x_t.dtype).expand(B, n_f, -1)                                # [B,F,D]
-        x_f, rope_f = lm.place(x_f, start[:, None] + torch.arange(n_f, device=dev))
+        x_f = self.fusion_tokens.to(x_t.dtype).expand(n * B, n_f, -1)                            # [B,F,D]
+        x_f, rope_f = lm.place(x_f, start.repeat(n)[:, None] + torch.arange(n_f, device=dev))
         causal = torch.ones(n_f, n_f, dtype=torch.bool, device=dev).tril()                       # [F,F]
         mask = torch.cat([batch['text_mask'][:, None].expand(B, n_f, T), causal.expand(B, n_f, n_f)], -1)
-        mask = mask[:, None]                                                                     # [B,1,F,T+F]
+        mask = mask[:, None].repeat(n, 1, 1, 1)                                                  # [B,1,F,T+F]
 
         first, graph = min(map(int, self.mm_blocks)), torch.is_grad_enabled()
         for l in range(lm.n_layers):
             with torch.set_grad_enabled(graph and l >= first):
                 x_t, text_kv = lm.block(l, x_t, rope_t)                                          # [B,T,D]
+            if n > 1: text_kv = [t.repeat(n, 1, 1, 1) for t in text_kv]                          # 2x [B,h_kv,T,D/h]
             x_f, _ = lm.block(l, x_f, rope_f, past=text_kv, mask=mask)                           # [B,F,D]
             if str(l + 1) in self.mm_blocks:
                 x_t, x_f = self.mm_blocks[str(l + 1)](x_t, x_f, z, z_mask, lm.ffw(l))
@@ -139,6 +141,7 @@ class DeepMLF(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             z_mean = masked_mean(z, z_mask)                                                      # [B,d]
             x_last = x_t[torch.arange(len(x_t), device=x_t.device), text_len - 1].float()        # [B,D]
+            x_last = x_last.repeat(len(x_f) // len(x_t), 1)                                      # [B,D]
             x_mean = x_f.float().mean(1)                                                         # [B,D]
             out = dict(pred=self.task_head(torch.cat([z_mean, x_last, x_mean], -1)))             # [B,1] each
             for k, x in (('av', z_mean), ('text', x_last), ('fusion', x_mean)):
@@ -149,6 +152,14 @@ class DeepMLF(nn.Module):
         """ pred: the task head; text, av, fusion: what each stream says by itself (text never sees audio or video,
         unless mm_query lets it). All [B]. No logits over the vocabulary are computed. """
         return self.heads(*self.streams(batch), batch['text_len'])
+
+    def predict_each(self, batch, variants):
+        """ predict for a batch with each of `variants`, dicts of other audio and video: the text goes through the LM once, as it
+        never sees them (unless mm_query lets it). -> list of what predict gives. """
+        batches = [batch | v for v in variants]
+        if 'text' in self.c['mm_query']: return [self.predict(b) for b in batches]
+        stacked = batch | {k: torch.cat([b[k] for b in batches]) for m in self.av_encoder.proj for k in (m, m + '_len', m + '_mask')}
+        return [dict(zip(out, each)) for out in [self.predict(stacked)] for each in zip(*(v.chunk(len(variants)) for v in out.values()))]
 
     def forward(self, batch):
         """ Eqs. 13-14. The LM loss reaches only the MM blocks' FFW, norm_2 and second gate: text is AV-free. """

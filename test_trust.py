@@ -426,7 +426,7 @@ def test_real_mosi_with_a_real_lm_runs(tmp_path):
 
 
 def commands(path):
-    return re.findall(r'^(?:# )?(python (?:train|eval|data|bench|sweep|figures)\.py.*)$', path.read_text(encoding='utf-8'), re.M)
+    return re.findall(r'^(?:# )?(python (?:train|eval|data|bench|sweep|figures|damage)\.py.*)$', path.read_text(encoding='utf-8'), re.M)
 
 
 def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys):
@@ -438,12 +438,13 @@ def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys)
     shutil.copytree(corpora / 'toy', tmp_path / 'data' / 'toy')
     wide = lambda d: lambda split, x: np.random.default_rng(1).normal(size=(len(x), 6, d)).astype('f4')
     a_corpus(tmp_path, 'unaligned_50', audio=wide(74), vision=wide(35), vision_lengths=lambda s, x: [6] * len(x))
+    np.savez('mine.npz', text='it was superb', audio=np.zeros((4, 12), 'f4'), vision=np.zeros((3, 16), 'f4'))
     fit = ['--lm=out/lm_toy-steps2', '--mm_layers=2,4', '--mm_heads=4']      # in the place of GPT-2-large
     ran = []
     for line in re.findall(r'^    (python .+)$', (HERE / 'README.md').read_text(encoding='utf-8'), re.M):
         words = line.split()[1:]
         if words[0] == 'train.py': train(*words[1:], '--max_steps=2', '--device=cpu', *(fit if 'config/deepmlf_mosei.py' in words else []))
-        elif words[0] in ('eval.py', 'data.py', 'figures.py', 'sweep.py'):
+        elif words[0] in ('eval.py', 'data.py', 'figures.py', 'sweep.py', 'damage.py'):
             stands_for = {'out/RUN': 'out/deepmlf_toy', 'OTHER': 'data/toy', 'data/mosi': 'data/toy', 'data/mosei': 'data/toy', 'sentence-transformers/all-mpnet-base-v2': 'out/lm_toy-steps2'}
             for real, small in stands_for.items(): words = [w.replace(real, small) for w in words]
             monkeypatch.setattr(sys, 'argv', [w + '-steps2' if w.startswith('out/') else w for w in words])

@@ -35,6 +35,7 @@ import transformers
 import ranks
 from configurator import configure, read_config
 from baselines import BASELINES, OwnLabels
+from clips import facts_of
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import BETTER, constant, continuation, curve_picture, evaluate, report, write_predictions
 from lm import ModelError, empty_lm
@@ -413,7 +414,7 @@ about = dict(
     versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                   transformers=transformers.__version__),
     device=device, dtype=dtype, threads=torch.get_num_threads(), processes=ranks.N_RANKS, matmul_gflops=round(matmul_rate(), 1),
-    corpus=dict(folder=clips.folder, sha256=clips.sha256, widths=clips.widths),
+    corpus=facts_of(clips),
     lm_fingerprint=lm_fingerprint)
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""
+Clips of one's own, through a run: what it says of them, what each modality changes, and where it looks.
+
+    python eval.py out/RUN --clip=mine.npz         arrays text (a string), audio [S,d_a], vision [S,d_v]; a modality may be left out
+    python eval.py out/RUN --clip=mine.jsonl       a line a clip: {"id": .., "text": .., "audio": [[..], ..], "vision": [[..], ..]}
+    python eval.py out/RUN --export=FOLDER         what a stranger needs of a run, and no corpus: eval.py FOLDER --clip=.. works there
+
+Features must be those that the run was trained on, frame by frame, not standardised: the run does that as it did in training.
+"""
+import json
+import os
+import shutil
+import zipfile
+
+import numpy as np
+
+from data import SPLITS, STREAMS
+from model import write_text
+
+# Public extractors by stream and width: so that a wrong width can be told by name
+FEATURES = {('audio', 74): 'COVAREP', ('audio', 33): 'librosa', ('audio', 25): 'eGeMAPS low-level descriptors', ('audio', 5): "MMSA's COVAREP selection",
+            ('vision', 35): 'Facet', ('vision', 20): "MMSA's Facet selection", ('vision', 709): 'OpenFace 2', ('vision', 177): 'OpenFace 2, a selection'}
+LARGEST_COPY = 200e6   # bytes of a local LM that an export takes along; a larger one is named in its card
+
+
+class ClipError(Exception):
+    """ A sentence for the user: what is wrong with a clip, and what to do. """
+
+
+class Clips:
+    """ Clips of one's own as a corpus: what Feed and build ask of data.Corpus, from the facts that a run has written down of
+    its corpus. All splits are these clips; labels are the middle of the range. Without clips it has the corpus's numbers. """
+    def __init__(self, facts, rows=None):
+        self.meta = dict(streams=facts['streams'], text=dict(upper_case=facts['upper_case']))
+        self.widths, self.labels, self.rows = facts['widths'], facts['labels'], rows or []
+        self.name, self.folder, self.sha256 = facts['name'], facts['folder'], facts['sha256']
+        self.n_clips = {split: len(rows) for split in SPLITS} if rows is not None else facts['clips']
+
+    def text(self, split): return [r['text'] for r in self.rows]
+
+    def id(self, split): return [r['id'] for r in self.rows]
+
+    def label(self, split, name='label'):
+        info = self.labels[name]
+        if info['kind'] == 'classes': return np.zeros(len(self.rows), np.int64)
+        return np.full(len(self.rows), sum(info['range']) / 2, np.float32)                       # [N]
+
+    def lengths(self, split, stream): return np.array([len(r[stream]) for r in self.rows])       # [N]
+
+    def frames(self, split, stream, i): return self.rows[i][stream]                              # [S,d]
+
+
+def facts_of(corpus):
+    """ What a run must know of its corpus to read a clip that is not in it: goes into config.json and every checkpoint. """
+    streams = {m: {k: s[k] for k in ('width', 'mean', 'std', 'standardised')} for m, s in corpus.meta['streams'].items()}
+    return dict(folder=corpus.folder, sha256=corpus.sha256, name=corpus.name, widths=corpus.widths, streams=streams, labels=corpus.labels,
+                clips=corpus.n_clips, upper_case=corpus.meta['text']['upper_case'])
+
+
+def read_clips(path, facts):
+    """
+    A .npz or .jsonl as rows of id, text, audio and vision (float32 [S,d], [0,d] where left out; NaN and inf become 0), and a list
+    of what was mended. Raises ClipError.
+    """
+    try:
+        if path.endswith('.npz'):
+            with np.load(path, allow_pickle=False) as f: rows = [{k: f[k] for k in f.files}]
+            rows[0] = {k: str(v) if k in ('text', 'id') else v for k, v in rows[0].items()}
+        elif path.endswith('.jsonl'):
+            with open(path, encoding='utf-8') as f: rows = [json.loads(line) for line in f if line.strip()]
+        else: raise ClipError(f"{path} is neither a .npz nor a .jsonl.")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e: raise ClipError(f"{path} cannot be read ({e}).") from None
+    if not rows: raise ClipError(f"{path} holds no clip.")
+    clips, mended = [], []
+    for n, row in enumerate(rows):
+        name = os.path.basename(path) + (f', clip {n}' if len(rows) > 1 else '')
+        if not isinstance(row, dict) or not isinstance(row.get('text', ''), str) or set(row) - {'id', 'text', *STREAMS}:
+            raise ClipError(f"{name} must hold text, audio and vision (and id), nothing else.")
+        if not {'text', *STREAMS} & set(row): raise ClipError(f"{name} has neither text, nor audio, nor vision.")
+        clip = dict(id=str(row.get('id', name)), text=row.get('text', ''))
+        for m, d in facts['widths'].items():
+            try: x = np.zeros((0, d), np.float32) if m not in row else np.asarray(row[m], np.float32)    # [S,d]
+            except (TypeError, ValueError): raise ClipError(f"{m} of {name} is no array of numbers [frames, {d}].") from None
+            if x.size == 0: x = x.reshape(0, d)
+            if x.ndim != 2 or x.shape[1] != d:
+                known = lambda width: f" ({FEATURES[m, width]})" if (m, width) in FEATURES else ''
+                own = x.shape[1] if x.ndim == 2 else None
+                raise ClipError(f"{m} of {name} is {list(x.shape)}{known(own)}, and this run was trained on frames {d} wide{known(d)}, as {facts['name']} "
+                                "has them: extract the same features.")
+            if bad := int((~np.isfinite(x)).sum()): mended.append(f"{name}: {bad} values of {m} were NaN or inf, and are 0")
+            clip[m] = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+        mended += [f"{name}: {m} is not there, and arrives empty" for m in facts['widths'] if not len(clip[m])]
+        mended += [f"{name}: {m} is a stream that this run does not know, and is left out" for m in STREAMS if m in row and m not in facts['widths']]
+        clips.append(clip)
+    return clips, mended
+
+
+def opinions(run, clips):
+    """
+    What a run (eval.revive) says of clips, as the text of a report: score or class, an interval or probabilities where it has them,
+    and how that changes when a modality is taken away. Returns the report and the prediction of each clip [N].
+    """
+    c, info = run.knobs, run.info
+    def predict(rows, modalities=c['modalities']):
+        feed = run.feed(Clips(run.facts, rows), c | dict(modalities=modalities, train_fraction=1.0, shuffle_streams=False))
+        out = [run.predict(feed('test', np.array([i]))) for i in range(len(rows))]               # one by one: nobody's padding
+        return {k: np.concatenate([o[k].float().cpu().numpy() for o in out]) for k in out[0]}    # [N] or [N,K]
+    whole, less = predict(clips), {}
+    for m in [m for m in c['modalities'] if m in run.facts['widths']]: less[m] = predict(clips, [k for k in c['modalities'] if k != m])
+    if c['system'] != 'av': less['text'] = predict([r | dict(text='') for r in clips])
+    lines = []
+    for i, clip in enumerate(clips):
+        pred, prob = whole['pred'][i], whole['prob'][i] if 'prob' in whole else None
+        if info['kind'] == 'classes':
+            k = int(pred)
+            said = f"{info['names'][k] if k >= 0 else 'no class'}"
+            if prob is not None: said += '  (' + ', '.join(f'{n} {p:.2f}' for n, p in zip(info['names'], prob)) + ')'
+            change = lambda other: f"{info['names'][int(other['pred'][i])]}" + ('' if prob is None or k < 0 else f", its probability {other['prob'][i][k] - prob[k]:+.2f}")
+        else:
+            said = f'{pred:+.2f} in [{info["range"][0]:g}, {info["range"][1]:g}]'
+            if prob is not None:   # over the labels that can be said, in ascending order
+                low, high = (np.asarray(run.values)[min(int((prob.cumsum() < q).sum()), len(prob) - 1)] for q in (0.1, 0.9))
+                said += f', 80 % of its probability in [{low:+.1f}, {high:+.1f}]'
+            else: said += f"; on its own test set it errs by {run.result['test']['mae']:.2f} on average"
+            change = lambda other: f"{other['pred'][i]:+.2f} ({other['pred'][i] - pred:+.2f})"
+        lines += [f"{clip['id']}: {said}"] + [f"  without {m}: {change(other)}" for m, other in less.items()]
+    return '\n'.join(lines), whole['pred']
+
+
+def card(result, lm_copied):
+    """ README.md of an exported run, with the header that the Hugging Face hub reads. """
+    about, c = result['about'], result['about']['knobs']
+    widths = ', '.join(f"{m} {w}" + (f" ({FEATURES[m, w]})" if (m, w) in FEATURES else '') for m, w in about['corpus']['widths'].items())
+    metrics = ', '.join(f'{k} {v:.3f}' for k, v in result['test'].items() if k in ('mae', 'corr', 'acc2_non0', 'acc7', 'acc', 'wf1'))
+    lm = 'none' if c['system'] in ('av',) else 'in lm/' if lm_copied else f"{c['lm']} (fingerprint {about['lm_fingerprint']}; not in here)"
+    base = '' if lm_copied or os.path.isdir(str(c['lm'])) or c['lm'] == 'new' else f"base_model: {c['lm']}\n"
+    return (f"---\nlibrary_name: nanomsa\ntags: [multimodal-sentiment-analysis, {c['system']}]\n{base}---\n\n# {about['name']}\n\n"
+            f"{c['system']} of nanoMSA, trained on {about['corpus']['name']} (SHA-256 {about['corpus']['sha256'][:16]}..) by\n\n    {about['command']}\n\n"
+            f"at commit {about['commit']}. Label: {c['label']}, {result['info']}. Test set of that corpus, one seed: {metrics}.\n\n"
+            f"It reads text and frames {widths or 'of nothing else'}, not standardised (config.json has its mean and std). Text model: {lm}.\n\n"
+            f"    python eval.py THIS_FOLDER --clip=mine.npz\n\nin a checkout of nanoMSA. best.safetensors holds what was trained, "
+            f"{result['n_trainable']:,} weights, and nothing of a frozen LM.\n\nWhat it was not tested on: other speakers, languages, recording conditions or feature "
+            "extractors than its corpus's.\n")
+
+
+def export(folder, result, where):
+    """ Writes what `eval.py where --clip=` needs: the checkpoint, its JSON, a card, and a small local LM or tokenizer. """
+    if os.path.exists(where) and (not os.path.isdir(where) or os.listdir(where)): raise ClipError(f"{where} is there already: give another --export.")
+    c = result['about']['knobs']
+    os.makedirs(where, exist_ok=True)
+    source = os.path.join(c['lm'], 'hf') if os.path.isdir(os.path.join(c['lm'], 'hf')) else c['lm']
+    if c['lm'] == 'new' or c['system'] == 'lm': source = os.path.join(folder, 'hf')
+    size = sum(e.stat().st_size for e in os.scandir(source)) if os.path.isdir(source) else np.inf
+    copied = c['system'] != 'av' and size < LARGEST_COPY
+    if copied: shutil.copytree(source, os.path.join(where, 'hf' if c['lm'] == 'new' or c['system'] == 'lm' else 'lm'))
+    if copied and c['lm'] != 'new' and c['system'] != 'lm': c['lm'] = 'lm'   # beside the checkpoint
+    c.update(needs=[], av_from='')
+    shutil.copy(os.path.join(folder, 'best.safetensors'), where)
+    write_text(os.path.join(where, 'result.json'), json.dumps(result, indent=1))
+    write_text(os.path.join(where, 'config.json'), json.dumps(result['about'], indent=1))
+    write_text(os.path.join(where, 'README.md'), card(result, copied))
+    return f"{where}: " + ', '.join(sorted(os.listdir(where)))

@@ -1,0 +1,139 @@
+"""
+Clips of one's own, exported runs, and damaged modalities.
+
+    python -m pytest -q test_clips.py
+"""
+import json
+import os
+import runpy
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import clips
+import damage
+import eval as evaluation
+from test_smoke import HERE
+from test_trust import curriculum, train   # noqa: F401 (curriculum is a fixture)
+
+
+def command(script, *argv):
+    """ A script as its command line would run it; raises SystemExit with its sentence. """
+    before, sys.argv = sys.argv, [script, *map(str, argv)]
+    try: runpy.run_path(str(HERE / script), run_name='__main__')
+    finally: sys.argv = before
+
+
+@pytest.fixture(scope='module')
+def run(curriculum):   # noqa: F811
+    return curriculum / 'whole'
+
+
+def mine(run, tmp_path, n=0, **changes):
+    """ Test clip n of the toy corpus as a .npz of one's own -> its path and what the run said of it in training. """
+    corpus = evaluation.revive(str(run)).corpus
+    clip = dict(text=corpus.text('test')[n]) | {m: np.array(corpus.frames('test', m, n)) for m in corpus.widths}
+    np.savez(tmp_path / 'mine.npz', **{k: v for k, v in (clip | changes).items() if v is not None})
+    ids, p = evaluation.read_predictions(str(run))
+    return tmp_path / 'mine.npz', float(p['pred'][n])
+
+
+def test_a_clip_from_outside_is_read_as_the_same_clip_of_the_corpus(run, tmp_path):
+    bare = evaluation.revive(str(run), without_corpus=True)
+    for n in range(3):
+        path, said = mine(run, tmp_path, n)
+        rows, mended = clips.read_clips(str(path), bare.facts)
+        report, pred = clips.opinions(bare, rows)
+        assert pred[0] == pytest.approx(said, abs=1e-5) and not mended
+        assert [line.split(':')[0].strip() for line in report.splitlines()] == ['mine.npz', 'without audio', 'without vision', 'without text']
+
+
+def test_an_export_needs_no_corpus_no_lm_and_no_other_folder(run, curriculum, tmp_path, monkeypatch, capsys):   # noqa: F811
+    path, said = mine(run, tmp_path)
+    command('eval.py', run, f'--export={tmp_path}/away')
+    capsys.readouterr()
+    hidden = [(curriculum / 'lm_toy', curriculum / 'hidden')]
+    for a, b in hidden: shutil.move(a, b)
+    try:
+        monkeypatch.chdir(tmp_path)
+        command('eval.py', 'away', f'--clip={path}')
+    finally:
+        for a, b in hidden: shutil.move(b, a)
+    assert f'mine.npz: {said:+.2f} in [-3, 3]' in capsys.readouterr().out
+    assert (tmp_path / 'away' / 'clips' / 'mine.png').stat().st_size > 5000
+    readme = (tmp_path / 'away' / 'README.md').read_text()
+    assert readme.startswith('---\nlibrary_name: nanomsa') and 'audio 12, vision 16' in readme and 'base_model' not in readme
+    with pytest.raises(SystemExit, match='is there already'): command('eval.py', run, f'--export={tmp_path}/away')
+
+
+def test_a_jsonl_of_clips_with_modalities_left_out(run, tmp_path, capsys):
+    rows = [dict(id='a', text='the film was awful'), dict(text='', audio=[[0.0] * 12] * 4), dict(vision=[[float('nan')] * 16] * 3)]
+    (tmp_path / 'many.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    command('eval.py', run, f'--clip={tmp_path}/many.jsonl')
+    said = capsys.readouterr().out
+    assert 'a: ' in said and 'many.jsonl, clip 2: 48 values of vision were NaN or inf, and are 0' in said and 'clip 1: vision is not there' in said
+
+
+@pytest.mark.parametrize('changes, says', [
+    (dict(audio=np.zeros((5, 33), 'f4')), r"\[5, 33\] \(librosa\), and this run was trained on frames 12 wide"),
+    (dict(vision=np.zeros(16, 'f4')), r'\[16\]'), (dict(audio=np.array(['x'])), 'no array of numbers'),
+    (dict(smell=np.zeros(3)), 'nothing else'), (dict(text=None, audio=None, vision=None, id='x'), 'neither text')])
+def test_a_wrong_clip_gets_a_sentence(changes, says, run, tmp_path):
+    path, _ = mine(run, tmp_path, **changes)
+    with pytest.raises(SystemExit, match=says): command('eval.py', run, f'--clip={path}')
+
+
+def test_files_that_are_no_clips_get_a_sentence(run, tmp_path):
+    (tmp_path / 'broken.npz').write_bytes(b'PK\x03\x04 no')
+    (tmp_path / 'broken.jsonl').write_text('{')
+    (tmp_path / 'empty.jsonl').write_text('\n')
+    np.savez(tmp_path / 'pickled.npz', text=np.array([{}], dtype=object))
+    for name in ('broken.npz', 'broken.jsonl', 'empty.jsonl', 'pickled.npz', 'gone.npz', 'clip.txt'):
+        with pytest.raises(SystemExit, match='eval: '): command('eval.py', run, f'--clip={tmp_path / name}')
+
+
+def test_one_text_pass_for_many_conditions_gives_what_each_alone_gives(run):
+    back, feed = evaluation.bring_back(str(run))
+    batch, passes = feed('test', np.arange(8)), []
+    ways = damage.conditions(('audio', 'vision'))
+    variants = [way(batch, np.linspace(0, 0.99, 8), np.random.default_rng(0)) for way in ways.values()]
+    handle = back.model.lm.parts['embed'].register_forward_hook(lambda *_: passes.append(1))
+    each = back.predict_each(batch, variants)
+    handle.remove()
+    assert len(passes) == 1 and len(each) == len(ways) == 15
+    for variant, out in zip(variants, each):
+        for k, v in back.predict(batch | variant).items(): torch.testing.assert_close(out[k], v, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(each[0]['pred'], each[-1]['pred'])
+
+
+def test_damage_as_a_table(run, capsys):
+    command('damage.py', run)
+    said = capsys.readouterr().out
+    as_it_is = json.load(open(run / 'result.json'))['test']['mae']
+    assert f'| as it is                     | {as_it_is:.3f} (n=1)' in said and 'no audio nor vision for 100%' in said
+
+
+def test_no_frames_at_all_is_what_training_calls_no_modalities(run):
+    """ Dropping both streams of every clip is the same as a feed without modalities. """
+    metrics = damage.damaged(str(run))['no audio nor vision for 100%']
+    back = evaluation.revive(str(run))
+    assert metrics['mae'] == pytest.approx(back.test(back.corpus, back.knobs | dict(modalities=[]))[0]['mae'], abs=1e-5)
+
+
+def test_other_systems_have_opinions_and_fall_too(corpora, tmp_path, capsys):
+    """ Classes with probabilities (MSE-Adapter), an encoder made from nothing (CrossSent). """
+    train('config/mse_toy_emotion.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/e', '--max_steps=2', '--device=cpu')
+    train('config/crosssent_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/c', '--max_steps=2', '--device=cpu')
+    (tmp_path / 'one.jsonl').write_text(json.dumps(dict(text='the film was superb', audio=[[0.1] * 12] * 9, vision=[[0.2] * 16] * 7)))
+    for name in 'ec':
+        command('eval.py', tmp_path / name, f'--export={tmp_path}/{name}x')
+        capsys.readouterr()
+        command('eval.py', tmp_path / f'{name}x', f'--clip={tmp_path}/one.jsonl')
+        said = capsys.readouterr().out
+        assert 'without text' in said and ('its probability' in said) == (name == 'e')
+        command('damage.py', tmp_path / name)
+        assert 'frames in random order' in capsys.readouterr().out
+    assert os.path.isdir(tmp_path / 'ex' / 'lm') and os.path.isdir(tmp_path / 'cx' / 'hf')
