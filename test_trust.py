@@ -5,6 +5,7 @@ and leaves nothing half-written, and the commands that the docs name do run.
     python -m pytest -q test_trust.py
 """
 import ast
+import hashlib
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,6 +182,65 @@ def test_real_kill_9_and_real_ctrl_c(corpora, curriculum):
     else: assert 'Traceback' not in said and '--resume=True goes on' in said
     if not (curriculum / 'signalled' / 'result.json').exists(): train(*deepmlf(corpora, curriculum, 'signalled', '--save_interval=1', '--resume=True'))
     same_run(curriculum / 'whole', curriculum / 'signalled')
+
+
+def test_the_same_seed_twice_is_the_same_run(corpora, curriculum):
+    """ Tensors of both checkpoints to the bit, and the log but for its times; with torch's own check that nothing is left to chance. """
+    try: train(*deepmlf(corpora, curriculum, 'again', '--deterministic=True'))
+    finally: torch.use_deterministic_algorithms(False)
+    same_run(curriculum / 'whole', curriculum / 'again')
+
+
+def kill_at_random(corpora, curriculum, folder, n, seed):
+    """
+    kill -9 at n random points of converting, training (saving after each step) and evaluating, each from its start to its end; then
+    the same command again, as a user would, until it is through. -> how many ended as the one that was never killed.
+    """
+    rng, survived = np.random.default_rng(seed), 0
+    source = str(corpora / 'toy-source.pkl')
+    if not os.path.exists(source):   # large enough to be killed in
+        r = np.random.default_rng(0)
+        split = lambda k: dict(raw_text=['so so'] * k, regression_labels=r.uniform(-3, 3, k).astype('f4'), audio=r.normal(size=(k, 400, 74)).astype('f4'),
+                               vision=r.normal(size=(k, 300, 35)).astype('f4'))
+        with open(source, 'wb') as f: pickle.dump(dict(train=split(300), valid=split(20), test=split(20)), f, protocol=4)
+    whole = lambda d: {str(p.relative_to(d)): fingerprint_of(p) for p in sorted(Path(d).rglob('*')) if p.is_file()}
+    def fingerprint_of(p): return hashlib.sha256(p.read_bytes()).hexdigest()
+    took, seen = {}, {}
+    def command(kind, name):
+        if kind == 'convert': return ['data.py', source, f'--name={name}']
+        if kind == 'train': return ['train.py', *deepmlf(corpora, curriculum, f'{folder.name}-{name}', '--save_interval=1')]
+        return ['eval.py', curriculum / 'whole']
+    def go(kind, name, after=None):
+        """ Runs it; killed `after` seconds -> True if it came to its end. """
+        argv = [sys.executable] + [str(HERE / a) if a.endswith('.py') and '/' not in a else str(a) for a in map(str, command(kind, name))]
+        last = curriculum / f'{folder.name}-{name}' / 'last.safetensors'
+        if kind == 'train' and last.parent.exists(): argv += ['--resume=True'] if last.exists() else ['--fresh=True']
+        process = subprocess.Popen([a.replace(str(HERE / 'config'), 'config') for a in argv], cwd=folder if kind == 'convert' else HERE, env=ENV | {'OMP_NUM_THREADS': '1'},
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try: said = process.communicate(timeout=after)[0]
+        except subprocess.TimeoutExpired: process.kill(); process.communicate(); return False
+        assert process.returncode == 0, said[-500:]
+        return True
+    def result(kind, name):
+        if kind == 'convert': return {k: v for k, v in whole(folder / 'data' / name).items() if k != 'meta.json'}
+        if kind == 'eval': return [(curriculum / 'whole' / f).read_bytes() for f in ('test.jsonl', 'result.json')]
+        same_run(curriculum / 'whole', curriculum / f'{folder.name}-{name}')
+        return True
+    for i in range(n):
+        kind = ('train', 'convert', 'eval')[i % 3]
+        if kind not in took:
+            since = time.time(); go(kind, 'never'); took[kind], seen[kind] = time.time() - since, result(kind, 'never')
+        if not go(kind, f'{seed}-{i}', after=rng.uniform(0.05, 1.0) * took[kind]): go(kind, f'{seed}-{i}')
+        assert result(kind, f'{seed}-{i}') == seen[kind], (kind, i)
+        assert not [p for p in (folder / 'data').glob('*.tmp-*')] if kind == 'convert' else True
+        survived += 1
+        print(f'  killed {kind}: survived, {survived} of {i + 1}', flush=True)
+    return survived
+
+
+def test_kill_9_anywhere(corpora, curriculum, tmp_path):
+    """ Once in converting, training and evaluating; `python test_trust.py --soak` does it 25 times. """
+    assert kill_at_random(corpora, curriculum, tmp_path, n=3, seed=0) == 3
 
 
 def test_a_full_disk_loses_nothing(corpora, curriculum, monkeypatch):
@@ -495,3 +556,24 @@ def test_only_the_allowed_packages_are_imported():
         found = set(re.findall(r'^\s*(?:import|from) (\w+)', path.read_text(encoding='utf-8'), re.M))
         assert found <= allowed | ours, (path.name, found - allowed - ours)
         assert '../shared' not in path.read_text(encoding='utf-8')
+
+
+# ---------------------------------------------------------------------------------------------------------
+# python test_trust.py --soak: the long form, about a quarter of an hour
+
+def test_soak(corpora, curriculum, tmp_path):
+    """ 25 kills, 20,000 damaged pickles, 20,000 odd flags. Only when asked for. """
+    if not os.environ.get('NANOMSA_SOAK'): pytest.skip('python test_trust.py --soak runs it')
+    from test_data import mutate_pickles
+    from test_smoke import random_flags
+    print(f'{kill_at_random(corpora, curriculum, tmp_path, n=25, seed=1)} of 25 kills survived')
+    outcomes = mutate_pickles(tmp_path, 20_000, seed=2)
+    print(f'{sum(outcomes.values())} of 20000 damaged pickles survived: {outcomes[True]} converted, {outcomes[False]} refused with a sentence')
+    random_flags(20_000, seed=3)
+    print('20000 of 20000 odd flags survived')
+
+
+if __name__ == '__main__':
+    if sys.argv[1:] != ['--soak']: sys.exit('test_trust: python test_trust.py --soak, or python -m pytest -q test_trust.py')
+    os.environ['NANOMSA_SOAK'] = '1'
+    sys.exit(pytest.main(['-q', '-s', f'{__file__}::test_soak']))

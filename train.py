@@ -64,6 +64,7 @@ device = 'auto'               # 'auto': cuda, mps or cpu, the first that is ther
 dtype = 'auto'                # of the frozen LM and of autocast: 'auto' is bfloat16 on cuda and where float32 is too
                               # large for the memory, else float32; 'float16' for a GPU without bfloat16
 compile = False               # torch.compile the model
+deterministic = False         # on a GPU: the same bits each time, at some cost (a CPU gives them anyway)
 shard_lm = 'off'              # with torchrun: each process holds a share of the frozen LM's layers (FSDP2), for LMs too large for a GPU:
                               # shared by the processes of a 'node' (machine), or by 'all'
 max_steps = -1                # optimizer steps at most, here and in the runs that needs makes; -1: as epochs say
@@ -331,6 +332,9 @@ if resume and not os.path.exists(last_path): stop(f"there is no checkpoint in {o
 # ---------------------------------------------------------------------------------------------------------
 # Corpus and model
 
+if deterministic:
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
 there = devices()
 if device == 'auto': device = next(d for d in there if there[d])
 if not there[device]: stop(f"device={device} is not there: this machine has {', '.join(d for d in there if there[d])}.")
