@@ -198,7 +198,8 @@ def main(argv):
     config = own['config'] or t.get('config') or sweep['config']
     source = knobs.get('corpus') or read_config(resolve(config), known, knobs.get('dataset')).get('corpus', known['corpus'])
     short = sweep.get('short', {}) | t.get('short', {}) if source == 'toy' else {}      # for the toy corpus
-    folder = os.path.join(own['out'], stem + ('' if source == 'toy' else '-' + os.path.splitext(os.path.basename(source))[0]))
+    corpus = os.path.splitext(os.path.basename(source))[0]
+    folder = os.path.join(own['out'], corpus)   # of every sweep's runs: what two tables ask for is trained once
     trained, tested, paper = {}, {}, {}
     for label, changes, printed in t['rows']:
         paper[label] = printed
@@ -216,7 +217,7 @@ def main(argv):
             f"commit {', '.join(sorted({c for r in rows.values() for c in r['commit']}))}.\n\n{t.get('note', '')}\n\n{drawn}\n"
     for row in rows.values():
         for why in row['failed']: words += f"\n{row['label']} failed: {why}\n"
-    where = os.path.join(own['out'], f"{os.path.basename(folder)}-{own['table']}")
+    where = os.path.join(own['out'], '-'.join([stem] + [corpus] * (source != 'toy') + [own['table']]))
     write_text(where + '.md', words)
     write_text(where + '.json', json.dumps(dict(title=f"{sweep['name']}, {t['title']}", command=argv, rows=numbers), indent=1))
     print(f"\n{words}\n{where}.md, {(time.time() - started) / 60:.1f} min")

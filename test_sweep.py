@@ -82,7 +82,7 @@ def test_a_sweep_skips_resumes_and_survives(corpora, tmp_path, capsys, monkeypat
     assert '| whole' in written and '| no video at test' in written and 'failed' in written and 'layer 9 failed: ' in written
     saved = json.loads((out / 'tiny-1.json').read_text())['rows']
     assert [len(r['test']) for r in saved] == [2, 0, 2] and saved[0]['test'][0] != saved[2]['test'][0] and saved[0]['paper'] == '.5'
-    first, whole = (next(p.parent for p in (out / 'tiny').glob(f'*-seed{s}/result.json')) for s in (0, 1))
+    first, whole = (next(p.parent for p in (out / 'toy').glob(f'*-seed{s}/result.json')) for s in (0, 1))
     before = (whole / 'result.json').stat().st_mtime_ns
     os.remove(first / 'result.json')                                                        # cut off after its last checkpoint
     sweep.main(argv)

@@ -2,7 +2,7 @@
 # python sweep.py config/sweeps/cmpta.py --table=5
 name = 'CMPTA'
 config = 'config/cmpta_toy.py'
-short = dict(epochs=5)
+short = dict(epochs=4)
 _rows = lambda align, lstm, token, other, counts: [
     ('whole', {}, align[0]), ('without temporal alignment', dict(cmpta_align='off'), align[1]), ('one-way LSTM', dict(cmpta_align='one-way'), lstm),
     ('without the CMPT adapter', dict(cmpta_attend=False), token)] + [(f'{n} tokens', dict(n_pseudo=n), counts[n]) for n in counts if n != 6] + other

@@ -2,7 +2,7 @@
 # python sweep.py config/sweeps/crosssent.py --table=9
 name = 'CrossSent'
 config = 'config/crosssent_toy.py'
-short = dict(epochs=8)
+short = dict(epochs=6)
 _parts = lambda full, mpr, eioi, gmra: [('whole', {}, full), ('without MPR', dict(weight_mpr=0.0), mpr), ('without EIOI', dict(weight_eioi=0.0), eioi), ('without GMRA', dict(gmra_layer=0), gmra)]
 tables = {
     '8': dict(title='Table 8, ordinal agreement', note='Paper: pictures of QWK; here the columns qwk of each row.', rows=[('whole', {}, ''), ('MSE alone', dict(weight_mpr=0.0, weight_eioi=0.0), '')]),
