@@ -5,6 +5,7 @@ The papers' figures, of runs of one's own.
     python figures.py out/RUN --clip=test_17              attention of this test clip (else of the first)
     python figures.py out/A out/B .. --tokens --clip=ID   CMPTA's Figure 5: one clip as the number of pseudo tokens changes
     python figures.py out/sweeps/deepmlf-figure3.json     a sweep's rows as a curve, mean and standard deviation over seeds
+    python figures.py --architecture                      the README's picture of the systems, into results/architecture.png
 
 Runs of several seeds become a band. Figures are one column wide (85 mm) and read at that size.
 """
@@ -19,9 +20,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from adapters import FFW, GMRA, AVEncoder, CrossAttention, MMBlock, MSEAdapter
 from data import CorpusError
 from eval import EvalError, bring_back, confusion_picture, read_predictions, read_run, system_of
-from lm import ModelError
+from lm import FrozenLM, ModelError, TextEncoder
+from model import CrossSent, DeepMLF, PseudoTokenLM
+from prompts import Prompt
 
 WIDE, HIGH = 3.35, 2.4   # inches: 85 mm, and what goes with it
 plt.rcParams.update({'font.size': 8, 'axes.titlesize': 8, 'legend.fontsize': 7, 'legend.frameon': False, 'savefig.dpi': 200,
@@ -319,11 +323,49 @@ def tokens(folders, out, clip=''):
     save(fig, out, 'tokens')
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The systems, drawn: a box is (class, what it gives, shape, x, y), an arrow goes from box to box by number
+
+SYSTEMS = {
+    'DeepMLF': ([(FrozenLM, 'text', '[B,T,D]', 0, 0), (AVEncoder, 'audio, video', 'Z [B,m,d]', 2, 0), (DeepMLF, 'fusion tokens', '[B,F,D]', 1, 0),
+                 (FrozenLM, 'layer l', 'x_t [B,T,D], x_f [B,F,D]', 0.5, 1), (CrossAttention, 'x_f looks at Z', '[B,F,D]', 1.5, 2), (FFW, 'every token', '[B,T+F,D]', 0.5, 3),
+                 (MMBlock, 'after some layers', 'x_t, x_f', 1.5, 4), (DeepMLF, 'task head', '[B]', 0.5, 5)],
+                [(0, 3), (2, 3), (3, 4), (1, 4), (4, 5), (5, 6), (6, 7)]),
+    'MSE-Adapter, CMPTA': ([(FrozenLM, 'text, embedded', '[B,T,D]', 0, 0), (MSEAdapter, 'or CMPTA, on audio, video', '[B,S,d_a], [B,S,d_v]', 1.5, 0),
+                            (PseudoTokenLM, 'P pseudo tokens', '[B,P,D]', 1.5, 1.5), (Prompt, 'question, pseudo tokens, text', '[B,L,D]', 0.5, 2.5),
+                            (FrozenLM, 'all layers, once', '[B,L+N,D]', 0.5, 3.75), (PseudoTokenLM, 'log p of each label', '[B,K]', 0.5, 5)],
+                           [(0, 3), (1, 2), (0, 1), (2, 3), (3, 4), (4, 5)]),
+    'CrossSent': ([(TextEncoder, 'text', '[B,T,D]', 0, 0), (GMRA, 'audio, video on tokens', '[B,T,d] each', 1.5, 0), (TextEncoder, 'layers before gmra_layer', '[B,T,D]', 0, 1.5),
+                   (GMRA, 'gate and residual', '[B,T,D]', 1, 2.75), (TextEncoder, 'the other layers', '[B,T,D]', 0.5, 3.9), (CrossSent, 'sentence vector, head', '[B]', 0.5, 5)],
+                  [(0, 2), (2, 3), (1, 3), (3, 4), (4, 5)])}
+
+
+def architecture(out):
+    """ The systems side by side, data going up; each box has the class that does it and the shape that it gives. """
+    fig, (axes,) = canvas(1, len(SYSTEMS), high=4.2, wide=3.2 * WIDE)
+    for ax, (title, (boxes, arrows)) in zip(axes, SYSTEMS.items()):
+        for a, b in arrows:
+            (x, y), (u, v) = (boxes[i][3:] for i in (a, b))
+            flat = abs(y - v) < 0.5
+            ax.annotate('', (u - (0.62 if flat else 0), v - (0 if flat else 0.36)), (x + (0.4 if flat else 0), y + (0 if flat else 0.36)),
+                        arrowprops=dict(arrowstyle='->', color='0.4', lw=1))
+        for kind, what, shape, x, y in boxes:
+            frozen = kind is FrozenLM
+            ax.text(x, y, f'{kind.__name__}\n{what}\n{shape}', ha='center', va='center', fontsize=7, linespacing=1.3,
+                    bbox=dict(boxstyle='round,pad=0.4', fc='#dfe7f3' if frozen else '#fdf0dc', ec='0.5', lw=0.8))
+        xs = [box[3] for box in boxes]
+        ax.set(xlim=(min(xs) - 0.75, max(xs) + 0.75), ylim=(-0.6, 5.6), title=title)
+        ax.axis('off')
+    fig.suptitle('blue: frozen.  yellow: trained.  letters: see the README', fontsize=7, color='0.3')
+    save(fig, out, 'architecture')
+
+
 def main(argv):
     paths = [a.rstrip('/') for a in argv if not a.startswith('--')]
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
+    if 'architecture' in flags: return architecture(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results'))
     if not paths or 'help' in flags: print(__doc__); return
-    if odd := sorted(set(flags) - {'clip', 'tokens'}): raise EvalError(f"there is no flag --{odd[0]}: there are --clip=ID and --tokens.")
+    if odd := sorted(set(flags) - {'clip', 'tokens'}): raise EvalError(f"there is no flag --{odd[0]}: there are --clip=ID, --tokens and --architecture.")
     if paths[0].endswith('.json'):
         for path in paths: sweep_curve(path)
         return
