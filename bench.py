@@ -71,13 +71,16 @@ SHAPES = dict(   # audio frames, width; video frames, width; label range
 SIZES = dict(mse=[8, 512, 8, 32000], cmpta=[8, 512, 8, 32000], deepmlf=[12, 768, 12, 50257])   # a Llama, GPT-2-base; RoBERTa-base:
 shape = c['lm_shape'] or SIZES.get(c['system'], [12, 768, 12, 50265])
 if c['shapes'] not in SHAPES: sys.exit(f"bench: shapes={c['shapes']!r} is none of {', '.join(SHAPES)}.")
-if c['vs'] not in ('plain', 'without', 'start', 'paper'): sys.exit(f"bench: vs={c['vs']!r} is none of plain, without, start, paper.")
-if c['vs'] == 'paper' and c['system'] != 'mse': sys.exit("bench: vs='paper' counts MSE-Adapter: take one of its configs.")
-if c['vs'] == 'without' and c['system'] != 'crosssent': sys.exit("bench: vs='without' is for CrossSent, with and without its GMRA.")
-if c['system'] in ('lm', 'av'): sys.exit(f"bench: system={c['system']!r} is a step on the way and not measured: take a config of a system.")
-if c['resample'] == 'words': sys.exit("bench: the random clips have no words of their own: take another resample.")
-if c['label'] != 'label': sys.exit("bench: the random clips have a score and no classes: take a regression config.")
-if c['dtype'] not in ('auto', 'float32', 'bfloat16'): sys.exit("bench: dtype is 'float32' or 'bfloat16' here.")
+wrong = [
+    (c['vs'] not in ('plain', 'without', 'start', 'paper'), f"vs={c['vs']!r} is none of plain, without, start, paper."),
+    (c['vs'] == 'paper' and c['system'] != 'mse', "vs='paper' counts MSE-Adapter: take one of its configs."),
+    (c['vs'] == 'without' and c['system'] != 'crosssent', "vs='without' is for CrossSent, with and without its GMRA."),
+    (c['system'] in ('lm', 'av'), f"system={c['system']!r} is a step on the way and not measured: take a config of a system."),
+    (c['resample'] == 'words', "the random clips have no words of their own: take another resample."),
+    (c['label'] != 'label', "the random clips have a score and no classes: take a regression config."),
+    (c['dtype'] not in ('auto', 'float32', 'bfloat16'), "dtype is 'float32' or 'bfloat16' here.")]
+for is_wrong, sentence in wrong:
+    if is_wrong: sys.exit(f'bench: {sentence}')
 c = c | dict(train_fraction=1.0, shuffle_streams=False, standardise=True)
 autocast = lambda: torch.autocast('cpu', torch.bfloat16) if c['dtype'] == 'bfloat16' else nullcontext()
 
@@ -97,7 +100,8 @@ def random_lm(kind, layers, width, heads, vocabulary):
     """ A random text model of this shape: 'gpt2', 'llama' (its FFW as wide as Llama-2's in proportion) or 'roberta'. """
     import transformers as hf
     torch.manual_seed(0)
-    if kind == 'gpt2': return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=1, eos_token_id=2))
+    if kind == 'gpt2': return hf.GPT2LMHeadModel(hf.GPT2Config(
+        vocab_size=vocabulary, n_embd=width, n_layer=layers, n_head=heads, bos_token_id=1, eos_token_id=2))
     if kind == 'roberta': return hf.RobertaModel(hf.RobertaConfig(
         vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
         max_position_embeddings=514, type_vocab_size=1))
@@ -170,7 +174,7 @@ def fixed(split):
             batch[m] = F.pad(batch[m], (0, 0, 0, S[m] - batch[m].shape[1]))                      # [B,S,d]
             batch[m + '_len'] = torch.full_like(batch[m + '_len'], S[m])
             batch[m + '_mask'] = torch.ones(batch[m].shape[:2], dtype=torch.bool)
-        yield batch
+        yield batch | dict(epoch=torch.tensor(1))
 
 
 def plain_prompt(batch):
@@ -346,15 +350,17 @@ def matmul_peak(dtype=torch.float32, n=1536):
 def crosssent(layer):
     """ CrossSent on a random RoBERTa; layer 0 is without GMRA. """
     _, d_a, _, d_v, _ = SHAPES[c['shapes']]
-    return CrossSent(TextEncoder(random_lm('roberta', *shape)), Words(shape[-1]), dict(audio=d_a, vision=d_v), c | dict(gmra_layer=layer)).to(device).eval()
+    encoder = TextEncoder(random_lm('roberta', *shape))
+    return CrossSent(encoder, Words(shape[-1]), dict(audio=d_a, vision=d_v), c | dict(gmra_layer=layer)).to(device).eval()
 
 
 def random_batch(B):
     S_a, d_a, S_v, d_v, _ = SHAPES[c['shapes']]
     T, full = c['max_text_len'], lambda n: torch.full((B,), n, device=device)
-    batch = dict(tokens=torch.randint(10, shape[-1], (B, T), device=device), text_len=full(T), text_mask=full(T)[:, None] > torch.arange(T, device=device))
+    everything = lambda n: torch.ones(B, n, dtype=torch.bool, device=device)
+    batch = dict(tokens=torch.randint(10, shape[-1], (B, T), device=device), text_len=full(T), text_mask=everything(T))
     for s, S, d in (('audio', S_a, d_a), ('vision', S_v, d_v)):
-        batch |= {s: torch.randn(B, S, d, device=device), s + '_len': full(S), s + '_mask': full(S)[:, None] > torch.arange(S, device=device)}
+        batch |= {s: torch.randn(B, S, d, device=device), s + '_len': full(S), s + '_mask': everything(S)}
     return batch
 
 
@@ -411,8 +417,9 @@ LMS = {   # layers, width, width of all keys, width of the FFW, vocabulary, is t
 def on_paper(layers, D, D_kv, ffw, V, own_head, n_gpus, in_node):
     """ What a step of batch_size clips a GPU takes -> the cells of a table. bfloat16 weights and activations, float32 adapter. """
     _, d_a, _, d_v, _ = SHAPES[c['shapes']]
-    with torch.device('meta'): adapter = MSEAdapter(dict(audio=d_a, vision=d_v), D, c['n_pseudo'], c['mse_width'], dict(audio=c['lstm_audio'], vision=c['lstm_vision']),
-                                                    c['msf_scales'], c['pseudo_projection'])
+    lstm = dict(audio=c['lstm_audio'], vision=c['lstm_vision'])
+    with torch.device('meta'):
+        adapter = MSEAdapter(dict(audio=d_a, vision=d_v), D, c['n_pseudo'], c['mse_width'], lstm, c['msf_scales'], c['pseudo_projection'])
     trained, tokens = sum(p.numel() for p in adapter.parameters()), 15 + c['n_pseudo'] + 60      # text, pseudo tokens, prompt and answer
     layer = 2 * D * D + 2 * D * D_kv + 3 * D * ffw
     weights = 2 * (layers * layer + V * D * (1 + own_head))                                      # bytes
@@ -425,15 +432,16 @@ def on_paper(layers, D, D_kv, ffw, V, own_head, n_gpus, in_node):
     traffic = 2 * weights * (1 - 1 / share)                                                      # gathered forward and back
     moved = traffic / (1e9 * (c['gpu'][1] if in_node else c['gpu'][2]))                          # s
     gb = lambda n: f'{n / 1e9:.1f} GB'
-    return [f'{trained / 1e6:.2f} M', gb(weights / share), gb(16 * trained), f'{gb(clips * kept)}, {gb(clips * again)}', f'{flop / 1e12:.0f} TFLOP, {busy:.2f} s',
-            f'{gb(traffic)}, {moved:.2f} s' if share > 1 else '-', gb(4 * trained) if n_gpus > 1 else '-']
+    return [f'{trained / 1e6:.2f} M', gb(weights / share), gb(16 * trained), f'{gb(clips * kept)}, {gb(clips * again)}',
+            f'{flop / 1e12:.0f} TFLOP, {busy:.2f} s', f'{gb(traffic)}, {moved:.2f} s' if share > 1 else '-', gb(4 * trained) if n_gpus > 1 else '-']
 
 
 if c['vs'] == 'paper':
     rows = [[f'{name} x {lm[-1]}'] + on_paper(*lm, 'node' in name) for name, lm in LMS.items()]
-    print(f"MSE-Adapter at {c['shapes']}, {c['batch_size']} clips a GPU and step, {c['gpu_share']:.0%} of {c['gpu'][0]} TFLOP/s, {c['gpu'][1]} GB/s in a node, {c['gpu'][2]} beyond\n")
-    print(markdown_table(['LM x GPUs', 'trained', 'LM a GPU', 'adapter, its gradient and moments', 'activations: kept, with checkpoint_lm', 'computing', 'gathering weights',
-                          'gradients'], rows))
+    print(f"MSE-Adapter at {c['shapes']}, {c['batch_size']} clips a GPU and step, {c['gpu_share']:.0%} of {c['gpu'][0]} TFLOP/s, "
+          f"{c['gpu'][1]} GB/s in a node, {c['gpu'][2]} beyond\n")
+    print(markdown_table(['LM x GPUs', 'trained', 'LM a GPU', 'adapter, its gradient and moments', 'activations: kept, with checkpoint_lm', 'computing',
+                          'gathering weights', 'gradients'], rows))
     sys.exit(0)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -443,22 +451,23 @@ if c['vs'] == 'start':
     def first_line(argv, starts_with):
         """ Seconds from starting a process to the line that starts so; it is killed there. """
         since = time.perf_counter()
-        with subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {'PYTHONUNBUFFERED': '1'}) as p:
-            said = []
+        env, said = os.environ | {'PYTHONUNBUFFERED': '1'}, []
+        with subprocess.Popen([sys.executable, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
             for line in p.stdout:
                 said.append(line)
                 if line.startswith(starts_with): p.kill(); return time.perf_counter() - since
         sys.exit(f"bench: train.py stopped before its first step: {''.join(said)[-300:]}")
 
-    imports = np.median([first_line(['-c', "import torch, transformers, matplotlib.pyplot, safetensors.torch; print('there')"], 'there') for _ in range(3)])
+    imports = ['-c', "import torch, transformers, matplotlib.pyplot, safetensors.torch; print('there')"]
+    imports = np.median([first_line(imports, 'there') for _ in range(3)])
     for n in c['start_clips']:
         with tempfile.TemporaryDirectory() as folder:
             _, rate = random_corpus(folder, n, 50, 74, 50, 35, 3)
-            argv = [os.path.join(_here, 'train.py'), os.path.join(_here, 'config', 'baseline_late.py'), f'--corpus={folder}/random', f'--out_dir={folder}/run',
-                    '--log_interval=1', '--device=cpu']
+            argv = [os.path.join(_here, 'train.py'), os.path.join(_here, 'config', 'baseline_late.py'), f'--corpus={folder}/random',
+                    f'--out_dir={folder}/run', '--log_interval=1', '--device=cpu']
             took = np.median([first_line([*argv, '--fresh=True'], '  step ') for _ in range(3)])
-            print(f"{n} clips: first step {took - imports:.1f} s after imports ({imports:.1f} s), an encoder of 3 x 64 and its tokenizer made in them; "
-                  f"converted at {rate:.0f} MB/s; median of 3")
+            print(f"{n} clips: first step {took - imports:.1f} s after imports ({imports:.1f} s), an encoder of 3 x 64 and its tokenizer made in "
+                  f"them; converted at {rate:.0f} MB/s; median of 3")
     sys.exit(0)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -492,18 +501,22 @@ with tempfile.TemporaryDirectory() as _folder:
     with FlopCounterMode(display=False) as counter: run('ours train')
     spent, fast = counter.get_total_flops(), peak[torch.bfloat16 if c['dtype'] == 'bfloat16' else torch.float32]
 
-    print(f"{c['system']} at {c['shapes']}: {len(batches['train'])} batches of {c['batch_size']} from {c['bench_clips']} clips, random text model {shape}, texts of "
-          f"{np.mean([len(feed.tokens['train'][i]) for i in np.concatenate(batches['train'])]):.0f} tokens; {torch.get_num_threads()} threads, matmul "
+    n_tokens = np.mean([len(feed.tokens['train'][i]) for i in np.concatenate(batches['train'])])
+    print(f"{c['system']} at {c['shapes']}: {len(batches['train'])} batches of {c['batch_size']} from {c['bench_clips']} clips, random text "
+          f"model {shape}, texts of {n_tokens:.0f} tokens; {torch.get_num_threads()} threads, matmul "
           f"{peak[torch.float32] / 1e9:.0f} GFLOP/s float32, {peak[torch.bfloat16] / 1e9:.0f} bfloat16")
     for what in ('train', 'valid'):
         t = {way: np.median(seconds[f'{way} {what}']) for way in ('ours', 'plain')}
         spread = {way: np.ptp(seconds[f'{way} {what}']) / t[way] for way in t}
         m = {way: megabytes[f'{way} {what}'] for way in t}
-        print(f"  {what}: {t['plain'] / t['ours']:.2f} x plain's speed (ours {n_clips[what] / t['ours']:.1f} clips/s, {1e3 * t['ours'] / len(batches[what]):.0f} ms a batch, "
-              f"+-{50 * spread['ours']:.0f} %; plain {n_clips[what] / t['plain']:.1f} +-{50 * spread['plain']:.0f} %; median of {c['repeats']}), peak memory "
+        print(f"  {what}: {t['plain'] / t['ours']:.2f} x plain's speed (ours {n_clips[what] / t['ours']:.1f} clips/s, "
+              f"{1e3 * t['ours'] / len(batches[what]):.0f} ms a batch, +-{50 * spread['ours']:.0f} %; plain {n_clips[what] / t['plain']:.1f} "
+              f"+-{50 * spread['plain']:.0f} %; median of {c['repeats']}), peak memory "
               f"above the model {m['ours']:.0f} MB, {100 * m['ours'] / m['plain']:.0f} % of plain's {m['plain']:.0f} MB")
     took = np.median(seconds['ours train'])
     print(f"  training: {spent / 1e9:.0f} GFLOP counted without attention's and LSTMs', {100 * spent / took / fast:.0f} % of the matmul peak")
     if (need := needed_flops(shape, feed)):
+        lm_spent = spent_flops(shape) if feed.prompt else spent
         large = f", {spent_flops(c['large_shape']) / needed_flops(c['large_shape'], feed):.2f} at {c['large_shape']}" if feed.prompt else ''
-        print(f"  {100 * need / took / fast:.0f} % of the peak on the {need / 1e9:.0f} GFLOP that the result needs; spent over needed: {(spent_flops(shape) if feed.prompt else spent) / need:.2f} here{large}")
+        print(f"  {100 * need / took / fast:.0f} % of the peak on the {need / 1e9:.0f} GFLOP that the result needs; spent over needed: "
+              f"{lm_spent / need:.2f} here{large}")

@@ -18,8 +18,9 @@ from data import SPLITS, STREAMS
 from model import write_text
 
 # Public extractors by stream and width: so that a wrong width can be told by name
-FEATURES = {('audio', 74): 'COVAREP', ('audio', 33): 'librosa', ('audio', 25): 'eGeMAPS low-level descriptors', ('audio', 5): "MMSA's COVAREP selection",
-            ('vision', 35): 'Facet', ('vision', 20): "MMSA's Facet selection", ('vision', 709): 'OpenFace 2', ('vision', 177): 'OpenFace 2, a selection'}
+FEATURES = {('audio', 74): 'COVAREP', ('audio', 33): 'librosa', ('audio', 25): 'eGeMAPS low-level descriptors',
+            ('audio', 5): "MMSA's COVAREP selection", ('vision', 35): 'Facet', ('vision', 20): "MMSA's Facet selection",
+            ('vision', 709): 'OpenFace 2', ('vision', 177): 'OpenFace 2, a selection'}
 LARGEST_COPY = 200e6   # bytes of a local LM that an export takes along; a larger one is named in its card
 
 
@@ -85,8 +86,8 @@ def read_clips(path, facts):
             if x.ndim != 2 or x.shape[1] != d:
                 known = lambda width: f" ({FEATURES[m, width]})" if (m, width) in FEATURES else ''
                 own = x.shape[1] if x.ndim == 2 else None
-                raise ClipError(f"{m} of {name} is {list(x.shape)}{known(own)}, and this run was trained on frames {d} wide{known(d)}, as {facts['name']} "
-                                "has them: extract the same features.")
+                raise ClipError(f"{m} of {name} is {list(x.shape)}{known(own)}, and this run was trained on frames {d} wide{known(d)}, as "
+                                f"{facts['name']} has them: extract the same features.")
             if bad := int((~np.isfinite(x)).sum()): mended.append(f"{name}: {bad} values of {m} were NaN or inf, and are 0")
             clip[m] = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
         mended += [f"{name}: {m} is not there, and arrives empty" for m in facts['widths'] if not len(clip[m])]
@@ -115,7 +116,8 @@ def opinions(run, clips):
             k = int(pred)
             said = f"{info['names'][k] if k >= 0 else 'no class'}"
             if prob is not None: said += '  (' + ', '.join(f'{n} {p:.2f}' for n, p in zip(info['names'], prob)) + ')'
-            change = lambda other: f"{info['names'][int(other['pred'][i])]}" + ('' if prob is None or k < 0 else f", its probability {other['prob'][i][k] - prob[k]:+.2f}")
+            less_sure = lambda other: '' if prob is None or k < 0 else f", probability of {info['names'][k]} {other['prob'][i][k] - prob[k]:+.2f}"
+            change = lambda other: info['names'][int(other['pred'][i])] + less_sure(other)
         else:
             said = f'{pred:+.2f} in [{info["range"][0]:g}, {info["range"][1]:g}]'
             if prob is not None:   # over the labels that can be said, in ascending order
