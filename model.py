@@ -11,6 +11,10 @@ Axis letters, the same in every file:
     P pseudo tokens   K labels that may be answered   N nodes of their trie   n tokens of an answer
     D LM width   d adapter width   V vocabulary   h heads   L any sequence
 
+Knobs (train.py has them all, with unit and meaning), by how they begin: lm_ the LM; av_ the audiovisual encoder; mm_ MM blocks; lora_
+LoRA in them; text_reg the regularising of embeddings; mse_, msf_, tgm_ MSE-Adapter; cmpta_ CMPTA; gmra_ CrossSent's adapter; mpr_,
+eioi_ its ordinal losses; weight_ a loss term's weight; n_ a count; lr_ a learning rate over lr, but for lr_min.
+
 batch: tokens [B,T], text_len [B], text_mask [B,T]; audio [B,S,d_a], audio_len [B]; vision .. ; label [B]; index [B].
 mm_layers count from 1, as the papers print them: 8 means "an MM block after the LM's eighth layer".
 """
