@@ -199,7 +199,7 @@ def seqaug(x, lengths, rate, p_apply=1.0, draw='fixed'):
     and `rate` is not read; 'halfnormal' rate + |N(0, .05)|, at most 1. A clip is left alone with probability
     1 - p_apply.
 
-    x [B,S,d], lengths [B] -> [B,S,d]. Uses torch's global generator, whose state is in every checkpoint.
+    x [B,S,d], lengths [B] -> [B,S,d]. Uses torch's global generator, which train.py seeds for each micro-batch.
     """
     B, S, d = x.shape
     rates = torch.full((B,), float(rate), device=x.device)                                       # [B]

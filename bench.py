@@ -13,7 +13,8 @@ Clips and LM are random. Widths and longest lengths are the corpus's; lengths ar
 frames uniform from a quarter to all. The plain way is what one writes first. For pseudo tokens, as MSE-Adapter's release: text
 padded to max_text_len, frames to the longest, Hugging Face's own forward with logits for the whole sequence in float32, and
 generate() to validate. For DeepMLF, as its release: one stream of padded text and fusion tokens with a graph from the bottom, logits
-for every slot, in evaluation too. For the others the same model on such padded batches. Texts are tokenised again in each batch.
+for every slot, in evaluation too, and Hugging Face's GELU. For the others the same model on such padded batches. Texts are tokenised again in
+each batch, and AdamW is not fused, which counts where much is trained.
 Both ways run in one process by turns, on the CPU in float32 (or bfloat16 by --dtype); memory is that of a process of its own,
 above the loaded model (Linux). Times are only worth something as the ratio of the two.
 """
@@ -44,7 +45,7 @@ from prompts import Prompt
 
 shapes = 'simsv2'              # of the clips: a row of SHAPES
 vs = 'plain'                   # what ours is measured against: 'plain'; 'without' GMRA; 'start': not at all, but from process start on;
-                               # 'paper': nothing is measured
+                               # 'paper': nothing is measured, MSE-Adapter is counted
 gpu = [989, 450, 50]           # 'paper': TFLOP/s in bfloat16, GB/s to the GPUs of its node, GB/s to other nodes (an H100)
 gpu_share = 0.45               # 'paper': of these TFLOP/s, what is reached
 lm_shape = []                  # of the random text model: layers, width, heads, vocabulary; []: see SIZES
@@ -78,7 +79,10 @@ wrong = [
     (c['system'] in ('lm', 'av'), f"system={c['system']!r} is a step on the way and not measured: take a config of a system."),
     (c['resample'] == 'words', "the random clips have no words of their own: take another resample."),
     (c['label'] != 'label', "the random clips have a score and no classes: take a regression config."),
-    (c['dtype'] not in ('auto', 'float32', 'bfloat16'), "dtype is 'float32' or 'bfloat16' here.")]
+    (c['dtype'] not in ('auto', 'float32', 'bfloat16'), "dtype is 'float32' or 'bfloat16' here."),
+    (len(c['gpu']) != 3 or min(c['gpu']) <= 0 or not 0 < c['gpu_share'] <= 1, "gpu is three numbers above 0, gpu_share in (0, 1]."),
+    (len(shape) != 4 or len(c['large_shape']) != 4, "lm_shape and large_shape are layers, width, heads, vocabulary."),
+    (min(c[k] for k in ('repeats', 'timed_rounds', 'bench_clips', 'bench_batches')) < 1, "repeats, timed_rounds, bench_clips and bench_batches are at least 1.")]
 for is_wrong, sentence in wrong:
     if is_wrong: sys.exit(f'bench: {sentence}')
 c = c | dict(train_fraction=1.0, shuffle_streams=False, standardise=True)
@@ -277,14 +281,15 @@ def run(way):
 def needed_flops(shape, feed):
     """
     What the LM and the blocks in it have to compute for a training step on every clip, by count: matrix products on real tokens
-    alone, forward, back to the first thing that is trained, and for weights that are. None for systems without a frozen LM. Left
+    alone, forward, back to the first thing that is trained, and for weights that are (tokens before the first pseudo token are
+    counted as the others, a few % too much). None for systems without a frozen LM, and for other readouts than 'score'. Left
     out: MSE-Adapter's adapter (2 % more; at width 1024 CMPTA's BiLSTM over 925 frames costs more than a small LM), DeepMLF's AV
     encoder, and its attention, which torch does not count on the CPU either.
     """
     layers, D, _, V = shape
     clips = np.concatenate(batches['train'])                                                     # [N]
     total, n = 0.0, np.array([len(feed.tokens['train'][i]) for i in clips])                      # [N]
-    if c['system'] in ('mse', 'cmpta'):
+    if c['system'] in ('mse', 'cmpta') and c['readout'] == 'score':
         # weights are frozen, so no third pass but in attention, which has two factors; of the last layer keys and values of the
         # prompt, and the rest for the tokens that are read out; logits for these
         ffw, n_out = int(D * 2.6875), max(map(len, feed.prompt.answers))
@@ -422,9 +427,9 @@ def on_paper(layers, D, D_kv, ffw, V, own_head, n_gpus, in_node):
         adapter = MSEAdapter(dict(audio=d_a, vision=d_v), D, c['n_pseudo'], c['mse_width'], lstm, c['msf_scales'], c['pseudo_projection'])
     trained, tokens = sum(p.numel() for p in adapter.parameters()), 15 + c['n_pseudo'] + 60      # text, pseudo tokens, prompt and answer
     layer = 2 * D * D + 2 * D * D_kv + 3 * D * ffw
-    weights = 2 * (layers * layer + V * D * (1 + own_head))                                      # bytes
+    weights, whole = 2 * layers * layer, 2 * V * D * (1 + own_head)                              # bytes: that may be shared; embeddings and head
     # kept for going back through frozen linears: what norms, attention and the gated FFW want; or, computing again, a layer's input
-    kept = 2 * layers * (6 * D + 2 * D_kv + 3 * ffw) * tokens
+    kept = 2 * layers * (8 * D + 3 * ffw) * tokens
     again = 2 * layers * D * tokens + kept / layers
     clips, share = c['batch_size'], 8 if in_node else n_gpus                                     # on a GPU; GPUs that share the weights
     flop = clips * tokens * 4 * layers * layer                                                   # forward, and back to the pseudo tokens
@@ -432,16 +437,17 @@ def on_paper(layers, D, D_kv, ffw, V, own_head, n_gpus, in_node):
     traffic = 2 * weights * (1 - 1 / share)                                                      # gathered forward and back
     moved = traffic / (1e9 * (c['gpu'][1] if in_node else c['gpu'][2]))                          # s
     gb = lambda n: f'{n / 1e9:.1f} GB'
-    return [f'{trained / 1e6:.2f} M', gb(weights / share), gb(16 * trained), f'{gb(clips * kept)}, {gb(clips * again)}',
-            f'{flop / 1e12:.0f} TFLOP, {busy:.2f} s', f'{gb(traffic)}, {moved:.2f} s' if share > 1 else '-', gb(4 * trained) if n_gpus > 1 else '-']
+    return [f'{trained / 1e6:.2f} M', gb(weights / share + whole), f'{16 * trained / 1e6:.0f} MB', f'{gb(clips * kept)}, {gb(clips * again)}',
+            f'{flop / 1e12:.0f} TFLOP, {busy:.2f} s, {1.5 * busy:.2f} s', f'{gb(traffic)}, {moved:.2f} s, {1.5 * moved:.2f} s' if share > 1 else '-',
+            f'{4 * trained / 1e6:.0f} MB' if n_gpus > 1 else '-']
 
 
 if c['vs'] == 'paper':
     rows = [[f'{name} x {lm[-1]}'] + on_paper(*lm, 'node' in name) for name, lm in LMS.items()]
     print(f"MSE-Adapter at {c['shapes']}, {c['batch_size']} clips a GPU and step, {c['gpu_share']:.0%} of {c['gpu'][0]} TFLOP/s, "
           f"{c['gpu'][1]} GB/s in a node, {c['gpu'][2]} beyond\n")
-    print(markdown_table(['LM x GPUs', 'trained', 'LM a GPU', 'adapter, its gradient and moments', 'activations: kept, with checkpoint_lm', 'computing',
-                          'gathering weights', 'gradients'], rows))
+    print(markdown_table(['LM x GPUs', 'trained', 'LM a GPU', 'adapter, its gradient and moments', 'activations: kept, with checkpoint_lm',
+                          'computing: kept, with checkpoint_lm', 'gathering weights: kept, with checkpoint_lm', 'gradients'], rows))
     sys.exit(0)
 
 # ---------------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ class Clips:
     """ Clips of one's own as a corpus: what Feed and build ask of data.Corpus, from the facts that a run has written down of
     its corpus. All splits are these clips; labels are the middle of the range. Without clips it has the corpus's numbers. """
     def __init__(self, facts, rows=None):
-        self.meta = dict(streams=facts['streams'], text=dict(upper_case=facts['upper_case']))
+        # raw, whatever the corpus's folder holds: the mean and std are of raw features in either case
+        self.meta = dict(streams={m: s | dict(standardised=False) for m, s in facts['streams'].items()}, text=dict(upper_case=facts['upper_case']))
         self.widths, self.labels, self.rows = facts['widths'], facts['labels'], rows or []
         self.name, self.folder, self.sha256 = facts['name'], facts['folder'], facts['sha256']
         self.n_clips = {split: len(rows) for split in SPLITS} if rows is not None else facts['clips']
@@ -58,30 +59,33 @@ def facts_of(corpus):
                 clips=corpus.n_clips, upper_case=corpus.meta['text']['upper_case'])
 
 
-def read_clips(path, facts):
+def read_clips(path, facts, seen=STREAMS):
     """
     A .npz or .jsonl as rows of id, text, audio and vision (float32 [S,d], [0,d] where left out; NaN and inf become 0), and a list
-    of what was mended. Raises ClipError.
+    of what was mended, or is not as one may think; `seen` are the streams that the run looks at. Raises ClipError.
     """
     try:
         if path.endswith('.npz'):
             with np.load(path, allow_pickle=False) as f: rows = [{k: f[k] for k in f.files}]
-            rows[0] = {k: str(v) if k in ('text', 'id') else v for k, v in rows[0].items()}
+            rows[0] = {k: v.item() if k in ('text', 'id') and v.ndim == 0 else v for k, v in rows[0].items()}
         elif path.endswith('.jsonl'):
             with open(path, encoding='utf-8') as f: rows = [json.loads(line) for line in f if line.strip()]
         else: raise ClipError(f"{path} is neither a .npz nor a .jsonl.")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e: raise ClipError(f"{path} cannot be read ({e}).") from None
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, RecursionError, zipfile.BadZipFile) as e: raise ClipError(f"{path} cannot be read ({e}).") from None
     if not rows: raise ClipError(f"{path} holds no clip.")
     clips, mended = [], []
     for n, row in enumerate(rows):
         name = os.path.basename(path) + (f', clip {n}' if len(rows) > 1 else '')
         if not isinstance(row, dict) or not isinstance(row.get('text', ''), str) or set(row) - {'id', 'text', *STREAMS}:
-            raise ClipError(f"{name} must hold text, audio and vision (and id), nothing else.")
+            raise ClipError(f"{name} must hold text (one string), audio and vision (and id), nothing else.")
+        row = {k: v for k, v in row.items() if v is not None}
+        try: row.get('text', '').encode()
+        except UnicodeEncodeError: raise ClipError(f"the text of {name} is no valid Unicode.") from None
         if not {'text', *STREAMS} & set(row): raise ClipError(f"{name} has neither text, nor audio, nor vision.")
         clip = dict(id=str(row.get('id', name)), text=row.get('text', ''))
         for m, d in facts['widths'].items():
             try: x = np.zeros((0, d), np.float32) if m not in row else np.asarray(row[m], np.float32)    # [S,d]
-            except (TypeError, ValueError): raise ClipError(f"{m} of {name} is no array of numbers [frames, {d}].") from None
+            except (TypeError, ValueError, OverflowError): raise ClipError(f"{m} of {name} is no array of numbers [frames, {d}].") from None
             if x.size == 0: x = x.reshape(0, d)
             if x.ndim != 2 or x.shape[1] != d:
                 known = lambda width: f" ({FEATURES[m, width]})" if (m, width) in FEATURES else ''
@@ -90,7 +94,8 @@ def read_clips(path, facts):
                                 f"{facts['name']} has them: extract the same features.")
             if bad := int((~np.isfinite(x)).sum()): mended.append(f"{name}: {bad} values of {m} were NaN or inf, and are 0")
             clip[m] = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-        mended += [f"{name}: {m} is not there, and arrives empty" for m in facts['widths'] if not len(clip[m])]
+        mended += [f"{name}: {m} is not there, and arrives empty" for m in facts['widths'] if m in seen and not len(clip[m])]
+        mended += [f"{name}: {m} is nothing that this run was trained to see" for m in facts['widths'] if m not in seen and len(clip[m])]
         mended += [f"{name}: {m} is a stream that this run does not know, and is left out" for m in STREAMS if m in row and m not in facts['widths']]
         clips.append(clip)
     return clips, mended
@@ -103,7 +108,7 @@ def opinions(run, clips):
     """
     c, info = run.knobs, run.info
     def predict(rows, modalities=c['modalities']):
-        feed = run.feed(Clips(run.facts, rows), c | dict(modalities=modalities, train_fraction=1.0, shuffle_streams=False))
+        feed = run.feed(Clips(run.facts, rows), c | dict(modalities=modalities))
         out = [run.predict(feed('test', np.array([i]))) for i in range(len(rows))]               # one by one: nobody's padding
         return {k: np.concatenate([o[k].float().cpu().numpy() for o in out]) for k in out[0]}    # [N] or [N,K]
     whole, less = predict(clips), {}
@@ -113,11 +118,11 @@ def opinions(run, clips):
     for i, clip in enumerate(clips):
         pred, prob = whole['pred'][i], whole['prob'][i] if 'prob' in whole else None
         if info['kind'] == 'classes':
-            k = int(pred)
-            said = f"{info['names'][k] if k >= 0 else 'no class'}"
+            name = lambda p: info['names'][int(p)] if p >= 0 else 'no class'
+            k, said = int(pred), name(pred)
             if prob is not None: said += '  (' + ', '.join(f'{n} {p:.2f}' for n, p in zip(info['names'], prob)) + ')'
             less_sure = lambda other: '' if prob is None or k < 0 else f", probability of {info['names'][k]} {other['prob'][i][k] - prob[k]:+.2f}"
-            change = lambda other: info['names'][int(other['pred'][i])] + less_sure(other)
+            change = lambda other: name(other['pred'][i]) + less_sure(other)
         else:
             said = f'{pred:+.2f} in [{info["range"][0]:g}, {info["range"][1]:g}]'
             if prob is not None:   # over the labels that can be said, in ascending order
@@ -132,33 +137,41 @@ def opinions(run, clips):
 def card(result, lm_copied):
     """ README.md of an exported run, with the header that the Hugging Face hub reads. """
     about, c = result['about'], result['about']['knobs']
-    widths = ', '.join(f"{m} {w}" + (f" ({FEATURES[m, w]})" if (m, w) in FEATURES else '') for m, w in about['corpus']['widths'].items())
+    reads_text = c['system'] != 'av' and (c['system'] != 'late' or 'text' in c['late_streams'])
+    widths = ', '.join(f"{m} {w}" + (f" ({FEATURES[m, w]})" if (m, w) in FEATURES else '') for m, w in about['corpus']['widths'].items() if m in c['modalities'])
     metrics = ', '.join(f'{k} {v:.3f}' for k, v in result['test'].items() if k in ('mae', 'corr', 'acc2_non0', 'acc7', 'acc', 'wf1'))
-    lm = 'none' if c['system'] in ('av',) else 'in lm/' if lm_copied else f"{c['lm']} (fingerprint {about['lm_fingerprint']}; not in here)"
-    base = '' if lm_copied or os.path.isdir(str(c['lm'])) or c['lm'] == 'new' else f"base_model: {c['lm']}\n"
+    lm = 'none' if not reads_text else f'in {lm_copied}/' if lm_copied else f"{c['lm']} (fingerprint {about['lm_fingerprint']}; not in here)"
+    base = '' if lm_copied or not reads_text or os.path.isdir(c['lm']) else f"base_model: {c['lm']}\n"
     return (f"---\nlibrary_name: nanomsa\ntags: [multimodal-sentiment-analysis, {c['system']}]\n{base}---\n\n# {about['name']}\n\n"
             f"{c['system']} of nanoMSA, trained on {about['corpus']['name']} (SHA-256 {about['corpus']['sha256'][:16]}..) by\n\n    {about['command']}\n\n"
             f"at commit {about['commit']}. Label: {c['label']}, {result['info']}. Test set of that corpus, one seed: {metrics}.\n\n"
-            f"It reads text and frames {widths or 'of nothing else'}, not standardised (config.json has its mean and std). Text model: {lm}.\n\n"
+            f"It reads {' and '.join(['text'] * reads_text + [f'frames of {widths}'] * bool(widths))}, not standardised (config.json has their mean and std). "
+            f"Text model: {lm}.\n\n"
             f"    python eval.py THIS_FOLDER --clip=mine.npz\n\nin a checkout of nanoMSA. best.safetensors holds what was trained, "
             f"{result['n_trainable']:,} weights, and nothing of a frozen LM.\n\nWhat it was not tested on: other speakers, languages, recording conditions or feature "
             "extractors than its corpus's.\n")
 
 
 def export(folder, result, where):
-    """ Writes what `eval.py where --clip=` needs: the checkpoint, its JSON, a card, and a small local LM or tokenizer. """
+    """ Writes what `eval.py where --clip=` needs: the checkpoint, its JSON, a card, and a small local LM or tokenizer. Raises ClipError. """
+    if result['about']['knobs']['system'] == 'lm': raise ClipError(f"{folder} is a language model and says no score: its folder hf/ is one for Hugging Face.")
+    if not where: raise ClipError("--export wants a folder: --export=FOLDER.")
     if os.path.exists(where) and (not os.path.isdir(where) or os.listdir(where)): raise ClipError(f"{where} is there already: give another --export.")
     c = result['about']['knobs']
-    os.makedirs(where, exist_ok=True)
-    source = os.path.join(c['lm'], 'hf') if os.path.isdir(os.path.join(c['lm'], 'hf')) else c['lm']
-    if c['lm'] == 'new' or c['system'] == 'lm': source = os.path.join(folder, 'hf')
+    own = c['lm'] == 'new'   # an encoder from nothing: its weights are in the checkpoint, its tokenizer in hf/
+    source = os.path.join(folder if own else c['lm'], 'hf')
+    if not os.path.isdir(source): source = c['lm']
     size = sum(e.stat().st_size for e in os.scandir(source)) if os.path.isdir(source) else np.inf
-    copied = c['system'] != 'av' and size < LARGEST_COPY
-    if copied: shutil.copytree(source, os.path.join(where, 'hf' if c['lm'] == 'new' or c['system'] == 'lm' else 'lm'))
-    if copied and c['lm'] != 'new' and c['system'] != 'lm': c['lm'] = 'lm'   # beside the checkpoint
-    c.update(needs=[], av_from='')
-    shutil.copy(os.path.join(folder, 'best.safetensors'), where)
-    write_text(os.path.join(where, 'result.json'), json.dumps(result, indent=1))
-    write_text(os.path.join(where, 'config.json'), json.dumps(result['about'], indent=1))
-    write_text(os.path.join(where, 'README.md'), card(result, copied))
+    copied = '' if c['system'] == 'av' or size > LARGEST_COPY else 'hf' if own else 'lm'
+    try:
+        os.makedirs(where, exist_ok=True)
+        if copied: shutil.copytree(source, os.path.join(where, copied))
+        said = card(result, copied)
+        if copied == 'lm': c['lm'] = 'lm'   # beside the checkpoint
+        c.update(needs=[], av_from='')
+        shutil.copy(os.path.join(folder, 'best.safetensors'), where)
+        write_text(os.path.join(where, 'result.json'), json.dumps(result, indent=1))
+        write_text(os.path.join(where, 'config.json'), json.dumps(result['about'], indent=1))
+        write_text(os.path.join(where, 'README.md'), said)
+    except (OSError, shutil.Error) as e: raise ClipError(f"cannot write {where} ({e}): what is there of it is no whole export.") from None
     return f"{where}: " + ', '.join(sorted(os.listdir(where)))

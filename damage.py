@@ -19,8 +19,10 @@ from lm import ModelError
 SHARES = (0.25, 0.5, 0.75, 1.0)   # of clips that lose a modality
 
 
-def conditions(streams):
-    """ Name -> a function of (batch, gone [B] in [0, 1), generator) that gives the damaged streams of a batch. """
+def conditions(std):
+    """ Name -> a function of (batch, gone [B] in [0, 1), generator) that gives the damaged streams of a batch. std: stream -> what
+    one standard deviation of its features is in a batch, a number or [d]. """
+    streams = tuple(std)
     def drop(which, share):
         def damaged(batch, gone, rng):
             out = {}
@@ -29,9 +31,9 @@ def conditions(streams):
                 out |= {m: batch[m] * keep[:, None, None], m + '_len': batch[m + '_len'] * keep, m + '_mask': batch[m + '_mask'] & keep[:, None]}
             return out
         return damaged
-    def noise(batch, gone, rng):   # standardised features have std 1
-        draw = lambda x: torch.from_numpy(rng.standard_normal(tuple(x.shape), np.float32)).to(x.device)
-        return {m: (batch[m] + draw(batch[m])) * batch[m + '_mask'][..., None] for m in streams}
+    def noise(batch, gone, rng):
+        draw = lambda m: torch.from_numpy((rng.standard_normal(tuple(batch[m].shape)) * std[m]).astype(np.float32)).to(batch[m].device)
+        return {m: (batch[m] + draw(m)) * batch[m + '_mask'][..., None] for m in streams}
     def shuffled(batch, gone, rng):
         out = {}
         for m in streams:
@@ -42,7 +44,7 @@ def conditions(streams):
     groups = [[m] for m in streams] + ([list(streams)] if len(streams) > 1 else [])
     rows = {'as it is': lambda batch, gone, rng: {}}
     rows |= {f"no {' nor '.join(which)} for {share:.0%}": drop(which, share) for which in groups for share in SHARES}
-    return rows | {'noise of std 1': noise, 'frames in random order': shuffled}
+    return rows | {"noise of the features' own std": noise, 'frames in random order': shuffled}
 
 
 @torch.no_grad()
@@ -51,7 +53,9 @@ def damaged(folder):
     run, feed = bring_back(folder)
     streams = [m for m in STREAMS if m in run.corpus.widths and m in feed.streams]
     if not streams: raise EvalError(f"{folder} sees neither audio nor video: there is nothing to damage.")
-    ways, n = conditions(streams), feed.n_clips['test']
+    raw = [m for m in streams if not (feed.c['standardise'] or run.corpus.meta['streams'][m]['standardised'])]
+    ways = conditions({m: np.array(run.corpus.meta['streams'][m]['std']) if m in raw else 1.0 for m in streams})
+    n = feed.n_clips['test']
     gone, preds, label = np.random.default_rng(0).random(n), {k: np.zeros(n) for k in ways}, np.zeros(n)   # [N]
     for k, index in enumerate(epoch_order(feed.cost('test'), feed.c['batch_size'], 0, None)):
         batch, rng = feed('test', index), np.random.default_rng([1, k])
@@ -66,7 +70,8 @@ def main(folders):
     if len({system_of(read_run(f)) for f in folders}) > 1: raise EvalError("these runs differ in more than the seed: one system at a time.")
     runs, (by, _) = [damaged(f) for f in folders], score_by(read_run(folders[0])['info'])
     keys = [k for k in ('mae', 'corr', 'acc2_non0', 'acc7', 'acc', 'wf1') if k in runs[0]['as it is']]
-    rows = [[name] + [mean_std_n([r[name][k] for r in runs]) for k in keys] + [f"{np.mean([r[name][by] - r['as it is'][by] for r in runs]):+.3f}"] for name in runs[0]]
+    lost = lambda name: f"{np.mean([r[name][by] - r['as it is'][by] for r in runs]):+.3f}"
+    rows = [[name] + [mean_std_n([r[name][k] for r in runs]) for k in keys] + [lost(name)] for name in runs[0]]
     print(markdown_table([f"{read_run(folders[0])['about']['name']}, test"] + keys + [f'{by} lost'], rows))
 
 

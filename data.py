@@ -691,7 +691,8 @@ class Feed:
         """ For each clip, which word (between spaces) each of its tokens begins in; -1 for special ones. """
         for s in self.streams if split == 'train' else ():
             n_frames, n_words = self.corpus.lengths(split, s), np.array([len(t.split()) for t in texts])     # [N]
-            if np.mean(n_frames == n_words) < 0.5:
+            both = (n_frames > 0) & (n_words > 0)                                            # [N]
+            if both.any() and np.mean((n_frames == n_words)[both]) < 0.5:
                 raise CorpusError(f"resample='words' is for sources with one frame a word, and {s} has {np.median(n_frames):.0f} frames "
                                   f"for {np.median(n_words):.0f} words (medians): take another resample.")
         try: offsets = tokenizer(list(texts), truncation=True, max_length=self.c['max_text_len'],

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -517,10 +518,14 @@ def own_clips(folder, path):
     """ What a run says of clips of one's own (clips.py), and a picture of where it looks. Raises EvalError and its kin. """
     import figures   # which reads runs, so it cannot come first
     run = revive(folder, without_corpus=True)
-    rows, mended = read_clips(path, run.facts)
-    said, _ = opinions(run, rows)
-    feed, stem = run.feed(Clips(run.facts, rows), run.knobs | dict(train_fraction=1.0, shuffle_streams=False)), os.path.splitext(os.path.basename(path))[0]
-    for i in range(len(rows)): figures.draw_attention(run, feed, i, os.path.join(folder, 'clips'), stem + (f'-{i}' if len(rows) > 1 else ''))
+    if run.knobs['system'] == 'lm': raise EvalError(f"{folder} is a language model: it says no score of a clip.")
+    rows, mended = read_clips(path, run.facts, run.knobs['modalities'])
+    with tempfile.TemporaryDirectory() as scratch:   # for hidden states of these texts
+        run.knobs |= dict(train_fraction=1.0, shuffle_streams=False, data_dir=scratch)
+        said, _ = opinions(run, rows)
+        feed, stem = run.feed(Clips(run.facts, rows), run.knobs), os.path.splitext(os.path.basename(path))[0]
+        mended += [note for note in feed.notes if note.startswith('test text') and ', 0 cut' not in note]
+        for i in range(len(rows)): figures.draw_attention(run, feed, i, os.path.join(folder, 'clips'), stem + (f'-{i}' if len(rows) > 1 else ''))
     return '\n'.join(mended + [said])
 
 
@@ -621,8 +626,8 @@ if __name__ == '__main__':
     _flags = dict(a[2:].partition('=')[::2] for a in sys.argv[1:] if a.startswith('--'))
     if 'help' in _flags or '-h' in _folders: print(__doc__); sys.exit(0)
     if not _folders: sys.exit(__doc__)
-    if set(_flags) - {'corpus', 'modalities', 'clip', 'export'} or _flags and len(_folders) > 1:
-        sys.exit("eval: --corpus=OTHER, --modalities=text|audio|vision,.., --clip=FILE and --export=FOLDER are for one run; there are no other flags.")
+    if set(_flags) - {'corpus', 'modalities', 'clip', 'export'} or _flags and len(_folders) > 1 or len(_flags) > 1 and {'clip', 'export'} & set(_flags):
+        sys.exit("eval: --corpus=OTHER, --modalities=text|audio|vision,.., --clip=FILE and --export=FOLDER are for one run (the last two alone); there are no other flags.")
     _only = _flags['modalities'].split(',') if 'modalities' in _flags else None
     if set(_only or ()) - {'text', 'audio', 'vision'}:
         sys.exit(f"eval: --modalities={_flags['modalities']} may hold text, audio and vision only.")

@@ -15,7 +15,7 @@ import os
 import sys
 
 import matplotlib
-matplotlib.use('Agg')
+if 'matplotlib.pyplot' not in sys.modules: matplotlib.use('Agg')   # a notebook has chosen where its pictures go
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -363,7 +363,7 @@ def architecture(out):
 def main(argv):
     paths = [a.rstrip('/') for a in argv if not a.startswith('--')]
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
-    if 'architecture' in flags: return architecture(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results'))
+    if list(flags) == ['architecture']: return architecture(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results'))
     if not paths or 'help' in flags: print(__doc__); return
     if odd := sorted(set(flags) - {'clip', 'tokens'}): raise EvalError(f"there is no flag --{odd[0]}: there are --clip=ID, --tokens and --architecture.")
     if paths[0].endswith('.json'):

@@ -411,10 +411,10 @@ def new_tokenizer(texts, c, folder, ends=False):
         raise ModelError(f"lm_positions={c['lm_positions']} is less than max_text_len={c['max_text_len']}: raise it.")
     if c['lm_width'] % c['lm_heads']:
         raise ModelError(f"lm_heads={c['lm_heads']} does not divide lm_width={c['lm_width']}: take a divisor of it.")
-    proto = io.BytesIO()
+    proto, numbers = io.BytesIO(), ''.join(sorted(set('0123456789.+-') & set(''.join(texts))))   # rare as they may be: labels are said in them
     try: sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=proto, vocab_size=c['lm_vocab'], model_type='unigram', num_threads=1,
-        hard_vocab_limit=False, split_digits=True, normalization_rule_name='identity', minloglevel=2, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+        hard_vocab_limit=False, split_digits=True, normalization_rule_name='identity', required_chars=numbers, minloglevel=2, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
     except RuntimeError as e:
         raise ModelError(f"no sentencepiece tokenizer of lm_vocab={c['lm_vocab']} can be trained on this text "
                          f"({str(e).splitlines()[-1][-120:]}): change lm_vocab.") from None

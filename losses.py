@@ -52,7 +52,7 @@ def summed_cross_entropy(x, y, lm_head, chunk=1024):
             logits, asked = lm_head(x_c).float(), (y_c >= 0)[:, None]                            # [b,V], [b,1]
             total = total + F.cross_entropy(logits, y_c, reduction='sum')
             p = logits.softmax(-1).scatter_add_(1, y_c.clamp(min=0)[:, None], -torch.ones_like(logits[:, :1]))
-            slope.append((asked * p).to(weight.dtype) @ weight)                                  # [b,D]
+            slope.append(p.mul_(asked).to(weight.dtype) @ weight)                                  # [b,D]
     return total + ((x - x.detach()) * torch.cat(slope).to(x.dtype)).sum()
 
 

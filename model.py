@@ -163,7 +163,8 @@ class DeepMLF(nn.Module):
         batches = [batch | v for v in variants]
         if 'text' in self.c['mm_query']: return [self.predict(b) for b in batches]
         stacked = batch | {k: torch.cat([b[k] for b in batches]) for m in self.av_encoder.proj for k in (m, m + '_len', m + '_mask')}
-        return [dict(zip(out, each)) for out in [self.predict(stacked)] for each in zip(*(v.chunk(len(variants)) for v in out.values()))]
+        out = {k: v.chunk(len(variants)) for k, v in self.predict(stacked).items()}
+        return [{k: v[i] for k, v in out.items()} for i in range(len(variants))]
 
     def forward(self, batch):
         """ Eqs. 13-14. The LM loss reaches only the MM blocks' FFW, norm_2 and second gate: text is AV-free. """
@@ -291,7 +292,7 @@ class PseudoTokenLM(nn.Module):
         prob = scores.softmax(-1)                                                                # [B,K]
         if self.prompt.kind == 'classes' or c['score_estimate'] == 'mode': pred = self.values[prob.argmax(-1)]
         elif c['score_estimate'] == 'expected': pred = (prob * self.values).sum(-1)   # no matmul: autocast would round it
-        else: pred = self.values[(prob.cumsum(-1) < 0.5).sum(-1).clamp(max=len(self.values) - 1)]    # 'median'
+        else: pred = self.values[(prob.cpu().cumsum(-1) < 0.5).sum(-1).clamp(max=len(self.values) - 1)]    # 'median'; CUDA's sum is not the same twice
         return dict(pred=pred.where(scores.isfinite().all(-1), torch.nan), prob=prob)            # argmax would hide a NaN
 
     def forward(self, batch):

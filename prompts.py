@@ -65,7 +65,11 @@ class Prompt:
         self.pad_id = next((t for t in known if t is not None and t >= 0), 0)   # for tgm_pool='padded' alone
 
     def _tell_apart(self):
-        of, lm = {}, self.c['lm']
+        of, lm, unknown = {}, self.c['lm'], getattr(self.tokenizer, 'unk_token_id', None)
+        if unknown is not None and unknown != self.tokenizer.eos_token_id:   # GPT-2 calls its end of text unknown, and knows every letter
+            for label, ids in zip(self.labels, self.answers):
+                if unknown in ids: raise ModelError(f"the tokenizer of {lm} has no token for a letter of the label {label!r}: take another LM, "
+                                                    "or another label_words.")
         for label, ids in zip(self.labels, map(tuple, self.answers)):
             if not ids: raise ModelError(f"the tokenizer of {lm} makes no token of the label {label!r}: another label_words?")
             if ids in of: raise ModelError(f"the tokenizer of {lm} makes the same tokens of the labels {of[ids]!r} and {label!r} "

@@ -1,25 +1,39 @@
 """
-One process of several, on torch.distributed. torchrun sets RANK and WORLD_SIZE; alone, this is rank 0 of 1, and nothing here
-does anything. Who trains on what is in train.py's loop: these are the few ways in which the processes meet.
+One process of several, on torch.distributed, once start() has been called under torchrun; else this is rank 0 of 1, and nothing
+here does anything. Who trains on what is in train.py's loop: these are the few ways in which the processes meet.
 """
-import atexit
 import os
 import sys
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-RANK, N_RANKS = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+RANK, N_RANKS, DEPTH = 0, 1, 0   # DEPTH: of runs that stand on runs
+PATIENCE = timedelta(hours=2)   # that ranks wait for rank 0 while it converts a corpus or downloads an LM
 
 
 def start():
-    """ Meets the others, once a process. All but rank 0 are silent from here on. """
-    if N_RANKS == 1 or dist.is_initialized(): return
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
-    atexit.register(dist.destroy_process_group)
+    """ Meets the others, once a process, by what torchrun has put in the environment. All but rank 0 are silent from here on. """
+    global RANK, N_RANKS, DEPTH
+    DEPTH += 1
+    if DEPTH > 1 or int(os.environ.get('WORLD_SIZE', 1)) == 1: return
+    RANK, N_RANKS, local = (int(os.environ.get(k, 0)) for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
+    gpus = torch.cuda.device_count()
+    if gpus and local >= gpus: sys.exit(f"process {local} of this machine has no GPU, as there are {gpus}: start torchrun with --nproc_per_node={gpus}.")
+    if gpus: torch.cuda.set_device(local)
+    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', timeout=PATIENCE)
     if RANK: sys.stdout = open(os.devnull, 'w')
+
+
+def leave():
+    """ The end of a run: nobody leaves before rank 0 has written everything. A rank that stops with a sentence does not come here;
+    torchrun then stops the others. """
+    global DEPTH
+    DEPTH -= 1
+    gathered(None)
+    if N_RANKS > 1 and DEPTH == 0: dist.destroy_process_group()
 
 
 def gathered(value):
@@ -43,6 +57,14 @@ def first():
     if not RANK: gathered(None)
 
 
+def any_of(flag):
+    """ True if it is so on any rank. """
+    if N_RANKS == 1: return bool(flag)
+    flag = torch.tensor(int(bool(flag)))   # on the CPU: it waits for no GPU
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def summed(tensors):
     """ dict of [] tensors -> the sums over the ranks. """
     if N_RANKS == 1: return tensors
@@ -64,16 +86,16 @@ def unsynced(model, last):
     return nullcontext() if N_RANKS == 1 or last else model.no_sync()
 
 
-def shard(lm, among):
+def shard(lm, among, device):
     """
-    Each rank holds a share of the frozen LM's layers, and gathers a linear's or norm's weights when it needs them (FSDP2); `among`
-    the ranks of a 'node', or 'all'. We call a layer's parts one by one, so each part is a unit of its own; embeddings, which may
-    be the LM head too, stay whole.
+    Each rank holds a share of the frozen LM's layers on its `device`, and gathers a linear's or norm's weights when it needs them
+    (FSDP2); `among` the ranks of a 'node', or 'all'. The LM comes from the CPU, so no GPU ever holds all of it. We call a layer's
+    parts one by one, so each part is a unit of its own; embeddings, which may be the LM head too, stay whole.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     size = int(os.environ['LOCAL_WORLD_SIZE']) if among == 'node' else N_RANKS
-    mesh = init_device_mesh(lm.parts['embed'].weight.device.type, (N_RANKS // size, size), mesh_dim_names=('copies', 'shares'))['shares']
+    mesh = init_device_mesh(device, (N_RANKS // size, size), mesh_dim_names=('copies', 'shares'))['shares']
     for layer in lm.parts['layers']:
         for part in [m for m in layer.modules() if any(True for _ in m.parameters(recurse=False))]:
             fully_shard(part, mesh=mesh, reshard_after_forward=True)

@@ -25,6 +25,9 @@ import subprocess
 import sys
 import time
 
+try: import fcntl
+except ImportError: fcntl = None   # Windows
+
 import numpy as np
 import torch
 
@@ -206,6 +209,11 @@ def main(argv):
         if 'at_test' in changes: tested[label] = changes['at_test']; continue
         row_config, settings = changes.get('config', config), short | {k: v for k, v in changes.items() if k != 'config'} | knobs
         trained[label] = [Run(folder, label, row_config, settings, seed, known) for seed in range(n_seeds)]
+    os.makedirs(folder, exist_ok=True)
+    if fcntl:   # what two sweeps stand on is made once, and neither knows what the other is making
+        lock = open(os.path.join(folder, '.lock'), 'w')
+        try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError: raise EvalError(f"another sweep is running in {folder}: wait for it (--jobs=2 trains two runs at once), or give another --out.") from None
     started = time.time()
     run_all([runs[seed] for seed in range(n_seeds) for runs in trained.values()], jobs)
     rows = {label: read_row(runs) for label, runs in trained.items()}

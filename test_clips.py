@@ -5,6 +5,7 @@ Clips of one's own, exported runs, and damaged modalities.
 """
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -15,6 +16,7 @@ import torch
 
 import clips
 import damage
+import data
 import eval as evaluation
 from test_smoke import HERE
 from test_trust import curriculum, train   # noqa: F401 (curriculum is a fixture)
@@ -70,7 +72,7 @@ def test_an_export_needs_no_corpus_no_lm_and_no_other_folder(run, curriculum, tm
 
 
 def test_a_jsonl_of_clips_with_modalities_left_out(run, tmp_path, capsys):
-    rows = [dict(id='a', text='the film was awful'), dict(text='', audio=[[0.0] * 12] * 4), dict(vision=[[float('nan')] * 16] * 3)]
+    rows = [dict(id='a', text='the film was awful', audio=None), dict(text='', audio=[[0.0] * 12] * 4), dict(vision=[[float('nan')] * 16] * 3)]
     (tmp_path / 'many.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     command('eval.py', run, f'--clip={tmp_path}/many.jsonl')
     said = capsys.readouterr().out
@@ -91,14 +93,45 @@ def test_files_that_are_no_clips_get_a_sentence(run, tmp_path):
     (tmp_path / 'broken.jsonl').write_text('{')
     (tmp_path / 'empty.jsonl').write_text('\n')
     np.savez(tmp_path / 'pickled.npz', text=np.array([{}], dtype=object))
-    for name in ('broken.npz', 'broken.jsonl', 'empty.jsonl', 'pickled.npz', 'gone.npz', 'clip.txt'):
+    np.savez(tmp_path / 'many.npz', text=np.array(['two', 'texts']))
+    np.save(tmp_path / 'array.npy', np.zeros(3))
+    shutil.move(tmp_path / 'array.npy', tmp_path / 'array.npz')
+    (tmp_path / 'surrogate.jsonl').write_text('{"text": "\\ud800"}')
+    (tmp_path / 'huge.jsonl').write_text('{"text": "a", "audio": [[' + '9' * 400 + ']]}')
+    for name in ('broken.npz', 'broken.jsonl', 'empty.jsonl', 'pickled.npz', 'gone.npz', 'clip.txt', 'many.npz', 'array.npz', 'surrogate.jsonl', 'huge.jsonl'):
         with pytest.raises(SystemExit, match='eval: '): command('eval.py', run, f'--clip={tmp_path / name}')
+
+
+def test_what_is_no_system_and_what_cannot_be_written_get_a_sentence(run, curriculum, tmp_path):   # noqa: F811
+    (tmp_path / 'one.jsonl').write_text('{"text": "a"}')
+    for flag, says in ((f'--clip={tmp_path}/one.jsonl', 'says no score'), (f'--export={tmp_path}/x', 'says no score')):
+        with pytest.raises(SystemExit, match=says): command('eval.py', curriculum / 'lm_toy', flag)
+    for flags, says in ((['--export='], 'wants a folder'), (['--export=/proc/x'], 'cannot write'), ([f'--clip={tmp_path}/one.jsonl', '--modalities=text'], 'alone')):
+        with pytest.raises(SystemExit, match=says): command('eval.py', run, *flags)
+
+
+def test_a_clip_of_a_corpus_that_was_stored_standardised(corpora, tmp_path):
+    """ A float16 folder holds standardised frames; clips of one's own are raw all the same. """
+    from test_data import save, msena
+    rng = np.random.default_rng(0)
+    tree = msena(n=(40, 20, 20), L=6)
+    for split in tree.values(): split['audio'] = (50 + 20 * rng.normal(size=split['audio'].shape)).astype('f4')
+    source = save(tree, tmp_path / 'raw.pkl')
+    data.convert(source, str(tmp_path / 'half'), dtype='float16')
+    train('config/av_toy.py', f'--corpus={tmp_path}/half', f'--out_dir={tmp_path}/r', '--max_steps=3', '--device=cpu')
+    half, n = data.open_corpus(str(tmp_path / 'half')), 4
+    length = half.lengths('test', 'audio')[n], half.lengths('test', 'vision')[n]
+    np.savez(tmp_path / 'mine.npz', audio=tree['test']['audio'][n][:length[0]], vision=tree['test']['vision'][n][:length[1]])
+    bare = evaluation.revive(str(tmp_path / 'r'), without_corpus=True)
+    rows, _ = clips.read_clips(str(tmp_path / 'mine.npz'), bare.facts)
+    _, p = evaluation.read_predictions(str(tmp_path / 'r'))
+    assert clips.opinions(bare, rows)[1][0] == pytest.approx(float(p['pred'][n]), abs=2e-3)
 
 
 def test_one_text_pass_for_many_conditions_gives_what_each_alone_gives(run):
     back, feed = evaluation.bring_back(str(run))
     batch, passes = feed('test', np.arange(8)), []
-    ways = damage.conditions(('audio', 'vision'))
+    ways = damage.conditions(dict(audio=1.0, vision=np.ones(16)))
     variants = [way(batch, np.linspace(0, 0.99, 8), np.random.default_rng(0)) for way in ways.values()]
     handle = back.model.lm.parts['embed'].register_forward_hook(lambda *_: passes.append(1))
     each = back.predict_each(batch, variants)
@@ -113,7 +146,7 @@ def test_damage_as_a_table(run, capsys):
     command('damage.py', run)
     said = capsys.readouterr().out
     as_it_is = json.load(open(run / 'result.json'))['test']['mae']
-    assert f'| as it is                     | {as_it_is:.3f} (n=1)' in said and 'no audio nor vision for 100%' in said
+    assert re.search(rf'as it is +\| {as_it_is:.3f} \(n=1\)', said) and 'no audio nor vision for 100%' in said
 
 
 def test_no_frames_at_all_is_what_training_calls_no_modalities(run):

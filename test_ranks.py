@@ -89,7 +89,7 @@ lm = FrozenLM(tiny_lm('llama'))
 tokens = torch.arange(12)[None] % 50
 size = lambda: sum((p.to_local() if hasattr(p, 'to_local') else p).numel() for layer in lm.parts['layers'] for p in layer.parameters())
 whole, before, print_ = lm(tokens), size(), lm.fingerprint()
-ranks.shard(lm, 'all')
+ranks.shard(lm, 'all', 'cpu')
 assert 0.4 < size() / before < 0.6, size() / before
 torch.testing.assert_close(lm(tokens), whole)
 assert 0.4 < size() / before < 0.6 and lm.fingerprint() == print_

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 try: import fcntl
 except ImportError: fcntl = None   # Windows
@@ -280,18 +281,21 @@ if system == 'deepmlf' and lm not in _needed:
     try: rehearse(config)
     except ModelError as e: stop(str(e))
 
+ranks.start()
 if shard_lm != 'off' and (ranks.N_RANKS == 1 or system not in ('deepmlf', 'mse', 'cmpta')):
     stop("shard_lm is for a frozen LM on several processes: start it with torchrun, or leave it out.")
-ranks.start()
+if deterministic:
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
 
 # ---------------------------------------------------------------------------------------------------------
 # The runs that this one stands on: made here if they are not finished, beside this run
 
 # What both must agree on is passed on. An LM does not read the audiovisual knobs, and the AV encoder reads no text.
-SHARED = dict(lm=('corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype', 'max_steps'),
+SHARED = dict(lm=('corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype', 'max_steps', 'deterministic'),
               av=('corpus', 'data_dir', 'train_fraction', 'label', 'modalities', 'shuffle_streams', 'standardise', 'seed', 'device',
-                  'dtype', 'max_steps', 'av_width', 'av_layers', 'av_heads', 'av_len'))
-FREE = ('needs out_dir data_dir device dtype resume fresh log_interval save_interval patience').split()   # may differ
+                  'dtype', 'max_steps', 'deterministic', 'av_width', 'av_layers', 'av_heads', 'av_len'))
+FREE = ('needs out_dir data_dir device dtype resume fresh log_interval save_interval patience shard_lm deterministic').split()   # may differ
 stands_on = []
 for child, need in _needed.items():
     if child not in (lm, av_from) or (child == av_from and av_init == 'random'): continue
@@ -332,9 +336,6 @@ if resume and not os.path.exists(last_path): stop(f"there is no checkpoint in {o
 # ---------------------------------------------------------------------------------------------------------
 # Corpus and model
 
-if deterministic:
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # cuBLAS reads it when it starts
-    torch.use_deterministic_algorithms(True)
 there = devices()
 if device == 'auto': device = next(d for d in there if there[d])
 if not there[device]: stop(f"device={device} is not there: this machine has {', '.join(d for d in there if there[d])}.")
@@ -355,7 +356,8 @@ try:
             stop(f"{folder} was trained on another file than {clips.folder} was made from: remove it, or give this run an "
                  "--out_dir in another folder.")
     torch.manual_seed(seed)
-    with ranks.first():
+    makes_files = system == 'lm' or lm == 'new' or text_features == 'frozen'
+    with ranks.first() if makes_files else nullcontext():
         model, tokenizer = build(config, clips, out_dir, getattr(torch, dtype))
         feed = Feed(clips, config, tokenizer, device, getattr(model, 'prompt', None))   # text is tokenised once, here
     majority = None if system == 'lm' else constant(clips, label, feed.clips['train'])
@@ -363,9 +365,9 @@ try:
         stop(f"select={select!r} is no metric of the label {label!r}: it has {', '.join(majority)}.")
 except (CorpusError, ModelError) as e: stop(str(e))
 except OSError as e: stop(f"cannot write to {out_dir} ({e.strerror or e}): make room, or give another --out_dir.")
-model.to(device)
 lm_fingerprint = model.lm.fingerprint() if hasattr(model, 'lm') else feed.lm_fingerprint
-if shard_lm != 'off': ranks.shard(model.lm, shard_lm)
+if shard_lm != 'off': ranks.shard(model.lm, shard_lm, device)
+model.to(device)
 says = continuation(model, tokenizer)   # what its frozen LM says before anything is trained
 if ranks.N_RANKS > 1 and any(isinstance(m, (torch.nn.BatchNorm1d, OwnLabels)) for m in model.modules()):
     stop(f"system={system!r} keeps statistics of the clips it has seen, which several processes would each have their own of: train it in one.")
@@ -430,7 +432,8 @@ log_path = os.path.join(out_dir, 'log.jsonl')
 if resume:
     try:
         saved, info = load_checkpoint(last_path)
-        before = info['about']['knobs']
+        before = _defaults | info['about']['knobs']   # a knob younger than that run has its default
+        if 'rng' in saved: stop(f"{out_dir} is of a version that drew its random numbers in another way: it can be evaluated, not resumed.")
         other = [k for k in config if k not in FREE and before.get(k) != config[k]]
         if other: stop(f"{out_dir} was trained with {other[0]}={before.get(other[0])!r}, not {config[other[0]]!r}: "
                        "resuming goes on with the same run, so give another --out_dir.")
@@ -442,7 +445,7 @@ if resume:
     except ModelError as e: stop(str(e))
     for n, p in named.items():
         moments = {k: saved.get(f'optimizer.{n}.{k}') for k in ('step', 'exp_avg', 'exp_avg_sq')}
-        optimizer.state[p] = {k: v if k == 'step' else v.to(device) for k, v in moments.items()}
+        optimizer.state[p] = {k: v.to(device) for k, v in moments.items()}
     state = info['state'] | dict(done=info['state']['stale'] >= patience)
 
 
@@ -529,16 +532,17 @@ while state['step'] < n_steps and not state['done']:
     n_clips, terms = sum(map(len, micro_batches)), {}               # of this step
     n_targets = [feed.n_targets('train', index) for index in micro_batches]
     rounds = range(0, len(micro_batches), ranks.N_RANKS)
-    for first in rounds:
-        k = first + ranks.RANK                                      # torchrun: each process takes every n-th
-        k, spare = (k, False) if k < len(micro_batches) else (0, True)  # who has none left does one that counts for nothing
-        index, n = micro_batches[k], n_targets[k]
+    for start in rounds:
+        number = start + ranks.RANK                                 # torchrun: each process takes every n-th
+        spare = number >= len(micro_batches)                        # who has none left does one that counts for nothing
+        if spare: number = 0
+        index, n = micro_batches[number], n_targets[number]
         share = len(index) / n_clips                                # the gradient is a mean over clips, not batches
-        torch.manual_seed(int(hashlib.sha256(f'{seed} {state["step"]} {k}'.encode()).hexdigest()[:15], 16))
+        torch.manual_seed(int(hashlib.sha256(f'{seed} {state["step"]} {number}'.encode()).hexdigest()[:15], 16))
         batch = feed('train', index) | dict(ramp=torch.tensor(ramp_at(epoch)), epoch=torch.tensor(epoch),
                                             lm_weight=torch.tensor(n / max(1, sum(n_targets)) / share))   # and over tokens
         if spare: share = 0.0
-        with ranks.unsynced(step_model, first == rounds[-1]):
+        with ranks.unsynced(step_model, start == rounds[-1]):
             with autocast(): out = step_model(batch)
             (out['loss'] * share * loss_scale * ranks.N_RANKS).backward()   # the processes' gradients are averaged
         for k, v in (out['terms'] | dict(loss=out['loss'])).items(): terms[k] = terms.get(k, 0) + v.detach() * share
@@ -555,8 +559,7 @@ while state['step'] < n_steps and not state['done']:
     step = state['step'] = state['step'] + 1
     validating = i == steps_per_epoch - 1 or step == n_steps
     logging = validating or step % log_interval == 0
-    # several processes ask each other whether to leave when they meet anyway
-    leaving = bool(interrupted) if ranks.N_RANKS == 1 else logging and any(ranks.gathered(bool(interrupted)))
+    leaving = ranks.any_of(interrupted)
     saving = validating or leaving or (save_interval and step % save_interval == 0)
     before = [p.detach().clone() for p in named.values()] if logging else None
     for group in optimizer.param_groups: group['lr'] = lr_at(step - 1) * group['scale']
@@ -623,5 +626,5 @@ try:
     if ranks.RANK == 0: write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
     if ranks.RANK == 0: curve_picture(out_dir, select)
     if ranks.RANK == 0: print(report(out_dir))
-    ranks.gathered(None)   # nobody leaves before it is there
 except OSError as e: stop(f"trained, but cannot write to {out_dir} ({e.strerror}): make room; --resume=True ends it.")
+ranks.leave()
