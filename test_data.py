@@ -1,7 +1,7 @@
 """
 data.py, unpickle.py, toy.py: strangers' pickles, conversion, batches, ceilings.     python -m pytest -q test_data.py     (under 40 s)
 """
-import os, pickle, random, shutil, signal, struct, subprocess, sys
+import json, os, pickle, random, shutil, signal, struct, subprocess, sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -548,3 +548,22 @@ def test_toy_corpus_is_seeded_and_walks_the_real_road(tmp_path):
     assert a.text('test') == b.text('test') and a.label('train', 'emotion').dtype == np.int64
     assert a.meta['labels']['emotion']['names'] == toy.EMOTIONS and not (tmp_path / 'a.pkl').exists()
     assert set(a.lengths('train', 'audio')) <= set(range(14, 25)) and set(a.lengths('train', 'vision')) <= set(range(10, 17))
+
+
+def test_a_run_is_measured_against_the_best_additive_reader_of_its_own_clips(tmp_path):
+    """ That reader itself gains nothing, one that knows everything does, and one that is tested on other labels is refused. """
+    from eval import EvalError
+    rows, (source, _, states) = toy.toy_table(), toy.draw()
+    t, av = states['test'].T
+    y = source['test']['regression_labels']
+    table, least = toy.additive_fit(rows[:, 0].astype(int), rows[:, 1].astype(int), rows[:, 2])
+    knows = np.array([[np.median(rows[(rows[:, 0] == i) & (rows[:, 1] == j), 2]) for j in range(9)] for i in range(5)])
+    assert abs(least - toy.toy_ceilings()['late']['mae']) < 1e-9 and abs(np.abs(y - table[t, av]).mean() - least) < 0.05
+    def run(name, pred, label=y):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'result.json').write_text(json.dumps(dict(about=dict(knobs={}, corpus=dict(name='toy')))))
+        (tmp_path / name / 'test.jsonl').write_text(''.join(json.dumps(dict(id=i, pred=float(p), label=float(v))) + '\n' for i, (p, v) in enumerate(zip(pred, label))))
+        return str(tmp_path / name)
+    assert '+0.000 +- 0.000' in toy.adding([run('adds', table[t, av])]) and 'not better' in toy.adding([str(tmp_path / 'adds')])
+    assert ', better than adding can be' in toy.adding([run('knows', knows[t, av]), str(tmp_path / 'adds')])
+    with pytest.raises(EvalError, match='not tested on the scores'): toy.adding([run('other', y, -y)])

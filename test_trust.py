@@ -487,7 +487,7 @@ def test_real_mosi_with_a_real_lm_runs(tmp_path):
 
 
 def commands(path):
-    return re.findall(r'^(?:# )?(python (?:train|eval|data|bench|sweep|figures|damage)\.py.*)$', path.read_text(encoding='utf-8'), re.M)
+    return re.findall(r'^(?:# )?(python (?:train|eval|data|bench|sweep|figures|damage|toy)\.py.*)$', path.read_text(encoding='utf-8'), re.M)
 
 
 def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys):

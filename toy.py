@@ -3,12 +3,13 @@ The toy corpus: what the field is about, with the answer known.
 
     python -c "import toy; print(toy.toy_ceilings())"      what a perfect reader of each modality can reach
     python train.py                                        trains on it (made on first use, in data/toy)
+    python toy.py out/RUN [out/RUN-seed1 ..]               does it beat the best that adding can do, on the same test clips?
 
 English sentences whose words carry valence; a voice whose movement over time (not its mean) carries arousal; a face
 with a short expression at a random moment; and sarcasm. The latents of a clip are few and discrete, so the best that
 anyone can do with text, with audio and video, with both added up, and with everything, is computed by enumeration.
 """
-import json, os, pickle
+import json, os, pickle, sys
 
 import numpy as np
 
@@ -56,18 +57,19 @@ def toy_table():
                      for t, v in enumerate(VALENCE) for pair in PAIRS for n in NOISE])           # [880,4]
 
 
-def additive_mae(t, av, y, n_steps=2000):
-    """ min over f, g of the mean |y - f(t) - g(av)|, by iteratively reweighted least squares: the best that any late
-    fusion by addition can do. Smoothing halves until it no longer matters. """
+def additive_fit(t, av, y, n_steps=2000):
+    """ The f, g that make the mean |y - f(t) - g(av)| least, by iteratively reweighted least squares: the best that any late
+    fusion by addition can do. Smoothing halves until it no longer matters. -> f(t) + g(av) as a table [5,9], and that mean. """
     X = np.zeros((len(y), t.max() + av.max() + 2))
     X[np.arange(len(y)), t] = X[np.arange(len(y)), t.max() + 1 + av] = 1                         # [n,14]
-    residual, eps, best = y - np.median(y), 1.0, np.inf
+    residual, eps, best, at_best = y - np.median(y), 1.0, np.inf, None
     for _ in range(n_steps):
         w = 1 / np.maximum(np.abs(residual), eps)
         beta = np.linalg.lstsq(X * np.sqrt(w)[:, None], y * np.sqrt(w), rcond=None)[0]
         residual, eps = y - X @ beta, max(eps * 0.97, 1e-9)
-        best = min(best, np.abs(residual).mean())
-    return best
+        if np.abs(residual).mean() < best: best, at_best = np.abs(residual).mean(), beta
+    n = t.max() + 1
+    return at_best[:n, None] + at_best[n:], best                                                 # [5,9], []
 
 
 def additive_accuracy(t, av, c, n_classes, n_steps=20000):
@@ -98,29 +100,29 @@ def toy_ceilings():
             acc += np.bincount(cs).max()
         return dict(mae=float(mae / len(y)), acc=float(acc / len(y)))
     return dict(majority=best(0 * t), text=best(t), av=best(av), full=best(100 * t + av),
-                late=dict(mae=float(additive_mae(t, av, y)), acc=additive_accuracy(t, av, c, len(EMOTIONS))))
+                late=dict(mae=float(additive_fit(t, av, y)[1]), acc=additive_accuracy(t, av, c, len(EMOTIONS))))
 
 
-def make_toy(folder, n_clips=(4000, 500, 1000), seed=0):
+def draw(n_clips=(4000, 500, 1000), seed=0):
     """
-    The toy corpus as a corpus folder: written as an M-SENA pickle first and converted from there, so that it walks the
-    very road that MOSEI does. Audio [<=24, 12]: a sine of period 7 whose amplitude is the arousal, at a random phase,
+    The clips of the toy corpus -> an M-SENA tree, emotions of each split, and what they were made from: (text state, audiovisual
+    state) as in toy_table, [N,2] of each split. Audio [<=24, 12]: a sine of period 7 whose amplitude is the arousal, at a random phase,
     on a speaker's own offset, in noise. Video [<=16, 16]: 8 frames of an expression from a random onset, in noise.
     """
     rng = np.random.default_rng(seed)
     d_a, d_v, S_a, S_v = 12, 16, 24, 16
     axis_a, (smile, frown) = rng.normal(size=d_a), rng.normal(size=(2, d_v))
     amplitude = {'flat': 0.2, 'mid': 0.8, 'high': 1.6}
-    source, emotions = {}, {}
+    source, emotions, states, pairs = {}, {}, {}, sorted(set(PAIRS))
     for split, N in zip(('train', 'valid', 'test'), n_clips):
-        texts, labels, emotions[split] = [], [], []
+        texts, labels, emotions[split], states[split] = [], [], [], []
         audio, vision = np.zeros((N, S_a, d_a), np.float32), np.zeros((N, S_v, d_v), np.float32)
         n_a, n_v = rng.integers(14, S_a + 1, N), rng.integers(10, S_v + 1, N)
         for i in range(N):
             v, (arousal, face) = rng.integers(5), PAIRS[rng.integers(len(PAIRS))]
             y, emotion = toy_label(VALENCE[v], rng.choice(NOISE), arousal, face)
             texts.append(' '.join(rng.choice(part) for part in (OPENINGS, SUBJECTS, WORDS[v], ENDINGS[v])))
-            labels.append(y); emotions[split].append(emotion)
+            labels.append(y); emotions[split].append(emotion); states[split].append((v, pairs.index((arousal, face))))
             wave = amplitude[arousal] * np.sin(2 * np.pi * np.arange(n_a[i]) / 7 + rng.uniform(0, 2 * np.pi))     # [S]
             audio[i, :n_a[i]] = wave[:, None] * axis_a + rng.normal(size=d_a) + 0.5 * rng.normal(size=(n_a[i], d_a))
             vision[i, :n_v[i]] = 0.5 * rng.normal(size=(n_v[i], d_v))
@@ -128,6 +130,13 @@ def make_toy(folder, n_clips=(4000, 500, 1000), seed=0):
             vision[i, onset:onset + 8] += {'smile': smile, 'frown': frown, 'neutral': 0 * smile}[face]
         source[split] = dict(raw_text=texts, audio=audio, vision=vision, audio_lengths=n_a.tolist(), vision_lengths=n_v.tolist(),
                              regression_labels=np.float32(labels), id=[f'{split}$_${i}' for i in range(N)])
+    return source, emotions, {split: np.array(s) for split, s in states.items()}
+
+
+def make_toy(folder, n_clips=(4000, 500, 1000), seed=0):
+    """ The toy corpus as a corpus folder: written as an M-SENA pickle first and converted from there, so that it walks the very road
+    that MOSEI does. """
+    source, emotions, _ = draw(n_clips, seed)
     pickled = folder + '.pkl'
     try:
         with open(pickled, 'wb') as f: pickle.dump(source, f, protocol=4)
@@ -139,3 +148,28 @@ def make_toy(folder, n_clips=(4000, 500, 1000), seed=0):
     meta['labels']['emotion'] = dict(kind='classes', names=EMOTIONS)
     meta['ceilings'], meta['toy'] = toy_ceilings(), VERSION
     with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f: json.dump(meta, f, indent=1)
+
+
+def adding(folders):
+    """ Runs on the toy corpus against the best additive reader of the latents of the same test clips: the difference of their mean
+    absolute errors, over clips and the runs' mean, and its standard error. Raises EvalError. """
+    from eval import EvalError, read_predictions, read_run
+    rows, (source, _, states) = toy_table(), draw()
+    table, _ = additive_fit(rows[:, 0].astype(int), rows[:, 1].astype(int), rows[:, 2])          # [5,9]
+    y = source['test']['regression_labels']                                                      # [N]
+    best, errors = np.abs(y - table[tuple(states['test'].T)]), []                                # [N]
+    for folder in folders:
+        p = read_predictions(folder)[1]
+        if read_run(folder)['about']['corpus'].get('name', 'toy') != 'toy' or 'pred' not in p or not np.array_equal(p['label'], y):
+            raise EvalError(f"{folder} was not tested on the scores of the toy corpus.")
+        errors.append(np.abs(p['pred'] - y))
+    gap = np.mean(errors, 0) - best                                                              # [N]
+    mean, error = gap.mean(), gap.std(ddof=1) / len(gap) ** 0.5
+    return (f"mae {np.mean(errors):.3f} (n={len(folders)}), the best additive reader {best.mean():.3f}: {mean:+.3f} +- {error:.3f} (one standard error), "
+            + ("better than adding can be" if mean < -2 * error else "not better than adding can be"))
+
+
+if __name__ == '__main__':
+    from eval import EvalError
+    try: print(adding([a.rstrip('/') for a in sys.argv[1:]]) if sys.argv[1:] else __doc__)
+    except EvalError as e: sys.exit(f"toy: {e}")

@@ -1,6 +1,6 @@
 # ALMT (Zhang et al. 2023): a hyper-modality that language guides, a fine-tuned encoder for the text.
 # python train.py config/baseline_almt.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: not yet measured
+# hardware: 1 core of a busy machine; toy 3.7 min, minilm 7.4 min. ours, test MAE: toy 0.745 +- 0.300 (n=3), minilm 0.862 +- 0.028 (n=3); others not run (LOG.md).
 # Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'almt'
 dataset = 'toy'

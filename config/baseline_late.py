@@ -1,6 +1,6 @@
 # The control: a score from each stream by itself, added up; one of them alone is a unimodal system: --late_streams=text.
 # python train.py config/baseline_late.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: not yet measured
+# hardware: 1 core of a busy machine; toy 2.0 min. ours, test MAE: toy 0.834 +- 0.012 (n=3); others not run (LOG.md).
 # Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'late'
 dataset = 'toy'

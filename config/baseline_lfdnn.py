@@ -1,6 +1,6 @@
 # LF-DNN (MMSA's late-fusion network): frozen text features.
 # python train.py config/baseline_lfdnn.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: not yet measured
+# hardware: 1 core of a busy machine; toy 0.4 min, minilm 0.4 min. ours, test MAE: toy 0.752 +- 0.002 (n=3), minilm 0.904 +- 0.048 (n=3); others not run (LOG.md).
 # Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'lfdnn'
 dataset = 'toy'

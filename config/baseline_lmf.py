@@ -1,6 +1,6 @@
 # Low-rank Multimodal Fusion (Liu et al. 2018): frozen text features.
 # python train.py config/baseline_lmf.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: not yet measured
+# hardware: 1 core of a busy machine; toy 0.3 min, minilm 0.4 min. ours, test MAE: toy 0.760 +- 0.003 (n=3), minilm 0.906 +- 0.018 (n=3); others not run (LOG.md).
 # Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'lmf'
 dataset = 'toy'

@@ -1,6 +1,6 @@
 # MAG-BERT (Rahman et al. 2020): a fine-tuned encoder with a gate behind its embeddings.
 # python train.py config/baseline_mag.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: not yet measured
+# hardware: 1 core of a busy machine; toy 2.3 min, minilm 5.5 min. ours, test MAE: toy 0.599 +- 0.056 (n=3), minilm 0.830 +- 0.031 (n=3); others not run (LOG.md).
 # Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'mag'
 dataset = 'toy'

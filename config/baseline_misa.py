@@ -1,6 +1,6 @@
 # MISA (Hazarika et al. 2020): private and shared vectors of each stream, a fine-tuned encoder for the text.
 # python train.py config/baseline_misa.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: not yet measured
+# hardware: 1 core of a busy machine; toy 1.6 min, minilm 6.1 min. ours, test MAE: toy 0.694 +- 0.068 (n=3), minilm 0.807 +- 0.004 (n=3); others not run (LOG.md).
 # Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'misa'
 dataset = 'toy'

@@ -1,6 +1,6 @@
 # MulT (Tsai et al. 2019): frozen text features.
 # python train.py config/baseline_mult.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: not yet measured
+# hardware: 1 core of a busy machine; toy 2.8 min, minilm 4.9 min. ours, test MAE: toy 0.480 +- 0.027 (n=3), minilm 1.011 +- 0.051 (n=3); others not run (LOG.md).
 # Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'mult'
 dataset = 'toy'

@@ -1,6 +1,6 @@
 # Self-MM (Yu et al. 2021): labels for each stream that nobody gave, a fine-tuned encoder for the text.
 # python train.py config/baseline_selfmm.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: not yet measured
+# hardware: 1 core of a busy machine; toy 2.3 min, minilm 6.1 min. ours, test MAE: toy 0.436 +- 0.007 (n=3), minilm 0.768 +- 0.015 (n=3); others not run (LOG.md).
 # Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'selfmm'
 dataset = 'toy'

@@ -1,6 +1,6 @@
 # TETFN (Wang et al. 2023): crossmodal stacks through the text, Self-MM's labels, a fine-tuned encoder.
 # python train.py config/baseline_tetfn.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: not yet measured
+# hardware: 1 core of a busy machine; toy 3.0 min, minilm 8.5 min. ours, test MAE: toy 0.580 +- 0.043 (n=3), minilm 0.804 +- 0.014 (n=3); others not run (LOG.md).
 # Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'tetfn'
 dataset = 'toy'

@@ -1,6 +1,6 @@
 # Tensor Fusion Network (Zadeh et al. 2017): frozen text features.
 # python train.py config/baseline_tfn.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: not yet measured
+# hardware: 1 core of a busy machine; toy 1.2 min, minilm 4.8 min. ours, test MAE: toy 0.763 +- 0.001 (n=3), minilm 0.916 +- 0.025 (n=3); others not run (LOG.md).
 # Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
 system = 'tfn'
 dataset = 'toy'
