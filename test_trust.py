@@ -505,7 +505,7 @@ def test_readme_commands_run(corpora, curriculum, tmp_path, monkeypatch, capsys)
     for line in re.findall(r'^    (python .+)$', (HERE / 'README.md').read_text(encoding='utf-8'), re.M):
         words = line.split()[1:]
         if words[0] == 'train.py': train(*words[1:], '--max_steps=2', '--device=cpu', *(fit if 'config/deepmlf_mosei.py' in words else []))
-        elif words[0] in ('eval.py', 'data.py', 'figures.py', 'sweep.py', 'damage.py'):
+        elif words[0] in ('eval.py', 'data.py', 'figures.py', 'sweep.py', 'damage.py', 'toy.py'):
             stands_for = {'out/RUN': 'out/deepmlf_toy', 'OTHER': 'data/toy', 'data/mosi': 'data/toy', 'data/mosei': 'data/toy', 'sentence-transformers/all-mpnet-base-v2': 'out/lm_toy-steps2'}
             for real, small in stands_for.items(): words = [w.replace(real, small) for w in words]
             monkeypatch.setattr(sys, 'argv', [w + '-steps2' if w.startswith('out/') else w for w in words])

@@ -154,7 +154,8 @@ def adding(folders):
     """ Runs on the toy corpus against the best additive reader of the latents of the same test clips: the difference of their mean
     absolute errors, over clips and the runs' mean, and its standard error. Raises EvalError. """
     from eval import EvalError, read_predictions, read_run
-    rows, (source, _, states) = toy_table(), draw()
+    sizes = read_run(folders[0])['about']['corpus'].get('clips', dict(train=4000, valid=500, test=1000))
+    rows, (source, _, states) = toy_table(), draw(tuple(sizes[split] for split in ('train', 'valid', 'test')))
     table, _ = additive_fit(rows[:, 0].astype(int), rows[:, 1].astype(int), rows[:, 2])          # [5,9]
     y = source['test']['regression_labels']                                                      # [N]
     best, errors = np.abs(y - table[tuple(states['test'].T)]), []                                # [N]
