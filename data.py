@@ -749,10 +749,10 @@ class Feed:
         return sum(len(self.tokens[split][i]) - 1 for i in index) if self.tokens else 0
 
     def cost(self, split):
-        """ [N] text tokens plus frames (or slots, for an AV encoder, which pools them); behind a prompt, text first. """
+        """ [N] text tokens plus frames (or slots, for an AV encoder, which pools them); where a frozen LM reads the text, that first. """
         cost = np.zeros(self.corpus.n_clips[split], np.int64)
         if self.tokens: cost += [len(t) for t in self.tokens[split]]
-        if self.prompt: cost *= 10_000   # there every frame costs less than any token
+        if self.prompt or self.c['system'] == 'deepmlf': cost *= 10_000   # there every frame costs less than any token
         for s in self.corpus.widths:
             if s in self.streams:
                 frames = self.corpus.lengths(split, s)                                       # [N]
