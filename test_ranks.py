@@ -16,6 +16,8 @@ import data
 from test_smoke import HERE
 from test_trust import ENV, Killed, curriculum, deepmlf, train   # noqa: F401 (curriculum is a fixture)
 
+OLD = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 7)
+no_fsdp = pytest.mark.skipif(OLD, reason="FSDP2 of torch 2.6 needs a GPU")
 UNEVEN = ['--accumulate=3', '--save_interval=2']   # 8 micro-batches an epoch for 2 processes: 2+1, 2+1, 1+1
 
 
@@ -53,7 +55,7 @@ def alone(corpora, curriculum):   # noqa: F811
     return curriculum
 
 
-@pytest.mark.parametrize('more', [[], ['--shard_lm=node']], ids=['DDP', 'FSDP2'])
+@pytest.mark.parametrize('more', [[], pytest.param(['--shard_lm=node'], marks=no_fsdp)], ids=['DDP', 'FSDP2'])
 def test_two_processes_are_one(more, corpora, alone):
     """ Dropout, SeqAug, an uneven last step and a rank without a micro-batch included. """
     name = 'two' + '-'.join(more)
@@ -85,6 +87,7 @@ def test_processes_make_the_runs_in_needs_together(corpora, tmp_path):
     assert 'some of them wait' in said and json.load(open(tmp_path / 'out' / 'lm_toy_rated-steps2' / 'result.json'))['about']['processes'] == 2
 
 
+@no_fsdp
 def test_a_shard_is_half_and_computes_the_whole(tmp_path):
     (tmp_path / 'worker.py').write_text(f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
