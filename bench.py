@@ -18,7 +18,6 @@ each batch, and AdamW is not fused, which counts where much is trained.
 Both ways run in one process by turns, on the CPU in float32 (or bfloat16 by --dtype); memory is that of a process of its own,
 above the loaded model (Linux). Times are only worth something as the ratio of the two.
 """
-import ast
 import os
 import re
 import subprocess
@@ -27,20 +26,21 @@ import tempfile
 import time
 import zlib
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from adapters import AVEncoder, MSEAdapter, regularise
+from adapters import regularise
 from baselines import build_baseline
-from configurator import configure
+from configurator import configure, knobs_of
 from data import Feed, convert, epoch_order, open_corpus
 from eval import markdown_table
 from lm import FrozenLM, TextEncoder
 from losses import deepmlf_loss
-from model import CrossSent, DeepMLF, PseudoTokenLM, build_adapter, devices
+from model import CrossSent, DeepMLF, PseudoTokenLM, build_adapter, build_av_encoder, devices
 from prompts import Prompt
 
 shapes = 'simsv2'              # of the clips: a row of SHAPES
@@ -59,20 +59,16 @@ repeats = 5                    # timed rounds of both ways by turns, after one t
 only = ''                      # for the process that bench.py starts itself: 'ours train', 'plain valid', ..
 # ---------------------------------------------------------------------------------------------------------
 _here = os.path.dirname(os.path.abspath(__file__))
-with open(os.path.join(_here, 'train.py'), encoding='utf-8') as f: _source = f.read()
-_block = ast.parse(_source[:_source.index('# -----')]).body
-_knobs = {n.targets[0].id: ast.literal_eval(n.value) for n in _block if isinstance(n, ast.Assign)}     # train.py's own
 _argv = [a if a.startswith('-') or os.path.exists(a) else os.path.join(_here, a) for a in sys.argv[1:]]
 if all(a.startswith('-') for a in _argv): _argv.insert(0, os.path.join(_here, 'config', 'mse_simsv2.py'))
-_own = {k: globals()[k] for k in ('shapes', 'vs', 'gpu', 'gpu_share', 'lm_shape', 'large_shape', 'bench_clips', 'bench_batches', 'warmup_rounds', 'timed_rounds', 'start_clips',
-                                'repeats', 'only')}
-c = configure(_knobs | _own | dict(__file__=__file__), _argv, echo='--only' not in ' '.join(_argv))
+_knobs = knobs_of(os.path.join(_here, 'train.py')) | knobs_of(__file__)
+c = configure(_knobs | dict(__file__=__file__), _argv, echo='--only' not in ' '.join(_argv))
 SHAPES = dict(   # audio frames, width; video frames, width; label range
     mosi=(375, 5, 500, 20, 3), simsv2=(925, 25, 232, 177, 1), mosei=(500, 74, 375, 35, 3), sims=(400, 33, 55, 709, 1))
 SIZES = dict(mse=[8, 512, 8, 32000], cmpta=[8, 512, 8, 32000], deepmlf=[12, 768, 12, 50257])   # a Llama, GPT-2-base; RoBERTa-base:
 shape = c['lm_shape'] or SIZES.get(c['system'], [12, 768, 12, 50265])
-if c['shapes'] not in SHAPES: sys.exit(f"bench: shapes={c['shapes']!r} is none of {', '.join(SHAPES)}.")
 wrong = [
+    (c['shapes'] not in SHAPES, f"shapes={c['shapes']!r} is none of {', '.join(SHAPES)}."),
     (c['vs'] not in ('plain', 'without', 'start', 'paper'), f"vs={c['vs']!r} is none of plain, without, start, paper."),
     (c['vs'] == 'paper' and c['system'] != 'mse', "vs='paper' counts MSE-Adapter: take one of its configs."),
     (c['vs'] == 'without' and c['system'] != 'crosssent', "vs='without' is for CrossSent, with and without its GMRA."),
@@ -141,9 +137,7 @@ def build(shape):
         lm = FrozenLM(random_lm('llama', *shape))
         prompt = Prompt(c, corpus.labels['label'], tokenizer)
         model = PseudoTokenLM(lm, build_adapter(c, corpus.widths, lm), prompt, c)
-    elif c['system'] == 'deepmlf':
-        av = AVEncoder(corpus.widths, c['av_width'], c['av_layers'], c['av_heads'], c['av_len'], c['av_dropout'], c['av_seqaug'])
-        model = DeepMLF(FrozenLM(random_lm('gpt2', *shape)), av, c)
+    elif c['system'] == 'deepmlf': model = DeepMLF(FrozenLM(random_lm('gpt2', *shape)), build_av_encoder(c, corpus.widths), c)
     elif c['system'] == 'crosssent': model = CrossSent(TextEncoder(random_lm('roberta', *shape)), tokenizer, corpus.widths, c)
     else:
         frozen = c['text_features'] == 'frozen'
@@ -422,9 +416,9 @@ LMS = {   # layers, width, width of all keys, width of the FFW, vocabulary, is t
 def on_paper(layers, D, D_kv, ffw, V, own_head, n_gpus, in_node):
     """ What a step of batch_size clips a GPU takes -> the cells of a table. bfloat16 weights and activations, float32 adapter. """
     _, d_a, _, d_v, _ = SHAPES[c['shapes']]
-    lstm = dict(audio=c['lstm_audio'], vision=c['lstm_vision'])
     with torch.device('meta'):
-        adapter = MSEAdapter(dict(audio=d_a, vision=d_v), D, c['n_pseudo'], c['mse_width'], lstm, c['msf_scales'], c['pseudo_projection'])
+        lm = SimpleNamespace(width=D, parts=dict(embed=torch.nn.Embedding(1, D)))                # what an adapter asks of an LM
+        adapter = build_adapter(c, dict(audio=d_a, vision=d_v), lm)
     trained, tokens = sum(p.numel() for p in adapter.parameters()), 15 + c['n_pseudo'] + 60      # text, pseudo tokens, prompt and answer
     layer = 2 * D * D + 2 * D * D_kv + 3 * D * ffw
     weights, whole = 2 * layers * layer, 2 * V * D * (1 + own_head)                              # bytes: that may be shared; embeddings and head

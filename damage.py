@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data import STREAMS, CorpusError, epoch_order
-from eval import EvalError, bring_back, markdown_table, mean_std_n, read_run, score_by, system_of, task_metrics
+from eval import EvalError, bring_back, markdown_table, mean_std_n, one_system, read_run, score_by, task_metrics
 from lm import ModelError
 
 SHARES = (0.25, 0.5, 0.75, 1.0)   # of clips that lose a modality
@@ -67,7 +67,7 @@ def damaged(folder):
 
 def main(folders):
     if not folders or folders[0] in ('-h', '--help'): print(__doc__); return
-    if len({system_of(read_run(f)) for f in folders}) > 1: raise EvalError("these runs differ in more than the seed: one system at a time.")
+    one_system(folders)
     runs, (by, _) = [damaged(f) for f in folders], score_by(read_run(folders[0])['info'])
     keys = [k for k in ('mae', 'corr', 'acc2_non0', 'acc7', 'acc', 'wf1') if k in runs[0]['as it is']]
     lost = lambda name: f"{np.mean([r[name][by] - r['as it is'][by] for r in runs]):+.3f}"

@@ -541,7 +541,8 @@ def rerun(folder):
 
 def deprived(folder, modalities):
     """ A run on its own test set with these of 'audio', 'vision' alone ([]: the text), as a table. Raises EvalError and its kin. """
-    r, run = read_run(folder), revive(folder)
+    run = revive(folder)
+    r = run.result
     modalities = [m for m in r['about']['knobs']['modalities'] if m in modalities]   # what it never met is no test
     metrics, _ = run.test(run.corpus, r['about']['knobs'] | dict(modalities=modalities))
     keys = [k for k in r['test'] if k in metrics]
@@ -556,7 +557,8 @@ def elsewhere(folder, source, modalities=None):
     standardised as the run's own were. modalities: a list of 'audio', 'vision' to let through, [] for text alone; a stream
     whose width differs must be left out, as then it is another feature set. Raises EvalError, ModelError, CorpusError.
     """
-    r, run = read_run(folder), revive(folder)
+    run = revive(folder)
+    r = run.result
     home = run.corpus
     c, other = r['about']['knobs'], open_corpus(source, r['about']['knobs']['data_dir'])
     modalities = [m for m in c['modalities'] if modalities is None or m in modalities]
@@ -588,6 +590,11 @@ def system_of(r):
     where = ('seed', 'out_dir', 'resume', 'fresh', 'device', 'data_dir', 'log_interval', 'save_interval')
     knobs = {k: re.sub(r'-seed\d+', '', str(v)) for k, v in r['about']['knobs'].items() if k not in where}
     return r['about']['name'], json.dumps(knobs, sort_keys=True)
+
+
+def one_system(folders):
+    """ Raises EvalError unless these runs differ in the seed alone. """
+    if len({system_of(read_run(f)) for f in folders}) > 1: raise EvalError("these runs differ in more than the seed: one system at a time.")
 
 
 def compare(folders):

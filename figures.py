@@ -22,7 +22,7 @@ import torch
 
 from adapters import FFW, GMRA, AVEncoder, CrossAttention, MMBlock, MSEAdapter
 from data import CorpusError
-from eval import EvalError, bring_back, confusion_picture, read_predictions, read_run, system_of
+from eval import EvalError, bring_back, confusion_picture, one_system, read_predictions, read_run
 from lm import FrozenLM, ModelError, TextEncoder
 from model import CrossSent, DeepMLF, PseudoTokenLM
 from prompts import Prompt
@@ -222,13 +222,13 @@ def embeddings(folder, out, n_most=1000):
                 with Watch([module]) as watch: run.predict(batch)
                 vectors.append(watch.seen[-1][0])
         labels.append(batch['label'])
-    y, label, r = tsne(torch.cat(vectors).float().cpu()), torch.cat(labels).cpu().numpy(), read_run(folder)
+    y, label = tsne(torch.cat(vectors).float().cpu()), torch.cat(labels).cpu().numpy()
     fig, ((ax,),) = canvas(high=WIDE)
-    classes = r['info']['kind'] == 'classes'
+    classes = run.info['kind'] == 'classes'
     points = ax.scatter(*y.T, c=label, s=5, cmap='tab10' if classes else 'coolwarm', lw=0)
     if classes:   # not every class need be among these clips
         handles, _ = points.legend_elements(num=None)
-        names = [k if k.isascii() else str(i) for i, k in enumerate(r['info']['names'])]
+        names = [k if k.isascii() else str(i) for i, k in enumerate(run.info['names'])]
         ax.legend(handles, [names[v] for v in np.unique(label).astype(int)])
     else: fig.colorbar(points, label='label', shrink=0.8)
     ax.set(xticks=[], yticks=[], title=f't-SNE of fused vectors, {n} test clips')
@@ -309,7 +309,7 @@ def tokens(folders, out, clip=''):
     for folder, row in zip(runs, axes):
         run, feed = bring_back(folder)
         i = clip_number(folder, feed, clip)
-        batch, n = feed('test', np.array([i])), read_run(folder)['about']['knobs']['n_pseudo']
+        batch, n = feed('test', np.array([i])), run.knobs['n_pseudo']
         pred, views = float(run.predict(batch)['pred']), look(run, batch)
         if not {'over audio', 'over vision'} <= set(views):
             raise EvalError(f"{folder} has no attention over audio and over video: --tokens is for CMPTA with both.")
@@ -372,7 +372,7 @@ def main(argv):
     out = os.path.join(paths[0], 'figures')
     if 'tokens' in flags: return tokens(paths, out, flags.get('clip', ''))
     r = read_run(paths[0])
-    if len({system_of(read_run(p)) for p in paths}) > 1: raise EvalError("these runs differ in more than the seed: one system at a time.")
+    one_system(paths)
     curves(paths, out)
     gates(paths, out)
     if r['about']['knobs']['system'] == 'lm': return

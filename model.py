@@ -22,6 +22,9 @@ import json
 import os
 import zlib
 
+try: import fcntl
+except ImportError: fcntl = None   # Windows
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -366,13 +369,11 @@ def build(c, corpus, out_dir, dtype=torch.float32):
     c['av_from'] unless av_init='random'. Raises ModelError.
     """
     corpus.label('train', c['label'])   # a wrong name gets its sentence before gigabytes are loaded
-    av_encoder = lambda: AVEncoder(corpus.widths, c['av_width'], c['av_layers'], c['av_heads'], c['av_len'],
-                                   c['av_dropout'], c['av_seqaug'])
     try:
         if c['system'] == 'lm':
             hf, tokenizer = new_lm(texts_for(corpus, 'train', c), c, os.path.join(out_dir, 'hf'))
             return LanguageModel(hf), tokenizer
-        if c['system'] == 'av': return AVModel(av_encoder(), c), None
+        if c['system'] == 'av': return AVModel(build_av_encoder(c, corpus.widths), c), None
         if c['system'] == 'late' and 'text' not in c['late_streams']: return build_baseline(c, corpus, None, 0, None), None
         if c['system'] in BASELINES and c['text_features'] == 'frozen':   # the feed has the hidden states: here are no weights
             width = width_of(lm_config(c['lm'], c['trust_remote_code'])[0])
@@ -388,7 +389,7 @@ def build(c, corpus, out_dir, dtype=torch.float32):
         lm, tokenizer = load_lm(c['lm'], dtype, c['lm_init'] == 'random', c['trust_remote_code'])
         if c['system'] in ('mse', 'cmpta'):
             return PseudoTokenLM(lm, build_adapter(c, corpus.widths, lm), prompt, c), tokenizer
-        model = DeepMLF(lm, av_encoder(), c)
+        model = DeepMLF(lm, build_av_encoder(c, corpus.widths), c)
     except ValueError as e: raise ModelError(str(e)) from None
     if c['av_init'] != 'random':
         tensors, _ = load_checkpoint(os.path.join(c['av_from'], 'best.safetensors'))
@@ -396,6 +397,11 @@ def build(c, corpus, out_dir, dtype=torch.float32):
         put(model.av_encoder, theirs, c['av_from'])
         model.av_encoder.requires_grad_(c['av_init'] == 'tune')
     return model, tokenizer
+
+
+def build_av_encoder(c, widths):
+    """ The audiovisual encoder that the knobs describe; widths: stream -> width. """
+    return AVEncoder(widths, c['av_width'], c['av_layers'], c['av_heads'], c['av_len'], c['av_dropout'], c['av_seqaug'])
 
 
 def build_adapter(c, widths, lm):
@@ -496,6 +502,16 @@ def memory(device):
     if device == 'cuda': return torch.cuda.mem_get_info()[1]
     try: return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     except (ValueError, OSError, AttributeError): return float('inf')   # Windows does not say
+
+
+def lock(folder):
+    """ The lock of a folder, an open file that goes with this process however that ends; None if another process has it. Where
+    there is no such lock (Windows), everybody gets it. """
+    file = open(os.path.join(folder, '.lock'), 'w')
+    if not fcntl: return file
+    try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: return None
+    return file
 
 
 def write_text(path, text):

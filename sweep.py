@@ -25,9 +25,6 @@ import subprocess
 import sys
 import time
 
-try: import fcntl
-except ImportError: fcntl = None   # Windows
-
 import numpy as np
 import torch
 
@@ -35,7 +32,7 @@ from configurator import knobs_of, parse_flags, read_config
 from data import CorpusError
 from eval import EvalError, claim, markdown_table, mean_std_n, read_predictions, read_run, revive, score_by
 from lm import ModelError
-from model import write_text
+from model import lock, write_text
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FLAGS = dict(table='', seeds='3', jobs='', config='', out='out/sweeps')
@@ -210,10 +207,9 @@ def main(argv):
         row_config, settings = changes.get('config', config), short | {k: v for k, v in changes.items() if k != 'config'} | knobs
         trained[label] = [Run(folder, label, row_config, settings, seed, known) for seed in range(n_seeds)]
     os.makedirs(folder, exist_ok=True)
-    if fcntl:   # what two sweeps stand on is made once, and neither knows what the other is making
-        lock = open(os.path.join(folder, '.lock'), 'w')
-        try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise EvalError(f"another sweep is running in {folder}: wait for it (--jobs=2 trains two runs at once), or give another --out.") from None
+    alone = lock(folder)   # what two sweeps stand on is made once, and neither knows what the other is making
+    if alone is None:
+        raise EvalError(f"another sweep is running in {folder}: wait for it (--jobs=2 trains two runs at once), or give another --out.")
     started = time.time()
     run_all([runs[seed] for seed in range(n_seeds) for runs in trained.values()], jobs)
     rows = {label: read_row(runs) for label, runs in trained.items()}

@@ -215,7 +215,7 @@ def kill_at_random(corpora, curriculum, folder, n, seed):
         argv = [sys.executable] + [str(HERE / a) if a.endswith('.py') and '/' not in a else str(a) for a in map(str, command(kind, name))]
         last = curriculum / f'{folder.name}-{name}' / 'last.safetensors'
         if kind == 'train' and last.parent.exists(): argv += ['--resume=True'] if last.exists() else ['--fresh=True']
-        process = subprocess.Popen([a.replace(str(HERE / 'config'), 'config') for a in argv], cwd=folder if kind == 'convert' else HERE, env=ENV | {'OMP_NUM_THREADS': '1'},
+        process = subprocess.Popen([a.replace(str(HERE / 'config'), 'config') for a in argv], cwd=folder if kind == 'convert' else HERE, env=ENV,   # as many threads as 'whole' had, or bits differ
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try: said = process.communicate(timeout=after)[0]
         except subprocess.TimeoutExpired: process.kill(); process.communicate(); return False

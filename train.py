@@ -26,9 +26,6 @@ import threading
 import time
 from contextlib import nullcontext
 
-try: import fcntl
-except ImportError: fcntl = None   # Windows
-
 import numpy as np
 import torch
 import transformers
@@ -40,7 +37,7 @@ from clips import facts_of
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import BETTER, constant, continuation, curve_picture, evaluate, report, write_predictions
 from lm import ModelError, empty_lm
-from model import build, devices, load_checkpoint, memory, own_tensors, put, rehearse, save_checkpoint, write_text
+from model import build, devices, load_checkpoint, lock, memory, own_tensors, put, rehearse, save_checkpoint, write_text
 from prompts import PROMPTS
 
 # what is trained, and on what
@@ -65,7 +62,7 @@ device = 'auto'               # 'auto': cuda, mps or cpu, the first that is ther
 dtype = 'auto'                # of the frozen LM and of autocast: 'auto' is bfloat16 on cuda and where float32 is too
                               # large for the memory, else float32; 'float16' for a GPU without bfloat16
 compile = False               # torch.compile the model
-deterministic = False         # on a GPU: the same bits each time, at some cost (a CPU gives them anyway)
+deterministic = False         # on a GPU: the same bits each time, at some cost (a CPU does so anyway, with as many threads)
 shard_lm = 'off'              # with torchrun: each process holds a share of the frozen LM's layers (FSDP2), for LMs too large for a GPU:
                               # shared by the processes of a 'node' (machine), or by 'all'
 max_steps = -1                # optimizer steps at most, here and in the runs that needs makes; -1: as epochs say
@@ -453,10 +450,8 @@ def open_folder():
     """ Makes out_dir this run's own, and returns its log, open. Lines of steps that will be run again are gone from it. """
     global _lock
     os.makedirs(out_dir, exist_ok=True)
-    if fcntl:   # gone with this process, however that ends; where there is no such lock (Windows), two runs are the user's care
-        _lock = open(os.path.join(out_dir, '.lock'), 'w')
-        try: fcntl.lockf(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: stop(f"another run is writing into {out_dir}: wait for it, or give another --out_dir.")
+    _lock = lock(out_dir)
+    if _lock is None: stop(f"another run is writing into {out_dir}: wait for it, or give another --out_dir.")
     # result.json says that a run is finished, so it goes while this one is not; and a fresh start has no past
     past = 'last.safetensors last.json best.safetensors best.json test.jsonl report.md curve.png'.split()
     for old in ['result.json'] + (past if fresh else []):
@@ -622,9 +617,10 @@ if system in ('mse', 'cmpta') and readout != 'head':
     except ValueError as e: print(f"  the LM without the adapter: {e}")
 result['seconds'] = round(time.time() - started, 1)
 try:
-    if ranks.RANK == 0 and predictions: write_predictions(out_dir, clips, predictions)
-    if ranks.RANK == 0: write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
-    if ranks.RANK == 0: curve_picture(out_dir, select)
-    if ranks.RANK == 0: print(report(out_dir))
+    if ranks.RANK == 0:
+        if predictions: write_predictions(out_dir, clips, predictions)
+        write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
+        curve_picture(out_dir, select)
+        print(report(out_dir))
 except OSError as e: stop(f"trained, but cannot write to {out_dir} ({e.strerror}): make room; --resume=True ends it.")
 ranks.leave()
