@@ -18,7 +18,7 @@ def mse(pred, label):
     return (pred - label).square().mean()
 
 
-def lm_loss(hidden, batch, lm_head, chunk=1024):
+def lm_loss(hidden, batch, lm_head, chunk=256):
     """
     Next-token cross-entropy, the mean over the batch's real targets (DeepMLF eq. 5, with the mean for the sum).
 
@@ -37,11 +37,11 @@ def lm_loss(hidden, batch, lm_head, chunk=1024):
     return summed_cross_entropy(x, y, lm_head, chunk) / len(y) * batch.get('lm_weight', 1.0)
 
 
-def summed_cross_entropy(x, y, lm_head, chunk=1024):
+def summed_cross_entropy(x, y, lm_head, chunk=256):
     """ The sum over rows of -log p(y): x [n,D] hidden states, y [n] tokens (-100: not asked) -> []. Logits are kept for no
     more than `chunk` rows. """
     def summed(x, y): return F.cross_entropy(lm_head(x).float(), y, reduction='sum')
-    if len(y) <= chunk // 8: return summed(x, y)   # as few as a batch of labels
+    if len(y) <= chunk // 2: return summed(x, y)   # as few as a batch of labels
     pieces, weight = list(zip(x.split(chunk), y.split(chunk))), getattr(lm_head, 'weight', None)     # [V,D]
     if weight is None or weight.requires_grad:
         return torch.stack([checkpoint(summed, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]).sum()
@@ -49,10 +49,11 @@ def summed_cross_entropy(x, y, lm_head, chunk=1024):
     total, slope = 0.0, []
     with torch.no_grad():
         for x_c, y_c in pieces:
-            logits, asked = lm_head(x_c).float(), (y_c >= 0)[:, None]                            # [b,V], [b,1]
-            total = total + F.cross_entropy(logits, y_c, reduction='sum')
-            p = logits.softmax(-1).scatter_add_(1, y_c.clamp(min=0)[:, None], -torch.ones_like(logits[:, :1]))
-            slope.append(p.mul_(asked).to(weight.dtype) @ weight)                                  # [b,D]
+            logits, asked, y_c = lm_head(x_c).float(), (y_c >= 0)[:, None], y_c.clamp(min=0)[:, None]    # [b,V], [b,1], [b,1]
+            scale = logits.logsumexp(-1, keepdim=True)                                           # [b,1]
+            total = total + (scale - logits.gather(1, y_c)).where(asked, 0).sum()
+            p = logits.sub_(scale).exp_().scatter_add_(1, y_c, -torch.ones_like(scale)).mul_(asked)      # [b,V], in place of the logits
+            slope.append(p.to(weight.dtype) @ weight)                                            # [b,D]
     return total + ((x - x.detach()) * torch.cat(slope).to(x.dtype)).sum()
 
 

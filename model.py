@@ -76,6 +76,11 @@ class AVModel(nn.Module):
     def param_groups(self): return grouped(self)
 
 
+def last_real(x, n):
+    """ The last of n [B] real tokens of x [B,T,..] -> [B,1,..]; or the only one, where streams() left no other. """
+    return x[torch.arange(len(x), device=x.device), (n - 1).clamp(max=x.shape[1] - 1)][:, None]
+
+
 class DeepMLF(nn.Module):
     """
     DeepMLF (Georgiou et al. 2025): F learnable fusion tokens after the text of a frozen causal LM, MM blocks between
@@ -114,8 +119,9 @@ class DeepMLF(nn.Module):
         if not any(p.requires_grad for p in self.av_encoder.parameters()): self.av_encoder.eval()
         return self
 
-    def streams(self, batch):
-        """ Both streams through the LM -> x_t [B,T,D], x_f [B,F,D] after the final norm; z [B,m,d] and its mask [B,m]. """
+    def streams(self, batch, whole=True):
+        """ Both streams through the LM -> x_t [B,T,D], x_f [B,F,D] after the final norm; z [B,m,d] and its mask [B,m]. whole=False
+        works out the last real token of the text alone where no token behind it needs the others: x_t [B,1,D]. """
         c, lm, (B, T) = self.c, self.lm, batch['tokens'].shape
         n_f, dev, text_len = c['n_fusion'], batch['tokens'].device, batch['text_len']
         z, z_mask = self.av_encoder(batch)                                                       # [B,m,d], [B,m]
@@ -136,7 +142,11 @@ class DeepMLF(nn.Module):
         first, graph = min(map(int, self.mm_blocks)), torch.is_grad_enabled()
         for l in range(lm.n_layers):
             with torch.set_grad_enabled(graph and l >= first):
-                x_t, text_kv = lm.block(l, x_t, rope_t)                                          # [B,T,D]
+                if whole or l < lm.n_layers - 1: x_t, text_kv = lm.block(l, x_t, rope_t)         # [B,T,D]
+                else:   # of the other tokens, keys and values are enough here
+                    q, *text_kv = lm.qkv(l, x_t, rope_t)
+                    q = last_real(q.transpose(1, 2), text_len).transpose(1, 2)                   # [B,h,1,D/h]
+                    x_t = lm.finish(l, last_real(x_t, text_len), q, *text_kv, batch['text_mask'][:, None, None])     # [B,1,D]
             if n > 1: text_kv = [t.repeat(n, 1, 1, 1) for t in text_kv]                          # 2x [B,h_kv,T,D/h]
             x_f, _ = lm.block(l, x_f, rope_f, past=text_kv, mask=mask)                           # [B,F,D]
             if str(l + 1) in self.mm_blocks:
@@ -147,7 +157,7 @@ class DeepMLF(nn.Module):
         """ Eq. 12 and the three modality heads -> dict of [B], in float32: bf16 would round predictions to 1/128. """
         with torch.autocast(z.device.type, enabled=False):
             z_mean = masked_mean(z, z_mask)                                                      # [B,d]
-            x_last = x_t[torch.arange(len(x_t), device=x_t.device), text_len - 1].float()        # [B,D]
+            x_last = last_real(x_t, text_len)[:, 0].float()                                      # [B,D]
             x_last = x_last.repeat(len(x_f) // len(x_t), 1)                                      # [B,D]
             x_mean = x_f.float().mean(1)                                                         # [B,D]
             out = dict(pred=self.task_head(torch.cat([z_mean, x_last, x_mean], -1)))             # [B,1] each
@@ -158,7 +168,7 @@ class DeepMLF(nn.Module):
     def predict(self, batch):
         """ pred: the task head; text, av, fusion: what each stream says by itself (text never sees audio or video,
         unless mm_query lets it). All [B]. No logits over the vocabulary are computed. """
-        return self.heads(*self.streams(batch), batch['text_len'])
+        return self.heads(*self.streams(batch, whole=False), batch['text_len'])
 
     def predict_each(self, batch, variants):
         """ predict for a batch with each of `variants`, dicts of other audio and video: the text goes through the LM once, as it
@@ -172,7 +182,7 @@ class DeepMLF(nn.Module):
     def forward(self, batch):
         """ Eqs. 13-14. The LM loss reaches only the MM blocks' FFW, norm_2 and second gate: text is AV-free. """
         c = self.c
-        x_t, x_f, z, z_mask = self.streams(batch)
+        x_t, x_f, z, z_mask = self.streams(batch, whole=c['weight_lm'] > 0)
         out = self.heads(x_t, x_f, z, z_mask, batch['text_len'])
         terms, loss = deepmlf_loss(out, batch['label'], self.weights)
         more, extra = ordinal_loss(out['pred'], batch['label'], c, batch.get('ramp', 1.0))

@@ -93,9 +93,11 @@ def one_stream(model, batch):
 @pytest.mark.parametrize('family', ['gpt2', 'qwen2'])
 @pytest.mark.parametrize('query', ['fusion', 'text+fusion', 'text'])
 @pytest.mark.parametrize('position', ['after', 'fixed'])
-def test_two_streams_are_the_concatenated_forward(family, query, position):
-    """ Values and gradients of the two-stream forward equal those of one concatenated stream, with padding. """
-    model, batch = tiny_deepmlf(family, mm_query=query, fusion_position=position, max_text_len=15), tiny_batch()
+@pytest.mark.parametrize('weight_lm', [1.0, 0.0])
+def test_two_streams_are_the_concatenated_forward(family, query, position, weight_lm):
+    """ Values and gradients of the two-stream forward equal those of one concatenated stream, with padding; without an LM loss
+    the last layer has the last token alone. """
+    model, batch = tiny_deepmlf(family, mm_query=query, fusion_position=position, max_text_len=15, weight_lm=weight_lm), tiny_batch()
     def run(streams):
         model.zero_grad()
         model.streams = streams
@@ -103,7 +105,7 @@ def test_two_streams_are_the_concatenated_forward(family, query, position):
         out['loss'].backward()
         return out['terms'], {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     ours = run(model.streams)
-    reference = run(lambda b: one_stream(model, b))
+    reference = run(lambda b, whole: one_stream(model, b))
     for k in ours[0]: torch.testing.assert_close(ours[0][k], reference[0][k], rtol=1e-5, atol=1e-6)
     assert ours[1].keys() == reference[1].keys()
     for k in ours[1]: torch.testing.assert_close(ours[1][k], reference[1][k], rtol=1e-4, atol=1e-6, msg=k)
