@@ -111,10 +111,10 @@ def random_lm(kind, layers, width, heads, vocabulary):
 
 
 def random_corpus(folder, n_clips, S_a, d_a, S_v, d_v, limit):
-    """ Random clips of the shapes, as an M-SENA pickle that walks the usual road -> the corpus, and MB/s of its conversion. """
+    """ Random clips, n_clips of train, valid and test, of the shapes, as an M-SENA pickle that walks the usual road -> the corpus, and MB/s of its conversion. """
     import pickle
     rng, source = np.random.default_rng(0), {}
-    for split, n in (('train', n_clips), ('valid', n_clips), ('test', 2)):
+    for split, n in zip(('train', 'valid', 'test'), n_clips):
         n_words = np.clip(rng.lognormal(np.log(15) - 0.18, 0.6, n), 1, 100).astype(int)          # mean 15
         source[split] = dict(
             raw_text=[' '.join(''.join(rng.choice(list('abcdefghij'), 5)) for _ in range(k)) for k in n_words],
@@ -462,19 +462,23 @@ if c['vs'] == 'start':
     imports = np.median([first_line(imports, 'there') for _ in range(3)])
     for n in c['start_clips']:
         with tempfile.TemporaryDirectory() as folder:
-            _, rate = random_corpus(folder, n, 50, 74, 50, 35, 3)
+            _, rate = random_corpus(folder, (n, n // 8, n // 4), 50, 74, 50, 35, 3)
             argv = [os.path.join(_here, 'train.py'), os.path.join(_here, 'config', 'baseline_late.py'), f'--corpus={folder}/random',
                     f'--out_dir={folder}/run', '--log_interval=1', '--device=cpu']
-            took = np.median([first_line([*argv, '--fresh=True'], '  step ') for _ in range(3)])
-            print(f"{n} clips: first step {took - imports:.1f} s after imports ({imports:.1f} s), an encoder of 3 x 64 and its tokenizer made in "
-                  f"them; converted at {rate:.0f} MB/s; median of 3")
+            first_line(argv, '  step ')   # makes a tokenizer, and writes what encoder it wants: the timed ones load both
+            from transformers import AutoConfig, AutoModel
+            AutoModel.from_config(AutoConfig.from_pretrained(f'{folder}/run/hf')).save_pretrained(f'{folder}/run/hf')
+            argv += ['--fresh=True', f'--lm={folder}/run/hf']
+            took = np.median([first_line(argv, '  step ') for _ in range(3)])
+            print(f"{n} clips to train on: first step {took - imports:.1f} s after imports ({imports:.1f} s), an encoder of 3 x 64 "
+                  f"loaded in them; converted at {rate:.0f} MB/s; median of 3")
     sys.exit(0)
 
 # ---------------------------------------------------------------------------------------------------------
 # Ours and plain by turns
 
 with tempfile.TemporaryDirectory() as _folder:
-    corpus, _ = random_corpus(_folder, c['bench_clips'], *SHAPES[c['shapes']])
+    corpus, _ = random_corpus(_folder, (c['bench_clips'], c['bench_clips'], 2), *SHAPES[c['shapes']])
     model, feed = build(shape)
     batches = {}
     for split in ('train', 'valid'):   # in the middle of each of bench_batches equal parts of what an epoch has, by cost
