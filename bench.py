@@ -309,6 +309,8 @@ def spent_flops(shape):
         lm = FrozenLM(random_lm('llama', *shape))
         big = PseudoTokenLM(lm, build_adapter(c, corpus.widths, lm), feed.prompt, c)
         pseudo, first = torch.zeros(c['n_pseudo'], lm.width, requires_grad=True), len(feed.prompt.before)
+        turn = torch.zeros(1, 1, lm.head_width)
+    lm.parts['rope'] = lambda x, positions: (turn, turn)   # torch 2.6 has no autocast on meta, which Hugging Face's asks for
     def read(batch):   # without the adapter: pseudo tokens out of nowhere, that want a gradient
         x = lm.embed(batch['tokens'])
         return torch.cat([x[:, :first], pseudo.expand(len(x), -1, -1), x[:, first + c['n_pseudo']:]], 1), batch['text_len']

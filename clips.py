@@ -89,11 +89,14 @@ def read_clips(path, facts, seen=STREAMS):
             if x.size == 0: x = x.reshape(0, d)
             if x.ndim != 2 or x.shape[1] != d:
                 known = lambda width: f" ({FEATURES[m, width]})" if (m, width) in FEATURES else ''
-                own = x.shape[1] if x.ndim == 2 else None
-                raise ClipError(f"{m} of {name} is {list(x.shape)}{known(own)}, and this run was trained on frames {d} wide{known(d)}, as "
+                if x.ndim != 2: raise ClipError(f"{m} of {name} is an array {list(x.shape)}: give its frames one a row, [frames, {d}].")
+                raise ClipError(f"{m} of {name} is {list(x.shape)}{known(x.shape[1])}, and this run was trained on frames {d} wide{known(d)}, as "
                                 f"{facts['name']} has them: extract the same features.")
             if bad := int((~np.isfinite(x)).sum()): mended.append(f"{name}: {bad} values of {m} were NaN or inf, and are 0")
             clip[m] = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+        if not clip['text'].strip() and not any(len(clip[m]) for m in facts['widths'] if m in seen):
+            raise ClipError(f"{name} is empty: no text, and no frame that this run looks at.")
+        if not clip['text'].strip(): mended.append(f"{name}: its text is empty")
         mended += [f"{name}: {m} is not there, and arrives empty" for m in facts['widths'] if m in seen and not len(clip[m])]
         mended += [f"{name}: {m} is nothing that this run was trained to see" for m in facts['widths'] if m not in seen and len(clip[m])]
         mended += [f"{name}: {m} is a stream that this run does not know, and is left out" for m in STREAMS if m in row and m not in facts['widths']]

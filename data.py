@@ -3,6 +3,9 @@ Any corpus -> one folder of memory-mapped arrays -> batches.
 
     python data.py unaligned_50.pkl --name=mosei    an M-SENA/MMSA pickle: MOSI, MOSEI, CH-SIMS, CH-SIMS v2
     python data.py MELD --dtype=float16             a folder of MELD_train.pkl, MELD_valid.pkl, MELD_test.pkl
+    python data.py SOURCE --label_range=-1,1        scores in another range than the one that is guessed
+    python data.py --compare A B --lm=NAME          how two corpora's language differs (DeepMLF's Table 9)
+    python data.py --subsets A --lm=NAME --n=300    and that of random subsets
     corpus = open_corpus('data/mosei')              and get_batch(corpus, 'train', [3, 1, 4]) from there on
 
 A corpus folder holds meta.json and, per split, text.jsonl, label*.npy or emotion.npy, and for audio and

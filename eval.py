@@ -383,7 +383,8 @@ def summary(folder, r):
     if ceilings and c['system'] != 'av':
         late, full = ceilings['late'][best], ceilings['full'][best]
         closed = (late - r['test'][best]) / (late - full)
-        table += f"\n\n{name} closes {100 * closed:.0f} % of the gap from the best late fusion to the best there is."
+        table += f"\n\n{name} " + (f"closes {100 * closed:.0f} % of the gap from the best late fusion to the best there is." if closed > 0 else
+                                  f"is no better than the best late fusion ({best} {late:.3f}): this alone is no sign that it fuses.")
     if r.get('lm_kept') is not None:
         table += ("\n\nWithout the adapter the LM goes on with two texts as it did before training, token for token."
                   if r['lm_kept'] else "\n\n**Without the adapter the LM no longer goes on as it did before training.**")
@@ -610,8 +611,8 @@ def compare(folders):
         ids, p = read_predictions(folder)
         if clips is None: clips, label, info = ids, p['label'], r['info']
         if ids != clips or not np.array_equal(p['label'], label):
-            raise EvalError(f"{folder} was tested on other clips or labels than {folders[0]}: a paired comparison needs the "
-                            "same.")
+            raise EvalError(f"{folder} was tested on other clips or labels than {folders[0]}, and a paired comparison needs the "
+                            "same: leave one of them out.")
         systems.setdefault(system_of(r), []).append((r['test'], p['pred'], folder))
     names = [name for name, _ in systems]
     keys = [k for k in ('mae', 'corr', 'acc2_non0', 'f1_non0', 'acc7', 'acc5', 'acc', 'wf1')

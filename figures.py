@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from adapters import FFW, GMRA, AVEncoder, CrossAttention, MMBlock, MSEAdapter
-from data import CorpusError
+from data import CorpusError, Feed
 from eval import EvalError, bring_back, confusion_picture, one_system, read_predictions, read_run
 from lm import FrozenLM, ModelError, TextEncoder
 from model import CrossSent, DeepMLF, PseudoTokenLM
@@ -71,8 +71,9 @@ def curves(folders, out):
         band(left, [e['epoch'] for e in entries[0]], [[e['train'][k] for e in es] for es in entries], k)
     entries = [[e for e in log if 'valid' in e] for log in logs]
     band(right, [e['epoch'] for e in entries[0]], [[e['valid'][select] for e in es] for es in entries], f'n = {len(logs)}', 'C3')
-    left.set(xlabel='epoch', ylabel='training loss and its terms'); left.legend()
-    right.set(xlabel='epoch', ylabel=f'validation {select}'); right.legend()
+    left.set(xlabel='epoch', ylabel='training loss and its terms'); left.legend(frameon=True, framealpha=0.8, edgecolor='none')
+    right.set(xlabel='epoch', ylabel=f'validation {select}')
+    if len(logs) > 1: right.legend()
     save(fig, out, 'curves')
 
 
@@ -85,6 +86,8 @@ def gates(folders, out):
         epochs = [e['epoch'] for e in logs[0]]
         for layer in logs[0][0]['gates']: band(ax, epochs, [[e['gates'][layer][i] for e in log] for log in logs], f'layer {layer}')
         ax.set(xlabel='epoch', ylabel=what)
+    axes[0][0].sharey(axes[0][1])
+    axes[0][0].autoscale()
     axes[0][0].legend()
     save(fig, out, 'gates')
 
@@ -253,7 +256,7 @@ def look(run, batch):
         for n, block in model.mm_blocks.items():
             with Watch([block.gca]) as watch: run.predict(batch)
             x, z, mask = watch.seen[0]
-            out[f'layer {n}'] = weights_of(block.gca, x.float(), z.float(), mask)[0].mean(0), who, 'audiovisual slot'
+            out[f'layer {n}'] = weights_of(block.gca, x.float(), z.float(), mask)[0].mean(0), who, 'audiovisual slot, from the clip\'s start to its end'
         return out
     if hasattr(model, 'adapter') and model.c['system'] == 'cmpta' and model.c['cmpta_attend']:
         pairs = model.attention(batch)                                                           # name -> [B,S]
@@ -331,10 +334,10 @@ SYSTEMS = {
                  (FrozenLM, 'layer l', 'x_t [B,T,D], x_f [B,F,D]', 0.5, 1), (CrossAttention, 'x_f looks at Z', '[B,F,D]', 1.5, 2), (FFW, 'every token', '[B,T+F,D]', 0.5, 3),
                  (MMBlock, 'after some layers', 'x_t, x_f', 1.5, 4), (DeepMLF, 'task head', '[B]', 0.5, 5)],
                 [(0, 3), (2, 3), (3, 4), (1, 4), (4, 5), (5, 6), (6, 7)]),
-    'MSE-Adapter, CMPTA': ([(FrozenLM, 'text, embedded', '[B,T,D]', 0, 0), (MSEAdapter, 'or CMPTA, on audio, video', '[B,S,d_a], [B,S,d_v]', 1.5, 0),
-                            (PseudoTokenLM, 'P pseudo tokens', '[B,P,D]', 1.5, 1.5), (Prompt, 'question, pseudo tokens, text', '[B,L,D]', 0.5, 2.5),
-                            (FrozenLM, 'all layers, once', '[B,L+N,D]', 0.5, 3.75), (PseudoTokenLM, 'log p of each label', '[B,K]', 0.5, 5)],
-                           [(0, 3), (1, 2), (0, 1), (2, 3), (3, 4), (4, 5)]),
+    'MSE-Adapter, CMPTA': ([(FrozenLM, 'text, embedded', '[B,T,D]', 0, 0), (Feed, 'audio, video', '[B,S,d_a], [B,S,d_v]', 1.5, 0),
+                            (MSEAdapter, 'or CMPTA: pseudo tokens', '[B,P,D]', 1.5, 1.3), (Prompt, 'pseudo tokens, text, question', '[B,L,D]', 0.5, 2.5),
+                            (FrozenLM, 'all layers, once; behind it the labels\' trie', '[B,L+N,D]', 0.5, 3.75), (PseudoTokenLM, 'log p of each label', '[B,K]', 0.5, 5)],
+                           [(0, 3), (1, 2), (0, 2), (2, 3), (3, 4), (4, 5)]),
     'CrossSent': ([(TextEncoder, 'text', '[B,T,D]', 0, 0), (GMRA, 'audio, video on tokens', '[B,T,d] each', 1.5, 0), (TextEncoder, 'layers before gmra_layer', '[B,T,D]', 0, 1.5),
                    (GMRA, 'gate and residual', '[B,T,D]', 1, 2.75), (TextEncoder, 'the other layers', '[B,T,D]', 0.5, 3.9), (CrossSent, 'sentence vector, head', '[B]', 0.5, 5)],
                   [(0, 2), (2, 3), (1, 3), (3, 4), (4, 5)])}
@@ -344,19 +347,18 @@ def architecture(out):
     """ The systems side by side, data going up; each box has the class that does it and the shape that it gives. """
     fig, (axes,) = canvas(1, len(SYSTEMS), high=4.2, wide=3.2 * WIDE)
     for ax, (title, (boxes, arrows)) in zip(axes, SYSTEMS.items()):
-        for a, b in arrows:
-            (x, y), (u, v) = (boxes[i][3:] for i in (a, b))
-            flat = abs(y - v) < 0.5
-            ax.annotate('', (u - (0.62 if flat else 0), v - (0 if flat else 0.36)), (x + (0.4 if flat else 0), y + (0 if flat else 0.36)),
-                        arrowprops=dict(arrowstyle='->', color='0.4', lw=1))
+        drawn = []
         for kind, what, shape, x, y in boxes:
-            frozen = kind is FrozenLM
-            ax.text(x, y, f'{kind.__name__}\n{what}\n{shape}', ha='center', va='center', fontsize=7, linespacing=1.3,
-                    bbox=dict(boxstyle='round,pad=0.4', fc='#dfe7f3' if frozen else '#fdf0dc', ec='0.5', lw=0.8))
+            color = '#dfe7f3' if kind is FrozenLM else 'white' if kind in (Feed, Prompt) else '#fdf0dc'
+            drawn.append(ax.text(x, y, f'{kind.__name__}\n{what}\n{shape}', ha='center', va='center', fontsize=7, linespacing=1.3,
+                    bbox=dict(boxstyle='round,pad=0.4', fc=color, ec='0.5', lw=0.8)))
+        for a, b in arrows:   # from edge to edge
+            patch_a, patch_b = (drawn[i].get_bbox_patch() for i in (a, b))
+            ax.annotate('', boxes[b][3:], boxes[a][3:], arrowprops=dict(arrowstyle='->', color='0.4', lw=1, patchA=patch_a, patchB=patch_b, shrinkA=2, shrinkB=2))
         xs = [box[3] for box in boxes]
         ax.set(xlim=(min(xs) - 0.75, max(xs) + 0.75), ylim=(-0.6, 5.6), title=title)
         ax.axis('off')
-    fig.suptitle('blue: frozen.  yellow: trained.  letters: see the README', fontsize=7, color='0.3')
+    fig.suptitle('blue: frozen.  yellow: trained.  white: no weights.  letters: see the README', fontsize=7, color='0.3')
     save(fig, out, 'architecture')
 
 

@@ -83,7 +83,8 @@ def compare(a, b, lm='', seed=0):
             ['of its running words in the other', *(f"{np.mean([w in o for t in ts for w in words(t)]):.3f}" for ts, o in zip(texts, vocabulary[::-1]))]]
     return (markdown_table(['', *(c.name for c in corpora)], rows) +
             f"\n\nA linear classifier on {lm or 'counts of words'} tells them apart with accuracy {right.mean():.3f} "
-            f"({len(test)} sentences it has not seen, half of each; chance 0.500, standard error {np.sqrt(right.mean() * (1 - right.mean()) / len(test)):.3f}).")
+            f"({len(test)} sentences it has not seen, half of each; chance 0.500, standard error {np.sqrt(right.mean() * (1 - right.mean()) / len(test)):.3f})" +
+            ('; they have all their texts in common, and a sentence that it has learned is then of the other side.' if set(texts[0]) == set(texts[1]) else '.'))
 
 
 def subsets(source, lm, n=300, seed=0):

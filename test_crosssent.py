@@ -286,7 +286,8 @@ def test_the_encoder_learns_at_its_share_of_the_rate_and_the_ramp_rises(corpora,
     for share in (0.0, 1.0):
         train('config/crosssent_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/{share}', '--max_steps=1', '--device=cpu', f'--lr_encoder={share}', '--warmup_epochs=0', '--log_interval=1')
     a, b = (load_file(tmp_path / str(share) / 'last.safetensors') for share in (0.0, 1.0))
-    moved = {k for k in a if k.startswith('model.') and not torch.equal(a[k], b[k])}
+    # in another order of the weights clipping's norm is another in its last bit; a step is 1e-3
+    moved = {k for k in a if k.startswith('model.') and (a[k] - b[k]).abs().max() > 1e-6}
     assert moved and all(k.startswith('model.encoder.') for k in moved)
     log = json.loads(open(tmp_path / '0.0' / 'log.jsonl').readline())['train']
     assert log['loss'] == log['task'] and log['mpr'] > 0

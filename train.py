@@ -29,6 +29,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 import transformers
+transformers.utils.logging.disable_progress_bar()
 
 import ranks
 from configurator import configure, read_config
@@ -328,7 +329,7 @@ if system == 'deepmlf' and av_init != 'random' and not av_from:
 if os.path.exists(last_path) and not (resume or fresh):
     stop(f"{out_dir} already holds a run: --resume=True goes on with it, --fresh=True starts over, another --out_dir= "
          "keeps both.")
-if resume and not os.path.exists(last_path): stop(f"there is no checkpoint in {out_dir} to resume from.")
+if resume and not os.path.exists(last_path): stop(f"there is no checkpoint in {out_dir} to resume from: leave --resume=True out to start.")
 
 # ---------------------------------------------------------------------------------------------------------
 # Corpus and model
@@ -413,7 +414,7 @@ def git(*argv):
 
 about = dict(
     name=name, command=shlex.join(['python', 'train.py', *sys.argv[1:]]), knobs=config,
-    commit=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain')),
+    commit=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain', '--untracked-files=no')),
     versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                   transformers=transformers.__version__),
     device=device, dtype=dtype, threads=torch.get_num_threads(), processes=ranks.N_RANKS, matmul_gflops=round(matmul_rate(), 1),
@@ -444,6 +445,11 @@ if resume:
         moments = {k: saved.get(f'optimizer.{n}.{k}') for k in ('step', 'exp_avg', 'exp_avg_sq')}
         optimizer.state[p] = {k: v.to(device) for k, v in moments.items()}
     state = info['state'] | dict(done=info['state']['stale'] >= patience)
+    if (state['done'] or state['step'] >= n_steps) and os.path.exists(os.path.join(out_dir, 'result.json')):
+        print(f"{name}: finished before, in {out_dir}; python eval.py {out_dir} tests its best checkpoint again")
+        ranks.leave()
+        sys.exit(0)
+    about['command'] = info['about']['command']   # that makes the same run
 
 
 def open_folder():
