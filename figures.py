@@ -320,7 +320,7 @@ def tokens(folders, out, clip=''):
             w, names, _ = views[f'over {m}']
             for k, line in zip(names, w.cpu().numpy()): ax.plot(line, label=f'from {k}')
             ax.set(xlabel=f'{m} frame', ylabel='weight', title=f'{n} tokens: {pred:+.2f}')
-    axes[0][0].legend()
+    for ax in axes[-1]: ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.6))   # the most tokens have the most directions
     words = f"label {float(batch['label']):+.2f}, {feed.corpus.id('test')[i]}: {feed.corpus.text('test')[i]}"
     fig.suptitle(words[:70], fontsize=7, parse_math=False)
     save(fig, out, 'tokens')
