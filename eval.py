@@ -518,6 +518,7 @@ def bring_back(folder):
 def own_clips(folder, path):
     """ What a run says of clips of one's own (clips.py), and a picture of where it looks. Raises EvalError and its kin. """
     import figures   # which reads runs, so it cannot come first
+    if not os.path.exists(path): raise ClipError(f"there is no file {path}: --clip= takes a .npz or a .jsonl.")
     run = revive(folder, without_corpus=True)
     if run.knobs['system'] == 'lm': raise EvalError(f"{folder} is a language model: it says no score of a clip.")
     rows, mended = read_clips(path, run.facts, run.knobs['modalities'])

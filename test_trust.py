@@ -311,6 +311,14 @@ def test_an_lm_that_cannot_be_had_stops_before_the_av_encoder_is_trained(corpora
         if 'no/' in flag: tiny_lm().save_pretrained(tmp_path / 'lm')
 
 
+def test_a_finished_run_is_left_alone(corpora, curriculum, capsys):
+    """ --resume=True on it says so: nothing is written, and the test set is not read again. """
+    files = {p: p.stat().st_mtime_ns for p in (curriculum / 'whole').iterdir()}
+    with pytest.raises(SystemExit) as done: train(*deepmlf(corpora, curriculum, 'whole', '--resume=True'))
+    assert not done.value.code and 'finished before' in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in (curriculum / 'whole').iterdir()} == files
+
+
 def test_a_run_is_never_overwritten_or_continued_as_another(corpora, curriculum):
     with pytest.raises(SystemExit, match='already holds a run: --resume=True'): train(*deepmlf(corpora, curriculum, 'whole'))
     with pytest.raises(SystemExit, match='was trained with n_fusion=8, not 5'): train(*deepmlf(corpora, curriculum, 'whole', '--resume=True', '--n_fusion=5'))
