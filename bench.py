@@ -276,7 +276,7 @@ def needed_flops(shape, feed):
     """
     What the LM and the blocks in it have to compute for a training step on every clip, by count: matrix products on real tokens
     alone, forward, back to the first thing that is trained, and for weights that are (tokens before the first pseudo token are
-    counted as the others, a few % too much). None for systems without a frozen LM, and for other readouts than 'score'. Left
+    counted as the others, a few % too much). None for systems without a frozen LM, for other readouts than 'score', and for DeepMLF without an LM loss. Left
     out: MSE-Adapter's adapter (2 % more; at width 1024 CMPTA's BiLSTM over 925 frames costs more than a small LM), DeepMLF's AV
     encoder, and its attention, which torch does not count on the CPU either.
     """
@@ -291,7 +291,7 @@ def needed_flops(shape, feed):
         linear = (layers - 1) * n * (8 * D * D + 6 * D * ffw) + n * 4 * D * D + n_out * (4 * D * D + 6 * D * ffw + 2 * D * V)
         attention = (layers - 1) * 2 * n * n * D + 4 * n_out * n * D          # q k and p v; causal, so half of 4 n^2 D
         return float((2 * linear + 3 * attention).sum())
-    if c['system'] != 'deepmlf' or c['mm_ffw'] != 'full': return None
+    if c['system'] != 'deepmlf' or c['mm_ffw'] != 'full' or not c['weight_lm']: return None
     n_f, m = c['n_fusion'], np.minimum(c['av_len'], np.maximum(*(feed.corpus.lengths('train', s)[clips] for s in ('audio', 'vision'))))   # [N]
     first = min(c['mm_layers'])
     text, fusion = n * 24 * D * D, n_f * 24 * D * D                                              # a layer's forward

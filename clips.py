@@ -59,10 +59,16 @@ def facts_of(corpus):
                 clips=corpus.n_clips, upper_case=corpus.meta['text']['upper_case'])
 
 
-def read_clips(path, facts, seen=STREAMS):
+def seen_by(c):
+    """ What a run of knobs c looks at, of 'text', 'audio' and 'vision'. """
+    streams = c['late_streams'] if c['system'] == 'late' else ['text', *c['modalities']]
+    return [s for s in streams if s in c['modalities'] or s == 'text' and c['system'] != 'av']
+
+
+def read_clips(path, facts, seen=('text', *STREAMS)):
     """
     A .npz or .jsonl as rows of id, text, audio and vision (float32 [S,d], [0,d] where left out; NaN and inf become 0), and a list
-    of what was mended, or is not as one may think; `seen` are the streams that the run looks at. Raises ClipError.
+    of what was mended, or is not as one may think; `seen` is what the run looks at (seen_by). Raises ClipError.
     """
     try:
         if path.endswith('.npz'):
@@ -71,7 +77,8 @@ def read_clips(path, facts, seen=STREAMS):
         elif path.endswith('.jsonl'):
             with open(path, encoding='utf-8') as f: rows = [json.loads(line) for line in f if line.strip()]
         else: raise ClipError(f"{path} is neither a .npz nor a .jsonl.")
-    except (OSError, ValueError, TypeError, EOFError, AttributeError, RecursionError, zipfile.BadZipFile) as e: raise ClipError(f"{path} cannot be read ({e}).") from None
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, RecursionError, zipfile.BadZipFile) as e:
+        raise ClipError(f"{path} cannot be read ({getattr(e, 'strerror', None) or e}).") from None
     if not rows: raise ClipError(f"{path} holds no clip.")
     clips, mended = [], []
     for n, row in enumerate(rows):
@@ -94,9 +101,9 @@ def read_clips(path, facts, seen=STREAMS):
                                 f"{facts['name']} has them: extract the same features.")
             if bad := int((~np.isfinite(x)).sum()): mended.append(f"{name}: {bad} values of {m} were NaN or inf, and are 0")
             clip[m] = np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-        if not clip['text'].strip() and not any(len(clip[m]) for m in facts['widths'] if m in seen):
-            raise ClipError(f"{name} is empty: no text, and no frame that this run looks at.")
-        if not clip['text'].strip(): mended.append(f"{name}: its text is empty")
+        if not any(len(clip[s]) if s != 'text' else clip['text'].strip() for s in seen if s in clip):
+            raise ClipError(f"{name} is empty: it has nothing that this run looks at, {' or '.join(seen)}.")
+        if 'text' in seen and not clip['text'].strip(): mended.append(f"{name}: its text is empty")
         mended += [f"{name}: {m} is not there, and arrives empty" for m in facts['widths'] if m in seen and not len(clip[m])]
         mended += [f"{name}: {m} is nothing that this run was trained to see" for m in facts['widths'] if m not in seen and len(clip[m])]
         mended += [f"{name}: {m} is a stream that this run does not know, and is left out" for m in STREAMS if m in row and m not in facts['widths']]
@@ -140,8 +147,9 @@ def opinions(run, clips):
 def card(result, lm_copied):
     """ README.md of an exported run, with the header that the Hugging Face hub reads. """
     about, c = result['about'], result['about']['knobs']
-    reads_text = c['system'] != 'av' and (c['system'] != 'late' or 'text' in c['late_streams'])
-    widths = ', '.join(f"{m} {w}" + (f" ({FEATURES[m, w]})" if (m, w) in FEATURES else '') for m, w in about['corpus']['widths'].items() if m in c['modalities'])
+    seen = seen_by(c)
+    reads_text = 'text' in seen
+    widths = ', '.join(f"{m} {w}" + (f" ({FEATURES[m, w]})" if (m, w) in FEATURES else '') for m, w in about['corpus']['widths'].items() if m in seen)
     metrics = ', '.join(f'{k} {v:.3f}' for k, v in result['test'].items() if k in ('mae', 'corr', 'acc2_non0', 'acc7', 'acc', 'wf1'))
     lm = 'none' if not reads_text else f'in {lm_copied}/' if lm_copied else f"{c['lm']} (fingerprint {about['lm_fingerprint']}; not in here)"
     base = '' if lm_copied or not reads_text or os.path.isdir(c['lm']) else f"base_model: {c['lm']}\n"

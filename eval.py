@@ -24,7 +24,7 @@ import torch
 
 import ranks
 from configurator import knobs_of
-from clips import ClipError, Clips, export, opinions, read_clips
+from clips import ClipError, Clips, export, opinions, read_clips, seen_by
 from data import CorpusError, Feed, epoch_order, open_corpus
 from lm import ModelError, load_lm
 from model import LanguageModel, build, devices, load_checkpoint, put, write_text
@@ -518,10 +518,9 @@ def bring_back(folder):
 def own_clips(folder, path):
     """ What a run says of clips of one's own (clips.py), and a picture of where it looks. Raises EvalError and its kin. """
     import figures   # which reads runs, so it cannot come first
-    if not os.path.exists(path): raise ClipError(f"there is no file {path}: --clip= takes a .npz or a .jsonl.")
     run = revive(folder, without_corpus=True)
     if run.knobs['system'] == 'lm': raise EvalError(f"{folder} is a language model: it says no score of a clip.")
-    rows, mended = read_clips(path, run.facts, run.knobs['modalities'])
+    rows, mended = read_clips(path, run.facts, seen_by(run.knobs))
     with tempfile.TemporaryDirectory() as scratch:   # for hidden states of these texts
         run.knobs |= dict(train_fraction=1.0, shuffle_streams=False, data_dir=scratch)
         said, _ = opinions(run, rows)

@@ -294,6 +294,12 @@ def specials(tokenizer):
     return ([], []) if at is None else (full[:at], full[at + len(bare):])
 
 
+def hush():
+    """ No progress bars of Hugging Face's, for weights that take a second. """
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+
+
 @contextmanager
 def loading(name):
     """ Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError). """
@@ -308,6 +314,7 @@ def lm_config(name, remote=False):
     """ The configuration of an LM, and the name or folder that it came from (a run's LM is in its folder hf). `remote` lets
     the LM's authors run their own code on this machine. """
     from transformers import AutoConfig
+    hush()
     if os.path.isdir(os.path.join(name, 'hf')): name = os.path.join(name, 'hf')
     with loading(name): return AutoConfig.from_pretrained(name, trust_remote_code=remote), name
 
@@ -336,9 +343,7 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False):
     Raises ModelError where neither the hub, nor the local cache, nor a folder has it.
     """
     from transformers import AutoModelForCausalLM, __version__
-    from transformers.utils import logging
     DTYPE = 'dtype' if [int(n) for n in __version__.split('.')[:2]] >= [4, 56] else 'torch_dtype'   # renamed there
-    logging.disable_progress_bar()
     config, name = lm_config(name, remote)
     with loading(name):
         if random_init: hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote).to(dtype)
@@ -349,8 +354,6 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False):
 def load_encoder(name, remote=False):
     """ A pretrained encoder and its tokenizer, by Hugging Face name or by folder. Raises ModelError. """
     from transformers import AutoModel
-    from transformers.utils import logging
-    logging.disable_progress_bar()
     config, name = lm_config(name, remote)
     with loading(name): hf = AutoModel.from_pretrained(name, trust_remote_code=remote)
     return TextEncoder(hf.float()), load_tokenizer(name, remote)
@@ -364,8 +367,6 @@ def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64)
     are kept under changes with the texts and with the model's files (or its revision on the hub). Raises ModelError.
     """
     from transformers import AutoModel
-    from transformers.utils import logging
-    logging.disable_progress_bar()
     config, name = lm_config(name, remote)
     files = [(e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(name)] if os.path.isdir(name) else []
     which = json.dumps([os.path.abspath(name) if files else name, sorted(files), getattr(config, '_commit_hash', None), tokens])
@@ -434,6 +435,7 @@ def new_lm(texts, c, folder):
     """ A GPT-2 of lm_layers x lm_width from nothing, and a tokenizer trained on `texts`. `folder` becomes an ordinary
     Hugging Face folder (the weights come later). """
     from transformers import GPT2Config, GPT2LMHeadModel
+    hush()   # train.py saves it
     tokenizer = new_tokenizer(texts, c, folder)
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=c['lm_positions'], n_embd=c['lm_width'], n_layer=c['lm_layers'],

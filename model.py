@@ -168,7 +168,8 @@ class DeepMLF(nn.Module):
     def predict(self, batch):
         """ pred: the task head; text, av, fusion: what each stream says by itself (text never sees audio or video,
         unless mm_query lets it). All [B]. No logits over the vocabulary are computed. """
-        return self.heads(*self.streams(batch, whole=False), batch['text_len'])
+        whole = 'text' in self.c['mm_query']   # figures show where each text token looks, in the last layer too
+        return self.heads(*self.streams(batch, whole), batch['text_len'])
 
     def predict_each(self, batch, variants):
         """ predict for a batch with each of `variants`, dicts of other audio and video: the text goes through the LM once, as it

@@ -81,7 +81,7 @@ def test_a_jsonl_of_clips_with_modalities_left_out(run, tmp_path, capsys):
 
 @pytest.mark.parametrize('changes, says', [
     (dict(audio=np.zeros((5, 33), 'f4')), r"\[5, 33\] \(librosa\), and this run was trained on frames 12 wide"),
-    (dict(vision=np.zeros(16, 'f4')), r'an array \[16\]: give its frames one a row'), (dict(text=' ', audio=np.zeros((0, 12), 'f4'), vision=None), 'is empty: no text'), (dict(audio=np.array(['x'])), 'no array of numbers'),
+    (dict(vision=np.zeros(16, 'f4')), r'an array \[16\]: give its frames one a row'), (dict(text=' ', audio=np.zeros((0, 12), 'f4'), vision=None), 'is empty: it has nothing that this run looks at'), (dict(audio=np.array(['x'])), 'no array of numbers'),
     (dict(smell=np.zeros(3)), 'nothing else'), (dict(text=None, audio=None, vision=None, id='x'), 'neither text')])
 def test_a_wrong_clip_gets_a_sentence(changes, says, run, tmp_path):
     path, _ = mine(run, tmp_path, **changes)

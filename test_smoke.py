@@ -21,7 +21,7 @@ import torch.nn as nn
 
 from adapters import AVEncoder, LoRA, MMBlock, masked_mean, pool_frames, regularise, seqaug
 from configurator import configure, read_config
-from losses import deepmlf_loss, lm_loss
+from losses import deepmlf_loss, lm_loss, summed_cross_entropy
 from data import tokenize
 from lm import FrozenLM, ModelError, load_lm
 from model import AVModel, DeepMLF
@@ -180,6 +180,11 @@ def test_lm_loss_is_the_mean_over_real_targets():
         ours = lm_loss(hidden, batch, head.requires_grad_(trained), chunk)
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(torch.autograd.grad(ours, hidden)[0], g)
+    x, y = torch.randn(9, 8, requires_grad=True), torch.tensor([5, -100, 7, 0, -100, 59, 3, -100, 2])
+    asked = nn.functional.cross_entropy(head(x), y, reduction='sum')
+    ours = summed_cross_entropy(x, y, head.requires_grad_(False), chunk=4)   # rows that are not asked
+    torch.testing.assert_close(ours, asked)
+    torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(asked, x)[0])
     assert lm_loss(hidden, batch | dict(targets=batch['targets'][:0]), head).item() == 0.0
     torch.testing.assert_close(lm_loss(hidden, batch | dict(lm_weight=0.5), head), plain / 2)
 

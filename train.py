@@ -29,7 +29,6 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 import transformers
-transformers.utils.logging.disable_progress_bar()
 
 import ranks
 from configurator import configure, read_config
@@ -321,6 +320,8 @@ for child, need in _needed.items():
     sys.argv = ['train.py', need, f'--out_dir={folder}'] + [f'--{k}={v}' for k, v in shared.items()]
     if cut_off: sys.argv += ['--resume=True']
     try: runpy.run_path(os.path.join(_here, 'train.py'), run_name='__main__')
+    except SystemExit as e:
+        if e.code: raise   # or another process has finished it meanwhile
     finally: sys.argv = argv
 
 last_path, best_path = os.path.join(out_dir, 'last.safetensors'), os.path.join(out_dir, 'best.safetensors')
@@ -414,7 +415,7 @@ def git(*argv):
 
 about = dict(
     name=name, command=shlex.join(['python', 'train.py', *sys.argv[1:]]), knobs=config,
-    commit=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain', '--untracked-files=no')),
+    commit=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', '*.py')),
     versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                   transformers=transformers.__version__),
     device=device, dtype=dtype, threads=torch.get_num_threads(), processes=ranks.N_RANKS, matmul_gflops=round(matmul_rate(), 1),
@@ -445,11 +446,12 @@ if resume:
         moments = {k: saved.get(f'optimizer.{n}.{k}') for k in ('step', 'exp_avg', 'exp_avg_sq')}
         optimizer.state[p] = {k: v.to(device) for k, v in moments.items()}
     state = info['state'] | dict(done=info['state']['stale'] >= patience)
-    if (state['done'] or state['step'] >= n_steps) and os.path.exists(os.path.join(out_dir, 'result.json')):
+    through = all(os.path.exists(os.path.join(out_dir, f)) for f in ('result.json', 'report.md'))
+    if (state['done'] or state['step'] >= n_steps) and ranks.agreed(through):
         print(f"{name}: finished before, in {out_dir}; python eval.py {out_dir} tests its best checkpoint again")
         ranks.leave()
         sys.exit(0)
-    about['command'] = info['about']['command']   # that makes the same run
+    if before['patience'] == patience: about['command'] = info['about']['command']   # that makes the same run
 
 
 def open_folder():
@@ -458,9 +460,9 @@ def open_folder():
     os.makedirs(out_dir, exist_ok=True)
     _lock = lock(out_dir)
     if _lock is None: stop(f"another run is writing into {out_dir}: wait for it, or give another --out_dir.")
-    # result.json says that a run is finished, so it goes while this one is not; and a fresh start has no past
-    past = 'last.safetensors last.json best.safetensors best.json test.jsonl report.md curve.png'.split()
-    for old in ['result.json'] + (past if fresh else []):
+    # result.json and report.md say that a run is finished, so they go while this one is not; and a fresh start has no past
+    past = 'last.safetensors last.json best.safetensors best.json test.jsonl curve.png'.split()
+    for old in ['result.json', 'report.md'] + (past if fresh else []):
         if os.path.exists(os.path.join(out_dir, old)): os.remove(os.path.join(out_dir, old))
     write_text(os.path.join(out_dir, 'config.json'), json.dumps(about, indent=1))
     lines = open(log_path, encoding='utf-8').readlines() if resume and os.path.exists(log_path) else []
