@@ -176,6 +176,7 @@ def fixed(split):
 
 
 def plain_prompt(batch):
+    """ Prompt, pseudo tokens and padded text, embedded [B,L,D], as MSE-Adapter's release has them. """
     embed, B = model.lm.hf.get_input_embeddings(), len(batch['text'])
     text = embed(batch['text'])                                                                  # [B,T,D]
     pseudo = model.adapter(batch, text, torch.ones(text.shape[:2], dtype=torch.bool))            # [B,P,D]
@@ -204,6 +205,7 @@ def plain_deepmlf(batch):
 
 
 def plain_loss(batch):
+    """ A batch's loss the plain way, by system. """
     if c['system'] == 'deepmlf': return plain_deepmlf(batch)
     if c['system'] not in ('mse', 'cmpta'): return model(batch)['loss']
     x = plain_prompt(batch)
@@ -213,6 +215,7 @@ def plain_loss(batch):
 
 
 def plain_train():
+    """ Training steps on the batches that are timed, the plain way. """
     for batch in fixed('train'):
         with autocast(): loss = plain_loss(batch)
         step(loss, 'plain')
@@ -220,6 +223,7 @@ def plain_train():
 
 @torch.no_grad()
 def plain_valid():
+    """ Predictions of the batches that are timed, the plain way. """
     for batch in fixed('valid'):
         with autocast():
             if c['system'] == 'deepmlf': plain_deepmlf(batch)
@@ -234,12 +238,14 @@ def plain_valid():
 # Our way: what train.py and eval.py do
 
 def step(loss, way='ours'):
+    """ Back-propagation and the optimizer's step. """
     loss.backward()
     optimizers[way].step()
     optimizers[way].zero_grad(set_to_none=True)
 
 
 def our_train():
+    """ Training steps on the batches that are timed, as train.py does them. """
     for index in batches['train']:
         with autocast(): loss = model(feed('train', index) | dict(epoch=torch.tensor(1)))['loss']
         step(loss)
@@ -247,6 +253,7 @@ def our_train():
 
 @torch.no_grad()
 def our_valid():
+    """ Predictions of the batches that are timed, as eval.py makes them. """
     for index in batches['valid']:
         with autocast(): model.predict(feed('valid', index))
 
@@ -356,6 +363,7 @@ def crosssent(layer):
 
 
 def random_batch(B):
+    """ B random clips of the longest there are, for CrossSent. """
     S_a, d_a, S_v, d_v, _ = SHAPES[c['shapes']]
     T, full = c['max_text_len'], lambda n: torch.full((B,), n, device=device)
     everything = lambda n: torch.ones(B, n, dtype=torch.bool, device=device)
@@ -367,6 +375,7 @@ def random_batch(B):
 
 @torch.no_grad()
 def forward_seconds(model, batch):
+    """ Seconds of one prediction, the device's work included. """
     since = time.perf_counter()
     model.predict(batch)
     if device != 'cpu': getattr(torch, device).synchronize()

@@ -66,6 +66,7 @@ def damaged(folder):
 
 
 def main(folders):
+    """ The command line. Raises EvalError and its kin for a sentence. """
     if not folders or folders[0] in ('-h', '--help'): print(__doc__); return
     one_system(folders)
     runs, (by, _) = [damaged(f) for f in folders], score_by(read_run(folders[0])['info'])

@@ -33,6 +33,7 @@ plt.rcParams.update({'font.size': 8, 'axes.titlesize': 8, 'legend.fontsize': 7, 
 
 
 def save(fig, folder, name):
+    """ The picture as folder/name.png; says where. """
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, name + '.png')
     fig.savefig(path)
@@ -41,6 +42,7 @@ def save(fig, folder, name):
 
 
 def canvas(rows=1, columns=1, high=HIGH, wide=WIDE):
+    """ A figure of a column's width and its axes [rows][columns]; inches. """
     return plt.subplots(rows, columns, figsize=(wide, high), layout='constrained', squeeze=False)
 
 
@@ -48,6 +50,7 @@ def canvas(rows=1, columns=1, high=HIGH, wide=WIDE):
 # From logs
 
 def read_log(folder):
+    """ A run's log.jsonl -> list of dicts, in the order of training. """
     with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f: return [json.loads(line) for line in f]
 
 
@@ -276,6 +279,7 @@ def look(run, batch):
 
 
 def clip_number(folder, feed, clip):
+    """ The place of the clip of an id in the test split; '' is the first. Raises EvalError. """
     ids = feed.corpus.id('test')
     if not clip: return 0
     if clip not in ids: raise EvalError(f"there is no clip {clip!r} in the test split of {feed.corpus.name}: it has {ids[0]}, {ids[1]} ..")
@@ -363,6 +367,7 @@ def architecture(out):
 
 
 def main(argv):
+    """ The command line of the docstring. Raises EvalError and its kin for a sentence. """
     paths = [a.rstrip('/') for a in argv if not a.startswith('--')]
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
     if list(flags) == ['architecture']: return architecture(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results'))

@@ -59,7 +59,9 @@ def classify(x, y, x_test, n_steps=100):
     return torch.sigmoid(x_test @ w + b).detach().numpy()                                        # [M]
 
 
-def all_texts(corpus): return [t for split in corpus.n_clips for t in lower_if_shouting(corpus.text(split), corpus)]
+def all_texts(corpus):
+    """ The texts of all splits; what is shouted throughout in lower case. """
+    return [t for split in corpus.n_clips for t in lower_if_shouting(corpus.text(split), corpus)]
 
 
 def compare(a, b, lm='', seed=0):

@@ -217,7 +217,7 @@ def main(argv):
     rows |= {label: at_test(label, first, m) for label, m in tested.items()}
     drawn, numbers = table([rows[label] for label, *_ in t['rows']], paper)
     said = ' '.join(f'--{k}={text(v)}' for k, v in (short | knobs).items())
-    words = f"# {sweep['name']}, {t['title']}\n\n`python sweep.py {shlex.join(argv)}`; every run: `{said or 'as its config'}`; " \
+    words = f"# {sweep['name']}, {t['title']}\n\n`python sweep.py {shlex.join(argv)}`; every run, but for its row's own knobs: `{said or 'as its config'}`; " \
             f"commit {', '.join(sorted({c for r in rows.values() for c in r['commit']}))}.\n\n{t.get('note', '')}\n\n{drawn}\n"
     for row in rows.values():
         for why in row['failed']: words += f"\n{row['label']} failed: {why}\n"
