@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -98,8 +99,11 @@ class FFW(nn.Module):
 
     def forward(self, x, lm_ffw):
         """ x [B,L,D] -> [B,L,D]; lm_ffw is not needed here, it is what LoRAFFW builds on. """
-        hidden = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)  # [B,L,4D]
-        return self.dropout(self.down(hidden))                                                       # [B,L,D]
+        act = self.act if self.gate is None else lambda g, u: self.act(g) * u
+        hidden = [self.up(x)] if self.gate is None else [self.gate(x), self.up(x)]                   # [B,L,4D] each
+        # what the activation gives is computed again in the backward pass: else a tenth of a step's memory
+        y = checkpoint(lambda *h: self.down(act(*h)), *hidden, use_reentrant=False, preserve_rng_state=False)
+        return self.dropout(y)                                                                       # [B,L,D]
 
 
 class LoRAFFW(nn.Module):
@@ -179,7 +183,9 @@ class MMBlock(nn.Module):
     def forward(self, x_t, x_f, z, z_mask, lm_ffw):
         """ x_t [B,T,D], x_f [B,F,D], z [B,m,d], z_mask [B,m], lm_ffw of the LM block before -> new x_t, x_f. """
         g_1, g_2 = self.gates()
-        attend = lambda x: x + (g_1 * self.gca(self.norm_1(x), z, z_mask)).to(x.dtype)
+        # attention's dropped weights take more room than time: they are computed again in the backward pass
+        look = lambda x: checkpoint(self.gca, self.norm_1(x), z, z_mask, use_reentrant=False)
+        attend = lambda x: x + (g_1 * look(x)).to(x.dtype)
         project = lambda x: x + (g_2 * self.ffw(self.norm_2(x), lm_ffw)).to(x.dtype)
         if 'fusion' in self.query: x_f = attend(x_f)                                             # [B,F,D]
         if 'text' in self.query: x_t = attend(x_t)                                               # [B,T,D]

@@ -40,7 +40,7 @@ from data import Feed, convert, epoch_order, open_corpus
 from eval import markdown_table
 from lm import FrozenLM, TextEncoder
 from losses import deepmlf_loss
-from model import CrossSent, DeepMLF, PseudoTokenLM, build_adapter, build_av_encoder, devices
+from model import CrossSent, DeepMLF, PseudoTokenLM, build_adapter, build_av_encoder, devices, hold_memory
 from prompts import Prompt
 
 shapes = 'simsv2'              # of the clips: a row of SHAPES
@@ -273,6 +273,7 @@ WAYS = {'ours train': our_train, 'plain train': plain_train, 'ours valid': our_v
 def run(way):
     model.train('train' in way)
     as_written(model, way.startswith('plain'))
+    if not (c['only'] and 'plain' in way): hold_memory('ours' in way)   # as train.py does; a child of the plain way is left alone
     WAYS[way]()
 
 

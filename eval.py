@@ -27,7 +27,7 @@ from configurator import knobs_of
 from clips import ClipError, Clips, export, opinions, read_clips, seen_by
 from data import CorpusError, Feed, epoch_order, open_corpus
 from lm import ModelError, load_lm
-from model import LanguageModel, build, devices, load_checkpoint, put, write_text
+from model import LanguageModel, build, devices, hold_memory, load_checkpoint, put, write_text
 
 
 class EvalError(Exception):
@@ -493,6 +493,7 @@ def revive(folder, without_corpus=False):
     device = about['device'] if devices()[about['device']] else 'cpu'
     autocast = lambda: torch.autocast(device, dtype, enabled=dtype is not torch.float32)
     model.to(device)
+    if device == 'cpu': hold_memory()
     def feed(corpus, c):
         fed = Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None))
         if fed.lm_fingerprint and fed.lm_fingerprint != about['lm_fingerprint']: raise EvalError(other_lm)

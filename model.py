@@ -18,6 +18,7 @@ eioi_ its ordinal losses; weight_ a loss term's weight; n_ a count; lr_ a learni
 batch: tokens [B,T], text_len [B], text_mask [B,T]; audio [B,S,d_a], audio_len [B]; vision .. ; label [B]; index [B].
 mm_layers count from 1, as the papers print them: 8 means "an MM block after the LM's eighth layer".
 """
+import ctypes
 import json
 import os
 import zlib
@@ -513,6 +514,20 @@ def memory(device):
     if device == 'cuda': return torch.cuda.mem_get_info()[1]
     try: return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     except (ValueError, OSError, AttributeError): return float('inf')   # Windows does not say
+
+
+def hold_memory(hold=True):
+    """
+    Keep what tensors leave behind in this process for those that come next. glibc would return it to Linux and be given it again
+    page by page: up to a third of a training step on the CPU. hold=False is as glibc does once large tensors have come and gone.
+    Where the C library is another (macOS, Windows, musl), nothing happens.
+    """
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError): return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, mb = -1, -3, -4, 2 ** 20   # malloc.h
+    mallopt(M_TRIM_THRESHOLD, -1 if hold else 64 * mb)
+    mallopt(M_MMAP_THRESHOLD, 32 * mb)
+    mallopt(M_MMAP_MAX, 0 if hold else 2 ** 16)
 
 
 def lock(folder):

@@ -37,7 +37,7 @@ from clips import facts_of
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import BETTER, constant, continuation, curve_picture, evaluate, report, write_predictions
 from lm import ModelError, empty_lm
-from model import build, devices, load_checkpoint, lock, memory, own_tensors, put, rehearse, save_checkpoint, write_text
+from model import build, devices, hold_memory, load_checkpoint, lock, memory, own_tensors, put, rehearse, save_checkpoint, write_text
 from prompts import PROMPTS
 
 # what is trained, and on what
@@ -367,6 +367,7 @@ except OSError as e: stop(f"cannot write to {out_dir} ({e.strerror or e}): make 
 lm_fingerprint = model.lm.fingerprint() if hasattr(model, 'lm') else feed.lm_fingerprint
 if shard_lm != 'off': ranks.shard(model.lm, shard_lm, device)
 model.to(device)
+if device == 'cpu': hold_memory()
 says = continuation(model, tokenizer)   # what its frozen LM says before anything is trained
 if ranks.N_RANKS > 1 and any(isinstance(m, (torch.nn.BatchNorm1d, OwnLabels)) for m in model.modules()):
     stop(f"system={system!r} keeps statistics of the clips it has seen, which several processes would each have their own of: train it in one.")
