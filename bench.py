@@ -114,10 +114,12 @@ def random_corpus(folder, n_clips, S_a, d_a, S_v, d_v, limit):
     """ Random clips, n_clips of train, valid and test, of the shapes, as an M-SENA pickle that walks the usual road -> the corpus, and MB/s of its conversion. """
     import pickle
     rng, source = np.random.default_rng(0), {}
+    words = [''.join(rng.choice(list('abcdefghij'), 5)) for _ in range(3000)]   # the k-th is said 1/k as often as the first
+    often = 1 / np.arange(1, len(words) + 1)                                                     # [3000]
     for split, n in zip(('train', 'valid', 'test'), n_clips):
         n_words = np.clip(rng.lognormal(np.log(15) - 0.18, 0.6, n), 1, 100).astype(int)          # mean 15
         source[split] = dict(
-            raw_text=[' '.join(''.join(rng.choice(list('abcdefghij'), 5)) for _ in range(k)) for k in n_words],
+            raw_text=[' '.join(rng.choice(words, k, p=often / often.sum())) for k in n_words],
             regression_labels=rng.uniform(-limit, limit, n).round(1).astype('f4'))
         for m, S, d in (('audio', S_a, d_a), ('vision', S_v, d_v)):
             length = rng.integers(S // 4, S + 1, n)
@@ -470,20 +472,21 @@ if c['vs'] == 'start':
                 if line.startswith(starts_with): p.kill(); return time.perf_counter() - since
         sys.exit(f"bench: train.py stopped before its first step: {''.join(said)[-300:]}")
 
-    imports = ['-c', "import torch, transformers, matplotlib.pyplot, safetensors.torch; print('there')"]
-    imports = np.median([first_line(imports, 'there') for _ in range(3)])
     for n in c['start_clips']:
         with tempfile.TemporaryDirectory() as folder:
             _, rate = random_corpus(folder, (n, n // 8, n // 4), 50, 74, 50, 35, 3)
             argv = [os.path.join(_here, 'train.py'), os.path.join(_here, 'config', 'baseline_late.py'), f'--corpus={folder}/random',
-                    f'--out_dir={folder}/run', '--log_interval=1', '--device=cpu']
+                    f'--out_dir={folder}/run', '--log_interval=1', '--device=cpu', '--lm_vocab=4000']
             first_line(argv, '  step ')   # makes a tokenizer, and writes what encoder it wants: the timed ones load both
             from transformers import AutoConfig, AutoModel
             AutoModel.from_config(AutoConfig.from_pretrained(f'{folder}/run/hf')).save_pretrained(f'{folder}/run/hf')
             argv += ['--fresh=True', f'--lm={folder}/run/hf']
-            took = np.median([first_line(argv, '  step ') for _ in range(3)])
-            print(f"{n} clips to train on: first step {took - imports:.1f} s after imports ({imports:.1f} s), an encoder of 3 x 64 "
-                  f"loaded in them; converted at {rate:.0f} MB/s; median of 3")
+            bare = ['-c', f"import sys; sys.path.insert(0, {_here!r}); import torch, transformers, matplotlib.pyplot, safetensors.torch; "
+                          f"from lm import load_encoder; load_encoder({folder + '/run/hf'!r}); print('there')"]
+            # by turns: a machine that is slow for a while is slow for both
+            took, bare = np.array([(first_line(argv, '  step '), first_line(bare, 'there')) for _ in range(c['repeats'])]).T
+            print(f"{n} clips to train on: first step {np.median(took - bare):.1f} s (+-{np.ptp(took - bare) / 2:.1f}) after imports and the loading of "
+                  f"an encoder of 3 x 64 ({np.median(bare):.1f} s); converted at {rate:.0f} MB/s; median of {c['repeats']}")
     sys.exit(0)
 
 # ---------------------------------------------------------------------------------------------------------
