@@ -443,23 +443,22 @@ class DirectedAttention(nn.Module):
         if self.pool == 'last': return F.one_hot(mask.sum(1) - 1, x.shape[1]).to(x.dtype)
         return mask.to(x.dtype) / mask.sum(1, keepdim=True)
 
+    def looks(self, x, x_mask, y, y_mask):
+        """ How much each step of y [B,M,d] counts in the token of x [B,L,d], by head -> [B,h,M], 1 in all but for dropout. """
+        W, b = self.kv_proj.weight.chunk(2)[0], self.kv_proj.bias.chunk(2)[0]                    # [d,d], [d]
+        q, k = (z.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for z in (self.q_proj(x), F.linear(y, W, b)))     # [B,h,L,d/h], [B,h,M,d/h]
+        logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)                                # [B,h,L,M]
+        p = logits.masked_fill_(~y_mask[:, None, None], -torch.inf).softmax(-1)                  # [B,h,L,M]
+        return (self.pool_weights(x, x_mask)[:, None, None] @ F.dropout(p, self.dropout, self.training))[:, :, 0]    # [B,h,M]
+
     def forward(self, x, x_mask, y, y_mask):
         """ x [B,L,d] asks, y [B,M,d] answers; masks of at least one step a clip -> token [B,d]. """
-        weights, (B, L, d) = self.pool_weights(x, x_mask), x.shape                               # [B,L]
-        if self.q_proj is None: return self.out_proj((weights[:, None] @ x)[:, 0])               # [B,d]
-        q = self.q_proj(x).view(B, L, self.n_heads, -1).transpose(1, 2)                          # [B,h,L,d/h]
-        k, v = self.kv_proj(y).view(B, y.shape[1], 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # 2x [B,h,M,d/h]
-        z = F.scaled_dot_product_attention(q, k, v, y_mask[:, None, None], self.dropout * self.training)
-        return self.out_proj((weights[:, None] @ z.transpose(1, 2).reshape(B, L, d))[:, 0])      # [B,d]
-
-    @torch.no_grad()
-    def attention(self, x, x_mask, y, y_mask):
-        """ For the figures: the weight of each step of y in the token, mean over heads -> [B,M], 1 in all. """
-        B, L, _ = x.shape
-        q = self.q_proj(x).view(B, L, self.n_heads, -1).transpose(1, 2)                          # [B,h,L,d/h]
-        k = self.kv_proj(y).view(B, y.shape[1], 2, self.n_heads, -1)[:, :, 0].permute(0, 2, 3, 1)    # [B,h,d/h,M]
-        p = (q @ k / math.sqrt(q.shape[-1])).masked_fill(~y_mask[:, None, None], -torch.inf).softmax(-1)     # [B,h,L,M]
-        return (self.pool_weights(x, x_mask)[:, None] @ p.mean(1))[:, 0]                         # [B,M]
+        if self.q_proj is None: return self.out_proj((self.pool_weights(x, x_mask)[:, None] @ x)[:, 0])      # [B,d]
+        p = self.looks(x, x_mask, y, y_mask)                                                     # [B,h,M]
+        # one token is wanted of all of x, so y is summed up before it is made a value: h steps to project, not M
+        W, b = (t.chunk(2)[1].unflatten(0, (self.n_heads, -1)) for t in (self.kv_proj.weight, self.kv_proj.bias))    # [h,d/h,d], [h,d/h]
+        z = torch.einsum('bhd,hed->bhe', p @ y, W) + p.sum(-1, keepdim=True) * b                 # [B,h,d/h]
+        return self.out_proj(z.flatten(1))                                                       # [B,d]
 
 
 class CMPTA(nn.Module):
@@ -514,7 +513,7 @@ class CMPTA(nn.Module):
         """ For the figures: 'text_from_vision' -> how much each frame counts in that token, [B,M], 1 in all. Not for a CMPTA
         of attend=False, which looks nowhere. """
         seen = self.aligned(batch, text, text_mask)
-        return {f'{x}_from_{y}': direction.attention(*seen[x], *seen[y]) for (x, y), direction in self.pairs()}
+        return {f'{x}_from_{y}': direction.looks(*seen[x], *seen[y]).mean(1) for (x, y), direction in self.pairs()}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -147,16 +147,23 @@ def test_alignment_is_a_packed_bilstm():
 
 
 @pytest.mark.parametrize('pool', ['mean', 'last', 'learned'])
-def test_directed_attention_weights_are_those_it_uses(pool):
-    """ A token is out_proj of the values weighted by what attention() returns, where one head is all there is. """
+@pytest.mark.parametrize('n_heads', [1, 3])
+def test_directed_attention_is_that_of_torch(pool, n_heads):
+    """ A token is what torch's own attention gives for each step of x, pooled: ours makes values last, not first. What looks()
+    gives is how much they count. """
     torch.manual_seed(0)
-    a, x, y = DirectedAttention(6, 1, pool, dropout=0.0), torch.randn(2, 5, 6), torch.randn(2, 4, 6)
+    a, x, y = DirectedAttention(6, n_heads, pool, dropout=0.0), torch.randn(2, 5, 6), torch.randn(2, 4, 6)
     x_mask, y_mask = torch.arange(5) < torch.tensor([[5], [3]]), torch.arange(4) < torch.tensor([[2], [4]])
-    weights = a.attention(x, x_mask, y, y_mask)
+    weights = a.looks(x, x_mask, y, y_mask).mean(1)
     torch.testing.assert_close(weights.sum(1), torch.ones(2))
     assert (weights[~y_mask] == 0).all()
-    values = a.kv_proj(y)[..., 6:]
-    torch.testing.assert_close(a(x, x_mask, y, y_mask), a.out_proj((weights[:, None] @ values)[:, 0]), rtol=0, atol=1e-6)
+    theirs = nn.MultiheadAttention(6, n_heads, batch_first=True)
+    theirs.load_state_dict(dict(in_proj_weight=torch.cat([a.q_proj.weight, a.kv_proj.weight]), in_proj_bias=torch.cat([a.q_proj.bias, a.kv_proj.bias]),
+                                **{f'out_proj.{k}': v for k, v in a.out_proj.state_dict().items()}))
+    each, counts = theirs(x, y, y, key_padding_mask=~y_mask)                                     # [B,L,d], [B,L,M]
+    pooled = a.pool_weights(x, x_mask)[:, None]                                                  # [B,1,L]
+    torch.testing.assert_close(a(x, x_mask, y, y_mask), (pooled @ each)[:, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights, (pooled @ counts)[:, 0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize('n_pseudo, knobs', [(6, {}), (5, {}), (8, {}), (1, {}), (2, dict(attend=False)), (6, dict(align='one-way')), (6, dict(align='off')), (6, dict(attend=False)),
