@@ -14,7 +14,7 @@ frames uniform from a quarter to all. The plain way is what one writes first. Fo
 padded to max_text_len, frames to the longest, Hugging Face's own forward with logits for the whole sequence in float32, and
 generate() to validate. For DeepMLF, as its release: one stream of padded text and fusion tokens with a graph from the bottom, logits
 for every slot, in evaluation too, and Hugging Face's GELU. For the others the same model on such padded batches. Texts are tokenised again in
-each batch, and AdamW is not fused, which counts where much is trained.
+each batch, AdamW is not fused, which counts where much is trained, and freed memory goes back to Linux (model.py, hold_memory).
 Both ways run in one process by turns, on the CPU in float32 (or bfloat16 by --dtype); memory is that of a process of its own,
 above the loaded model (Linux). Times are only worth something as the ratio of the two.
 """

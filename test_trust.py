@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import platform
 import re
 import runpy
 import shutil
@@ -243,6 +244,30 @@ def kill_at_random(corpora, curriculum, folder, n, seed):
 def test_kill_9_anywhere(corpora, curriculum, tmp_path):
     """ Once in converting, training and evaluating; `python test_trust.py --soak` does it 25 times. """
     assert kill_at_random(corpora, curriculum, tmp_path, n=3, seed=0) == 3
+
+
+FAULTS = """
+import resource, sys, torch
+from model import hold_memory
+hold_memory(sys.argv[1] == 'hold')
+for i in range(8):   # of 64 MB; the first ones find the room
+    if i == 4: before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2 ** 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="only glibc can be told to hold memory")
+def test_freed_memory_is_held_for_the_next_tensor():
+    """ Pages that Linux must find for four large tensors, one after the other. """
+    run = lambda how: int(subprocess.run([sys.executable, '-c', FAULTS, how], capture_output=True, text=True, cwd=HERE).stdout)
+    assert run('hold') < 16 < run('give back')
+
+
+def test_a_c_library_that_cannot_hold_memory_is_left_alone(monkeypatch):
+    for library in (lambda name: object(), lambda name: (_ for _ in ()).throw(TypeError("Windows"))):
+        monkeypatch.setattr(models.ctypes, 'CDLL', library)
+        models.hold_memory()
 
 
 def test_a_full_disk_loses_nothing(corpora, curriculum, monkeypatch):
