@@ -18,7 +18,7 @@ def mse(pred, label):
     return (pred - label).square().mean()
 
 
-def lm_loss(hidden, batch, lm_head, chunk=256):
+def lm_loss(hidden, batch, lm_head, chunk=128):
     """
     Next-token cross-entropy, the mean over the batch's real targets (DeepMLF eq. 5, with the mean for the sum).
 
@@ -37,7 +37,7 @@ def lm_loss(hidden, batch, lm_head, chunk=256):
     return summed_cross_entropy(x, y, lm_head, chunk) / len(y) * batch.get('lm_weight', 1.0)
 
 
-def summed_cross_entropy(x, y, lm_head, chunk=256):
+def summed_cross_entropy(x, y, lm_head, chunk=128):
     """ The sum over rows of -log p(y): x [n,D] hidden states, y [n] tokens (-100: not asked) -> []. Logits are kept for no
     more than `chunk` rows. """
     def summed(x, y): return F.cross_entropy(lm_head(x).float(), y, reduction='sum')
