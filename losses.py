@@ -41,7 +41,7 @@ def summed_cross_entropy(x, y, lm_head, chunk=128):
     """ The sum over rows of -log p(y): x [n,D] hidden states, y [n] tokens (-100: not asked) -> []. Logits are kept for no
     more than `chunk` rows. """
     def summed(x, y): return F.cross_entropy(lm_head(x).float(), y, reduction='sum')
-    if len(y) <= chunk // 2: return summed(x, y)   # as few as a batch of labels
+    if len(y) <= chunk: return summed(x, y)   # as few as a batch of labels
     pieces, weight = list(zip(x.split(chunk), y.split(chunk))), getattr(lm_head, 'weight', None)     # [V,D]
     if weight is None or weight.requires_grad:
         return torch.stack([checkpoint(summed, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]).sum()
