@@ -183,9 +183,7 @@ class MMBlock(nn.Module):
     def forward(self, x_t, x_f, z, z_mask, lm_ffw):
         """ x_t [B,T,D], x_f [B,F,D], z [B,m,d], z_mask [B,m], lm_ffw of the LM block before -> new x_t, x_f. """
         g_1, g_2 = self.gates()
-        # attention's dropped weights take more room than time: they are computed again in the backward pass
-        look = lambda x: checkpoint(self.gca, self.norm_1(x), z, z_mask, use_reentrant=False)
-        attend = lambda x: x + (g_1 * look(x)).to(x.dtype)
+        attend = lambda x: x + (g_1 * self.gca(self.norm_1(x), z, z_mask)).to(x.dtype)
         project = lambda x: x + (g_2 * self.ffw(self.norm_2(x), lm_ffw)).to(x.dtype)
         if 'fusion' in self.query: x_f = attend(x_f)                                             # [B,F,D]
         if 'text' in self.query: x_t = attend(x_t)                                               # [B,T,D]

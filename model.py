@@ -519,15 +519,16 @@ def memory(device):
 def hold_memory(hold=True):
     """
     Keep what tensors leave behind in this process for those that come next. glibc would return it to Linux and be given it again
-    page by page: up to a third of a training step on the CPU. hold=False is as glibc does once large tensors have come and gone.
-    Where the C library is another (macOS, Windows, musl), nothing happens.
+    page by page: up to a third of a training step on the CPU. hold=False gives all back, and is as glibc does once large tensors
+    have come and gone. Where the C library is another (macOS, Windows, musl), nothing happens.
     """
-    try: mallopt = ctypes.CDLL(None).mallopt
+    try: mallopt, malloc_trim = ctypes.CDLL(None).mallopt, ctypes.CDLL(None).malloc_trim
     except (OSError, TypeError, AttributeError): return
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, mb = -1, -3, -4, 2 ** 20   # malloc.h
     mallopt(M_TRIM_THRESHOLD, -1 if hold else 64 * mb)
     mallopt(M_MMAP_THRESHOLD, 32 * mb)
     mallopt(M_MMAP_MAX, 0 if hold else 2 ** 16)
+    if not hold: malloc_trim(0)
 
 
 def lock(folder):
