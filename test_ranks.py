@@ -35,11 +35,17 @@ def torchrun(*argv, n=2):
     return done.returncode, said
 
 
-def same_within(a, b, gap=2e-5 if OLD else 1e-5):   # torch 2.6: 1.06e-5 in one of 90 values
+def same_within(a, b, gap=1e-5):
     for kind in ('best', 'last'):
         x, y = load_file(a / f'{kind}.safetensors'), load_file(b / f'{kind}.safetensors')
         assert x.keys() == y.keys()
-        for k in x: torch.testing.assert_close(x[k], y[k], atol=gap, rtol=gap)
+        for k in x:
+            if k.endswith('qkv.bias'):
+                # a bias of keys moves all logits of a query alike: its gradient is rounding, of which AdamW makes whole steps
+                keys = slice(len(x[k]) // 3, 2 * len(x[k]) // 3)
+                torch.testing.assert_close(x[k][keys], y[k][keys], atol=10 * gap, rtol=0)
+                x[k][keys] = y[k][keys]
+            torch.testing.assert_close(x[k], y[k], atol=gap, rtol=gap)
     log = lambda folder: [json.loads(line) for line in open(folder / 'log.jsonl')]
     for one, other in zip(log(a), log(b), strict=True):   # one log: rank 0's, of all clips
         assert one['step'] == other['step']
