@@ -10,12 +10,15 @@ Features must be those that the run was trained on, frame by frame, not standard
 import json
 import os
 import shutil
+import tempfile
 import zipfile
 
 import numpy as np
 
 from data import SPLITS, STREAMS
-from model import write_text
+from files import open_regular, write_text
+from lm import ModelError
+from model import load_checkpoint, save_checkpoint
 
 # Public extractors by stream and width: so that a wrong width can be told by name
 FEATURES = {('audio', 74): 'COVAREP', ('audio', 33): 'librosa', ('audio', 25): 'eGeMAPS low-level descriptors',
@@ -72,10 +75,10 @@ def read_clips(path, facts, seen=('text', *STREAMS)):
     """
     try:
         if path.endswith('.npz'):
-            with np.load(path, allow_pickle=False) as f: rows = [{k: f[k] for k in f.files}]
+            with open_regular(path, 'rb', follow=True) as file, np.load(file, allow_pickle=False) as f: rows = [{k: f[k] for k in f.files}]
             rows[0] = {k: v.item() if k in ('text', 'id') and v.ndim == 0 else v for k, v in rows[0].items()}
         elif path.endswith('.jsonl'):
-            with open(path, encoding='utf-8') as f: rows = [json.loads(line) for line in f if line.strip()]
+            with open_regular(path, follow=True) as f: rows = [json.loads(line) for line in f if line.strip()]
         else: raise ClipError(f"{path} is neither a .npz nor a .jsonl.")
     except (OSError, ValueError, TypeError, EOFError, AttributeError, RecursionError, zipfile.BadZipFile) as e:
         raise ClipError(f"{path} cannot be read ({getattr(e, 'strerror', None) or e}).") from None
@@ -120,7 +123,13 @@ def opinions(run, clips):
     def predict(rows, modalities=c['modalities']):
         feed = run.feed(Clips(run.facts, rows), c | dict(modalities=modalities))
         out = [run.predict(feed('test', np.array([i]))) for i in range(len(rows))]               # one by one: nobody's padding
-        return {k: np.concatenate([o[k].float().cpu().numpy() for o in out]) for k in out[0]}    # [N] or [N,K]
+        out = {k: np.concatenate([o[k].float().cpu().numpy() for o in out]) for k in out[0]}     # [N] or [N,K]
+        for name, values in out.items():
+            bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))           # clips
+            if len(bad):
+                raise ClipError(f"the run's {name} of {rows[bad[0]]['id']} is NaN or inf, so it has no score: look for frames "
+                                "far outside the training data, such as values near 1e38.")
+        return out
     whole, less = predict(clips), {}
     for m in [m for m in c['modalities'] if m in run.facts['widths']]: less[m] = predict(clips, [k for k in c['modalities'] if k != m])
     if c['system'] != 'av': less['text'] = predict([r | dict(text='') for r in clips])
@@ -164,25 +173,69 @@ def card(result, lm_copied):
 
 
 def export(folder, result, where):
-    """ Writes what `eval.py where --clip=` needs: the checkpoint, its JSON, a card, and a small local LM or tokenizer. Raises ClipError. """
-    if result['about']['knobs']['system'] == 'lm': raise ClipError(f"{folder} is a language model and says no score: its folder hf/ is one for Hugging Face.")
-    if not where: raise ClipError("--export wants a folder: --export=FOLDER.")
-    if os.path.exists(where) and (not os.path.isdir(where) or os.listdir(where)): raise ClipError(f"{where} is there already: give another --export.")
-    c = result['about']['knobs']
-    own = c['lm'] == 'new'   # an encoder from nothing: its weights are in the checkpoint, its tokenizer in hf/
-    source = os.path.join(folder if own else c['lm'], 'hf')
-    if not os.path.isdir(source): source = c['lm']
-    size = sum(e.stat().st_size for e in os.scandir(source)) if os.path.isdir(source) else np.inf
-    copied = '' if c['system'] == 'av' or size > LARGEST_COPY else 'hf' if own else 'lm'
+    """
+    Writes what `eval.py where --clip=` needs: the checkpoint, its JSON, a card, and a small local LM or tokenizer. `result` is
+    read_run's. Regular files alone are copied. `where` is there when it is whole. Raises ClipError.
+    """
+    if result['about']['knobs']['system'] == 'lm':
+        raise ClipError(f"{folder} is a language model and says no score: its folder hf/ is one for Hugging Face.")
+    if not where:
+        raise ClipError("--export wants a folder: --export=FOLDER.")
+    where = os.path.abspath(where)
+    if os.path.lexists(where) and (os.path.islink(where) or not os.path.isdir(where) or os.listdir(where)):
+        raise ClipError(f"{where} is there already: give another --export.")
     try:
-        os.makedirs(where, exist_ok=True)
-        if copied: shutil.copytree(source, os.path.join(where, copied))
-        said = card(result, copied)
-        if copied == 'lm': c['lm'] = 'lm'   # beside the checkpoint
-        c.update(needs=[], av_from='')
-        shutil.copy(os.path.join(folder, 'best.safetensors'), where)
-        write_text(os.path.join(where, 'result.json'), json.dumps(result, indent=1))
-        write_text(os.path.join(where, 'config.json'), json.dumps(result['about'], indent=1))
-        write_text(os.path.join(where, 'README.md'), said)
-    except (OSError, shutil.Error) as e: raise ClipError(f"cannot write {where} ({e}): what is there of it is no whole export.") from None
-    return f"{where}: " + ', '.join(sorted(os.listdir(where)))
+        os.makedirs(os.path.dirname(where), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(where), prefix='.export-') as scratch:
+            new = os.path.join(scratch, 'whole')
+            os.mkdir(new)
+            left_out = fill_export(folder, result, new)
+            if os.path.isdir(where):
+                os.rmdir(where)
+            os.rename(new, where)
+    except OSError as e:
+        raise ClipError(f"cannot write {where} ({e.strerror or e}): nothing is left of the export.") from None
+    except ModelError as e:
+        raise ClipError(f"cannot export {folder}: {e}") from None
+    return '\n'.join([f"{where}: " + ', '.join(sorted(os.listdir(where)))] + left_out)
+
+
+def fill_export(folder, result, new):
+    """ Writes the files of an export into the empty folder `new`. Returns a line for each file that was left out. """
+    about, c = result['about'], result['about']['knobs']
+    from_nothing = c['lm'] == 'new'   # an encoder from nothing: its weights are in the checkpoint, its tokenizer in hf/
+    source = os.path.join(folder if from_nothing else c['lm'], 'hf')
+    if not from_nothing and os.path.isdir(os.path.join(folder, c['lm'])) and c['lm'] == 'lm':
+        source = os.path.join(folder, 'lm')   # this run is an export itself
+    if not os.path.isdir(source):
+        source = c['lm']
+    size = sum(e.stat(follow_symlinks=False).st_size for e in os.scandir(source)) if os.path.isdir(source) else np.inf
+    copied, left_out = '', []
+    if c['system'] != 'av' and size <= LARGEST_COPY:
+        copied = 'hf' if from_nothing else 'lm'
+        left_out = copy_regular_files(source, os.path.join(new, copied))
+    words = card(result, copied)
+    if copied == 'lm':
+        c['lm'] = 'lm'   # beside the checkpoint
+    c.update(needs=[], av_from='', out_dir='')
+    tensors, info = load_checkpoint(os.path.join(folder, 'best.safetensors'))
+    save_checkpoint(os.path.join(new, 'best.safetensors'), tensors, info | dict(about=about))
+    write_text(os.path.join(new, 'result.json'), json.dumps(result, indent=1))
+    write_text(os.path.join(new, 'config.json'), json.dumps(about, indent=1))
+    write_text(os.path.join(new, 'README.md'), words)
+    return left_out
+
+
+def copy_regular_files(source, target):
+    """ Copies the regular files of a folder, and of the folders in it. Returns a line for each link and special file. """
+    os.mkdir(target)
+    left_out = []
+    for entry in sorted(os.scandir(source), key=lambda e: e.name):
+        if entry.is_dir(follow_symlinks=False):
+            left_out += copy_regular_files(entry.path, os.path.join(target, entry.name))
+        elif entry.is_file(follow_symlinks=False):
+            with open_regular(entry.path, 'rb') as old, open(os.path.join(target, entry.name), 'xb') as new:
+                shutil.copyfileobj(old, new)
+        else:
+            left_out.append(f"  left out: {entry.path} is a link or a special file")
+    return left_out

@@ -115,6 +115,16 @@ def parse_flags(flags, known, where="on the command line"):
     return {key: _check(key, _parse(value, known[key]), known[key], where) for key, value in flags.items()}
 
 
+def check_knobs(knobs, known, where):
+    """ Raises ValueError where `knobs` (name -> value) are not of the names and types of `known` (defaults by name). """
+    try:
+        for key, value in knobs.items():
+            _known(key, known, where)
+            _check(key, value, known[key], where)
+    except SystemExit as e:
+        raise ValueError(str(e).removeprefix('config: ')) from None
+
+
 def configure(g, argv=None, echo=True):
     """ Set the knobs in g, a script's globals(), from argv; print what changed; return all as a dict. """
     defaults = {k: v for k, v in g.items() if not k.startswith('_') and _is_knob(v)}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data import STREAMS, CorpusError, epoch_order
-from eval import EvalError, bring_back, markdown_table, mean_std_n, one_system, read_run, score_by, task_metrics
+from eval import EvalError, bring_back, markdown_table, mean_std_n, one_system, read_run, score_by, take_permissions, task_metrics
 from lm import ModelError
 
 SHARES = (0.25, 0.5, 0.75, 1.0)   # of clips that lose a modality
@@ -48,9 +48,9 @@ def conditions(std):
 
 
 @torch.no_grad()
-def damaged(folder):
+def damaged(folder, **allowed):
     """ A run on its test clips under every condition -> dict of name -> metrics. Raises EvalError and its kin. """
-    run, feed = bring_back(folder)
+    run, feed = bring_back(folder, **allowed)
     streams = [m for m in STREAMS if m in run.corpus.widths and m in feed.streams]
     if not streams: raise EvalError(f"{folder} sees neither audio nor video: there is nothing to damage.")
     raw = [m for m in streams if not (feed.c['standardise'] or run.corpus.meta['streams'][m]['standardised'])]
@@ -62,14 +62,22 @@ def damaged(folder):
         variants = [way(batch, gone[index], rng) for way in ways.values()]
         for name, out in zip(ways, run.predict_each(batch, variants)): preds[name][index] = out['pred'].float().cpu().numpy()
         label[index] = batch['label'].cpu().numpy()
-    return {name: task_metrics(p, label, feed.info) for name, p in preds.items()}
+    try:
+        return {name: task_metrics(p, label, feed.info) for name, p in preds.items()}
+    except ValueError as e:
+        raise EvalError(f"{folder}: {e}.") from None
 
 
 def main(folders):
     """ The command line. Raises EvalError and its kin for a sentence. """
     if not folders or folders[0] in ('-h', '--help'): print(__doc__); return
+    flags = dict(a[2:].partition('=')[::2] for a in folders if a.startswith('--'))
+    folders = [f for f in folders if not f.startswith('--')]
+    allowed = take_permissions(flags)
+    if flags or not folders:
+        raise EvalError("the flags of damage.py are --trust_remote_code=True and --data_dir=FOLDER, beside one or more runs.")
     one_system(folders)
-    runs, (by, _) = [damaged(f) for f in folders], score_by(read_run(folders[0])['info'])
+    runs, (by, _) = [damaged(f, **allowed) for f in folders], score_by(read_run(folders[0])['info'])
     keys = [k for k in ('mae', 'corr', 'acc2_non0', 'acc7', 'acc', 'wf1') if k in runs[0]['as it is']]
     lost = lambda name: f"{np.mean([r[name][by] - r['as it is'][by] for r in runs]):+.3f}"
     rows = [[name] + [mean_std_n([r[name][k] for r in runs]) for k in keys] + [lost(name)] for name in runs[0]]

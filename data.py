@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from files import check_regular
 from lm import ModelError, frozen_text
 from prompts import rated
 from unpickle import CorpusError, Lazy, LazyArray, Py2Str, read_pickle, strangers_file
@@ -463,6 +464,7 @@ class Corpus:
     def __init__(self, folder):
         self.folder, self._opened = str(folder), {}
         with self._sound('meta.json') as path:
+            check_regular(path, follow=True)
             self.meta = json.loads(path.read_text(encoding='utf-8'))
             if self.meta['format'] != 1: raise ValueError(f"format {self.meta['format']} is not 1")
             self.name, self.n_clips = self.meta['name'], dict(self.meta['clips'])
@@ -479,7 +481,9 @@ class Corpus:
     def _once(self, split, file, load):
         """ What load(path) makes of a file, the first time and from then on. """
         if (split, file) not in self._opened:
-            with self._sound(f'{split}/{file}') as path: self._opened[split, file] = load(path)
+            with self._sound(f'{split}/{file}') as path:
+                check_regular(path, follow=True)
+                self._opened[split, file] = load(path)
         return self._opened[split, file]
 
     def _rows(self, split):

@@ -6,6 +6,8 @@ What a run is worth: every metric, one checkpoint or many runs, report and compa
     python eval.py out/RUN --corpus=OTHER [--modalities=text]  another corpus's test set, without training there
     python eval.py out/RUN --modalities=text,vision            its own test set, with these alone (the others arrive empty)
     python eval.py out/RUN --clip=mine.npz                     clips of one's own; --export=FOLDER is for giving a run away: clips.py
+    .. --trust_remote_code=True     lets the authors of the run's LM run their own code here; a run's folder cannot allow it
+    .. --data_dir=FOLDER            where files that are made on the way are kept ('data')
 
 Metrics are fractions (0.8451, not 84.51) and nothing is rounded, so that means over seeds are right; nan means
 undefined, never zero. The definitions are those of the code that the field's tables come from (MMSA 2.2.1,
@@ -23,11 +25,13 @@ import numpy as np
 import torch
 
 import ranks
-from configurator import knobs_of
+from configurator import check_knobs, knobs_of
 from clips import ClipError, Clips, export, opinions, read_clips, seen_by
-from data import CorpusError, Feed, epoch_order, open_corpus
-from lm import ModelError, load_lm
-from model import LanguageModel, build, devices, hold_memory, load_checkpoint, put, write_text
+from data import Corpus, CorpusError, Feed, epoch_order, open_corpus
+from files import make_folder, open_regular, save_picture, write_text
+from knobs import wrong_knobs
+from lm import ModelError, load_lm, tokenizer_fingerprint
+from model import LanguageModel, build, devices, hold_memory, load_checkpoint, load_info, put
 
 
 class EvalError(Exception):
@@ -291,10 +295,20 @@ def evaluate(model, feed, split, autocast=nullcontext, **how):
     for index, out in (pair for theirs in ranks.gathered(mine) for pair in theirs):
         for k, v in out.items(): got.setdefault(k, np.zeros((n, *v.shape[1:]), np.float32))[index] = v
     model.train(was_training)
+    check_finite(got, feed.corpus.id(split))
     if 'loss' in got: return dict(loss=float(got['loss'].mean(dtype=np.float64))), {}
     metrics = task_metrics(got['pred'], got['label'], feed.info)
     if 'unread' in got: metrics['unread'] = _mean(got['unread'])
     return metrics, got
+
+
+def check_finite(predictions, ids):
+    """ predictions: name -> array [N,..], ids: N names of clips. Raises ValueError, with the first clip, for NaN or inf. """
+    for name, values in predictions.items():
+        bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))               # clips
+        if len(bad):
+            raise ValueError(f"{name} of clip {ids[bad[0]]} is NaN or inf ({len(bad)} of {len(values)} clips); look for "
+                             "frames far outside the training data, or for a checkpoint that diverged")
 
 
 def task_metrics(pred, label, info):
@@ -326,16 +340,74 @@ def continuation(model, tokenizer, texts=('The film was', 'I said that'), n_new=
 # ---------------------------------------------------------------------------------------------------------
 # A run's folder: report and pictures
 
+# Knobs of the run, not of the experiment: a run may go on, and may be read, with other values of these.
+RUN_KNOBS = frozenset(('needs out_dir data_dir device dtype resume fresh log_interval save_interval patience shard_lm '
+                       'deterministic').split())
+
+
 def read_run(folder):
-    """ result.json of a finished run. Raises EvalError. """
-    path = os.path.join(folder, 'result.json')
-    if not os.path.exists(path):
-        raise EvalError(f"{folder} holds no finished run (no result.json): train it to the end, with --resume=True if it "
+    """
+    result.json of a finished run. What makes the model (knobs, corpus, LM) is what the checkpoint's header says; where
+    result.json says otherwise, it was edited or belongs to another checkpoint. Raises EvalError, ModelError.
+    """
+    result = read_json(folder, 'result.json')
+    try:
+        # a knob that is younger than the run has its default, which is what the run did
+        defaults = knobs_of(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'))
+        said = result['about']
+        said['knobs'] = defaults | said['knobs']
+        checkpoint = os.path.join(folder, 'best.safetensors')
+        if os.path.lexists(checkpoint):
+            about = load_info(checkpoint)['about']
+            about['knobs'] = defaults | about['knobs']
+            refuse_edits(folder, said, about, result['info'])
+            asked = said['knobs']['trust_remote_code'] or about['knobs']['trust_remote_code']
+            result['about'] = said | {k: about[k] for k in ('name', 'knobs', 'corpus', 'device', 'dtype')}
+            result['about']['knobs']['trust_remote_code'] = asked
+        check_knobs(result['about']['knobs'], defaults, f"in {folder}")
+        wrong = wrong_knobs(result['about']['knobs'], metrics=tuple(BETTER))
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise EvalError(f"{folder}/result.json is damaged or of another version ({type(e).__name__}: {e}): python train.py "
+                        "with --resume=True writes it anew.") from None
+    if wrong:
+        raise EvalError(f"the knobs of {folder} are not those of a run: {'; '.join(wrong)}.")
+    return result
+
+
+def refuse_edits(folder, said, about, info):
+    """ Raises EvalError where result.json (`said`, `info`) and the checkpoint's header (`about`) describe two models. """
+    # trust_remote_code is a permission, which revive asks the command line for: it says nothing of the model
+    free = (*RUN_KNOBS, 'trust_remote_code')
+    pairs = [(k, said['knobs'].get(k), v) for k, v in about['knobs'].items() if k not in free]
+    pairs += [(k, v, None) for k, v in said['knobs'].items() if k not in about['knobs']]
+    pairs += [(f'corpus {k}', said['corpus'].get(k), v) for k, v in about['corpus'].items()]
+    pairs += [(k, said.get(k), about.get(k)) for k in ('name', 'dtype', 'lm_fingerprint', 'tokenizer_fingerprint')]
+    pairs += [('info', info, about['corpus']['labels'][about['knobs']['label']])]
+    for what, here, there in pairs:
+        if json.dumps(here, sort_keys=True) != json.dumps(there, sort_keys=True):
+            raise EvalError(f"{folder}/result.json has {what}={short(here)} and its checkpoint was trained with {short(there)}: put "
+                            "the old result.json back, or train again with another value.")
+
+
+def short(value, n=60):
+    """ A value as text of at most n characters. """
+    text = repr(value)
+    return text if len(text) <= n else text[:n] + '..'
+
+
+def read_json(folder, file):
+    """ A JSON file of a run's folder. Raises EvalError. """
+    path = os.path.join(folder, file)
+    if not os.path.lexists(path):
+        raise EvalError(f"{folder} holds no finished run (no {file}): train it to the end, with --resume=True if it "
                         "was cut off.")
-    with open(path, encoding='utf-8') as f: r = json.load(f)
-    # a knob that is younger than the run has its default, which is what the run did
-    r['about']['knobs'] = knobs_of(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py')) | r['about']['knobs']
-    return r
+    try:
+        with open_regular(path) as f:
+            return json.load(f)
+    except OSError as e:
+        raise EvalError(f"{path} cannot be read: it {e.strerror}.") from None
+    except (ValueError, RecursionError) as e:
+        raise EvalError(f"{path} is damaged ({e}): train that run to the end again, with --resume=True.") from None
 
 
 def write_predictions(folder, corpus, predictions):
@@ -346,12 +418,34 @@ def write_predictions(folder, corpus, predictions):
 
 
 def read_predictions(folder):
-    """ test.jsonl of a finished run -> (list of ids, dict of arrays [N], or [N,K] for prob). """
+    """ test.jsonl of a finished run -> (list of ids, dict of arrays [N], or [N,K] for prob). Raises EvalError. """
+    path, again = f"{folder}/test.jsonl", f"python eval.py {folder} writes it anew"
     try:
-        with open(os.path.join(folder, 'test.jsonl'), encoding='utf-8') as f: rows = [json.loads(line) for line in f]
-    except (OSError, ValueError) as e:
-        raise EvalError(f"{folder}/test.jsonl is missing or damaged ({e}): python eval.py {folder} writes it anew.") from None
-    return [r['id'] for r in rows], {k: np.array([r[k] for r in rows], np.float32) for k in rows[0] if k != 'id'}
+        with open_regular(path) as f:
+            rows = [json.loads(line) for line in f]
+        ids = [r['id'] for r in rows]
+        predictions = {k: np.array([r[k] for r in rows], np.float32) for k in rows[0] if k != 'id'}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+        reason = getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'
+        raise EvalError(f"{path} is missing or damaged ({reason}): {again}.") from None
+    try:
+        check_finite(predictions, ids)
+    except ValueError as e:
+        raise EvalError(f"{path}: {e}.") from None
+    return ids, predictions
+
+
+def av_run(about):
+    """ result.json of the run that pretrained a DeepMLF run's AV encoder; None where it is not there, or not that run. """
+    c = about['knobs']
+    if c['system'] != 'deepmlf' or c['av_init'] == 'random':
+        return None
+    try:
+        r = read_run(c['av_from'])
+    except (EvalError, ModelError):
+        return None
+    same = r['about']['knobs']['system'] == 'av' and r['about']['corpus']['sha256'] == about['corpus']['sha256']
+    return r if same else None
 
 
 def summary(folder, r):
@@ -368,8 +462,9 @@ def summary(folder, r):
         head = lambda k: regression_metrics(p[k], p['label'], r['info']['range'])
         if r.get('lm_alone'): own.append(('the LM alone (text)', r['lm_alone'], 'text'))
         if c['system'] == 'deepmlf' and 'text' in p and c['mm_query'] == 'fusion': own.append(('text only (y_t)', head('text'), 'text'))
-        alone = os.path.join(c['av_from'], 'result.json') if c['system'] == 'deepmlf' and c['av_init'] != 'random' else ''
-        if os.path.exists(alone): own.append(('audio+video only', read_run(c['av_from'])['test'], 'av'))
+        alone = av_run(r['about'])
+        if alone:
+            own.append(('audio+video only', alone['test'], 'av'))
         elif 'av' in p: own.append(('audio+video only (y_av)', head('av'), 'av'))
         if ceilings: own.append(('best late fusion', {}, 'late'))
     own.append((name, r['test'], 'av' if c['system'] == 'av' else 'full'))
@@ -423,12 +518,22 @@ of step {state['best_step']} of {state['step']}; the test set had no part in cho
     return f"{table}\n\n{name}: {took}; {folder}/report.md"
 
 
+def read_log(folder):
+    """ A run's log.jsonl -> list of dicts, in the order of training. Raises EvalError. """
+    path = os.path.join(folder, 'log.jsonl')
+    try:
+        with open_regular(path) as f:
+            return [json.loads(line) for line in f]
+    except (OSError, ValueError) as e:
+        raise EvalError(f"{path} is missing or damaged ({getattr(e, 'strerror', None) or e}).") from None
+
+
 def curve_picture(folder, select='mae'):
     """ folder/curve.png from folder/log.jsonl: training loss terms, and the validation metric that selects. """
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f: log = [json.loads(line) for line in f]
+    log = read_log(folder)
     train, valid = [e for e in log if 'train' in e], [e for e in log if 'valid' in e]
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
     for k in sorted({k for e in train for k in e['train']}):
@@ -440,7 +545,7 @@ def curve_picture(folder, select='mae'):
         right.plot(best[-1]['epoch'], best[-1]['valid'][select], 'o', ms=8, mfc='none', color='C3', label='best')
         right.legend(fontsize=8)
     right.set(xlabel='epoch', ylabel=f'validation {select}')
-    fig.savefig(os.path.join(folder, 'curve.png'), dpi=120)
+    save_picture(fig, os.path.join(folder, 'curve.png'), dpi=120)
     plt.close(fig)
 
 
@@ -461,65 +566,125 @@ def confusion_picture(path, pred, label, names):
     ax.set_yticks(range(len(names)), named, fontsize=8)
     ax.set(xlabel='predicted class', ylabel='true class')
     fig.colorbar(picture, label='share of the true class')
-    fig.savefig(path, dpi=120)
+    save_picture(fig, path, dpi=120)
     plt.close(fig)
 
 
-def revive(folder, without_corpus=False):
+def revive(folder, without_corpus=False, trust_remote_code=False, data_dir='data'):
     """
-    The best model of a run from its files (and from where it was trained: its corpus and LM are named as they were then), with
-    corpus, model (in eval mode), predict(batch), feed(corpus, knobs) -> its Feed, and test(corpus, knobs) -> what evaluate gives on
-    the test split of a corpus. without_corpus: from the run's folder alone, for clips of one's own; an LM that was exported
-    along is in the folder's lm/. Raises EvalError, ModelError, CorpusError.
+    The best model of a run from its files, with corpus, model (in eval mode), predict(batch), feed(corpus, knobs) -> its Feed,
+    and test(corpus, knobs) -> what evaluate gives on the test split of a corpus. without_corpus: from the run's folder alone,
+    for clips of one's own; an LM that was exported along is in the folder's lm/.
+
+    The folder may come from a stranger. It may name an LM and a corpus folder; these are read as data, printed, and must have the
+    fingerprint and the SHA-256 that the checkpoint has. It cannot make code run and cannot choose where files are written: that is
+    for the caller's trust_remote_code and data_dir. Raises EvalError, ModelError, CorpusError.
     """
     result = read_run(folder)
     about = result['about']
-    c, facts = about['knobs'], about['corpus']
+    facts = about['corpus']
+    if about['knobs']['trust_remote_code'] and not trust_remote_code:
+        raise EvalError(f"{folder} asks to run the code that the authors of the LM {about['knobs']['lm']!r} put beside it: add "
+                        "--trust_remote_code=True to this command if you trust them.")
+    c = about['knobs'] | dict(trust_remote_code=trust_remote_code, data_dir=data_dir, out_dir=folder, needs=[])
+    about['knobs'] = c
     if without_corpus and 'streams' not in facts:
         raise EvalError(f"{folder} is older than what --clip and --export need to know of its corpus: train it again.")
-    corpus, dtype = Clips(facts) if without_corpus else open_corpus(facts['folder']), getattr(torch, about['dtype'])
-    if c['lm'] == 'lm' and os.path.isdir(os.path.join(folder, 'lm')): c['lm'] = os.path.join(folder, 'lm')
-    torch.manual_seed(c['seed'])   # a random LM (lm_init) is in no checkpoint: it is drawn again as it was
-    if corpus.sha256 != about['corpus']['sha256']:
-        raise EvalError(f"{corpus.folder} was made from another source file than the one that {folder} was trained on.")
-    if c['system'] == 'lm':
-        lm, tokenizer = load_lm(folder, dtype)
-        model = LanguageModel(lm.hf)
-    else:   # the checkpoint has its weights, the folder its tokenizer
-        model, tokenizer = build(c | dict(av_init='random', resume=True), corpus, folder, dtype)
-    other_lm = f"the LM {c['lm']} is not the one that {folder} was trained with: put that one back."
-    if hasattr(model, 'lm') and model.lm.fingerprint() != about['lm_fingerprint']: raise EvalError(other_lm)
+    if about['dtype'] not in ('float32', 'bfloat16', 'float16') or about['device'] not in devices():
+        raise EvalError(f"{folder} names the dtype {about['dtype']!r} and the device {about['device']!r}, which are not known.")
+    dtype = getattr(torch, about['dtype'])
+    try:
+        corpus = Clips(facts) if without_corpus else named_corpus(folder, facts)
+        model, tokenizer = revived_model(folder, c, corpus, dtype)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
+        raise EvalError(f"{folder} is damaged or not a run of this version: its knobs make no model ({type(e).__name__}: "
+                        f"{str(e)[:160]}).") from e
+    check_fingerprints(folder, c, about, model, tokenizer)
     put(model, load_checkpoint(os.path.join(folder, 'best.safetensors'))[0], folder)
     device = about['device'] if devices()[about['device']] else 'cpu'
     autocast = lambda: torch.autocast(device, dtype, enabled=dtype is not torch.float32)
     model.to(device)
     if device == 'cpu': hold_memory()
+
     def feed(corpus, c):
         fed = Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None))
-        if fed.lm_fingerprint and fed.lm_fingerprint != about['lm_fingerprint']: raise EvalError(other_lm)
+        if fed.lm_fingerprint and fed.lm_fingerprint != about['lm_fingerprint']:
+            raise EvalError(other_lm(folder, c))
         return fed
-    def test(corpus, c): return evaluate(model, feed(corpus, c), 'test', autocast)
+
+    def test(corpus, c):
+        try:
+            return evaluate(model, feed(corpus, c), 'test', autocast)
+        except ValueError as e:
+            raise EvalError(f"{folder}: {e}.") from None
+
     @torch.no_grad()
     def predict(batch):
-        with autocast(): return model.predict(batch)
+        with autocast():
+            return model.predict(batch)
+
     @torch.no_grad()
     def predict_each(batch, variants):   # the same texts with other audio and video: dicts of what differs in the batch
-        if not hasattr(model, 'predict_each'): return [predict(batch | v) for v in variants]
-        with autocast(): return model.predict_each(batch, variants)
+        if not hasattr(model, 'predict_each'):
+            return [predict(batch | v) for v in variants]
+        with autocast():
+            return model.predict_each(batch, variants)
+
     return SimpleNamespace(corpus=corpus, model=model.eval(), feed=feed, test=test, predict=predict, predict_each=predict_each, result=result,
                            knobs=c, info=result['info'], facts=facts, values=getattr(getattr(model, 'prompt', None), 'values', None))
 
 
-def bring_back(folder):
+def named_corpus(folder, facts):
+    """ The corpus folder that a run names, if it is there and made from the same source. Raises EvalError, CorpusError. """
+    if not os.path.isfile(os.path.join(facts['folder'], 'meta.json')):
+        raise EvalError(f"the corpus folder {facts['folder']} that {folder} was trained on is not here: convert its source to that "
+                        "place again, or evaluate another corpus with --corpus= or clips with --clip=.")
+    corpus = Corpus(facts['folder'])
+    if corpus.sha256 != facts['sha256']:
+        raise EvalError(f"{corpus.folder} was made from another source file than the one that {folder} was trained on.")
+    print(f"  {folder} names the corpus folder {corpus.folder}: read as data")
+    return corpus
+
+
+def revived_model(folder, c, corpus, dtype):
+    """ The model of a run and its tokenizer, with the weights of its LM and none from its checkpoint yet. """
+    as_data = not c['trust_remote_code']
+    torch.manual_seed(c['seed'])   # a random LM (lm_init) is in no checkpoint: it is drawn again as it was
+    if c['system'] == 'lm':
+        lm, tokenizer = load_lm(folder, dtype)
+        return LanguageModel(lm.hf), tokenizer
+    if c['lm'] == 'lm' and os.path.isdir(os.path.join(folder, 'lm')):
+        c['lm'] = os.path.join(folder, 'lm')   # an export has its LM beside its checkpoint
+    elif c['lm'] != 'new' and 'text' in seen_by(c):
+        print(f"  {folder} names the LM {c['lm']}: read as data")
+    # the checkpoint has the weights of an encoder made from nothing, the folder its tokenizer
+    return build(c | dict(av_init="random", resume=True), corpus, folder, dtype)
+
+
+def check_fingerprints(folder, c, about, model, tokenizer):
+    """ Raises EvalError where the LM or its tokenizer is not the one that the run was trained with. """
+    if hasattr(model, 'lm') and model.lm.fingerprint() != about['lm_fingerprint']:
+        raise EvalError(other_lm(folder, c))
+    theirs = about.get('tokenizer_fingerprint')
+    if theirs and tokenizer and tokenizer_fingerprint(tokenizer) != theirs:
+        raise EvalError(f"the tokenizer of the LM {c['lm']} is not the one that {folder} was trained with: put that one back.")
+
+
+def other_lm(folder, c):
+    """ The sentence for an LM of another fingerprint. """
+    return f"the LM {c['lm']} is not the one that {folder} was trained with: put that one back."
+
+
+def bring_back(folder, **allowed):
     """ The best model of a run, as revive has it, and its Feed. Raises EvalError and its kin. """
-    run = revive(folder)
+    run = revive(folder, **allowed)
     return run, run.feed(run.corpus, run.knobs)
 
 
-def own_clips(folder, path):
+def own_clips(folder, path, **allowed):
     """ What a run says of clips of one's own (clips.py), and a picture of where it looks. Raises EvalError and its kin. """
     import figures   # which reads runs, so it cannot come first
-    run = revive(folder, without_corpus=True)
+    run = revive(folder, without_corpus=True, **allowed)
     if run.knobs['system'] == 'lm': raise EvalError(f"{folder} is a language model: it says no score of a clip.")
     rows, mended = read_clips(path, run.facts, seen_by(run.knobs))
     with tempfile.TemporaryDirectory() as scratch:   # for hidden states of these texts
@@ -531,19 +696,19 @@ def own_clips(folder, path):
     return '\n'.join(mended + [said])
 
 
-def rerun(folder):
+def rerun(folder, **allowed):
     """ The best checkpoint of a run on its test set again, from the files alone: writes test.jsonl and report.md anew, and
     returns the report. Raises EvalError, ModelError, CorpusError. """
-    r, run = read_run(folder), revive(folder)
-    r['test'], predictions = run.test(run.corpus, r['about']['knobs'])
+    r, run = read_run(folder), revive(folder, **allowed)
+    r['test'], predictions = run.test(run.corpus, run.knobs)
     if predictions: write_predictions(folder, run.corpus, predictions)
     write_text(os.path.join(folder, 'result.json'), json.dumps(r, indent=1))
     return report(folder)
 
 
-def deprived(folder, modalities):
+def deprived(folder, modalities, **allowed):
     """ A run on its own test set with these of 'audio', 'vision' alone ([]: the text), as a table. Raises EvalError and its kin. """
-    run = revive(folder)
+    run = revive(folder, **allowed)
     r = run.result
     modalities = [m for m in r['about']['knobs']['modalities'] if m in modalities]   # what it never met is no test
     metrics, _ = run.test(run.corpus, r['about']['knobs'] | dict(modalities=modalities))
@@ -553,13 +718,13 @@ def deprived(folder, modalities):
     return markdown_table([f"{r['about']['name']}, test"] + keys, rows)
 
 
-def elsewhere(folder, source, modalities=None):
+def elsewhere(folder, source, modalities=None, **allowed):
     """
     A run on the test split of another corpus, without training there (zero-shot; CrossSent's 4.6), as a table. Features are
     standardised as the run's own were. modalities: a list of 'audio', 'vision' to let through, [] for text alone; a stream
     whose width differs must be left out, as then it is another feature set. Raises EvalError, ModelError, CorpusError.
     """
-    run = revive(folder)
+    run = revive(folder, **allowed)
     r = run.result
     home = run.corpus
     c, other = r['about']['knobs'], open_corpus(source, r['about']['knobs']['data_dir'])
@@ -630,19 +795,54 @@ def compare(folders):
     return markdown_table(['test'] + keys + [f'{by} less the first row, 95 %'] * (len(systems) > 1), rows)
 
 
+def main(argv):
+    """ The command line of the docstring: prints what it asks for. Raises EvalError and its kin for a sentence. """
+    folders = [a.rstrip('/') for a in argv if not a.startswith('--')]
+    flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
+    if 'help' in flags or '-h' in folders:
+        print(__doc__)
+        return
+    if not folders:
+        sys.exit(__doc__)
+    allowed = take_permissions(flags)
+    if set(flags) - {'corpus', 'modalities', 'clip', 'export'} or flags and len(folders) > 1 \
+            or len(flags) > 1 and {'clip', 'export'} & set(flags):
+        raise EvalError("--corpus=OTHER, --modalities=text|audio|vision,.., --clip=FILE and --export=FOLDER are for one run (the "
+                        "last two alone); --trust_remote_code=True and --data_dir=FOLDER go with all; there are no other flags.")
+    only = flags['modalities'].split(',') if 'modalities' in flags else None
+    if set(only or ()) - {'text', 'audio', 'vision'}:
+        raise EvalError(f"--modalities={flags['modalities']} may hold text, audio and vision only.")
+    run = folders[0]
+    if 'clip' in flags:
+        print(own_clips(run, flags['clip'], **allowed))
+    elif 'export' in flags:
+        revive(run, without_corpus=True, **allowed)   # what cannot be read here would not be readable there
+        print(export(run, read_run(run), flags['export']))
+    elif 'corpus' in flags:
+        print(elsewhere(run, flags['corpus'], only, **allowed))
+    elif 'modalities' in flags:
+        print(deprived(run, [m for m in only if m != 'text'], **allowed))
+    else:
+        print(rerun(run, **allowed) if len(folders) == 1 else compare(folders))
+
+
+def take_permissions(flags):
+    """ Takes --trust_remote_code and --data_dir out of a command's flags -> arguments of revive. Raises EvalError. """
+    allowed = {}
+    if 'trust_remote_code' in flags:
+        value = flags.pop('trust_remote_code')
+        if value not in ('True', 'False'):
+            raise EvalError(f"--trust_remote_code is True or False, not {value!r}.")
+        allowed['trust_remote_code'] = value == 'True'
+    if 'data_dir' in flags:
+        allowed['data_dir'] = flags.pop('data_dir')
+    return allowed
+
+
 if __name__ == '__main__':
-    _folders = [a.rstrip('/') for a in sys.argv[1:] if not a.startswith('--')]
-    _flags = dict(a[2:].partition('=')[::2] for a in sys.argv[1:] if a.startswith('--'))
-    if 'help' in _flags or '-h' in _folders: print(__doc__); sys.exit(0)
-    if not _folders: sys.exit(__doc__)
-    if set(_flags) - {'corpus', 'modalities', 'clip', 'export'} or _flags and len(_folders) > 1 or len(_flags) > 1 and {'clip', 'export'} & set(_flags):
-        sys.exit("eval: --corpus=OTHER, --modalities=text|audio|vision,.., --clip=FILE and --export=FOLDER are for one run (the last two alone); there are no other flags.")
-    _only = _flags['modalities'].split(',') if 'modalities' in _flags else None
-    if set(_only or ()) - {'text', 'audio', 'vision'}:
-        sys.exit(f"eval: --modalities={_flags['modalities']} may hold text, audio and vision only.")
-    try: print(own_clips(_folders[0], _flags['clip']) if 'clip' in _flags else
-               export(_folders[0], revive(_folders[0], without_corpus=True).result, _flags['export']) if 'export' in _flags else
-               elsewhere(_folders[0], _flags['corpus'], _only) if 'corpus' in _flags else
-               deprived(_folders[0], [m for m in _only if m != 'text']) if _flags else
-               rerun(_folders[0]) if len(_folders) == 1 else compare(_folders))
-    except (EvalError, CorpusError, ModelError, ClipError) as e: sys.exit(f"eval: {e}")
+    try:
+        main(sys.argv[1:])
+    except (EvalError, CorpusError, ModelError, ClipError) as e:
+        sys.exit(f"eval: {e}")
+    except OSError as e:
+        sys.exit(f"eval: {e.filename} cannot be read or written: {e.strerror}.")

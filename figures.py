@@ -22,7 +22,8 @@ import torch
 
 from adapters import FFW, GMRA, AVEncoder, CrossAttention, MMBlock, MSEAdapter
 from data import CorpusError, Feed
-from eval import EvalError, bring_back, confusion_picture, one_system, read_predictions, read_run
+from eval import EvalError, bring_back, confusion_picture, one_system, read_log, read_predictions, read_run, take_permissions
+from files import make_folder, open_regular, save_picture
 from lm import FrozenLM, ModelError, TextEncoder
 from model import CrossSent, DeepMLF, PseudoTokenLM
 from prompts import Prompt
@@ -34,9 +35,9 @@ plt.rcParams.update({'font.size': 8, 'axes.titlesize': 8, 'legend.fontsize': 7, 
 
 def save(fig, folder, name):
     """ The picture as folder/name.png; says where. """
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     path = os.path.join(folder, name + '.png')
-    fig.savefig(path)
+    save_picture(fig, path)
     plt.close(fig)
     print(path)
 
@@ -48,11 +49,6 @@ def canvas(rows=1, columns=1, high=HIGH, wide=WIDE):
 
 # ---------------------------------------------------------------------------------------------------------
 # From logs
-
-def read_log(folder):
-    """ A run's log.jsonl -> list of dicts, in the order of training. """
-    with open(os.path.join(folder, 'log.jsonl'), encoding='utf-8') as f: return [json.loads(line) for line in f]
-
 
 def band(ax, xs, ys, label, color=None):
     """ Mean of the runs' curves, and one standard deviation around it; cut at the shortest. ys: one list a run. """
@@ -97,7 +93,7 @@ def gates(folders, out):
 
 def sweep_curve(path):
     """ The rows of a sweep's JSON in their order, mean and standard deviation over seeds. """
-    with open(path, encoding='utf-8') as f: sweep = json.load(f)
+    with open_regular(path, follow=True) as f: sweep = json.load(f)
     if 'rows' not in sweep or 'title' not in sweep: raise EvalError(f"{path} is not what a sweep has written.")
     rows = [r for r in sweep['rows'] if r['test']]
     by = 'mae' if 'mae' in rows[0]['test'][0] else 'wf1'
@@ -127,7 +123,7 @@ def truth(folder, out):
         levels = np.arange(round(low), round(high) + 1)
         names = [f'{v:+d}' if v else '0' for v in levels]
         pred, label = (np.round(np.clip(x, low, high)) - levels[0] for x in (p['pred'], p['label']))
-    os.makedirs(out, exist_ok=True)
+    make_folder(out)
     confusion_picture(os.path.join(out, 'confusion.png'), pred, label, names)
     print(os.path.join(out, 'confusion.png'))
 
@@ -212,9 +208,9 @@ def fused_module(model):
     return model.heads['fused'] if hasattr(model, 'heads') else None
 
 
-def embeddings(folder, out, n_most=1000):
+def embeddings(folder, out, n_most=1000, **allowed):
     """ t-SNE of the fused vectors of the test clips, coloured by label (CrossSent's Figures 3 and 4). """
-    run, feed = bring_back(folder)
+    run, feed = bring_back(folder, **allowed)
     model, vectors, labels, n = run.model, [], [], min(feed.n_clips['test'], n_most)
     for i in range(0, n, 64):
         batch = feed('test', np.arange(i, min(i + 64, n)))
@@ -286,9 +282,9 @@ def clip_number(folder, feed, clip):
     return ids.index(clip)
 
 
-def attention(folder, out, clip=''):
+def attention(folder, out, clip='', **allowed):
     """ What one test clip is looked at by: DeepMLF's fusion tokens in each MM block, CMPTA's six directions, an encoder's last layer. """
-    run, feed = bring_back(folder)
+    run, feed = bring_back(folder, **allowed)
     draw_attention(run, feed, clip_number(folder, feed, clip), out)
 
 
@@ -309,12 +305,12 @@ def draw_attention(run, feed, i, out, stem='attention'):
     save(fig, out, stem)
 
 
-def tokens(folders, out, clip=''):
+def tokens(folders, out, clip='', **allowed):
     """ CMPTA's Figure 5: one clip's prediction, and its attention over audio and video, for runs of different n_pseudo. """
     runs = sorted(folders, key=lambda f: read_run(f)['about']['knobs']['n_pseudo'])
     fig, axes = canvas(len(runs), 2, high=0.6 + 1.1 * len(runs))
     for folder, row in zip(runs, axes):
-        run, feed = bring_back(folder)
+        run, feed = bring_back(folder, **allowed)
         i = clip_number(folder, feed, clip)
         batch, n = feed('test', np.array([i])), run.knobs['n_pseudo']
         pred, views = float(run.predict(batch)['pred']), look(run, batch)
@@ -372,12 +368,13 @@ def main(argv):
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
     if list(flags) == ['architecture']: return architecture(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'results'))
     if not paths or 'help' in flags: print(__doc__); return
+    allowed = take_permissions(flags)
     if odd := sorted(set(flags) - {'clip', 'tokens'}): raise EvalError(f"there is no flag --{odd[0]}: there are --clip=ID, --tokens and --architecture.")
     if paths[0].endswith('.json'):
         for path in paths: sweep_curve(path)
         return
     out = os.path.join(paths[0], 'figures')
-    if 'tokens' in flags: return tokens(paths, out, flags.get('clip', ''))
+    if 'tokens' in flags: return tokens(paths, out, flags.get('clip', ''), **allowed)
     r = read_run(paths[0])
     one_system(paths)
     curves(paths, out)
@@ -385,11 +382,11 @@ def main(argv):
     if r['about']['knobs']['system'] == 'lm': return
     truth(paths[0], out)
     calibration(paths[0], out)
-    embeddings(paths[0], out)
-    attention(paths[0], out, flags.get('clip', ''))
+    embeddings(paths[0], out, **allowed)
+    attention(paths[0], out, flags.get('clip', ''), **allowed)
 
 
 if __name__ == '__main__':
     try: main(sys.argv[1:])
     except (EvalError, CorpusError, ModelError) as e: sys.exit(f"figures: {e}")
-    except OSError as e: sys.exit(f"figures: {e.filename} cannot be read ({e.strerror}).")
+    except OSError as e: sys.exit(f"figures: {e.filename} cannot be read or written: {e.strerror}.")

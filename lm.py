@@ -287,6 +287,13 @@ def fingerprint(model):
     return hashlib.sha256(b''.join(first)).hexdigest()[:16]
 
 
+def tokenizer_fingerprint(tokenizer):
+    """ 16 hex digits of the token ids that a tokenizer makes of a few texts, as fingerprint is for weights. """
+    texts = ["The film was GREAT, wasn't it? I'd say 7/10 (+0.6, -1.5).", ' two  spaces\n', 'na\u00efve \u6211\u4e0d\u559c\u6b22 \U0001f642']
+    ids = [[int(t) for t in text] for text in tokenizer(texts, add_special_tokens=True)['input_ids']]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
 def specials(tokenizer):
     """ The tokens that a tokenizer puts before and behind a text by itself: (<s>, [CLS], [gMASK] <sop> .., </s>, [SEP] ..). """
     full, bare = (list(tokenizer(['a'], add_special_tokens=s)['input_ids'][0]) for s in (True, False))

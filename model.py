@@ -22,6 +22,7 @@ import ctypes
 import json
 import os
 import zlib
+from contextlib import contextmanager
 
 try: import fcntl
 except ImportError: fcntl = None   # Windows
@@ -34,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from adapters import CMPTA, GMRA, AVEncoder, MMBlock, MSEAdapter, frames_on_tokens, grouped, masked_mean, regularise, sentence
 from baselines import BASELINES, build_baseline
 from data import texts_for
+from files import check_regular, open_regular, replacing, write_text
 from lm import FrozenLM, ModelError, empty_lm, lm_config, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm, specials, width_of
 from losses import deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
 from prompts import Prompt
@@ -466,16 +468,15 @@ def save_checkpoint(path, tensors, info):
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    new = path + '.new'
     try:
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         said = json.dumps(info)
-        save_file(tensors, new, {'info': said, 'crc32': checksum(tensors, said)})
-        with open(new, 'rb') as f: os.fsync(f.fileno())
-        os.replace(new, path)
+        with replacing(path) as new:
+            save_file(tensors, new, {'info': said, 'crc32': checksum(tensors, said)})
+            with open(new, 'rb') as f:
+                os.fsync(f.fileno())
         write_text(path.removesuffix('.safetensors') + '.json', json.dumps(info, indent=1))
     except (OSError, SafetensorError) as e:
-        if os.path.exists(new): os.remove(new)
         raise ModelError(f"could not save {path} ({e}): the checkpoint before it is untouched; make room and "
                          "--resume=True.") from None
 
@@ -490,17 +491,32 @@ def checksum(tensors, said):
 
 def load_checkpoint(path):
     """ tensors, info of a file that save_checkpoint wrote. Raises ModelError where it is missing or damaged. """
-    from safetensors import SafetensorError, safe_open
-    if not os.path.exists(path):
-        raise ModelError(f"there is no checkpoint {path}: has that run finished its first validation?")
-    try:
-        with safe_open(path, 'pt') as f:
-            tensors, info = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+    with _opened_checkpoint(path) as f:
+        tensors, info = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
         if info.get('crc32') not in (None, checksum(tensors, info['info'])):   # None: older than the checksum
             raise ValueError("its checksum does not fit")
         return tensors, json.loads(info['info'])
-    except (SafetensorError, TypeError, KeyError, ValueError) as e:
-        raise ModelError(f"{path} is damaged or not a checkpoint of ours ({str(e)[:120]}): remove it, or take its other "
+
+
+def load_info(path):
+    """ The info of a checkpoint alone, from the file's header. Raises ModelError as load_checkpoint does. """
+    with _opened_checkpoint(path) as f:
+        return json.loads(f.metadata()['info'])
+
+
+@contextmanager
+def _opened_checkpoint(path):
+    """ The open safetensors file. What goes wrong while it is read becomes a ModelError that names the file. """
+    from safetensors import SafetensorError, safe_open
+    if not os.path.lexists(path):
+        raise ModelError(f"there is no checkpoint {path}: has that run finished its first validation?")
+    try:
+        check_regular(path)
+        with safe_open(path, 'pt') as f:
+            yield f
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
+        reason = getattr(e, 'strerror', None) or str(e)
+        raise ModelError(f"{path} is damaged or not a checkpoint of ours ({reason[:120]}): remove it, or take its other "
                          "copy (best and last are two files).") from None
 
 
@@ -533,15 +549,12 @@ def hold_memory(hold=True):
 
 def lock(folder):
     """ The lock of a folder, an open file that goes with this process however that ends; None if another process has it. Where
-    there is no such lock (Windows), everybody gets it. """
-    file = open(os.path.join(folder, '.lock'), 'w')
-    if not fcntl: return file
-    try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError: return None
+    there is no such lock (Windows), everybody gets it. Raises OSError where the lock file is a link or no regular file. """
+    file = open_regular(os.path.join(folder, '.lock'), 'r+')
+    if not fcntl:
+        return file
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return None
     return file
-
-
-def write_text(path, text):
-    """ The whole file or the old one, never half of it. """
-    with open(path + '.new', 'w', encoding='utf-8') as f: f.write(text)
-    os.replace(path + '.new', path)

@@ -32,7 +32,8 @@ from configurator import knobs_of, parse_flags, read_config
 from data import CorpusError
 from eval import EvalError, claim, markdown_table, mean_std_n, read_predictions, read_run, revive, score_by
 from lm import ModelError
-from model import lock, write_text
+from files import write_text
+from model import lock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FLAGS = dict(table='', seeds='3', jobs='', config='', out='out/sweeps')
@@ -129,7 +130,7 @@ def read_row(runs):
     good = [r for r in runs if os.path.exists(os.path.join(r.folder, 'result.json'))]
     results = [read_run(r.folder) for r in good]
     ids, preds = zip(*(read_predictions(r.folder) for r in good)) if good else ((), ())
-    row = dict(label=runs[0].label, preds=[p['pred'] for p in preds], folders=[r.folder for r in good], failed=[r.failed for r in runs if r.failed],
+    row = dict(label=runs[0].label, trusted=runs[0].wanted['trust_remote_code'], preds=[p['pred'] for p in preds], folders=[r.folder for r in good], failed=[r.failed for r in runs if r.failed],
                commands=[r['about']['command'] for r in results], commit=[r['about']['commit'] + '*' * r['about']['dirty'] for r in results])
     row |= {k: [r[k] for r in results] for k in ('test', 'valid', 'seconds', 'n_trainable')}
     return row | (dict(ids=ids[0], truth=preds[0]['label'], info=results[0]['info']) if good else dict(ids=None, truth=None, info=None))
@@ -140,7 +141,8 @@ def at_test(label, first, modalities):
     row = dict(first, label=label, test=[], preds=[], seconds=[], n_trainable=[], valid=[], failed=[], commands=[])
     for folder in first['folders']:
         try:
-            run, c = revive(folder), read_run(folder)['about']['knobs']
+            run = revive(folder, trust_remote_code=first['trusted'])
+            c = run.knobs
             metrics, got = run.test(run.corpus, c | dict(modalities=[m for m in c['modalities'] if m in modalities]))
         except (EvalError, CorpusError, ModelError, ValueError) as e: row['failed'].append(str(e)); continue
         row['test'].append(metrics); row['preds'].append(got['pred'])

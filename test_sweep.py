@@ -17,7 +17,7 @@ from configurator import knobs_of, read_config
 from eval import EvalError, claim, score_by
 from figures import tsne, weights_of
 from test_smoke import HERE, tiny_deepmlf, tiny_batch
-from test_trust import TINY, train
+from test_trust import TINY, forge, train
 
 MAE = score_by(dict(kind='regression', range=[-3, 3]))[1]
 
@@ -88,9 +88,7 @@ def test_a_sweep_skips_resumes_and_survives(corpora, tmp_path, capsys, monkeypat
     sweep.main(argv)
     assert '1 of them finished before' in capsys.readouterr().out and (whole / 'result.json').stat().st_mtime_ns == before
     assert (out / 'tiny-1.md').read_text().splitlines()[5:7] == written.splitlines()[5:7]    # the resumed run ended as it had
-    about = json.loads((whole / 'result.json').read_text())
-    about['about']['knobs']['lr'] = 0.5                                                     # the config has been edited since
-    (whole / 'result.json').write_text(json.dumps(about))
+    forge(whole, dict(lr=0.5))                                                              # the config has been edited since
     with pytest.raises(EvalError, match='was trained with lr=0.5, and it would be 0.002 now'): sweep.main(argv)
     for flags, sentence in ((['--table=1', '--seed=1'], 'sets itself'), (['--table=1', '--config=config/crosssent_mosi.py'], 'sized for the toy corpus')):
         with pytest.raises(EvalError, match=sentence): sweep.main([str(HERE / 'config/sweeps/deepmlf.py'), *[f.replace('=1', '=4') if 'table' in f else f for f in flags]])

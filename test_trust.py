@@ -57,6 +57,18 @@ def deepmlf(corpora, out, name, *more):
     return ['config/deepmlf_toy.py', f'--data_dir={corpora}', f'--out_dir={out}/{name}', f'--lm={out}/lm_toy', f'--av_from={out}/av_toy', *TINY, *more]
 
 
+def forge(folder, knobs=None, header=True, **about):
+    """ Changes knobs and other entries of `about` in result.json and (header) in the checkpoint, with a right checksum. """
+    path = folder / 'result.json'
+    result = json.loads(path.read_text())
+    result['about'] |= about
+    result['about']['knobs'] |= knobs or {}
+    path.write_text(json.dumps(result))
+    if header:
+        tensors, info = models.load_checkpoint(str(folder / 'best.safetensors'))
+        models.save_checkpoint(str(folder / 'best.safetensors'), tensors, info | dict(about=result['about']))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Frozen and trained
 
@@ -387,9 +399,9 @@ def test_what_a_run_stands_on_must_be_what_it_says(corpora, tmp_path):
     assert len(made) == 5 and made[1].startswith('av_toy-steps2-') and made[3:] == ['run', 'three']
     config = tmp_path / 'av_toy-steps2' / 'result.json'
     old = json.loads(config.read_text())
-    config.write_text(json.dumps(old | dict(about=old['about'] | dict(knobs=old['about']['knobs'] | dict(lr=0.5)))))
+    forge(tmp_path / 'av_toy-steps2', dict(lr=0.5))
     with pytest.raises(SystemExit, match='was trained with lr=0.5'): train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/other')
-    config.write_text(json.dumps(old))
+    forge(tmp_path / 'av_toy-steps2', dict(lr=old['about']['knobs']['lr']))
     about = tmp_path / 'av_toy-steps2' / 'config.json'
     about.write_text(about.read_text().replace(old['about']['corpus']['sha256'], '0' * 64))
     with pytest.raises(SystemExit, match='was trained on another file'): train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/other')
@@ -402,8 +414,7 @@ def test_a_random_lm_is_drawn_again_and_another_lm_is_refused(corpora, curriculu
     evaluation.rerun(str(curriculum / 'random_lm'))
     assert json.load(open(curriculum / 'random_lm' / 'result.json'))['test'] == before['test']
     shutil.copytree(curriculum / 'whole', curriculum / 'other_lm')
-    path = curriculum / 'other_lm' / 'result.json'
-    path.write_text(path.read_text().replace(json.loads(path.read_text())['about']['lm_fingerprint'], 'f' * 16))
+    forge(curriculum / 'other_lm', lm_fingerprint='f' * 16)
     with pytest.raises(evaluation.EvalError, match='is not the one that'): evaluation.rerun(str(curriculum / 'other_lm'))
 
 

@@ -32,13 +32,15 @@ import transformers
 
 import ranks
 from configurator import configure, read_config
-from baselines import BASELINES, OwnLabels
+from baselines import OwnLabels
 from clips import facts_of
 from data import CorpusError, Feed, epoch_order, open_corpus
-from eval import BETTER, constant, continuation, curve_picture, evaluate, report, write_predictions
-from lm import ModelError, empty_lm
-from model import build, devices, hold_memory, load_checkpoint, lock, memory, own_tensors, put, rehearse, save_checkpoint, write_text
-from prompts import PROMPTS
+from eval import (BETTER, RUN_KNOBS, EvalError, constant, continuation, curve_picture, evaluate, read_run, report,
+                  write_predictions)
+from files import open_regular, remove_leftovers, write_text
+from knobs import wrong_knobs
+from lm import ModelError, empty_lm, tokenizer_fingerprint
+from model import build, devices, hold_memory, load_checkpoint, lock, memory, own_tensors, put, rehearse, save_checkpoint
 
 # what is trained, and on what
 system = 'deepmlf'            # 'lm', 'av', 'deepmlf', 'mse', 'cmpta', 'crosssent', or one of BASELINES in baselines.py
@@ -224,53 +226,7 @@ sys.excepthook = on_exception
 # ---------------------------------------------------------------------------------------------------------
 # What can be checked before anything is read, all at once
 
-choices = dict(
-    system=('lm', 'av', 'deepmlf', 'mse', 'cmpta', 'crosssent', *BASELINES), lowercase=('auto', 'never'),
-    device=('auto', 'cpu', 'cuda', 'mps'),
-    dtype=('auto', 'float32', 'bfloat16', 'float16'), select=tuple(BETTER), lm_init=('pretrained', 'random'),
-    av_init=('tune', 'frozen', 'random'), fusion_position=('after', 'fixed'),
-    mm_query=('fusion', 'text+fusion', 'text'), mm_gate=('sigmoid', 'tanh', 'none'),
-    mm_ffw=('full', 'lora', 'none'), mm_ffw_init=('lm', 'random'),
-    text_reg=('seqaug', 'noise', 'dropout', 'none'), text_reg_draw=('fixed', 'beta', 'halfnormal'),
-    lm_text=('plain', 'rated'), prompt=tuple(PROMPTS), label_words=('index', 'name'), readout=('score', 'generate', 'head'),
-    score_estimate=('expected', 'mode', 'median'), pseudo_projection=('released', 'full'), tgm_pool=('real', 'padded'),
-    cmpta_pool=('mean', 'last', 'learned'), cmpta_align=('bi', 'one-way', 'off'), gmra_concat=('sequence', 'features'),
-    gmra_start=('identity', 'random'), resample=('linear', 'mean', 'words', 'none'), text_pool=('first', 'mean'),
-    text_features=('tuned', 'frozen'), shard_lm=('off', 'node', 'all'))
-at_least_1 = ('batch_size accumulate epochs patience log_interval max_text_len lm_vocab lm_width lm_layers lm_heads '
-              'lm_positions av_width av_layers av_heads av_len n_fusion mm_heads lora_rank head_width n_pseudo mse_width '
-              'lstm_audio lstm_vision cmpta_width cmpta_heads cmpta_layers text_out post_width lmf_rank fusion_width fusion_heads '
-              'fusion_layers almt_tokens').split()
-at_least_0 = ('seed save_interval lr lr_min lr_encoder lr_audio lr_vision lr_factors mag_beta misa_diff misa_sim misa_rebuild '
-              'warmup_epochs weight_decay adam_eps clip text_reg_rate lora_alpha '
-              'gmra_layer gmra_width gmra_heads weight_mpr weight_eioi mpr_gap mpr_margin mpr_slope eioi_band ramp_epochs '
-              'weight_av weight_text weight_fusion weight_lm').split()
-shares = ('dropout av_dropout lora_dropout av_seqaug beta_1 beta_2 attn_dropout attn_dropout_audio attn_dropout_vision '
-          'res_dropout embed_dropout').split()
-wrong = [f"{k}={config[k]!r} is none of {', '.join(v)}" for k, v in choices.items() if config[k] not in v]
-wrong += [f"{k}={config[k]} must be at least 1" for k in at_least_1 if config[k] < 1]
-wrong += [f"{k}={config[k]} must be at least 0" for k in at_least_0 if config[k] < 0]
-wrong += [f"{k}={config[k]} must be in [0, 1)" for k in shares if not 0 <= config[k] < 1]
-if not 0 <= text_reg_prob <= 1: wrong += [f"text_reg_prob={text_reg_prob} must be in [0, 1]"]
-if text_reg != 'noise' and text_reg_rate > 1: wrong += [f"text_reg_rate={text_reg_rate} must be in [0, 1]"]
-if not 0 < train_fraction <= 1: wrong += [f"train_fraction={train_fraction} must be in (0, 1]"]
-if not msf_scales or min(msf_scales) < 1: wrong += [f"msf_scales={msf_scales} must be numbers of at least 1"]
-if seed >= 2 ** 63: wrong += [f"seed={seed} must be below 2^63"]
-for k, n in dict(sub_widths=3, sub_dropouts=3, kernels=3, head_widths=4, head_dropouts=4).items():
-    if len(config[k]) != n: wrong += [f"{k}={config[k]} must be {n} numbers"]
-    if 'drop' in k and not all(0 <= v < 1 for v in config[k]): wrong += [f"{k}={config[k]} must be in [0, 1)"]
-    if 'drop' not in k and min(config[k], default=1) < 1: wrong += [f"{k}={config[k]} must be at least 1"]
-if text_features == 'frozen' and (system not in BASELINES or lm == 'new'):
-    wrong += ["text_features='frozen' is for the baselines, with an --lm= that exists"]
-if not late_streams or set(late_streams) - {'text', 'audio', 'vision'}:
-    wrong += [f"late_streams={late_streams} may hold 'text', 'audio' and 'vision', at least one"]
-if set(modalities) - {'audio', 'vision'}: wrong += [f"modalities={modalities} may hold 'audio' and 'vision' only"]
-if (system == 'lm') != (select == 'loss'): wrong += ["select is 'loss' for system='lm', and a metric for the others"]
-if gmra_mult < 0.1: wrong += [f"gmra_mult={gmra_mult} must be at least 0.1"]
-if eioi_power < 1: wrong += [f"eioi_power={eioi_power} must be at least 1: below, the gradient at the band's edge is infinite"]
-if (weight_mpr or weight_eioi) and (system == 'lm' or system in ('mse', 'cmpta') and readout != 'head'):
-    wrong += ["weight_mpr and weight_eioi are for systems that predict a score by a head: --readout=head for 'mse' and 'cmpta'"]
-if weight_mpr and batch_size == 1: wrong += ["weight_mpr needs pairs of clips: a batch_size of at least 2"]
+wrong = wrong_knobs(config, metrics=tuple(BETTER))
 if resume and fresh: wrong += ["resume and fresh contradict each other"]
 if wrong: stop('; '.join(wrong) + '.')
 _needed = {os.path.splitext(os.path.basename(need))[0]: os.path.join(_here, need) for need in needs}   # name -> config
@@ -292,14 +248,13 @@ if deterministic:
 SHARED = dict(lm=('corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype', 'max_steps', 'deterministic'),
               av=('corpus', 'data_dir', 'train_fraction', 'label', 'modalities', 'shuffle_streams', 'standardise', 'seed', 'device',
                   'dtype', 'max_steps', 'deterministic', 'av_width', 'av_layers', 'av_heads', 'av_len'))
-FREE = ('needs out_dir data_dir device dtype resume fresh log_interval save_interval patience shard_lm deterministic').split()   # may differ
 stands_on = []
 for child, need in _needed.items():
     if child not in (lm, av_from) or (child == av_from and av_init == 'random'): continue
     wanted = {k: _defaults[k] for k in config} | read_config(need, config)
     shared = {k: config[k] for k in SHARED[wanted['system']]}
     # one with other knobs than its config's is another run, and gets another folder (but for those that suffix names)
-    other = {k: v for k, v in shared.items() if wanted[k] != v and k not in (*FREE, 'corpus', 'seed', 'max_steps', 'train_fraction')}
+    other = {k: v for k, v in shared.items() if wanted[k] != v and k not in (*RUN_KNOBS, 'corpus', 'seed', 'max_steps', 'train_fraction')}
     mark = '-' + hashlib.sha256(json.dumps(other, sort_keys=True).encode()).hexdigest()[:6] if other else ''
     folder = os.path.join(os.path.dirname(out_dir), child + suffix + mark)
     if lm == child: lm = config['lm'] = folder
@@ -308,9 +263,12 @@ for child, need in _needed.items():
     finished = ranks.agreed(os.path.exists(os.path.join(folder, 'result.json')))
     cut_off = ranks.agreed(not finished and os.path.exists(os.path.join(folder, 'last.safetensors')))
     if finished:
-        with open(os.path.join(folder, 'result.json'), encoding='utf-8') as f: theirs = json.load(f)
-        knobs, best = _defaults | theirs['about']['knobs'], theirs['state']['best']   # a knob younger than that run has its default
-        other = [k for k, v in (wanted | shared).items() if k not in FREE and knobs.get(k) != v]
+        try:
+            theirs = read_run(folder)
+        except (EvalError, ModelError) as e:
+            stop(str(e))
+        knobs, best = theirs['about']['knobs'], theirs['state']['best']
+        other = [k for k, v in (wanted | shared).items() if k not in RUN_KNOBS and knobs.get(k) != v]
         if other: stop(f"{folder} was trained with {other[0]}={knobs.get(other[0])!r} and this run wants "
                        f"{(wanted | shared)[other[0]]!r}: remove it, or give this run an --out_dir in another folder.")
         print(f"{name} stands on {folder}, trained before (valid {knobs['select']} {best:.4f})")
@@ -350,7 +308,7 @@ loss_scale = 2.0 ** 10 if dtype == 'float16' else 1.0   # a power of 2, so exact
 try:
     with ranks.first(): clips = open_corpus(corpus, data_dir)
     for folder in stands_on:
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f: theirs = json.load(f)
+        with open_regular(os.path.join(folder, 'config.json')) as f: theirs = json.load(f)
         if theirs['corpus']['sha256'] != clips.sha256:
             stop(f"{folder} was trained on another file than {clips.folder} was made from: remove it, or give this run an "
                  "--out_dir in another folder.")
@@ -421,7 +379,7 @@ about = dict(
                   transformers=transformers.__version__),
     device=device, dtype=dtype, threads=torch.get_num_threads(), processes=ranks.N_RANKS, matmul_gflops=round(matmul_rate(), 1),
     corpus=facts_of(clips),
-    lm_fingerprint=lm_fingerprint)
+    lm_fingerprint=lm_fingerprint, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None)
 
 # ---------------------------------------------------------------------------------------------------------
 # Where we are. The last checkpoint has all of it, and resuming is bitwise: the order of the clips is a function of
@@ -434,7 +392,7 @@ if resume:
         saved, info = load_checkpoint(last_path)
         before = _defaults | info['about']['knobs']   # a knob younger than that run has its default
         if 'rng' in saved: stop(f"{out_dir} is of a version that drew its random numbers in another way: it can be evaluated, not resumed.")
-        other = [k for k in config if k not in FREE and before.get(k) != config[k]]
+        other = [k for k in config if k not in RUN_KNOBS and before.get(k) != config[k]]
         if other: stop(f"{out_dir} was trained with {other[0]}={before.get(other[0])!r}, not {config[other[0]]!r}: "
                        "resuming goes on with the same run, so give another --out_dir.")
         other = [what for what, a, b in (('corpus file', info['about']['corpus']['sha256'], clips.sha256),
@@ -461,12 +419,13 @@ def open_folder():
     os.makedirs(out_dir, exist_ok=True)
     _lock = lock(out_dir)
     if _lock is None: stop(f"another run is writing into {out_dir}: wait for it, or give another --out_dir.")
+    remove_leftovers(out_dir)
     # result.json and report.md say that a run is finished, so they go while this one is not; and a fresh start has no past
     past = 'last.safetensors last.json best.safetensors best.json test.jsonl curve.png'.split()
     for old in ['result.json', 'report.md'] + (past if fresh else []):
         if os.path.exists(os.path.join(out_dir, old)): os.remove(os.path.join(out_dir, old))
     write_text(os.path.join(out_dir, 'config.json'), json.dumps(about, indent=1))
-    lines = open(log_path, encoding='utf-8').readlines() if resume and os.path.exists(log_path) else []
+    lines = open_regular(log_path).readlines() if resume and os.path.lexists(log_path) else []
     # a line that was being written when the run was killed goes too
     lines = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= state['step']]
     write_text(log_path, ''.join(lines))

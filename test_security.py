@@ -1,0 +1,406 @@
+"""
+A folder from a stranger is data: reading a run that somebody else made runs no code of theirs, and reads and writes
+nothing outside the folder but the LM and the corpus folder that it names.
+
+    python -m pytest -q test_security.py
+"""
+import json
+import os
+import re
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import files
+from configurator import knobs_of
+from model import load_checkpoint, save_checkpoint
+from test_clips import command
+from test_smoke import HERE
+from test_trust import curriculum, deepmlf, forge, train   # noqa: F401 (curriculum is a fixture)
+
+# Every knob that a folder can carry, by the reason why a stranger may set it.
+WHY_HARMLESS = {
+    "read by train.py alone, never when a run is read":
+        '''needs resume fresh compile deterministic shard_lm max_steps log_interval save_interval accumulate epochs
+        patience lr lr_min warmup_epochs weight_decay beta_1 beta_2 adam_eps clip train_fraction lr_encoder lr_audio
+        lr_vision lr_factors weight_mpr weight_eioi mpr_gap mpr_margin mpr_slope eioi_band eioi_power ramp_epochs
+        misa_diff misa_sim misa_rebuild checkpoint_lm lm_vocab lm_text av_init mm_ffw_init gmra_start''',
+    "a place: replaced by the reader's own, or not read (the corpus folder is the one in the header's corpus entry)":
+        'data_dir out_dir corpus dataset',
+    "names another run, whose result.json is read as data if it is a run on the same corpus; nothing of it is loaded":
+        'av_from',
+    "names an LM, which is read as data and must have the fingerprint of the checkpoint":
+        'lm',
+    "a permission: asked of the command line, whatever the folder says":
+        'trust_remote_code',
+    "one of a list: another value finds no entry, and is refused":
+        '''system label prompt device dtype select lm_init fusion_position mm_query mm_gate mm_ffw readout score_estimate
+        label_words pseudo_projection tgm_pool cmpta_pool cmpta_align gmra_concat resample text_pool text_features text_reg
+        text_reg_draw lowercase modalities late_streams''',
+    "text that the tokenizer reads":
+        'prompt_start',
+    "a number or a switch in the model's arithmetic; the weights of the checkpoint must fit it":
+        '''seed batch_size shuffle_streams standardise max_text_len dropout lm_width lm_layers lm_heads lm_positions
+        av_width av_layers av_heads av_len av_dropout av_seqaug n_fusion mm_layers mm_heads lora_rank lora_alpha
+        lora_dropout head_width text_reg_rate text_reg_prob label_plus label_eos n_pseudo mse_width lstm_audio
+        lstm_vision msf_scales mse_tgm mse_msf cmpta_width cmpta_heads cmpta_layers cmpta_align_text cmpta_attend
+        gmra_layer gmra_width gmra_heads gmra_mult sub_widths sub_dropouts text_out post_width lmf_rank mag_beta
+        fusion_width fusion_heads fusion_layers kernels attn_dropout attn_dropout_audio attn_dropout_vision res_dropout
+        embed_dropout head_widths head_dropouts almt_tokens weight_av weight_text weight_fusion weight_lm''',
+}
+
+
+def test_every_knob_has_a_reason_why_a_stranger_may_set_it():
+    listed = [knob for names in WHY_HARMLESS.values() for knob in names.split()]
+    assert sorted(listed) == sorted(knobs_of(HERE / 'train.py'))
+
+
+@pytest.fixture
+def received(curriculum, tmp_path):   # noqa: F811
+    """ A run that somebody exported, and a clip to try on it. """
+    command('eval.py', curriculum / 'whole', f'--export={tmp_path}/received')
+    clip = dict(text='the film was superb', audio=[[0.1] * 12] * 9, vision=[[0.2] * 16] * 7)
+    (tmp_path / 'clip.jsonl').write_text(json.dumps(clip))
+    return tmp_path / 'received'
+
+
+@pytest.fixture
+def copied(curriculum, tmp_path):   # noqa: F811
+    """ A whole run whose corpus and LM are where it says. """
+    shutil.copytree(curriculum / 'whole', tmp_path / 'copied')
+    return tmp_path / 'copied'
+
+
+@contextmanager
+def no_longer_than(seconds):
+    """ Fails where the block waits, as for a writer of a FIFO. """
+    def late(*_):
+        raise AssertionError(f"still waiting after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Code
+
+def plant_code(folder, where):
+    """ Python in an LM's folder that writes a file when it runs, and an auto_map that asks for it. -> the file. """
+    ran = folder.parent / 'ran.txt'
+    code = f'open({str(ran)!r}, "w").write("yes")\n'
+    code += 'from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast\n'
+    code += 'class C(GPT2Config):\n    model_type = "strange"\nclass M(GPT2LMHeadModel):\n    config_class = C\n'
+    code += 'class T(PreTrainedTokenizerFast):\n    pass\n'
+    (folder / 'theirs.py').write_text(code)
+    path = folder / where
+    config = json.loads(path.read_text())
+    if where == 'config.json':
+        config['auto_map'] = dict(AutoConfig='theirs.C', AutoModelForCausalLM='theirs.M')
+        config['model_type'] = 'strange'
+    else:
+        config['auto_map'] = dict(AutoTokenizer=[None, 'theirs.T'])
+    path.write_text(json.dumps(config))
+    return ran
+
+
+@pytest.mark.parametrize('header', [True, False])
+@pytest.mark.parametrize('where', ['config.json', 'tokenizer_config.json'])
+@pytest.mark.parametrize('asks', [True, False])
+def test_a_received_folder_runs_no_code(where, header, asks, received):
+    """ Whether the folder says trust_remote_code or not, in one of its records or in both. """
+    ran = plant_code(received / 'lm', where)
+    if asks:
+        forge(received, dict(trust_remote_code=True), header)
+    with pytest.raises(SystemExit) as stopped:
+        command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
+    assert not ran.exists()
+    assert '--trust_remote_code=True' in str(stopped.value) and 'code' in str(stopped.value)
+    assert not (received / 'clips').exists()
+
+
+@pytest.mark.parametrize('argv', [['eval.py'], ['eval.py', '--modalities=text'], ['damage.py'], ['figures.py'],
+                                  ['eval.py', '--export=OUT'], ['eval.py', '--corpus=CORPUS'], ['eval.py', '--clip=CLIP']])
+def test_no_command_runs_the_code_of_an_lm_that_a_folder_names(argv, copied, corpora, received):
+    """ The LM is behind an absolute path that the folder names. """
+    shutil.copytree(received / 'lm', copied.parent / 'elsewhere')
+    ran = plant_code(copied.parent / 'elsewhere', 'config.json')
+    forge(copied, dict(trust_remote_code=True, lm=str(copied.parent / 'elsewhere')))
+    places = dict(OUT=copied.parent / 'out', CORPUS=corpora / 'toy', CLIP=received.parent / 'clip.jsonl')
+    flags = [f"{flag.partition('=')[0]}={places.get(flag.partition('=')[2], flag.partition('=')[2])}" for flag in argv[1:]]
+    with pytest.raises(SystemExit, match='--trust_remote_code=True'):
+        command(argv[0], copied, *flags)
+    assert not ran.exists() and not places['OUT'].exists()
+
+
+def test_the_command_line_may_allow_the_code(received):
+    """ The flag of this command lets the authors' code run: it stops later, as their LM is not the checkpoint's. """
+    ran = plant_code(received / 'lm', 'config.json')
+    forge(received, dict(trust_remote_code=True))
+    try:
+        command('eval.py', received, f'--clip={received.parent}/clip.jsonl', '--trust_remote_code=True')
+    except SystemExit:
+        pass
+    assert ran.exists()
+
+
+def test_a_pickle_of_weights_is_not_opened(received):
+    """ An LM that a folder names is read from safetensors alone. """
+    from safetensors.torch import load_file
+    torch.save(load_file(received / 'lm' / 'model.safetensors'), received / 'lm' / 'pytorch_model.bin')
+    (received / 'lm' / 'model.safetensors').unlink()
+    with pytest.raises(SystemExit, match='safetensors'):
+        command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Places
+
+def tree(folder):
+    """ Every file below a folder with its bytes. """
+    return {p: p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+def test_a_folder_cannot_choose_where_files_are_written(copied, monkeypatch):
+    """ Whatever it says of data_dir, out_dir, corpus, needs and dataset: files are written into the run's folder alone. """
+    outside = copied.parent / 'outside'
+    outside.mkdir()
+    places = dict(data_dir=str(outside), out_dir=str(outside), corpus=str(outside / 'x.pkl'), dataset='x',
+                  needs=[str(outside / 'x.py')], resume=False, fresh=True)
+    forge(copied, places)
+    before = json.loads((copied / 'result.json').read_text())['test']
+    command('eval.py', copied)
+    assert json.loads((copied / 'result.json').read_text())['test'] == before
+    assert not list(outside.iterdir())
+
+
+def test_features_of_a_frozen_text_model_go_to_the_readers_data_dir(corpora, curriculum, tmp_path, monkeypatch):   # noqa: F811
+    train('config/baseline_tfn.py', '--dataset=toy', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', '--max_steps=2', '--device=cpu',
+          '--text_features=frozen', f'--lm={curriculum}/lm_toy')
+    forge(tmp_path / 'run', dict(data_dir=str(tmp_path / 'theirs')))
+    monkeypatch.chdir(tmp_path)
+    command('eval.py', 'run', '--data_dir=mine')
+    assert list((tmp_path / 'mine' / 'features').iterdir()) and not (tmp_path / 'theirs').exists()
+
+
+def test_a_folder_makes_no_corpus(copied):
+    """ A folder that names a source, or no corpus folder, is refused: nothing is converted. """
+    corpus = json.loads((copied / 'result.json').read_text())['about']['corpus']
+    source = copied.parent / 'theirs.pkl'
+    source.write_bytes(b'\x80\x04}.')
+    for place in (str(source), 'toy', str(copied.parent)):
+        forge(copied, corpus=corpus | dict(folder=place))
+        with pytest.raises(SystemExit, match='is not here'):
+            command('eval.py', copied)
+
+
+def test_what_a_folder_names_is_printed(copied, capsys):
+    about = json.loads((copied / 'result.json').read_text())['about']
+    command('eval.py', copied)
+    said = capsys.readouterr().out
+    assert f"names the corpus folder {about['corpus']['folder']}" in said
+    assert f"names the LM {about['knobs']['lm']}" in said
+
+
+def test_another_corpus_another_lm_and_another_tokenizer_are_refused(copied, received):
+    corpus = json.loads((copied / 'result.json').read_text())['about']['corpus']
+    forge(copied, corpus=corpus | dict(sha256='0' * 64))
+    with pytest.raises(SystemExit, match='another source file'):
+        command('eval.py', copied)
+    clip = f'--clip={received.parent}/clip.jsonl'
+    path = received / 'lm' / 'tokenizer.json'
+    tokenizer = json.loads(path.read_text())
+    pieces = tokenizer['model']['vocab']
+    pieces[5][0], pieces[6][0] = pieces[6][0], pieces[5][0]
+    whole = path.read_bytes()
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(SystemExit, match='the tokenizer of the LM .* is not the one'):
+        command('eval.py', received, clip)
+    path.write_bytes(whole)
+    forge(received, lm_fingerprint='f' * 16)
+    with pytest.raises(SystemExit, match='the LM .* is not the one'):
+        command('eval.py', received, clip)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Links and special files
+
+def test_nothing_is_written_through_a_link(copied, received):
+    """ Every name that a command writes, as itself and with .new behind, is a link to a file outside. """
+    victim = copied.parent / 'victim.txt'
+    names = ['report.md', 'result.json', 'test.jsonl', 'curve.png', 'confusion.png', 'best.json']
+    for name in [n + '.new' for n in names] + ['report.md', 'test.jsonl', 'curve.png', 'confusion.png']:
+        victim.write_text('precious')
+        path = copied / name
+        if path.exists():
+            path.unlink()
+        path.symlink_to(victim)
+        command('eval.py', copied)
+        assert victim.read_text() == 'precious', name
+        assert name.endswith(('.new', '.png')) or not path.is_symlink()
+
+
+@pytest.mark.parametrize('name, argv', [('clips', ['eval.py', '--clip=CLIP']), ('figures', ['figures.py'])])
+def test_no_file_is_written_into_a_folder_behind_a_link(name, argv, copied, received):
+    outside = copied.parent / 'outside'
+    outside.mkdir()
+    (copied / name).symlink_to(outside)
+    flags = [flag.replace('CLIP', f'{received.parent}/clip.jsonl') for flag in argv[1:]]
+    with pytest.raises(SystemExit, match=f'{name}.*is a link'):
+        command(argv[0], copied, *flags)
+    assert not list(outside.iterdir())
+
+
+def test_a_run_that_goes_on_writes_nothing_through_its_lock(copied, corpora, curriculum):   # noqa: F811
+    victim = copied.parent / 'victim.txt'
+    victim.write_text('precious')
+    (copied / '.lock').unlink()
+    (copied / '.lock').symlink_to(victim)
+    (copied / 'result.json').unlink()
+    with pytest.raises(SystemExit, match='link'):
+        train(*deepmlf(corpora, curriculum, 'whole', f'--out_dir={copied}', '--resume=True'))
+    assert victim.read_text() == 'precious'
+
+
+@pytest.mark.parametrize('name', ['result.json', 'best.safetensors', 'test.jsonl', 'log.jsonl'])
+@pytest.mark.parametrize('kind', ['fifo', 'link', 'folder'])
+def test_a_file_of_a_run_is_a_regular_file(name, kind, copied):
+    path = copied / name
+    shutil.move(path, copied.parent / name)
+    if kind == 'fifo':
+        os.mkfifo(path)
+    elif kind == 'link':
+        path.symlink_to(copied.parent / name)
+    else:
+        path.mkdir()
+    with no_longer_than(60), pytest.raises(SystemExit) as stopped:
+        command('figures.py', copied)
+    assert name in str(stopped.value) and '\n' not in str(stopped.value)
+
+
+def test_an_export_has_regular_files_alone(curriculum, tmp_path, capsys):   # noqa: F811
+    """ A link beside the LM's own files is not followed: the file behind it is not published. """
+    secret = tmp_path / 'secret.txt'
+    secret.write_text('the password')
+    shutil.copytree(curriculum / 'lm_toy', tmp_path / 'lm')
+    shutil.copytree(curriculum / 'whole', tmp_path / 'run')
+    forge(tmp_path / 'run', dict(lm=str(tmp_path / 'lm')))
+    (tmp_path / 'lm' / 'hf' / 'notes.txt').symlink_to(secret)
+    (tmp_path / 'lm' / 'hf' / 'more').symlink_to(tmp_path)
+    with no_longer_than(60):
+        try:
+            command('eval.py', tmp_path / 'run', f'--export={tmp_path}/away')
+        except SystemExit as e:
+            assert 'notes.txt' in str(e) or 'more' in str(e)
+    published = tree(tmp_path / 'away') if (tmp_path / 'away').exists() else {}
+    assert not any(b'the password' in content for content in published.values())
+    assert not any(p.is_symlink() for p in tmp_path.glob('away/**/*'))
+
+
+def test_a_failed_export_leaves_nothing(copied, monkeypatch):
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(evaluation.export.__globals__['shutil'], 'copyfileobj', full)
+    before = sorted(copied.parent.iterdir())
+    with pytest.raises(SystemExit, match='No space left'):
+        command('eval.py', copied, f'--export={copied.parent}/away')
+    assert sorted(copied.parent.iterdir()) == before
+
+
+def test_writers_do_not_share_a_file(tmp_path):
+    """ Two writers of one file at a time: each has a file of its own, and the last one stays. """
+    with files.replacing(tmp_path / 'a') as one, files.replacing(tmp_path / 'a') as two:
+        assert one != two
+        Path(one).write_text('one')
+        Path(two).write_text('two')
+    assert (tmp_path / 'a').read_text() == 'one' and [p.name for p in tmp_path.iterdir()] == ['a']
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What result.json says, and scores that are no numbers
+
+@pytest.mark.parametrize('knob, value', [
+    ('max_text_len', 3), ('standardise', False), ('modalities', ['audio']), ('mm_gate', 'none'), ('av_len', 2),
+    ('mm_layers', [1, 2]), ('lora_alpha', 1.0), ('mm_query', 'text'), ('lowercase', 'never'), ('seed', 5),
+    ('fusion_position', 'fixed'), ('lm_init', 'random'), ('shuffle_streams', True), ('n_fusion', 2)])
+def test_a_knob_that_was_edited_is_refused(knob, value, copied):
+    """ The checkpoint's header is the source; nothing is scored with the edited knob, and nothing is written. """
+    forge(copied, {knob: value}, header=False)
+    before = tree(copied)
+    for argv in (['eval.py', copied], ['eval.py', copied, copied], ['damage.py', copied], ['figures.py', copied]):
+        with pytest.raises(SystemExit, match=f'{knob}='):
+            command(*argv)
+    assert tree(copied) == before
+
+
+@pytest.mark.parametrize('edit, says', [
+    (lambda r: r['info'].update(range=[-1, 1]), 'info='), (lambda r: r['about'].update(lm_fingerprint='f' * 16), 'lm_fingerprint='),
+    (lambda r: r['about'].update(dtype='bfloat16'), 'dtype='), (lambda r: r['about']['corpus'].update(sha256='0'), 'corpus sha256='),
+    (lambda r: r['about']['corpus']['streams']['audio'].update(mean=[0.0] * 12), 'corpus streams='),
+    (lambda r: r['about']['knobs'].update(n_fusion='8'), 'n_fusion='), (lambda r: r.pop('about'), 'damaged'),
+    (lambda r: r['about']['knobs'].update(smell=1), 'smell')])
+def test_other_edits_are_refused(edit, says, copied):
+    path = copied / 'result.json'
+    result = json.loads(path.read_text())
+    edit(result)
+    path.write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match=says):
+        command('eval.py', copied)
+
+
+@pytest.mark.parametrize('knobs', [dict(n_fusion='eight'), dict(smell=1), dict(prompt=3), dict(mm_layers='8'), dict(system='x'),
+                                   dict(mm_layers=[99]), dict(av_width=-4)])
+def test_knobs_of_a_wrong_kind_get_a_sentence(knobs, copied):
+    forge(copied, knobs)
+    with pytest.raises(SystemExit) as stopped:
+        command('eval.py', copied)
+    assert '\n' not in str(stopped.value).strip() and str(stopped.value).startswith('eval: ')
+
+
+def test_a_run_may_go_on_with_other_knobs_of_the_run(corpora, curriculum):   # noqa: F811
+    """ patience and log_interval are the run's, not the experiment's: the best checkpoint may be older than the change. """
+    train(*deepmlf(corpora, curriculum, 'patient'))
+    path = curriculum / 'patient' / 'result.json'
+    result = json.loads(path.read_text())
+    result['about']['knobs'] |= dict(patience=7, log_interval=1)
+    path.write_text(json.dumps(result))
+    command('eval.py', curriculum / 'patient')
+
+
+@pytest.mark.parametrize('value', [3e38, -3e38])
+def test_a_score_that_is_no_number_is_an_error(value, received):
+    clip = dict(text='the film was superb', audio=[[value] * 12] * 9, vision=[[0.2] * 16] * 7)
+    (received.parent / 'clip.jsonl').write_text(json.dumps(clip))
+    with pytest.raises(SystemExit, match='is NaN or inf'):
+        command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
+
+
+def test_a_checkpoint_of_nan_has_no_score(copied):
+    tensors, info = load_checkpoint(str(copied / 'best.safetensors'))
+    tensors['task_head.2.bias'][:] = float('nan')
+    save_checkpoint(str(copied / 'best.safetensors'), tensors, info)
+    before = tree(copied)
+    for argv in (['eval.py', copied], ['eval.py', copied, '--modalities=text'], ['damage.py', copied]):
+        with pytest.raises(SystemExit, match='NaN|nan'):
+            command(*argv)
+    assert tree(copied) == before
+
+
+def test_predictions_that_are_no_numbers_are_an_error(copied):
+    path = copied / 'test.jsonl'
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[3]['pred'] = float('nan')
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    for argv in (['eval.py', copied, copied], ['figures.py', copied]):
+        with pytest.raises(SystemExit, match="pred of clip " + re.escape(rows[3]["id"]) + " is NaN or inf"):
+            command(*argv)
