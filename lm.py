@@ -310,6 +310,18 @@ def hush():
 
 
 @contextmanager
+def quiet():
+    """ No warnings of transformers': what they say of weights that were not found is a ModelError here. """
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
 def loading(name):
     """ Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError). """
     try:
@@ -437,18 +449,20 @@ def merge_command(name, adapter):
     """ The command that merges an adapter into the weights it was trained on. `adapter` is its adapter_config.json, parsed. """
     task, local = adapter.get('task_type'), os.path.isdir(name)
     has = lambda *files: local and any(os.path.exists(os.path.join(name, file)) for file in files)
+    quoted = json.dumps   # double quotes, as the shell's are single ones
     merged = os.path.normpath(name) + '-merged' if local else name.split('/')[-1] + '-merged'
     kind = PEFT_KINDS.get(task, '')
     if has('config.json') and has(*WEIGHTS):
         # Beside the adapter in one folder, transformers would apply the adapter by itself: the weights go to another folder first
         auto = f'For{kind}' if kind not in ('', 'FeatureExtraction') else ''
-        code = (f"import shutil, peft, transformers as t; a, b = {name!r}, {merged!r}; "
-                f"shutil.copytree(a, b, ignore=shutil.ignore_patterns('adapter_*')); "
+        code = (f'import shutil, peft, transformers as t; a, b = {quoted(name)}, {quoted(merged)}; '
+                f'shutil.copytree(a, b, ignore=shutil.ignore_patterns("adapter_*")); '
                 f"peft.PeftModel.from_pretrained(t.AutoModel{auto}.from_pretrained(b), a).merge_and_unload().save_pretrained(b)")
     else:
         words = name if has('tokenizer.json', 'tokenizer.model', 'vocab.txt', 'vocab.json') else adapter.get('base_model_name_or_path', name)
-        code = (f"import peft, transformers as t; m = peft.AutoPeftModel{'For' + kind if kind else ''}.from_pretrained({name!r}); "
-                f"m.merge_and_unload().save_pretrained({merged!r}); t.AutoTokenizer.from_pretrained({words!r}).save_pretrained({merged!r})")
+        code = (f"import peft, transformers as t; m = peft.AutoPeftModel{'For' + kind if kind else ''}.from_pretrained({quoted(name)}); "
+                f"m.merge_and_unload().save_pretrained({quoted(merged)}); "
+                f"t.AutoTokenizer.from_pretrained({quoted(words)}).save_pretrained({quoted(merged)})")
     return f"python -c {shlex.quote(code)}", merged
 
 
@@ -618,20 +632,21 @@ def load_weights(auto, name, config, remote=False, as_data=False, unused=(), ins
         more['use_safetensors'] = True
     if not local:
         refuse_hub_adapter(name, config)
-    with loading(name):
+    with loading(name), quiet():
         # a tensor of another shape is an error of ours below, which says both shapes
         model, report = auto.from_pretrained(name, trust_remote_code=remote, output_loading_info=True,
                                              ignore_mismatched_sizes=True, **more)
         missing = missing_weights(model, report, unused) or (missing_from_shards(name) if local else [])
     other = [f"{k} is {list(theirs)} in the file and {list(ours)} by config.json" for k, theirs, ours in sorted(report['mismatched_keys'])
              if not k.startswith(unused)]
+    total = len(dict(model.named_parameters()))
     if other:
-        raise ModelError(f"{len(other)} weights of the LM {name!r} have another shape than its config.json says ({'; '.join(other[:3])}), and "
-                         f"would be random numbers: get the config.json that belongs to them{instead}.")
+        raise ModelError(f"{len(other)} of the {total} weights of the LM {name!r} have another shape than its config.json says "
+                         f"({'; '.join(other[:3])}) and would be random numbers: get the config.json that belongs to them{instead}.")
     if missing:
         names = ', '.join(missing[:3]) + (' ..' if len(missing) > 3 else '')
-        raise ModelError(f"{len(missing)} weights of the LM {name!r} are not in its files ({names}), and would be random numbers: get all of "
-                         f"its files again, or save it again from the model that it was trained as{instead}.")
+        raise ModelError(f"{len(missing)} of the {total} weights of the LM {name!r} are not in its files ({names}) and would be random "
+                         f"numbers: get all of its files again, or save it again from the class that it was trained as{instead}.")
     return model
 
 
