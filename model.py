@@ -34,7 +34,8 @@ from torch.utils.checkpoint import checkpoint
 from adapters import CMPTA, GMRA, AVEncoder, MMBlock, MSEAdapter, frames_on_tokens, grouped, masked_mean, regularise, sentence
 from baselines import BASELINES, build_baseline
 from data import texts_for
-from lm import FrozenLM, ModelError, empty_lm, lm_config, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm, refuse_unknown_tokens, specials, width_of
+from lm import (FrozenLM, ModelError, empty_lm, lm_config, load_encoder, load_lm, load_tokenizer,
+                new_encoder, new_lm, refuse_unknown_tokens, specials, width_of)
 from losses import deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
 from prompts import Prompt
 
@@ -229,24 +230,28 @@ class PseudoTokenLM(nn.Module):
             self.head = nn.Sequential(nn.Linear(lm.width, c['head_width']), nn.ReLU(), nn.Linear(c['head_width'], n_out))
 
     def _refuse_unknown_tokens(self):
-        """ Raises ModelError where the LM has no embedding for a token of the prompt or of a label. """
+        """ Raises ModelError where the LM has no embedding for a token of the prompt or of a label.
+        """
         prompt, c, rows = self.prompt, self.c, len(self.lm.parts['embed'].weight)
         refuse_unknown_tokens([prompt.before, prompt.after], rows, f"the prompt {c['prompt']!r}")
         refuse_unknown_tokens(prompt.answers, rows, f"the labels of {c['label']!r}")
         if c['system'] == 'mse' and c['tgm_pool'] == 'padded':
-            refuse_unknown_tokens([[prompt.pad_id]], rows, "the padding that tgm_pool='padded' counts")
+            refuse_unknown_tokens([[prompt.pad_id]], rows, "the padding that tgm_pool='padded' "
+                                                           "counts")
 
     def read(self, batch, adapter=True):
-        """ The prompt, embedded: x [B,T,D], n [B] real tokens. adapter=False leaves the pseudo tokens out. Raises ModelError
-        where the adapter gives another shape than one pseudo token of the LM's width for each of n_pseudo. """
+        """ The prompt, embedded: x [B,T,D], n [B] real tokens. adapter=False leaves the pseudo
+        tokens out. Raises ModelError where the adapter gives another shape than one pseudo token of
+        the LM's width for each of n_pseudo. """
         first, P = len(self.prompt.before), self.c['n_pseudo']
         x, n = self.lm.embed(batch['tokens']), batch['text_len']                                 # [B,T,D], [B]
         if not adapter: return torch.cat([x[:, :first], x[:, first + P:]], 1), n - P
         with torch.autocast(x.device.type, enabled=False): pseudo = self.adapter(batch, *self.own_text(x, n))    # [B,P,D]
         wanted = (len(x), P, x.shape[2])
         if tuple(pseudo.shape) != wanted:
-            raise ModelError(f"the adapter gives pseudo tokens of shape {list(pseudo.shape)} and the prompt has room for {list(wanted)}, "
-                             "[clips, n_pseudo, width of the LM]: mend the adapter, or set n_pseudo to what it gives.")
+            raise ModelError(f"the adapter gives pseudo tokens of shape {list(pseudo.shape)} and "
+                             f"the prompt has room for {list(wanted)}, [clips, n_pseudo, width of "
+                             "the LM]: mend the adapter, or set n_pseudo to what it gives.")
         return torch.cat([x[:, :first], pseudo.to(x.dtype), x[:, first + P:]], 1), n
 
     def own_text(self, x, n):
@@ -392,8 +397,8 @@ class CrossSent(nn.Module):
 def build(c, corpus, out_dir, dtype=torch.float32, as_data=False):
     """
     The model that the knobs `c` describe and its tokenizer (None without text). The AV encoder starts from the run
-    c['av_from'] unless av_init='random'. as_data: somebody else's folder has named the LM, so it is read as data alone
-    (lm_config), whatever c['trust_remote_code'] says. Raises ModelError.
+    c['av_from'] unless av_init='random'. as_data: somebody else's folder has named the LM, so it
+    is read as data alone (lm_config), whatever c['trust_remote_code'] says. Raises ModelError.
     """
     remote = c['trust_remote_code'] and not as_data
     corpus.label('train', c['label'])   # a wrong name gets its sentence before gigabytes are loaded
@@ -409,8 +414,8 @@ def build(c, corpus, out_dir, dtype=torch.float32, as_data=False):
             return build_baseline(c, corpus, None, width, tokenizer), tokenizer
         if c['system'] == 'crosssent' or c['system'] in BASELINES:
             encoder, tokenizer = load_encoder(c['lm'], remote, as_data) if c['lm'] != 'new' else \
-                new_encoder(texts_for(corpus, 'train', c), c, os.path.join(out_dir, 'hf'), again=c['resume'],
-                            as_data=as_data)
+                new_encoder(texts_for(corpus, 'train', c), c, os.path.join(out_dir, 'hf'),
+                            again=c['resume'], as_data=as_data)
             if c['system'] in BASELINES: return build_baseline(c, corpus, encoder, encoder.width, tokenizer), tokenizer
             return CrossSent(encoder, tokenizer, {s: corpus.widths[s] for s in c['modalities'] if s in corpus.widths}, c), tokenizer
         if c['system'] in ('mse', 'cmpta'):   # and so do labels that cannot be told apart
