@@ -35,7 +35,7 @@ from prompts import Prompt
 from test_prompts import KNOBS, prompted, tokenizers  # noqa: F401 (a fixture)
 
 
-WORDS = 'the film was really good bad boring fun and i loved it but hated this plot not at all'.split()
+WORDS = 'the film was really good bad boring fun and i loved it but hated this plot not at'.split()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -132,8 +132,8 @@ TEXT = torch.tensor([[5, 9, 7, 12, 6]])
 @pytest.mark.parametrize('family', ['gpt2', 'llama', 'qwen2', 'glm'])
 @pytest.mark.parametrize('tied', [True, False])
 def test_a_whole_folder_loads_with_its_own_weights(family, tied, tmp_path):
-    """Tied (the head is not in the file) and untied: every tensor is the saved model's, and so are
-    the logits."""
+    """ Tied (the head is not in the file) and untied: every tensor is the saved model's, and so are
+    the logits. """
     folder, hf = saved(tmp_path / 'lm', family, tie_word_embeddings=tied)
     names = set(load_file(tmp_path / 'lm' / 'model.safetensors'))
     assert ('lm_head.weight' in names) == (not tied)
@@ -206,8 +206,8 @@ def test_a_base_model_has_no_untied_head_and_a_tied_one(tmp_path):
 
 
 def test_a_config_that_was_edited_stops_the_run(tmp_path):
-    """Tied when it was saved and untied in the config; four layers in the config and two in the
-    file; another width."""
+    """ Tied when it was saved and untied in the config; four layers in the config and two in the
+    file; another width. """
     folder, _ = saved(tmp_path / 'untied', tie_word_embeddings=True)
     edit_json(folder, tie_word_embeddings=False)
     with pytest.raises(ModelError, match=r'1 of the 21 weights .* \(lm_head.weight\)'):
@@ -242,8 +242,8 @@ def test_one_tensor_of_another_shape_stops_the_run(tmp_path):
 
 
 def test_shards(tmp_path):
-    """Whole ones load; one that lost a tensor is told by its name, though the index has it; one
-    that is gone, by its file."""
+    """ Whole ones load; one that lost a tensor is told by its name, though the index has it; one
+    that is gone, by its file. """
     folder = str(tmp_path / 'lm')
     hf = small('llama')
     hf.save_pretrained(folder, max_shard_size='20KB')
@@ -294,8 +294,8 @@ def test_weights_as_a_pickle_are_checked_alike(tmp_path):
 
 @pytest.mark.parametrize('family', ['bert', 'roberta'])
 def test_encoders_may_lack_their_pooler_and_nothing_else(family, tmp_path):
-    """For CrossSent and for text_features='frozen': the pooler is not used, whatever else is
-    missing stops the run."""
+    """ For CrossSent and for text_features='frozen': the pooler is not used, whatever else is
+    missing stops the run. """
     folder, hf = saved(tmp_path / 'lm', family, head=False)
     mask = torch.ones_like(TEXT).bool()
     theirs = hf(TEXT).last_hidden_state
@@ -360,8 +360,8 @@ LORA = dict(
 
 
 def add_lora(folder, base, **more):
-    """A LoRA on q_proj and v_proj of a Llama, in `folder` -> its matrices by the name of the
-    weight that they change."""
+    """ A LoRA on q_proj and v_proj of a Llama, in `folder` -> its matrices by the name of the
+    weight that they change. """
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, 'adapter_config.json'), 'w') as f:
         json.dump(LORA | dict(base_model_name_or_path=base) | more, f)
@@ -402,8 +402,8 @@ def run_command(said):
 
 
 def test_a_lora_beside_the_weights_is_refused_and_the_command_merges_it(tmp_path):
-    """The same sentence from every way to load; what the command makes is W + alpha / r B A, in a
-    folder that loads."""
+    """ The same sentence from every way to load; what the command makes is W + alpha / r B A, in a
+    folder that loads. """
     pytest.importorskip('peft')
     folder, hf = saved(tmp_path / 'an lm')  # with a space, for the shell
     pairs = add_lora(folder, 'somebody/llama')
@@ -567,8 +567,8 @@ def test_what_asks_for_code_is_refused_and_nothing_runs(
 
 
 def test_an_lm_that_the_user_names_runs_no_code_either_until_allowed(tmp_path, monkeypatch):
-    """A known family with auto_map is loaded by transformers' own class; an unknown one gets a
-    sentence with the flag."""
+    """ A known family with auto_map is loaded by transformers' own class; an unknown one gets a
+    sentence with the flag. """
     monkeypatch.setattr(
         'transformers.dynamic_module_utils.HF_MODULES_CACHE', str(tmp_path / 'modules')
     )
@@ -667,8 +667,8 @@ def test_special_files_are_refused_and_never_waited_for(tmp_path):
 
 
 def test_links_that_lead_out_are_refused_as_data(tmp_path):
-    """But for the hub's own cache, whose files are links to its blobs, and links inside the
-    folder."""
+    """ But for the hub's own cache, whose files are links to its blobs, and links inside the
+    folder. """
     outside, _ = saved(tmp_path / 'outside')
     for file in ('model.safetensors', 'tokenizer.json', 'README.md'):
         folder, _ = saved(tmp_path / f'lm{file}')
@@ -690,8 +690,8 @@ def test_links_that_lead_out_are_refused_as_data(tmp_path):
 
 
 def hub_cache(root, folder, name='somebody/llama', commit='a' * 40):
-    """A cache as huggingface_hub has it, with the files of `folder` as one model -> its snapshot
-    folder."""
+    """ A cache as huggingface_hub has it, with the files of `folder` as one model -> its snapshot
+    folder. """
     repo = root / ('models--' + name.replace('/', '--'))
     snapshot = repo / 'snapshots' / commit
     snapshot.mkdir(parents=True)
@@ -705,8 +705,8 @@ def hub_cache(root, folder, name='somebody/llama', commit='a' * 40):
 
 
 def test_a_hub_name_is_read_from_the_cache_as_data(tmp_path):
-    """Offline: a plain LM loads; one with an adapter, an adapter alone, one that asks for code and
-    one of pickles do not."""
+    """ Offline: a plain LM loads; one with an adapter, an adapter alone, one that asks for code and
+    one of pickles do not. """
     plain, hf = saved(tmp_path / 'plain')
     for name, change in dict(
         plain=lambda f: None,
@@ -809,8 +809,8 @@ def habits(tmp_path):
 
 
 def test_no_habit_of_a_tokenizer_changes_the_tokens(tmp_path):
-    """Right: [CLS], the first words (ids from 4 in the order of WORDS), [SEP]; nothing is cut or
-    padded that need not be."""
+    """ Right: [CLS], the first words (ids from 4 in the order of WORDS), [SEP]; nothing is cut or
+    padded that need not be. """
     settings = json.loads((word_tokenizer().backend_tokenizer).to_str())
     assert settings['truncation'] is None
     for name, tokenizer in habits(tmp_path):
@@ -836,14 +836,14 @@ def test_no_habit_of_a_tokenizer_changes_the_tokens(tmp_path):
 
 def test_no_room_for_the_special_tokens_is_a_sentence():
     assert tokenize(word_tokenizer(), [LONG], 2)[0] == [[2, 3]]
-    with pytest.raises(ModelError, match='max_text_len=1 has no room for the special tokens') as error:
+    with pytest.raises(ModelError, match='max_text_len=1 has no room for the special') as error:
         tokenize(word_tokenizer(), [LONG], 1)
     one_sentence(error)
 
 
 def test_words_and_tokens_are_cut_at_the_same_end(corpora):
-    """resample='words': which word each token begins in, for a tokenizer that would cut the
-    beginning."""
+    """ resample='words': which word each token begins in, for a tokenizer that would cut the
+    beginning. """
     feed = object.__new__(Feed)
     feed.c, feed.streams = dict(max_text_len=6), ()
     assert feed._words(word_tokenizer(truncation_side='left'), 'test', [LONG]) == [
@@ -878,8 +878,8 @@ class Texts:
 
 
 def test_a_token_beyond_the_embedding_stops_before_training(tmp_path):
-    """Only ids that a text has count: an added <pad>, or an added word that no text has, is no
-    fault."""
+    """ Only ids that a text has count: an added <pad>, or an added word that no text has, is no
+    fault. """
     c = KNOBS | dict(
         system='deepmlf', trust_remote_code=False, data_dir=str(tmp_path), lowercase='never'
     )
