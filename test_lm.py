@@ -224,7 +224,7 @@ def test_a_config_that_was_edited_stops_the_run(tmp_path):
         ModelError,
         match=r"6 of the 21 weights .* have another shape .*"
         r"mlp.down_proj.weight is \[32, 48\] in the file and "
-        "\[32, 64\] by config.json",
+        r"\[32, 64\] by config.json",
     ):
         load_lm(folder)
 
