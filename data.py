@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from files import check_regular
-from lm import ModelError, frozen_text
+from lm import ModelError, frozen_text, refuse_unknown_tokens
 from prompts import rated
 from unpickle import CorpusError, Lazy, LazyArray, Py2Str, read_pickle, strangers_file
 
@@ -626,18 +626,39 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
     return batch
 
 
+@contextmanager
+def cut_at_end(tokenizer):
+    """ Texts that are too long lose their end in here, also by a tokenizer whose own habit is to
+    cut the beginning. """
+    own = getattr(tokenizer, 'truncation_side', None)   # None: not one of Hugging Face's
+    if own is not None:
+        tokenizer.truncation_side = 'right'
+    try:
+        yield
+    finally:
+        if own is not None:
+            tokenizer.truncation_side = own
+
+
 def tokenize(tokenizer, texts, max_len, special=True):
     """
     Texts -> lists of at most max_len token ids, with the special tokens that the tokenizer adds by itself (none for
     GPT-2 and SmolLM2, [CLS] .. [SEP] for Chinese GPT-2, <s> for Llama), as in the release; special=False for a text
     inside a prompt. A text of no token at all becomes one end-of-text token, or the clip would have no last token to
-    read. Returns lists, n_empty, n_cut.
+    read. Returns lists, n_empty, n_cut. Raises ModelError where max_len has no room for the special
+    tokens.
     """
     ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
     long = [i for i, t in enumerate(ids) if len(t) > max_len]
     if long:   # cut by the tokenizer itself, which keeps a [SEP] at the end: the text head reads the last token
-        cut = tokenizer([texts[i] for i in long], add_special_tokens=special, truncation=True, max_length=max_len)
+        with cut_at_end(tokenizer):
+            cut = tokenizer([texts[i] for i in long], add_special_tokens=special, truncation=True,
+                            max_length=max_len)
         for i, t in zip(long, cut['input_ids']): ids[i] = t
+        longest = max(map(len, cut['input_ids']))
+        if longest > max_len:   # without room for the special tokens, transformers cuts nothing
+            raise ModelError(f"max_text_len={max_len} has no room for the special tokens of this "
+                             f"tokenizer, which makes {longest} tokens of a text: raise it.")
     known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     filler = next((t for t in known if t is not None and t >= 0), 0)
     return [list(t) or [filler] for t in ids], sum(not t for t in ids), len(long)
@@ -649,9 +670,10 @@ class Feed:
     like length into one batch). `c` is the run's knobs; tokenizer None means that the system reads no text. `prompt` (a
     Prompt) stands around each text, with room for the pseudo tokens. Attributes for the others: info (the label's entry
     in meta.json), n_clips (train's after train_fraction), notes. Where text_features='frozen', text is hidden states too,
-    [B,T,D] in batch['text']. Raises CorpusError, and ModelError where that LM cannot be had.
+    [B,T,D] in batch['text']; as_data as in lm_config. Raises CorpusError, and ModelError where that
+    LM cannot be had or has no embedding for a token.
     """
-    def __init__(self, corpus, c, tokenizer, device, prompt=None):
+    def __init__(self, corpus, c, tokenizer, device, prompt=None, as_data=False):
         self.corpus, self.c, self.device, self.prompt, self.tokens, self.notes = corpus, c, device, prompt, {}, []
         corpus.label('train', c['label'])
         self.info = corpus.labels[c['label']]
@@ -675,6 +697,8 @@ class Feed:
         for split in corpus.n_clips if tokenizer else ():
             texts = texts_for(corpus, split, c)
             tokens, n_empty, n_cut = tokenize(tokenizer, texts, c['max_text_len'], special=not prompt)
+            rows = getattr(tokenizer, 'embedding_rows', None)   # None: the LM is not loaded here
+            refuse_unknown_tokens(tokens, rows, f"the texts of the split {split!r}")
             mean = np.mean([len(t) for t in tokens])
             self.notes.append(f"{split} text: {mean:.1f} tokens a clip, {n_empty} empty, {n_cut} cut at "
                               f"{c['max_text_len']}")
@@ -686,7 +710,8 @@ class Feed:
         if c['text_features'] == 'frozen' and tokenizer:
             tokens = [t for split in self.tokens for t in self.tokens[split]]
             folder = os.path.join(c['data_dir'], 'features')
-            hidden, self.lm_fingerprint = frozen_text(c['lm'], tokens, folder, c['trust_remote_code'], device)
+            hidden, self.lm_fingerprint = frozen_text(
+                c['lm'], tokens, folder, c['trust_remote_code'], device, as_data=as_data)
             clips = iter(np.split(hidden, np.cumsum([len(t) for t in tokens])[:-1]))         # of [T_n,D], views of the map
             self.text = {split: [next(clips) for _ in self.tokens[split]] for split in self.tokens}
         if c['system'] == 'mag':
@@ -702,8 +727,10 @@ class Feed:
             if both.any() and np.mean((n_frames == n_words)[both]) < 0.5:
                 raise CorpusError(f"resample='words' is for sources with one frame a word, and {s} has {np.median(n_frames):.0f} frames "
                                   f"for {np.median(n_words):.0f} words (medians): take another resample.")
-        try: offsets = tokenizer(list(texts), truncation=True, max_length=self.c['max_text_len'],
-                                 return_offsets_mapping=True)['offset_mapping']
+        try:
+            with cut_at_end(tokenizer):
+                offsets = tokenizer(list(texts), truncation=True, max_length=self.c['max_text_len'],
+                                    return_offsets_mapping=True)['offset_mapping']
         except (TypeError, ValueError, NotImplementedError, KeyError):
             raise CorpusError("resample='words' needs a fast Hugging Face tokenizer (tokenizer.json), which knows where in the text "
                               "a token is: take another resample.") from None

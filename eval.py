@@ -607,7 +607,7 @@ def revive(folder, without_corpus=False, trust_remote_code=False, data_dir='data
     if device == 'cpu': hold_memory()
 
     def feed(corpus, c):
-        fed = Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None))
+        fed = Feed(corpus, c, tokenizer, device, getattr(model, 'prompt', None), as_data=not trust_remote_code)
         if fed.lm_fingerprint and fed.lm_fingerprint != about['lm_fingerprint']:
             raise EvalError(other_lm(folder, c))
         return fed
@@ -649,16 +649,18 @@ def named_corpus(folder, facts):
 def revived_model(folder, c, corpus, dtype):
     """ The model of a run and its tokenizer, with the weights of its LM and none from its checkpoint yet. """
     as_data = not c['trust_remote_code']
+    if as_data and os.path.islink(os.path.join(folder, 'lm')):
+        raise EvalError(f"{folder}/lm is a link, and a run's own LM is read from its folder alone: put the LM itself there.")
     torch.manual_seed(c['seed'])   # a random LM (lm_init) is in no checkpoint: it is drawn again as it was
     if c['system'] == 'lm':
-        lm, tokenizer = load_lm(folder, dtype)
+        lm, tokenizer = load_lm(folder, dtype, as_data=as_data)
         return LanguageModel(lm.hf), tokenizer
     if c['lm'] == 'lm' and os.path.isdir(os.path.join(folder, 'lm')):
         c['lm'] = os.path.join(folder, 'lm')   # an export has its LM beside its checkpoint
     elif c['lm'] != 'new' and 'text' in seen_by(c):
         print(f"  {folder} names the LM {c['lm']}: read as data")
     # the checkpoint has the weights of an encoder made from nothing, the folder its tokenizer
-    return build(c | dict(av_init="random", resume=True), corpus, folder, dtype)
+    return build(c | dict(av_init='random', resume=True), corpus, folder, dtype, as_data)
 
 
 def check_fingerprints(folder, c, about, model, tokenizer):

@@ -8,6 +8,8 @@ Axis letters, the same in every file:
 import hashlib
 import json
 import os
+import re
+import shlex
 from contextlib import contextmanager
 
 import numpy as np
@@ -120,7 +122,12 @@ class FrozenLM(nn.Module):
         if not self.where['up']:
             raise ModelError(f"the LM family {self.hf.config.model_type!r} has gate and up of its FFW in one matrix, which "
                              "an MM block cannot build on: take another LM for DeepMLF, or write that down in FFW (adapters.py).")
-        return tuple(self.part(l, name) for name in ('gate', 'up', 'down', 'act'))
+        try:
+            return tuple(self.part(l, name) for name in ('gate', 'up', 'down', 'act'))
+        except AttributeError as e:   # PyTorch's own sentence names the part
+            raise ModelError(f"the FFW of the LM family {self.hf.config.model_type!r} lacks a part "
+                             f"that an MM block builds on ({e}): take another LM for "
+                             "DeepMLF.") from None
 
     def embed(self, tokens):
         """ tokens [B,L] -> [B,L,D], without positions (SeqAug comes before them). """
@@ -302,48 +309,435 @@ def specials(tokenizer):
 
 
 def hush():
-    """ No progress bars of Hugging Face's, for weights that take a second. """
+    """ No progress bars of Hugging Face's, for weights that take a second; and no request to the
+    hub to convert somebody's weights to safetensors, which transformers would send from a thread of
+    its own. """
     from transformers.utils import logging
     logging.disable_progress_bar()
+    os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1')
+
+
+@contextmanager
+def quiet():
+    """ No warnings of transformers': what they say of weights that were not found is a ModelError
+    here. """
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextmanager
 def loading(name):
     """ Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError). """
-    try: yield
+    try:
+        yield
+    except ModelError:
+        raise
     except Exception as e:   # of any kind: the LM may have brought code of its own
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if 'trust_remote_code' in str(e):
+            reason = f"it asks to run its author's code: {ALLOW_CODE}"
         raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes the Hugging Face name of a causal LM (for "
                          "CrossSent, of an encoder) that the hub or the local cache has, or a folder with config.json, weights and tokenizer.") from None
 
 
-def lm_config(name, remote=False):
-    """ The configuration of an LM, and the name or folder that it came from (a run's LM is in its folder hf). `remote` lets
-    the LM's authors run their own code on this machine. """
+# ---------------------------------------------------------------------------------------------------------
+# What is refused before an LM is loaded: adapters, special files, and what asks to run code
+
+ALLOW_CODE = "--trust_remote_code=True on your own command line allows that"
+ADAPTER_FILES = ('adapter_config.json', 'adapter_model.safetensors', 'adapter_model.bin')
+SAFE_WEIGHTS = ('model.safetensors', 'model.safetensors.index.json')
+WEIGHTS = (*SAFE_WEIGHTS, 'pytorch_model.bin', 'pytorch_model.bin.index.json')
+# The ways to compute attention and experts that are transformers' own; others are packages, or
+# kernels that it downloads
+OWN_WAYS = (None, 'eager', 'sdpa', 'flex_attention', 'grouped_mm', 'batched_mm')
+# task_type of an adapter -> the name in peft's class for it
+PEFT_KINDS = dict(CAUSAL_LM='CausalLM', SEQ_CLS='SequenceClassification', SEQ_2_SEQ_LM='Seq2SeqLM',
+                  TOKEN_CLS='TokenClassification', QUESTION_ANS='QuestionAnswering',
+                  FEATURE_EXTRACTION='FeatureExtraction')
+# Keys of a config file with which transformers runs foreign code, compiles kernels, or imports a
+# package that does
+CODE_KEYS = ('auto_map', 'custom_generate', 'quantization_config', 'compression_config',
+             'kernel_config', 'use_kernels', 'fusion_config', 'distributed_config', 'mecab_kwargs',
+             'sudachi_kwargs', 'jumanpp_kwargs')
+# transformers calls from_pretrained of whatever class of its own a tokenizer_class names
+TOKENIZER_NAME = re.compile(r'(?!Auto|TransfoXL|Rag)\w*(Tokenizer|TokenizerFast|Backend)')
+
+
+def read_json(path):
+    """ What a JSON file holds. Raises ModelError where it is none. """
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except (OSError, ValueError, RecursionError) as e:
+        raise ModelError(f"{path} is not readable as JSON ({str(e)[:120]}): get that file "
+                         "again.") from None
+
+
+def is_code_request(key, value):
+    """ Whether this entry of a config file could make transformers run code that is not its own, or
+    read outside the folder. """
+    if key in CODE_KEYS:
+        return bool(value)
+    if key.removesuffix('_internal').endswith('_implementation'):
+        ways = value.values() if isinstance(value, dict) else [value]
+        return any(way not in OWN_WAYS for way in ways)
+    if key == 'tokenizer_class' and value is not None:
+        return not isinstance(value, str) or not TOKENIZER_NAME.fullmatch(value)
+    if key == 'model_type':
+        return value == 'transfo-xl'   # its tokenizer is a pickle
+    if key.endswith('_file') and key != 'special_tokens_map_file':
+        # older transformers open such a path, wherever it leads
+        return isinstance(value, str) and os.path.lexists(value)
+    return False
+
+
+def code_request(config):
+    """ The first entry in a config (parsed JSON, at any depth) that is_code_request holds for, as
+    'key: value'; or None. """
+    waiting = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                if is_code_request(key, inner):
+                    return f"{key}: {json.dumps(inner)[:100]}"
+                waiting.append(inner)
+    return None
+
+
+def refuse_code_request(path, name):
+    """ Raises ModelError where the config file at `path` asks for code. """
+    request = code_request(read_json(path))
+    if request:
+        raise ModelError(f"the LM {name!r} asks to run its author's code, or code from elsewhere "
+                         f"({request} in {path}), and an LM that a received folder names is read "
+                         f"as data alone: {ALLOW_CODE}.")
+
+
+def refuse_special_files(folder):
+    """ Raises ModelError where an entry of `folder` is neither a file nor a folder: opening a FIFO
+    would wait for ever. """
+    for entry in sorted(os.listdir(folder)):
+        path = os.path.join(folder, entry)
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise ModelError(f"{path} is neither a file nor a folder (a pipe, a socket or a "
+                             "device): remove it.")
+
+
+def refuse_links_outside(folder):
+    """ Raises ModelError where a link in `folder` leads out of it; in the hub's own cache, to
+    anything but its blobs. """
+    root = os.path.realpath(folder)
+    allowed = [root]
+    if os.path.basename(os.path.dirname(root)) == 'snapshots':
+        allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), 'blobs'))
+    for entry in sorted(os.listdir(folder)):
+        target = os.path.realpath(os.path.join(folder, entry))
+        if not any(os.path.commonpath([target, place]) == place for place in allowed):
+            raise ModelError(f"{os.path.join(folder, entry)} is a link to {target}, outside the "
+                             "LM's folder, and an LM that a received folder names is read from "
+                             "its own files alone: put the file itself there.")
+
+
+def refuse_foreign(folder):
+    """ Raises ModelError where `folder` holds more than the data of an LM: links that lead out,
+    special files, requests to run code, weights that are not in its own safetensors files. """
+    if not os.path.lexists(os.path.join(folder, 'config.json')):
+        raise ModelError(f"the LM {folder!r} could not be loaded: the folder has no config.json.")
+    inner = [os.path.join(folder, entry) for entry in sorted(os.listdir(folder))]
+    refuse_links_outside(folder)
+    for place in filter(os.path.isdir, inner):   # transformers looks no deeper
+        refuse_special_files(place)
+        refuse_links_outside(place)
+    for path in inner:
+        entry = os.path.basename(path)
+        if entry == 'custom_generate' or entry.startswith('shard-'):
+            raise ModelError(f"the LM {folder!r} asks for more than its weights to be read "
+                             f"({path}), and an LM that a received folder names is read as data "
+                             f"alone: {ALLOW_CODE}.")
+        if entry.endswith('.json') and ('config' in entry or entry == 'special_tokens_map.json'):
+            refuse_code_request(path, folder)
+    index = os.path.join(folder, SAFE_WEIGHTS[1])
+    shards = read_json(index).get('weight_map', {}).values() if os.path.exists(index) else ()
+    for shard in shards:
+        if os.path.basename(shard) != shard or not shard.endswith('.safetensors'):
+            raise ModelError(f"{index} names {shard!r}, which is no safetensors file of its own "
+                             "folder: save that LM again.")
+
+
+def merge_command(name, adapter):
+    """ The command that merges an adapter into the weights it was trained on. `adapter` is its
+    adapter_config.json, parsed. """
+    task, local = adapter.get('task_type'), os.path.isdir(name)
+    has = lambda *files: local and any(os.path.exists(os.path.join(name, file)) for file in files)
+    quoted = json.dumps   # double quotes, as the shell's are single ones
+    merged = os.path.normpath(name) + '-merged' if local else name.split('/')[-1] + '-merged'
+    kind = PEFT_KINDS.get(task, '')
+    if has('config.json') and has(*WEIGHTS):
+        # Beside the adapter in one folder, transformers would apply the adapter by itself: the
+        # weights go to another folder first
+        auto = f'For{kind}' if kind not in ('', 'FeatureExtraction') else ''
+        code = (f'import shutil, peft, transformers as t; a, b = {quoted(name)}, {quoted(merged)}; '
+                f'shutil.copytree(a, b, ignore=shutil.ignore_patterns("adapter_*")); '
+                f"peft.PeftModel.from_pretrained(t.AutoModel{auto}.from_pretrained(b), "
+                "a).merge_and_unload().save_pretrained(b)")
+    else:
+        words = adapter.get('base_model_name_or_path', name)
+        if has('tokenizer.json', 'tokenizer.model', 'vocab.txt', 'vocab.json'):
+            words = name
+        peft_class = f"AutoPeftModel{'For' + kind if kind else ''}"
+        code = (f"import peft, transformers as t; a, b = {quoted(name)}, {quoted(merged)}; "
+                f"peft.{peft_class}.from_pretrained(a).merge_and_unload().save_pretrained(b); "
+                f"t.AutoTokenizer.from_pretrained({quoted(words)}).save_pretrained(b)")
+    return f"python -c {shlex.quote(code)}", merged
+
+
+def refuse_adapter(name, config_path, found='adapter_config.json'):
+    """ Raises ModelError with the command that merges it: an adapter that is there would be applied
+    or ignored by whether peft is installed. config_path: its adapter_config.json, or None. """
+    if config_path is None:
+        raise ModelError(f"the LM {name!r} has an adapter beside its weights ({found}) without an "
+                         "adapter_config.json, so nobody can apply it: get that file, or move the "
+                         "adapter away if it does not belong to the LM.")
+    adapter = read_json(config_path)
+    command, merged = merge_command(name, adapter if isinstance(adapter, dict) else {})
+    raise ModelError(f"the LM {name!r} has an adapter ({found}), which is read by no run here: "
+                     f"merge it by {command} (needs pip install peft) and take --lm={merged}, or "
+                     "move the adapter away to do without it.")
+
+
+def refuse_folder(folder, as_data):
+    """ Raises ModelError for what an LM's folder must not hold. """
+    refuse_special_files(folder)
+    found = [file for file in ADAPTER_FILES if os.path.exists(os.path.join(folder, file))]
+    if found:
+        config_path = os.path.join(folder, found[0]) if found[0] == ADAPTER_FILES[0] else None
+        refuse_adapter(folder, config_path, found[0])
+    if as_data:
+        refuse_foreign(folder)
+
+
+def hub_file(name, file, config=None, local=False):
+    """ The path of a file of a hub LM in the local cache, or None where the LM has no such file (or
+    nobody can say). """
+    from transformers.utils import cached_file
+    try:
+        return cached_file(name, file, revision=getattr(config, '_commit_hash', None) or 'main',
+                           local_files_only=local, _raise_exceptions_for_gated_repo=False,
+                           _raise_exceptions_for_missing_entries=False,
+                           _raise_exceptions_for_connection_errors=False)
+    except (OSError, ValueError):
+        return None
+
+
+def refuse_hub_adapter(name, config=None, local=False):
+    """ Raises ModelError where a hub LM is an adapter, or has one beside its weights. """
+    path = hub_file(name, ADAPTER_FILES[0], config, local)
+    if path:
+        refuse_adapter(name, path)
+
+
+def refuse_hub_code(name, config):
+    """ Raises ModelError where a config file of a hub LM asks for code. """
+    for file in ('config.json', 'tokenizer_config.json', 'generation_config.json'):
+        path = hub_file(name, file, config)
+        if path:
+            refuse_code_request(path, name)
+
+
+def hub_has_answered(error):
+    """ Whether the hub itself said that a file is not there, rather than nobody being reachable.
+    """
+    names = []
+    while error is not None:
+        names += [kind.__name__ for kind in type(error).__mro__]
+        error = error.__cause__
+    return 'EntryNotFoundError' in names and 'LocalEntryNotFoundError' not in names
+
+
+def hub_config(name, remote):
+    """ The configuration of a hub LM. Raises ModelError where it is an adapter, or what
+    transformers raises. """
+    from huggingface_hub.utils import validate_repo_id
+    from transformers import AutoConfig
+    validate_repo_id(name)   # or older transformers would take a URL
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=remote)
+    except (OSError, ValueError) as e:   # an adapter alone has no config.json
+        refuse_hub_adapter(name, local=not hub_has_answered(e))
+        raise
+
+
+def lm_config(name, remote=False, as_data=False):
+    """
+    The configuration of an LM, and the name or folder that it came from (a run's LM is in its
+    folder hf). `remote` lets the LM's authors run their own code on this machine. `as_data` is for
+    an LM that somebody else's folder names: its files are read as data, from safetensors, and what
+    asks to run code is refused, whatever `remote` says. Raises ModelError.
+    """
     from transformers import AutoConfig
     hush()
-    if os.path.isdir(os.path.join(name, 'hf')): name = os.path.join(name, 'hf')
-    with loading(name): return AutoConfig.from_pretrained(name, trust_remote_code=remote), name
+    if os.path.isdir(os.path.join(name, 'hf')):
+        name = os.path.join(name, 'hf')
+        if as_data and os.path.islink(name):
+            raise ModelError(f"{name} is a link, and an LM that a received folder names is read "
+                             "from its own files alone: put the folder itself there.")
+    if os.path.exists(name) and not os.path.isdir(name):
+        raise ModelError(f"the LM {name!r} is no folder: --lm= takes the folder that has "
+                         "config.json, weights and tokenizer.")
+    remote = remote and not as_data
+    with loading(name):
+        if os.path.isdir(name):
+            refuse_folder(name, as_data)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=remote)
+        else:
+            config = hub_config(name, remote)
+            if as_data:
+                refuse_hub_code(name, config)
+    if as_data:
+        refuse_what_is_no_lm(config, name)
+    way = getattr(config, '_attn_implementation_internal', None)
+    if isinstance(way, str) and '/' in way and not remote:
+        raise ModelError(f"the LM {name!r} asks for a kernel from the hub (attn_implementation: "
+                         f"{way}), which is code: {ALLOW_CODE}.")
+    return config, name
 
 
-def empty_lm(name, remote=False):
+def refuse_what_is_no_lm(config, name):
+    """ Raises ModelError where a config is of no causal LM or text encoder: models of other kinds
+    read files of their own. """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    kinds = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+    if not any(type(config) in kind for kind in kinds):
+        raise ModelError(f"the LM {name!r} that a received folder names is of the kind "
+                         f"{config.model_type!r}, which is no language model that transformers "
+                         "knows: nothing of it is read.")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loading
+
+def empty_lm(name, remote=False, as_data=False):
     """ The LM without a weight in memory, on the meta device, from its configuration alone. Raises ModelError. """
     from transformers import AutoModelForCausalLM
-    config, name = lm_config(name, remote)
-    with loading(name), torch.device('meta'): return AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    config, name = lm_config(name, remote, as_data)
+    with loading(name), torch.device('meta'):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=remote and not as_data)
 
 
-def load_tokenizer(name, remote=False):
+def load_tokenizer(name, remote=False, as_data=False):
     """ An LM's tokenizer, by Hugging Face name or by folder. Raises ModelError. """
     from transformers import AutoTokenizer
-    _, name = lm_config(name, remote)
+    _, name = lm_config(name, remote, as_data)
     has = lambda file: os.path.exists(os.path.join(name, file))
     with loading(name):
         if has('tokenizer.model') and not has('tokenizer.json'): return SentencePiece(name)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=remote and not as_data)
 
 
-def load_lm(name, dtype=torch.float32, random_init=False, remote=False):
+def missing_from_shards(folder):
+    """ Names of tensors that the index of a folder's shards has and the shards themselves do not:
+    older transformers believe the index, and leave such a weight random without a word. """
+    from safetensors import safe_open
+    index = os.path.join(folder, SAFE_WEIGHTS[1])
+    if not os.path.isfile(index) or os.path.isfile(os.path.join(folder, SAFE_WEIGHTS[0])):
+        return []
+    names = read_json(index)['weight_map']
+    found = set()
+    for shard in sorted(set(names.values())):
+        with safe_open(os.path.join(folder, shard), 'pt') as f:
+            found |= set(f.keys())
+    return sorted(set(names) - found)
+
+
+def missing_weights(model, report, unused=()):
+    """ Names of a model's weights that transformers did not find in its files, by its loading
+    report: without those that it computes by itself, that share the tensor of one that was found,
+    or that begin with `unused`. """
+    missing = set(report['missing_keys'])
+    computed = {k for k, b in model.named_buffers()
+                if not b.is_floating_point() or k.endswith('inv_freq')}
+    shared = {}   # tensor -> its names: a tied head is in the files once
+    for k, p in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(p), []).append(k)
+    found = {k for names in shared.values() if not missing.issuperset(names) for k in names}
+    return sorted(k for k in missing - computed - found if not k.startswith(unused))
+
+
+def weight_file(name, file, config):
+    """ The path of a weight file of an LM, in its folder or from the hub; or None. """
+    if not os.path.isdir(name):
+        return hub_file(name, file, config)
+    path = os.path.join(name, file)
+    return path if os.path.isfile(path) else None
+
+
+def load_weights(auto, name, config, remote=False, as_data=False, unused=(), instead='', **more):
+    """
+    The pretrained model of class `auto`, an Auto class of transformers. Raises ModelError where a
+    weight of it was not in the files, which transformers would draw at random, but for names that
+    begin with one of `unused`. instead: what the user may do.
+    """
+    local = os.path.isdir(name)
+    remote = remote and not as_data
+    if as_data:
+        if not any(weight_file(name, file, config) for file in SAFE_WEIGHTS):
+            raise ModelError(f"the LM {name!r} has no {SAFE_WEIGHTS[0]}, and one that a received "
+                             "folder names is read from safetensors alone, as other weight files "
+                             "are pickles: save it by save_pretrained of transformers.")
+        more['use_safetensors'] = True
+    if not local:
+        refuse_hub_adapter(name, config)
+    with loading(name), quiet():
+        # a tensor of another shape is an error of ours below, which says both shapes
+        model, report = auto.from_pretrained(
+            name, trust_remote_code=remote, output_loading_info=True, ignore_mismatched_sizes=True,
+            **more)
+        missing = missing_weights(model, report, unused)
+        if local and not missing:
+            missing = missing_from_shards(name)
+    other = [f"{k} is {list(theirs)} in the file and {list(ours)} by "
+             "config.json" for k, theirs, ours in sorted(report['mismatched_keys'])
+             if not k.startswith(unused)]
+    total = len(dict(model.named_parameters()))
+    if other:
+        raise ModelError(f"{len(other)} of the {total} weights of the LM {name!r} have another "
+                         f"shape than its config.json says ({'; '.join(other[:3])}) and would be "
+                         f"random numbers: get the config.json that belongs to them{instead}.")
+    if missing:
+        names = ', '.join(missing[:3]) + (' ..' if len(missing) > 3 else '')
+        raise ModelError(f"{len(missing)} of the {total} weights of the LM {name!r} are not in its "
+                         f"files ({names}) and would be random numbers: get all of its files "
+                         f"again, or save it again from the class that it was trained as{instead}.")
+    return model
+
+
+def refuse_unknown_tokens(lists, rows, what):
+    """ Raises ModelError where a token id of `lists` (of ids) has no row in an embedding of `rows`
+    rows. """
+    highest = max((max(ids, default=0) for ids in lists), default=0)
+    if rows is not None and highest >= rows:
+        raise ModelError(f"the tokenizer's ids reach {highest} in {what}, and the embedding of the "
+                         f"LM has {rows} rows: tokens were added to the tokenizer alone, so call "
+                         "the LM's resize_token_embeddings and train them, or take the tokenizer "
+                         "that belongs to it.")
+
+
+def with_rows(tokenizer, hf):
+    """ The tokenizer, which from now on says how many rows the embedding of its model has
+    (embedding_rows). """
+    tokenizer.embedding_rows = len(hf.get_input_embeddings().weight)
+    return tokenizer
+
+
+def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=False):
     """
     A pretrained causal LM and its tokenizer, by Hugging Face name or by folder (a run of system='lm' is one too).
     random_init keeps the shape and throws the weights away, for the control that every reader asks for.
@@ -351,30 +745,38 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False):
     """
     from transformers import AutoModelForCausalLM, __version__
     DTYPE = 'dtype' if [int(n) for n in __version__.split('.')[:2]] >= [4, 56] else 'torch_dtype'   # renamed there
-    config, name = lm_config(name, remote)
-    with loading(name):
-        if random_init: hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote).to(dtype)
-        else: hf = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=remote, **{DTYPE: dtype})
-    return FrozenLM(hf), load_tokenizer(name, remote)
+    config, name = lm_config(name, remote, as_data)
+    if random_init:
+        with loading(name):
+            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote and not as_data)
+            hf = hf.to(dtype)
+    else:
+        hf = load_weights(AutoModelForCausalLM, name, config, remote, as_data, **{DTYPE: dtype},
+                          instead="; --lm_init=random is for an LM that shall be random")
+    lm = FrozenLM(hf)
+    return lm, with_rows(load_tokenizer(name, remote, as_data), lm.hf)
 
 
-def load_encoder(name, remote=False):
+def load_encoder(name, remote=False, as_data=False):
     """ A pretrained encoder and its tokenizer, by Hugging Face name or by folder. Raises ModelError. """
     from transformers import AutoModel
-    config, name = lm_config(name, remote)
-    with loading(name): hf = AutoModel.from_pretrained(name, trust_remote_code=remote)
-    return TextEncoder(hf.float()), load_tokenizer(name, remote)
+    config, name = lm_config(name, remote, as_data)
+    # TextEncoder leaves the pooler out
+    hf = load_weights(AutoModel, name, config, remote, as_data, unused=('pooler.',),
+                      instead="; --lm=new is for an encoder that shall be random")
+    encoder = TextEncoder(hf.float())
+    return encoder, with_rows(load_tokenizer(name, remote, as_data), encoder.hf)
 
 
 @torch.no_grad()
-def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64):
+def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64, as_data=False):
     """
     The last hidden states of any Hugging Face model for texts (lists of token ids), end to end, and the model's fingerprint.
     Computed once, and kept in `folder` as float16 [n, D], mapped and never read whole; n is all tokens of all texts. What they
     are kept under changes with the texts and with the model's files (or its revision on the hub). Raises ModelError.
     """
     from transformers import AutoModel
-    config, name = lm_config(name, remote)
+    config, name = lm_config(name, remote, as_data)
     files = [(e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(name)] if os.path.isdir(name) else []
     which = json.dumps([os.path.abspath(name) if files else name, sorted(files), getattr(config, '_commit_hash', None), tokens])
     path = os.path.join(folder, hashlib.sha256(which.encode()).hexdigest()[:16])
@@ -383,7 +785,10 @@ def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64)
         if longest > getattr(config, 'max_position_embeddings', longest):
             raise ModelError(f"a text of {longest} tokens is past the {config.max_position_embeddings} positions of {name!r}: lower "
                              "max_text_len.")
-        with loading(name): model = AutoModel.from_pretrained(name, trust_remote_code=remote).float().eval().to(device)
+        model = load_weights(AutoModel, name, config, remote, as_data, unused=('pooler.',))
+        model = model.float().eval().to(device)
+        refuse_unknown_tokens(tokens, len(model.get_input_embeddings().weight), "the corpus's "
+                                                                                "texts")
         os.makedirs(folder, exist_ok=True)
         start = np.cumsum([0] + [len(t) for t in tokens])                                        # [N+1]
         new = f'{path}.{os.getpid()}.new'   # two runs may make the same file: each its own, and the last name stays
@@ -450,13 +855,18 @@ def new_lm(texts, c, folder):
         resid_pdrop=c['dropout'], embd_pdrop=c['dropout'], attn_pdrop=c['dropout'])), tokenizer
 
 
-def new_encoder(texts, c, folder, again=False):
-    """ A BERT of lm_layers x lm_width from nothing, and a tokenizer trained on `texts` (again: the one in `folder`). """
+def new_encoder(texts, c, folder, again=False, as_data=False):
+    """ A BERT of lm_layers x lm_width from nothing, and a tokenizer trained on `texts` (again: the
+    one in `folder`, which as_data reads as data alone). """
     from transformers import BertConfig, BertModel
-    tokenizer = load_tokenizer(folder) if again else new_tokenizer(texts, c, folder, ends=True)
+    if again:
+        tokenizer = load_tokenizer(folder, as_data=as_data)
+    else:
+        tokenizer = new_tokenizer(texts, c, folder, ends=True)
     config = BertConfig(
         vocab_size=len(tokenizer), max_position_embeddings=c['lm_positions'], hidden_size=c['lm_width'],
         num_hidden_layers=c['lm_layers'], num_attention_heads=c['lm_heads'], intermediate_size=4 * c['lm_width'],
         hidden_dropout_prob=c['dropout'], attention_probs_dropout_prob=c['dropout'])
-    config.save_pretrained(folder)
+    if not again:   # a finished run is read: nothing is written into it
+        config.save_pretrained(folder)
     return TextEncoder(BertModel(config)), tokenizer

@@ -36,7 +36,8 @@ from adapters import CMPTA, GMRA, AVEncoder, MMBlock, MSEAdapter, frames_on_toke
 from baselines import BASELINES, build_baseline
 from data import texts_for
 from files import check_regular, open_regular, replacing, write_text
-from lm import FrozenLM, ModelError, empty_lm, lm_config, load_encoder, load_lm, load_tokenizer, new_encoder, new_lm, specials, width_of
+from lm import (FrozenLM, ModelError, empty_lm, lm_config, load_encoder, load_lm, load_tokenizer,
+                new_encoder, new_lm, refuse_unknown_tokens, specials, width_of)
 from losses import deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
 from prompts import Prompt
 
@@ -221,6 +222,7 @@ class PseudoTokenLM(nn.Module):
         if longest > lm.max_positions:
             raise ModelError(f"prompt, pseudo tokens, max_text_len and label make {longest} tokens, past the "
                              f"{lm.max_positions} positions of this LM: lower max_text_len.")
+        self._refuse_unknown_tokens()
         for k, v in prompt.trie().items(): self.register_buffer('trie_' + k, v, persistent=False)
         values = torch.tensor(prompt.values or range(len(prompt.labels)), dtype=torch.float32)
         self.register_buffer('values', values, persistent=False)                                 # [K]
@@ -229,12 +231,29 @@ class PseudoTokenLM(nn.Module):
             self.query_tokens = nn.Parameter(0.02 * torch.randn(1, lm.width))                    # [1,D]
             self.head = nn.Sequential(nn.Linear(lm.width, c['head_width']), nn.ReLU(), nn.Linear(c['head_width'], n_out))
 
+    def _refuse_unknown_tokens(self):
+        """ Raises ModelError where the LM has no embedding for a token of the prompt or of a label.
+        """
+        prompt, c, rows = self.prompt, self.c, len(self.lm.parts['embed'].weight)
+        refuse_unknown_tokens([prompt.before, prompt.after], rows, f"the prompt {c['prompt']!r}")
+        refuse_unknown_tokens(prompt.answers, rows, f"the labels of {c['label']!r}")
+        if c['system'] == 'mse' and c['tgm_pool'] == 'padded':
+            refuse_unknown_tokens([[prompt.pad_id]], rows, "the padding that tgm_pool='padded' "
+                                                           "counts")
+
     def read(self, batch, adapter=True):
-        """ The prompt, embedded: x [B,T,D], n [B] real tokens. adapter=False leaves the pseudo tokens out. """
+        """ The prompt, embedded: x [B,T,D], n [B] real tokens. adapter=False leaves the pseudo
+        tokens out. Raises ModelError where the adapter gives another shape than one pseudo token of
+        the LM's width for each of n_pseudo. """
         first, P = len(self.prompt.before), self.c['n_pseudo']
         x, n = self.lm.embed(batch['tokens']), batch['text_len']                                 # [B,T,D], [B]
         if not adapter: return torch.cat([x[:, :first], x[:, first + P:]], 1), n - P
         with torch.autocast(x.device.type, enabled=False): pseudo = self.adapter(batch, *self.own_text(x, n))    # [B,P,D]
+        wanted = (len(x), P, x.shape[2])
+        if tuple(pseudo.shape) != wanted:
+            raise ModelError(f"the adapter gives pseudo tokens of shape {list(pseudo.shape)} and "
+                             f"the prompt has room for {list(wanted)}, [clips, n_pseudo, width of "
+                             "the LM]: mend the adapter, or set n_pseudo to what it gives.")
         return torch.cat([x[:, :first], pseudo.to(x.dtype), x[:, first + P:]], 1), n
 
     def own_text(self, x, n):
@@ -377,11 +396,13 @@ class CrossSent(nn.Module):
 # ---------------------------------------------------------------------------------------------------------
 # From knobs to a model, from a model to a file and back
 
-def build(c, corpus, out_dir, dtype=torch.float32):
+def build(c, corpus, out_dir, dtype=torch.float32, as_data=False):
     """
     The model that the knobs `c` describe and its tokenizer (None without text). The AV encoder starts from the run
-    c['av_from'] unless av_init='random'. Raises ModelError.
+    c['av_from'] unless av_init='random'. as_data: somebody else's folder has named the LM, so it
+    is read as data alone (lm_config), whatever c['trust_remote_code'] says. Raises ModelError.
     """
+    remote = c['trust_remote_code'] and not as_data
     corpus.label('train', c['label'])   # a wrong name gets its sentence before gigabytes are loaded
     try:
         if c['system'] == 'lm':
@@ -390,17 +411,18 @@ def build(c, corpus, out_dir, dtype=torch.float32):
         if c['system'] == 'av': return AVModel(build_av_encoder(c, corpus.widths), c), None
         if c['system'] == 'late' and 'text' not in c['late_streams']: return build_baseline(c, corpus, None, 0, None), None
         if c['system'] in BASELINES and c['text_features'] == 'frozen':   # the feed has the hidden states: here are no weights
-            width = width_of(lm_config(c['lm'], c['trust_remote_code'])[0])
-            tokenizer = load_tokenizer(c['lm'], c['trust_remote_code'])
+            width = width_of(lm_config(c['lm'], remote, as_data)[0])
+            tokenizer = load_tokenizer(c['lm'], remote, as_data)
             return build_baseline(c, corpus, None, width, tokenizer), tokenizer
         if c['system'] == 'crosssent' or c['system'] in BASELINES:
-            encoder, tokenizer = load_encoder(c['lm'], c['trust_remote_code']) if c['lm'] != 'new' else \
-                new_encoder(texts_for(corpus, 'train', c), c, os.path.join(out_dir, 'hf'), again=c['resume'])
+            encoder, tokenizer = load_encoder(c['lm'], remote, as_data) if c['lm'] != 'new' else \
+                new_encoder(texts_for(corpus, 'train', c), c, os.path.join(out_dir, 'hf'),
+                            again=c['resume'], as_data=as_data)
             if c['system'] in BASELINES: return build_baseline(c, corpus, encoder, encoder.width, tokenizer), tokenizer
             return CrossSent(encoder, tokenizer, {s: corpus.widths[s] for s in c['modalities'] if s in corpus.widths}, c), tokenizer
         if c['system'] in ('mse', 'cmpta'):   # and so do labels that cannot be told apart
-            prompt = Prompt(c, corpus.labels[c['label']], load_tokenizer(c['lm'], c['trust_remote_code']))
-        lm, tokenizer = load_lm(c['lm'], dtype, c['lm_init'] == 'random', c['trust_remote_code'])
+            prompt = Prompt(c, corpus.labels[c['label']], load_tokenizer(c['lm'], remote, as_data))
+        lm, tokenizer = load_lm(c['lm'], dtype, c['lm_init'] == 'random', remote, as_data)
         if c['system'] in ('mse', 'cmpta'):
             return PseudoTokenLM(lm, build_adapter(c, corpus.widths, lm), prompt, c), tokenizer
         model = DeepMLF(lm, build_av_encoder(c, corpus.widths), c)
@@ -429,12 +451,12 @@ def build_adapter(c, widths, lm):
                  c['cmpta_align_text'], c['cmpta_attend'], c['cmpta_pool'], c['dropout'], c['pseudo_projection'], embed_rms)
 
 
-def rehearse(c):
+def rehearse(c, as_data=False):
     """
     Build DeepMLF from the knobs without a weight in it (on the meta device), from the LM's configuration alone: so that
     an LM that cannot be had, or layers that it does not have, stop a run before hours of AV pretraining. ModelError.
     """
-    hf = empty_lm(c['lm'], c['trust_remote_code'])
+    hf = empty_lm(c['lm'], c['trust_remote_code'], as_data)
     with torch.device('meta'):
         try: DeepMLF(FrozenLM(hf), AVEncoder({'audio': 1}, c['av_width'], 1, c['av_heads']), c)
         except ValueError as e: raise ModelError(str(e)) from None

@@ -456,6 +456,7 @@ def save(kind):
 def score(split):
     try: return evaluate(model, feed, split, autocast)
     except ValueError as e: stop(f"{split}: {e}.")
+    except ModelError as e: stop(str(e))
 
 
 # Ctrl-C finishes the step, saves and leaves; a second one leaves at once.
@@ -506,7 +507,9 @@ while state['step'] < n_steps and not state['done']:
                                             lm_weight=torch.tensor(n / max(1, sum(n_targets)) / share))   # and over tokens
         if spare: share = 0.0
         with ranks.unsynced(step_model, start == rounds[-1]):
-            with autocast(): out = step_model(batch)
+            try:
+                with autocast(): out = step_model(batch)
+            except ModelError as e: stop(str(e))
             (out['loss'] * share * loss_scale * ranks.N_RANKS).backward()   # the processes' gradients are averaged
         for k, v in (out['terms'] | dict(loss=out['loss'])).items(): terms[k] = terms.get(k, 0) + v.detach() * share
     if state['step'] == 0:
