@@ -945,6 +945,7 @@ def _write_stream(name, splits, out, progress, padding):
                 a.close()
     if padded:
         info['padding'] = side
+    if padded or padding['by'] == '--padding':
         info['padding_found'] = {k: padding[k] for k in ('by', 'left', 'right', 'read', 'streams')}
     if padding.get('text'):
         info['aligned_text'] = padding['text']
