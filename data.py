@@ -4,7 +4,7 @@ Any corpus -> one folder of memory-mapped arrays -> batches.
     python data.py unaligned_50.pkl --name=mosei    an M-SENA/MMSA pickle: MOSI, MOSEI, CH-SIMS, CH-SIMS v2
     python data.py MELD --dtype=float16             a folder of MELD_train.pkl, MELD_valid.pkl, MELD_test.pkl
     python data.py SOURCE --label_range=-1,1        scores in another range than the one that is guessed
-    python data.py SOURCE --padding=right           where the zeros at a clip's end are padding, if the file does not show it
+    python data.py SOURCE --padding=right           the padding side, where the file does not show it
     python data.py SOURCE --encoding=gbk            texts as bytes in another encoding than UTF-8
     python data.py --compare A B --lm=NAME          how two corpora's language differs (DeepMLF's Table 9)
     python data.py --subsets A --lm=NAME --n=300    and that of random subsets
@@ -52,35 +52,44 @@ def _name_table(**fields):
 
 def _stream_names():
     """ The known names of the streams and of their lengths, for _name_table. """
-    names = dict(audio='audio audios acoustic acoustics covarep speech voice audio_features audio_feature '
-                       'audio_feat acoustic_features',
-                 vision='vision video videos visual visuals facet facet_4_1 facet_4_2 openface openface_2 '
-                        'openface_2_0 vision_features video_features visual_features vision_feature '
-                        'video_feature visual_feature vision_feat video_feat visual_feat')
-    ends = ('lengths', 'length', 'lens', 'len')
-    lengths = {m + '_lengths': ' '.join(f'{n}_{end}' for n in names[m].split() for end in ends) for m in names}
+    names = dict(
+        audio='audio audios acoustic acoustics covarep speech voice '
+              'audio_features audio_feature audio_feat acoustic_features',
+        vision='vision video videos visual visuals facet facet_4_1 facet_4_2 openface openface_2 '
+               'openface_2_0 vision_features video_features visual_features vision_feature '
+               'video_feature visual_feature vision_feat video_feat visual_feat')
+    lengths = {}
+    for m in names:
+        ends = ('lengths', 'length', 'lens', 'len')
+        lengths[m + '_lengths'] = ' '.join(f'{n}_{end}' for n in names[m].split() for end in ends)
     return names | lengths
 
 
 def _label_names():
     """ The known names of the scores: CH-SIMS has one of the clip and one of each modality. """
-    names = 'regression_labels regression_label labels label sentiment sentiments scores score'.split()
+    names = ('regression_labels', 'regression_label', 'labels', 'label', 'sentiment', 'sentiments',
+             'scores', 'score')
     ends = ('', '_T', '_A', '_V')
     return {'label' + end: ' '.join(n + end.lower() for n in names) for end in ends}
 
 
 TEXT_NAMES = ('raw_text raw_texts rawtext text_raw text texts transcript transcripts transcription '
               'utterance utterances sentence sentences')
-OTHER_NAMES = dict(id='id ids clip_id clip_ids segment_id utterance_id', speaker='speaker speakers speaker_id',
-                   dialogue='dialogue dialogues dialogue_id dialog dialog_id conversation conversation_id')
+OTHER_NAMES = dict(
+    id='id ids clip_id clip_ids segment_id utterance_id', speaker='speaker speakers speaker_id',
+    dialogue='dialogue dialogues dialogue_id dialog dialog_id conversation conversation_id')
 MSENA_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names(), **_label_names(), **OTHER_NAMES)
-CLIP_FIELDS = _name_table(emotion='label labels emotion emotions', **OTHER_NAMES)      # of a list's clip
-FEATURE_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names())                     # of its features
-SPLIT_FIELDS = _name_table(train='train training', valid='valid validation val dev', test='test testing')
+# a clip of a list has two dicts: itself and its features
+CLIP_FIELDS = _name_table(emotion='label labels emotion emotions', **OTHER_NAMES)
+FEATURE_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names())
+SPLIT_FIELDS = _name_table(
+    train='train training', valid='valid validation val dev', test='test testing')
+# the names that a layout itself has, where they are not the field's
 MSENA_OWN = {'text': 'raw_text', 'label': 'regression_labels', 'label_T': 'regression_labels_T',
              'label_A': 'regression_labels_A', 'label_V': 'regression_labels_V'}
-LISTS_OWN = {'emotion': 'label', 'vision': 'video', 'audio_lengths': 'audio_len', 'vision_lengths': 'video_len'}
-# What may hold the text of an aligned source, one token a frame: (BERT's ids, mask, types) and features
+LISTS_OWN = {'emotion': 'label', 'vision': 'video', 'audio_lengths': 'audio_len',
+             'vision_lengths': 'video_len'}
+# arrays with a row a token: BERT's ids, mask and types [N,3,L], or features [N,L,d]
 TEXT_MASKS = ('text_bert', 'bert', 'bert_tokens')
 TEXT_FEATURES = ('text', 'text_features', 'text_feature', 'text_feat', 'glove', 'language')
 
@@ -110,9 +119,10 @@ def _holds_text(value):
 
 def _find_fields(holder, table, own, where):
     """
-    {field: key} of the fields of a table of names that a dict holds. Keys with the value None do not count.
-    A text must be text, and streams, lengths and scores must not be, so that 'text' may be BERT features and
-    'video' a path. `own` has the layout's own names where the field's is not it. Raises CorpusError where two keys would do.
+    {field: key} of the fields of a table of names that a dict holds. Keys with the value None do
+    not count. A text must be text, and streams, lengths and scores must not be, so that 'text'
+    may be BERT features and 'video' a path. `own` has the layout's own names where the field's is
+    not it. Raises CorpusError where two keys would do.
     """
     named = {}
     for key, value in holder.items():
@@ -127,16 +137,19 @@ def _find_fields(holder, table, own, where):
         elif field.startswith((*STREAMS, 'label')):
             fits = [k for k in keys if not _holds_text(holder[k])]
         if len(fits) > 1:
-            raise CorpusError(f"The keys '{_printed(fits[0])}' and '{_printed(fits[1])}' {where} both name the {field}; "
-                              "remove one of them from the source.")
-        fits = fits or [k for k in keys if k == own.get(field, field)]   # refused later, by what it holds
+            raise CorpusError(f"The keys '{_printed(fits[0])}' and '{_printed(fits[1])}' {where} both "
+                              f"name the {field}; remove one of them from the source.")
+        if not fits:   # the layout's own key stays, so that what it holds is refused by name later
+            fits = [k for k in keys if k == own.get(field, field)]
         if fits:
             found[field] = fits[0]
     return found
 
 
 class Summary:
-    """ What was read under another name, what was not read, and what got a default: for meta.json. """
+    """
+    What was read under another name, what was not read, and what got a default: for meta.json.
+    """
     def __init__(self, encoding=None):
         self.encoding = encoding
         self.renamed, self.unread, self.defaults, self.text = {}, {}, {}, {}
@@ -191,17 +204,19 @@ def _decode_bytes(raw, where, encoding):
     except (UnicodeError, ValueError):
         begin = ascii(raw[:24])
         if encoding:
-            raise CorpusError(f"{where} holds bytes that are not {encoding} ({begin}); give --encoding the codec that "
-                              "the texts are in.") from None
-        raise CorpusError(f"{where} holds bytes that are not UTF-8 ({begin}); name the encoding that the texts are in, "
-                          "for example --encoding=gbk or --encoding=cp1252.") from None
+            raise CorpusError(f"{where} holds bytes that are not {encoding} ({begin}); convert it with "
+                              "the encoding that the texts are in.") from None
+        raise CorpusError(f"{where} holds bytes that are not UTF-8 ({begin}); convert it with python "
+                          "data.py SOURCE and the encoding that the texts are in, for example "
+                          "--encoding=gbk or --encoding=cp1252.") from None
 
 
 def _repair_controls(text, summary):
     """
-    A text with C1 control characters, which no transcript has: they are bytes that someone read as Latin-1.
-    Where all of the text is UTF-8 read as Latin-1, or ASCII for the most part with characters that cp1252
-    has, only one reading makes sense and the text is repaired. Else (it may be GBK) it stays. All are counted.
+    A text with C1 control characters, which no transcript has: they are bytes that someone read
+    as Latin-1. Where all of the text is UTF-8 read as Latin-1, or ASCII for the most part with
+    characters that cp1252 has, only one reading makes sense and the text is repaired. Else (it
+    may be GBK) it stays. All are counted.
     """
     try:
         repaired = text.encode('latin1').decode('utf-8')
@@ -244,11 +259,14 @@ def _texts(column, n, where, summary, ids=None):
     """ A column of n texts as a list of str. """
     values = _column(column, n, where)
     names = [f" (clip {i})" for i in ids] if ids else [''] * len(values)
-    return [_text(v, f"Entry {i} of {where}{name}", summary) for i, (v, name) in enumerate(zip(values, names))]
+    return [_text(v, f"Entry {i} of {where}{names[i]}", summary) for i, v in enumerate(values)]
 
 
 def _optional_texts(field, column, split, n, where, summary, ids=None):
-    """ A column of n texts where a missing one gets a default: '' or, for an id, its split and number. """
+    """
+    A column of n texts where a missing one gets a default: '' or, for an id, its split and
+    number.
+    """
     texts = []
     for i, value in enumerate(_column(column, n, where)):
         if _is_missing(value):
@@ -261,8 +279,8 @@ def _optional_texts(field, column, split, n, where, summary, ids=None):
 
 def _numbers(column, n, where, optional=False):
     """
-    A list or array of n numbers, bare or each in an array or list of one, as float64 [N]; NaN for a missing
-    one if they are optional.
+    A list or array of n numbers, bare or each in an array or list of one, as float64 [N]; NaN for
+    a missing one if they are optional.
     """
     values = _column(column, n, where)
     for i, v in enumerate(values):
@@ -305,42 +323,50 @@ def _all_zero(array):
 
 
 def _zero_runs(live, size):
-    """ How many frames are zero at the head and at the tail, [n] each, of clips of `size` [n] frames. """
+    """
+    How many frames are zero at the head and at the tail, [n] each, of clips of `size` [n] frames.
+    """
     if not live.shape[1]:
         return size, size
     some = live.any(1)                                                                       # [n]
-    last = live.shape[1] - live[:, ::-1].argmax(1)                                           # [n], its number + 1
-    return np.where(some, live.argmax(1), size), np.where(some, size - last, size)
+    end = live.shape[1] - live[:, ::-1].argmax(1)   # behind the last frame that is not zero # [n]
+    return np.where(some, live.argmax(1), size), np.where(some, size - end, size)
 
 
 class Frames:
     """
-    One stream of one split as the source has it: N clips of at most L frames of d features. From one array
-    [N, L, d] or [N, d], or from a list of N arrays [L_i, d] or [d], some of them None. n_rows [N] is how many
-    frames the source holds of each clip, 0 for a clip without this stream; lengths [N] is what it states, -1
-    where it does not. Ragged arrays have different n_rows, so that those are their lengths.
+    One stream of one split as the source has it: N clips of at most L frames of d features. From
+    one array [N, L, d] or [N, d], or from a list of N arrays [L_i, d] or [d], some of them None.
+    n_rows [N] is how many frames the source holds of each clip, 0 for a clip without this stream;
+    lengths [N] is what it states, -1 where it does not. Ragged arrays have different n_rows, so
+    that those are their lengths.
     """
     def __init__(self, source, lengths, n, where):
         if type(source) is LazyArray and source.dtype == object:
-            source = source.all().ravel().tolist() if math.prod(source.shape) == n else source.all().tolist()
+            values = source.all()
+            source = (values.ravel() if values.size == n else values).tolist()
         self.one, self.N, self.where, self.scanned = type(source) is LazyArray, n, where, None
         if not self.one and type(source) is not list:
             raise CorpusError(f"{where} is neither an array nor a list of arrays; mend the source.")
         if (source.shape[:1] if self.one else (len(source),)) != (n,):
             raise CorpusError(f"{where} is not for the {n} clips of its split; mend the source.")
         self.arrays = [source] if self.one else [_clip_array(a) for a in source]
-        if any(a is not None and type(a) is not LazyArray for a in self.arrays):
+        there = [a for a in self.arrays if a is not None]
+        if any(type(a) is not LazyArray for a in there):
             raise CorpusError(f"{where} is neither an array nor a list of arrays; mend the source.")
-        shapes = [a.shape[1:] if self.one else a.shape for a in self.arrays if a is not None]   # (L,d) or (d,)
-        first = shapes[0] if shapes else (0, 1)
-        self.empty, self.flat, self.d = not shapes, len(first) == 1, first[-1] if first else 0
-        if any(a is not None and a.dtype.kind not in 'fiub' for a in self.arrays) or len(first) not in (1, 2) \
-           or any(len(s) != len(first) or s[-1] != self.d for s in shapes) or not 0 < self.d <= MAX_WIDTH:
-            raise CorpusError(f"{where} is not numbers [clips, frames, features] of one width, 1 to {MAX_WIDTH}; "
-                              "mend the source.")
-        rows = [0 if a is None else 1 if self.flat else (a.shape[1] if self.one else a.shape[0])
-                for a in self.arrays]   # a vector a clip is one frame
-        self.n_rows = np.array(rows * n if self.one else rows, np.int64)                     # [N]
+        shapes = [a.shape[1:] if self.one else a.shape for a in there]                       # (L,d) or (d,)
+        first = shapes[0] if there else (0, 1)
+        self.empty, self.flat, self.d = not there, len(first) == 1, first[-1] if first else 0
+        numbers = all(a.dtype.kind in 'fiub' for a in there)
+        same = all(len(s) == len(first) and s[-1] == self.d for s in shapes)
+        if not numbers or len(first) not in (1, 2) or not same or not 0 < self.d <= MAX_WIDTH:
+            raise CorpusError(f"{where} is not numbers [clips, frames, features] of one width, 1 to "
+                              f"{MAX_WIDTH}; mend the source.")
+        if self.one:
+            rows = [1 if self.flat else first[0]] * n   # a vector a clip is one frame
+        else:
+            rows = [0 if a is None else 1 if self.flat else a.shape[0] for a in self.arrays]
+        self.n_rows = np.array(rows, np.int64)                                               # [N]
         self.missing = np.zeros(n, bool) if self.one else self.n_rows == 0                   # [N]
         self.ragged = not self.one and not self.flat and len(set(rows) - {0}) > 1
         self.lengths, self.states = np.full(n, -1), False                                    # [N]
@@ -352,10 +378,14 @@ class Frames:
         self.lengths[self.missing] = 0
 
     @property
-    def L(self): return int(self.n_rows.max(initial=0))
+    def L(self):
+        """ Frames of the longest clip. """
+        return int(self.n_rows.max(initial=0))
 
     @property
-    def step(self): return max(1, CHUNK_BYTES // (8 * max(1, self.L) * self.d))   # 8: the widest number is a float64
+    def step(self):
+        """ Clips of a chunk, as if of float64, the widest number. """
+        return max(1, CHUNK_BYTES // (8 * max(1, self.L) * self.d))
 
     @property
     def unknown(self):
@@ -367,10 +397,13 @@ class Frames:
         self.arrays[i], self.n_rows[i], self.lengths[i], self.missing[i] = None, 0, 0, True
 
     def rows(self, i, j, counts=None):
-        """ Clips i:j as float32 [n, L, d], with 0 for all that is not finite, which `counts` counts. """
+        """
+        Clips i:j as float32 [n, L, d], with 0 for all that is not finite, which `counts` counts.
+        """
         j = min(j, self.N)
         if self.one:
-            return _finite(self.arrays[0].rows(i, j).reshape(j - i, self.L, self.d), counts)     # [n,L,d]
+            x = self.arrays[0].rows(i, j).reshape(j - i, self.L, self.d)                     # [n,L,d]
+            return _finite(x, counts)
         x = np.zeros((j - i, self.L, self.d), np.float32)                                    # [n,L,d]
         for k in range(i, j):
             if self.n_rows[k]:
@@ -379,9 +412,10 @@ class Frames:
 
     def edge_zeros(self):
         """
-        What the padding side is decided by: numbers of clips [n], and how many of their frames are zero at the
-        head and at the tail, [n] each. Of the clips without a stated length, and those whose stated length is
-        below what the source holds, it takes all, or SIDE_SAMPLE evenly spaced ones where they are more.
+        What the padding side is decided by: numbers of clips [n], and how many of their frames
+        are zero at the head and at the tail, [n] each. Of the clips without a stated length, and
+        those whose stated length is below what the source holds, it takes all, or SIDE_SAMPLE
+        evenly spaced ones where they are more.
         """
         if self.scanned is None:
             open_end = self.unknown | (self.lengths > 0) & (self.lengths < self.n_rows)      # [N]
@@ -403,9 +437,9 @@ class Frames:
 
     def own(self, live, i, side, text_lengths=None):
         """
-        The frames that are the clips' own, [n, L], for clips i.. whose frames are not zero at live [n, L].
-        An unknown length ends where the zeros on the padding side begin, or where the aligned text ends if
-        that is later.
+        The frames that are the clips' own, [n, L], for clips i.. whose frames are not zero at
+        live [n, L]. An unknown length ends where the zeros on the padding side begin, or where
+        the aligned text ends if that is later.
         """
         here = slice(i, i + len(live))
         size, stated, unknown = self.n_rows[here], self.lengths[here], self.unknown[here]    # [n]
@@ -467,19 +501,26 @@ def _read_msena_split(clips, split, path, summary):
 
 
 def _aligned_text(clips, n):
-    """ (key, array, is_mask) of the arrays of an M-SENA split that may hold its text one token a frame. """
+    """
+    (key, array, is_mask) of the arrays of an M-SENA split that may hold its text one token a
+    frame.
+    """
     arrays = []
     for key, a in clips.items():
-        if type(a) is LazyArray and len(a.shape) == 3 and a.shape[0] == n and a.dtype.kind in 'fiub':
+        if type(a) is not LazyArray or len(a.shape) != 3:
+            continue
+        if a.shape[0] == n and a.dtype.kind in 'fiub' and 0 < a.shape[2] <= MAX_WIDTH:
             if _key_name(key) in TEXT_MASKS and a.shape[1] == 3:
-                arrays.insert(0, (key, a, True))   # a mask comes first: it is small, and means to tell lengths
-            elif _key_name(key) in TEXT_FEATURES and 0 < a.shape[2] <= MAX_WIDTH:
+                arrays.append((key, a, True))
+            elif _key_name(key) in TEXT_FEATURES:
                 arrays.append((key, a, False))
     return arrays
 
 
 def _read_lists(paths, scratch, files, summary):
-    """ Three pickles, each a list of {label, features: {text, audio, video, audio_len, video_len}}. """
+    """
+    Three pickles, each a list of {label, features: {text, audio, video, audio_len, video_len}}.
+    """
     splits = {}
     for split, path in paths.items():
         clips = read_pickle(files.enter_context(open(path, 'rb')), scratch)
@@ -497,14 +538,17 @@ def _read_list(clips, split, path, summary):
             outer = _find_fields(clip, CLIP_FIELDS, LISTS_OWN, f"of clip {i} {where}")
             inner = _find_fields(features, FEATURE_FIELDS, LISTS_OWN, f"of clip {i} {where}")
         if type(features) is not dict or 'emotion' not in outer or 'text' not in inner:
-            raise CorpusError(f"Clip {i} {where} holds {_keys(clips[i])}, and needs label and features with a text in "
-                              "them.")
+            raise CorpusError(f"Clip {i} {where} holds {_keys(clips[i])}, and needs label and features "
+                              "with a text in them.")
         summary.note_fields(clip, outer, LISTS_OWN)
         summary.note_fields(features, inner, LISTS_OWN)
-        rows.append({f: clip[k] for f, k in outer.items()} | {f: features[k] for f, k in inner.items()})
+        own = {field: clip[key] for field, key in outer.items()}
+        rows.append(own | {field: features[key] for field, key in inner.items()})
 
     def column(field):
-        """ The field of all clips, None where it is missing; and None if it is missing from all. """
+        """
+        The field of all clips, None where it is missing; and None if it is missing from all.
+        """
         values = [row.get(field) for row in rows]
         return None if all(_is_missing(v) for v in values) else values
 
@@ -514,9 +558,11 @@ def _read_list(clips, split, path, summary):
         ids = s['id'] = _optional_texts('id', ids, split, n, f"id {where}", summary)
     for m in STREAMS if n else ():
         source = [row.get(m) for row in rows]
-        s['streams'][m] = Frames(source, column(m + '_lengths'), n, f"{LISTS_OWN.get(m, m)} {where}")
+        key = LISTS_OWN.get(m, m)
+        s['streams'][m] = Frames(source, column(m + '_lengths'), n, f"{key} {where}")
     s['text'] = _texts([row['text'] for row in rows], n, f"text {where}", summary, ids)
-    s['labels'] = dict(emotion=_texts([row['emotion'] for row in rows], n, f"label {where}", summary, ids))
+    emotions = [row['emotion'] for row in rows]
+    s['labels'] = dict(emotion=_texts(emotions, n, f"label {where}", summary, ids))
     for field in ('speaker', 'dialogue'):
         values = column(field)
         if values:
@@ -525,7 +571,9 @@ def _read_list(clips, split, path, summary):
 
 
 def _check_splits(splits, source):
-    """ Fills in ids. Raises CorpusError where a split is empty or the splits do not fit each other. """
+    """
+    Fills in ids. Raises CorpusError where a split is empty or the splits do not fit each other.
+    """
     train = splits['train']
     for split, s in splits.items():
         s.setdefault('id', [f'{split}_{i}' for i in range(len(s['text']))])
@@ -549,20 +597,22 @@ def _check_splits(splits, source):
 
 
 def _check_widths(m, frames, source):
-    """ Gives a split without any clip of this stream the width of the others. Raises CorpusError. """
+    """
+    Gives a split without any clip of this stream the width of the others. Raises CorpusError.
+    """
     first = next(split for split, f in frames.items() if not f.empty)
     for split, f in frames.items():
         if f.empty:
             f.d, f.flat = frames[first].d, frames[first].flat
         if f.d != frames[first].d:
-            raise CorpusError(f"The {m} of {source} has {frames[first].d} features in {first} but {f.d} in {split}; "
-                              "mend the source.")
+            raise CorpusError(f"The {m} of {source} has {frames[first].d} features in {first} but "
+                              f"{f.d} in {split}; mend the source.")
 
 
 def _drop_shared_zeros(m, splits):
     """
-    Clips that share one array are clips without this stream if it is all zero. Else it is refused: a small
-    file could fill a disk with one array.
+    Clips that share one array are clips without this stream if it is all zero. Else it is
+    refused: a small file could fill a disk with one array.
     """
     lists = {split: s['streams'][m] for split, s in splits.items() if not s['streams'][m].one}
     uses = Counter(id(a) for f in lists.values() for a in f.arrays if a is not None)
@@ -576,8 +626,9 @@ def _drop_shared_zeros(m, splits):
                 is_zero[id(a)] = _all_zero(a)
             if not is_zero[id(a)] and id(a) in seen:
                 ids = splits[split]['id']
-                raise CorpusError(f"{f.where} has one array for many clips ({ids[seen[id(a)]]} and {ids[i]} share it), and "
-                                  "it is not all zeros; give each clip its own frames, or None where it has none.")
+                raise CorpusError(f"{f.where} has one array for many clips ({ids[seen[id(a)]]} and "
+                                  f"{ids[i]} share it), and it is not all zeros; give each clip its own "
+                                  "frames, or None where it has none.")
             seen[id(a)] = i
         for i in [i for i, a in enumerate(f.arrays) if is_zero.get(id(a))]:
             f.drop(i)
@@ -596,19 +647,24 @@ def _side_of(left, right):
 
 
 def _excess(head, tail):
-    """ By how many frames a clip's zero run at one end is longer than that at the other: left, right [n]. """
+    """
+    By how many frames a clip's zero run at one end is longer than that at the other: left, right
+    [n].
+    """
     return np.maximum(head - tail, 0), np.maximum(tail - head, 0)
 
 
 def _side_by_runs(cells):
     """
-    The side that zero runs show, 'left', 'right', 'mixed' or None, of cells (stream, split, head [n], tail [n]).
+    The side that zero runs show, 'left', 'right', 'mixed' or None, of cells (stream, split, head
+    [n], tail [n]).
 
-    Each clip counts by the frames by which the run at one end is longer than the run at the other, so that
-    a silent first frame weighs little against padding. A row of zeros that all clips have ([CLS], [SEP]) is
-    no padding: the side is also looked for with the run that 95 % of a stream's clips have taken off, or
-    clips that fill the length would vote by it. If the two contradict each other, the evidence is mixed. So
-    it is if one split or stream shows the other side by runs that are as long as padding.
+    Each clip counts by the frames by which the run at one end is longer than the run at the
+    other, so that a silent first frame weighs little against padding. A row of zeros that all
+    clips have ([CLS], [SEP]) is no padding: the side is also looked for with the run that 95 % of
+    a stream's clips have taken off, or clips that fill the length would vote by it. If the two
+    contradict each other, the evidence is mixed. So it is if one split or stream shows the other
+    side by runs that are as long as padding.
     """
     steady = []
     for stream in dict.fromkeys(cell[0] for cell in cells):
@@ -627,8 +683,9 @@ def _side_by_runs(cells):
     padding = _mean_excess(cells, side)
     for cell in steady:
         other = _side_of(*_total_excess([cell]))
-        if other in ('left', 'right') and other != side and _mean_excess([cell], other) > 0.25 * padding:
-            return 'mixed'
+        if other in ('left', 'right') and other != side:
+            if _mean_excess([cell], other) > 0.25 * padding:
+                return 'mixed'
     return side
 
 
@@ -647,8 +704,8 @@ def _mean_excess(cells, side):
 
 def _stated_votes(frames):
     """
-    How many clips show padding at the head and at the tail by their stated lengths: all the frames that are
-    left over there are zero, and not those at the other end.
+    How many clips show padding at the head and at the tail by their stated lengths: all the
+    frames that are left over there are zero, and not those at the other end.
     """
     at, head, tail = frames.edge_zeros()
     over = frames.n_rows[at] - frames.lengths[at]                                            # [n]
@@ -658,7 +715,9 @@ def _stated_votes(frames):
 
 
 def _run_cells(splits, streams):
-    """ The cells of _side_by_runs, of clips whose length nobody states and that are not all zero. """
+    """
+    The cells of _side_by_runs, of clips whose length nobody states and that are not all zero.
+    """
     cells = []
     for m in streams:
         for split, s in splits.items():
@@ -671,21 +730,25 @@ def _run_cells(splits, streams):
 
 
 def _is_aligned(splits):
-    """ True if audio and vision, and the text's features where there are some, have one frame count. """
+    """
+    True if audio and vision, and the text's features where there are some, have one frame count.
+    """
     for s in splits.values():
         streams = list(s['streams'].values())
         if len(streams) < 2 or any(f.flat or f.ragged for f in streams):
             return False
-        counts = {f.L for f in streams if not f.empty} | {a.shape[1 + mask] for _, a, mask in s['aligned_text']}
-        if len(counts) != 1:
+        counts = {f.L for f in streams if not f.empty}
+        counts |= {a.shape[1 + is_mask] for _, a, is_mask in s['aligned_text']}
+        if len(counts) > 1:
             return False
     return True
 
 
 class AlignedText:
     """
-    What a source's text says of the lengths of streams that have a frame a token: zero runs at the head and
-    at the tail of its mask (or its features), per split. Read in pieces, and only when it is asked for.
+    What a source's text says of the lengths of streams that have a frame a token: zero runs at
+    the head and at the tail of its mask (or its features), per split. Read in pieces, and only
+    when it is asked for.
     """
     def __init__(self, splits):
         self.splits, self.runs = splits, {}
@@ -695,7 +758,7 @@ class AlignedText:
         step = max(1, CHUNK_BYTES // (8 * max(1, math.prod(array.shape[1:]))))
         heads, tails = [], []
         for i in range(0, array.shape[0], step):
-            rows = array.rows(i, i + step)                                                   # [n,3,L] or [n,L,d]
+            rows = array.rows(i, i + step)                                          # [n,3,L] or [n,L,d]
             if is_mask and not np.isin(rows[:, 1], (0, 1)).all():
                 return None
             live = rows[:, 1] != 0 if is_mask else _finite(rows).any(-1)                     # [n,L]
@@ -706,21 +769,25 @@ class AlignedText:
         return np.concatenate(heads), np.concatenate(tails)
 
     def usable(self, m):
-        """ (key, {split: (head [N], tail [N], L)}) of the first text with the frame count of stream m, or None. """
-        by_key = {}
+        """
+        (key, {split: (head [N], tail [N], L)}) of the first text with the frame count of stream
+        m, or None. A mask comes first: it is small, and it is meant to tell lengths.
+        """
+        found = {}
         for split, s in self.splits.items():
             for key, array, is_mask in s['aligned_text']:
                 if array.shape[1 + is_mask] == s['streams'][m].L:
-                    by_key.setdefault((_printed(key), is_mask), {})[split] = array
-        for (key, is_mask), arrays in sorted(by_key.items(), key=lambda item: not item[0][1]):
+                    found.setdefault((not is_mask, _printed(key)), {})[split] = array
+        for no_mask, key in sorted(found):
             runs = {}
-            for split, array in arrays.items():
+            for split, array in found[no_mask, key].items():
                 if id(array) not in self.runs:
-                    self.runs[id(array)] = self._read(array, is_mask)
+                    self.runs[id(array)] = self._read(array, not no_mask)
                 if self.runs[id(array)]:
-                    runs[split] = (*self.runs[id(array)], array.shape[1 + is_mask])
+                    runs[split] = (*self.runs[id(array)], array.shape[1 + (not no_mask)])
             # features that are zero nowhere say nothing: BERT's are not zero in padding
-            if runs and (is_mask or any(head.any() or tail.any() for head, tail, _ in runs.values())):
+            zeros = any(head.any() or tail.any() for head, tail, _ in runs.values())
+            if runs and (zeros or not no_mask):
                 return key, runs
         return None
 
@@ -729,21 +796,25 @@ class AlignedText:
         key_runs = self.usable(m)
         if not key_runs:
             return None
-        cells = [('text', split, head[head < L], tail[head < L]) for split, (head, tail, L) in key_runs[1].items()]
+        cells = []
+        for split, (head, tail, L) in key_runs[1].items():
+            some = head < L                                                                  # [N]
+            cells.append(('text', split, head[some], tail[some]))
         return _side_of(*_total_excess(cells))
 
     def lengths(self, m, side):
         """
-        (key, {split: [N]}) of the lengths that the text states for stream m; the dict is None, and `key` says
-        why, if the text is not of the same frames. It is of the same frames if its padding is on the same side
-        and in at least 95 % of the clips the stream has no frame beyond it.
+        Of stream m: the key of the text that states its lengths, the lengths {split: [N]}, and a
+        sentence that says why the text is not used, each None if there is none. Text is used that
+        is of the same frames. It is of the same frames if its padding is on the same side and in
+        at least 95 % of the clips the stream has no frame beyond it.
         """
         key_runs = self.usable(m)
         if not key_runs:
-            return None, None
+            return None, None, None
         key, runs = key_runs
         if self.side(m) not in (side, None):
-            return f"{key} is not used: its padding is not {side}", None
+            return None, None, f"{key} is not used for lengths: its padding is not {side}"
         lengths, beyond, read = {}, 0, 0
         for split, (head, tail, L) in runs.items():
             lengths[split] = L - (head if side == 'left' else tail)                          # [N]
@@ -754,72 +825,95 @@ class AlignedText:
             beyond += int((found > lengths[split][at])[some].sum())
             read += int(some.sum())
         if not read or beyond > 0.05 * read:
-            return f"{key} is not used: {m} goes beyond it in {beyond} of {read} clips", None
-        return key, lengths
+            why = f"{m} goes beyond it in {beyond} of {read} clips"
+            return None, None, f"{key} is not used for lengths: {why}"
+        return key, lengths, None
 
 
 def _find_padding(splits, source, padding, summary):
     """
-    The padding of each stream, as {stream: dict(side, by, left, right, read, streams, text, text_lengths)}.
+    The padding of each stream, as {stream: dict(side, by, left, right, read, streams, text,
+    text_lengths)}.
 
-    `padding` is the user's word and decides. Else stated lengths do, of the stream or of one that is aligned
-    with it; else the zero runs of clips without a stated length, of all splits, and of all streams together in
-    an aligned source; else the aligned text. Up to SIDE_SAMPLE clips of a stream and split are read for it,
-    which is all of them in small corpora. Raises CorpusError where the evidence is mixed.
+    `padding` is the user's word and decides. Else stated lengths do, of the stream or of one that
+    is aligned with it; else the zero runs of clips without a stated length, of all splits, and of
+    all streams together in an aligned source; else the aligned text. Up to SIDE_SAMPLE clips of a
+    stream and split are read for it, which is all of them in small corpora. Raises CorpusError
+    where the evidence is mixed.
     """
     streams, text = list(splits['train']['streams']), AlignedText(splits)
-    together = _is_aligned(splits)
-    stated = {m: {split: _stated_votes(s['streams'][m]) for split, s in splits.items()} for m in streams}
-    found = {}
+    stated, together, found = {}, _is_aligned(splits), {}
+    for m in streams:
+        stated[m] = {split: _stated_votes(s['streams'][m]) for split, s in splits.items()}
     for m in streams:
         group = streams if together else [m]
-        found[m] = _side_of_stream(m, group, splits, stated, text, source, padding)
-        found[m]['text_lengths'] = None
-        if any(s['streams'][m].unknown.any() for s in splits.values()):
-            found[m]['text'], found[m]['text_lengths'] = text.lengths(m, found[m]['side'])
-            if found[m]['text_lengths']:
-                summary.unread.pop(found[m]['text'], None)
+        found[m] = _find_side(m, group, splits, stated, text)
+        if padding:
+            found[m] |= dict(side=padding, by='--padding')
+        elif found[m]['side'] == 'mixed':
+            raise CorpusError(_mixed_sentence(found[m], source))
+        found[m]['side'] = found[m]['side'] or 'right'   # what most corpora have; it decides nothing here
+        key = lengths = why_not = None
+        if _has_unknown(m, splits):
+            key, lengths, why_not = text.lengths(m, found[m]['side'])
+            summary.unread.pop(key, None)
+        found[m] |= dict(text=key, text_lengths=lengths, text_not_used=why_not)
     return found
 
 
-def _side_of_stream(m, group, splits, stated, text, source, padding):
-    """ The side of one stream, by what, and the counts that show it. """
-    unknown = any(s['streams'][m].unknown.any() for s in splits.values())
-    own = list(stated[m].values())
-    votes = [sum(v) for v in zip(*own)]
-    if not sum(votes) and unknown:
-        own = [v for other in group for v in stated[other].values()]
-        votes = [sum(v) for v in zip(*own)]
-    n_read = sum(len(s['streams'][m].edge_zeros()[0]) for s in splits.values())
-    evidence = dict(side='right', by='none', left=votes[0], right=votes[1], read=n_read, streams=[m])
-    by_votes = _side_of(*votes)
-    if by_votes in ('left', 'right') and any(sum(v) > 1 and _side_of(*v) not in (by_votes, None) for v in own):
-        by_votes = 'mixed'   # one split is padded on the other side
-    side, evidence['by'] = by_votes, 'stated lengths' if by_votes else 'none'
-    if not by_votes and unknown:
-        cells = _run_cells(splits, group)
-        side = _side_by_runs(cells)
-        both = [_excess(head, tail) for _, _, head, tail in cells]
-        evidence |= dict(left=sum(int((v[0] > 0).sum()) for v in both), right=sum(int((v[1] > 0).sum()) for v in both),
-                         read=sum(len(s['streams'][k].edge_zeros()[0]) for s in splits.values() for k in group),
-                         streams=group, by='zero frames' if side else 'none')
-        if side in ('mixed', None) and text.side(m) in ('left', 'right'):
-            side, evidence['by'] = text.side(m), text.usable(m)[0]
-    if padding:
-        return evidence | dict(side=padding, by='--padding')
-    if side == 'mixed':
-        what = "by the stated lengths the padding is" if evidence['by'] == 'stated lengths' else "the longer zero run is"
-        raise CorpusError(f"The padding side of {' and '.join(evidence['streams'])} in {source} is not clear: {what} at the "
-                          f"head in {evidence['left']} clips and at the tail in {evidence['right']} (of {evidence['read']} "
-                          "read); convert with --padding=left or --padding=right.")
-    return evidence | dict(side=side or 'right')
+def _has_unknown(m, splits):
+    """ True if a clip's length in stream m must be found from its frames. """
+    return any(s['streams'][m].unknown.any() for s in splits.values())
+
+
+def _n_read(streams, splits):
+    """ How many clips were read to find the padding side, each stream counted apart. """
+    return sum(len(s['streams'][m].edge_zeros()[0]) for m in streams for s in splits.values())
+
+
+def _mixed_sentence(found, source):
+    """ What is said where the evidence for the padding side is mixed. """
+    what = "the longer zero run is" if found['by'] == 'zero frames' else "by the lengths the padding is"
+    return (f"The padding side of {' and '.join(found['streams'])} in {source} is not clear, as {what} at the "
+            f"head in {found['left']} clips and at the tail in {found['right']} (of {found['read']} read); "
+            "convert it with python data.py SOURCE and --padding=left or --padding=right.")
+
+
+def _find_side(m, group, splits, stated, text):
+    """
+    The side of one stream ('left', 'right', 'mixed', None), by what, and the counts that show it.
+    """
+    unknown = _has_unknown(m, splits)
+    votes = list(stated[m].values())   # (left, right) of each split
+    if unknown and not any(map(sum, votes)):
+        votes = [v for other in group for v in stated[other].values()]
+    left, right = map(sum, zip(*votes))
+    side = _side_of(left, right)
+    if any(sum(v) > 1 and _side_of(*v) not in (side, None) for v in votes):
+        side = side and 'mixed'   # one split is padded on the other side
+    found = dict(side=side, by='stated lengths' if side else 'none', left=left, right=right,
+                 read=_n_read([m], splits), streams=[m])
+    if side or not unknown:
+        return found
+    cells = _run_cells(splits, group)
+    both = [_excess(head, tail) for _, _, head, tail in cells]
+    found['side'] = _side_by_runs(cells)
+    found['by'] = 'zero frames' if found['side'] else 'none'
+    found['left'] = sum(int((left > 0).sum()) for left, _ in both)
+    found['right'] = sum(int((right > 0).sum()) for _, right in both)
+    found['read'], found['streams'] = _n_read(group, splits), group
+    if found['side'] in ('mixed', None) and text.side(m) in ('left', 'right'):
+        found['side'], found['by'] = text.side(m), text.usable(m)[0]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Writing a corpus folder
 
 def _find_source(source):
-    """ (name, layout, {split or 'all': path}) of an M-SENA .pkl, or a folder of NAME_train.pkl etc. """
+    """
+    (name, layout, {split or 'all': path}) of an M-SENA .pkl, or a folder of NAME_train.pkl etc.
+    """
     if os.path.isfile(source): return Path(source).stem, 'msena', {'all': str(source)}
     names = [p.name[:-len('_train.pkl')] for p in sorted(Path(source).glob('*_train.pkl'))]
     if len(names) == 1:
@@ -846,7 +940,9 @@ def _split_file(folder, name, split):
 
 @contextmanager
 def _staging(folder):
-    """ An empty folder to fill. It becomes `folder` in one rename if all went well; else it goes. """
+    """
+    An empty folder to fill. It becomes `folder` in one rename if all went well; else it goes.
+    """
     folder, host = Path(os.path.abspath(folder)), socket.gethostname()
     tmp = Path(f'{folder}.tmp-{os.getpid()}@{host}')
     inner = tmp / folder.name   # inside, so that scratch files can lie beside it and are not renamed with it
@@ -883,13 +979,18 @@ def _bar(n_bytes):
 
 
 def _npy_header(dtype, shape):
-    """ A .npy header of 128 bytes whatever the shape: it is written again when the rows are known. """
+    """
+    A .npy header of 128 bytes whatever the shape: it is written again when the rows are known.
+    """
     text = f"{{'descr': '{np.dtype(dtype).str}', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
     return b'\x93NUMPY\x01\x00' + (118).to_bytes(2, 'little') + text.encode().ljust(117) + b'\n'
 
 
 class Moments:
-    """ Mean and std of rows that come in pieces. Sums of squares would cancel for features far from zero. """
+    """
+    Mean and std of rows that come in pieces. Sums of squares would cancel for features far from
+    zero.
+    """
     def __init__(self, d): self.n, self.mean, self.m2 = 0, np.zeros(d), np.zeros(d)          # [d]
 
     def add(self, x):
@@ -907,11 +1008,12 @@ class Moments:
 
 def _write_stream(name, splits, out, progress, padding):
     """ NAME.npy and NAME_start.npy of all splits, in float32. Returns the entry in meta.json. """
-    train, side, text = splits['train']['streams'][name], padding['side'], padding['text_lengths'] or {}
+    train, side = splits['train']['streams'][name], padding['side']
+    text = padding['text_lengths'] or {}
     moments, padded, empty = Moments(train.d), False, []
     info = dict(width=train.d, longest=0, padding='none', dtype='float32', standardised=False,
-                cleaned={'nan': 0, '+inf': 0, '-inf': 0}, clips_empty=0, clips_all_zero=0, lengths_repaired=0,
-                clips_missing=0, clips_cut=0, clips_cut_with_zeros=0)
+                cleaned={'nan': 0, '+inf': 0, '-inf': 0}, clips_empty=0, clips_all_zero=0,
+                lengths_repaired=0, clips_missing=0, clips_cut=0, clips_cut_with_zeros=0)
     for split in SPLITS:
         frames, lengths = splits[split]['streams'][name], []
         with open(out / split / f'{name}.npy', 'wb') as f:
@@ -938,7 +1040,8 @@ def _write_stream(name, splits, out, progress, padding):
         info['longest'] = max(info['longest'], int(lengths.max()))
         info['clips_empty'] += int((lengths == 0).sum())
         info['clips_missing'] += int(frames.missing.sum())
-        empty += [f"{splits[split]['id'][i]} ({split})" for i in np.flatnonzero(lengths == 0)[:N_NAMED]]
+        ids = splits[split]['id']
+        empty += [f"{ids[i]} ({split})" for i in np.flatnonzero(lengths == 0)[:N_NAMED]]
         padded |= bool((lengths < frames.n_rows).any())
         for a in frames.arrays:
             if a is not None:
@@ -947,8 +1050,9 @@ def _write_stream(name, splits, out, progress, padding):
         info['padding'] = side
     if padded or padding['by'] == '--padding':
         info['padding_found'] = {k: padding[k] for k in ('by', 'left', 'right', 'read', 'streams')}
-    if padding.get('text'):
-        info['aligned_text'] = padding['text']
+    for key in ('text', 'text_not_used'):
+        if padding[key]:
+            info['aligned_' + key] = padding[key]
     if empty:
         info['empty_ids'] = empty[:N_NAMED]
     return info | dict(mean=moments.mean.tolist(), std=moments.std().tolist())
@@ -956,9 +1060,9 @@ def _write_stream(name, splits, out, progress, padding):
 
 def _count_cut(frames, i, live, own, info):
     """
-    Counts the clips whose length was found by cutting zero frames, with nothing else to state it: each of
-    them may end in true zero frames and be too short. Those with zero frames among what is kept are counted
-    too, as in them zero frames are not padding alone.
+    Counts the clips whose length was found by cutting zero frames, with nothing else to state it:
+    each of them may end in true zero frames and be too short. Those with zero frames among what
+    is kept are counted too, as in them zero frames are not padding alone.
     """
     here = slice(i, i + len(live))
     cut = frames.unknown[here] & (own.sum(1) < frames.n_rows[here])                          # [n]
@@ -987,7 +1091,10 @@ def _halve(name, info, out):
 
 
 def _write_labels(splits, out, label_range):
-    """ label*.npy float32 [N] or emotion.npy int64 [N] of all splits. Returns meta.json's entry `labels`. """
+    """
+    label*.npy float32 [N] or emotion.npy int64 [N] of all splits. Returns meta.json's entry
+    `labels`.
+    """
     entries, train = {}, splits['train']['labels']
     for name in train:
         if name == 'emotion':
@@ -1030,14 +1137,15 @@ def _write_texts(splits, out):
 
 def convert(source, folder, dtype='float32', label_range=None, padding=None, encoding=None):
     """
-    Writes the corpus folder `folder` from `source`: an M-SENA .pkl, or a folder of NAME_train.pkl,
-    NAME_valid.pkl and NAME_test.pkl. Streams are cut to their lengths, and nan and inf become 0; float16 also
-    standardises them, by the mean and std of train. label_range is (low, high); None takes [-1, 1] or [-3,
-    3], whichever holds all labels, and [-1, 1] for CH-SIMS. padding is 'left' or 'right', where the zero
-    frames are padding; None finds it (_find_padding). encoding is a Python codec for texts that come as bytes
-    or as Python 2 strings; None takes UTF-8. Returns meta.json's dict. Raises CorpusError and then leaves
-    nothing behind. Memory is some copies of one 32 MiB chunk plus texts and labels, whatever the file's size
-    (and one array, if in Fortran order).
+    Writes the corpus folder `folder` from `source`: an M-SENA .pkl, or a folder of
+    NAME_train.pkl, NAME_valid.pkl and NAME_test.pkl. Streams are cut to their lengths, and nan
+    and inf become 0; float16 also standardises them, by the mean and std of train. label_range is
+    (low, high); None takes [-1, 1] or [-3, 3], whichever holds all labels, and [-1, 1] for
+    CH-SIMS. padding is 'left' or 'right', where the zero frames are padding; None finds it
+    (_find_padding). encoding is a Python codec for texts that come as bytes or as Python 2
+    strings; None takes UTF-8. Returns meta.json's dict. Raises CorpusError and then leaves
+    nothing behind. Memory is some copies of one 32 MiB chunk plus texts and labels, whatever the
+    file's size (and one array, if in Fortran order).
     """
     if dtype not in ('float32', 'float16'): raise CorpusError(f"dtype is float32 or float16, not {dtype!r}.")
     if label_range and not label_range[0] < label_range[1]:
@@ -1088,14 +1196,15 @@ def _check_encoding(encoding):
     except (LookupError, ValueError) as e:
         if isinstance(e, UnicodeDecodeError):
             return   # utf-16 has no text of one byte
-        raise CorpusError(f"--encoding={ascii(encoding)[1:-1]} is no text encoding that Python knows; give one such as "
-                          "utf-8, gbk, cp1252 or shift_jis.") from None
+        raise CorpusError(f"--encoding={ascii(encoding)[1:-1]} is no text encoding that Python knows; give "
+                          "one such as utf-8, gbk, cp1252 or shift_jis.") from None
 
 
 def describe(meta):
     """
-    What a corpus is and what was done to it, as a small table: what was read under which name, what was not
-    read, and what was guessed by which evidence. A meta.json of an earlier version says less.
+    What a corpus is and what was done to it, as a small table: what was read under which name,
+    what was not read, and what was guessed by which evidence. A meta.json of an earlier version
+    says less.
     """
     rows = [('source', f"{meta['source']['file']}, SHA-256 {meta['source']['sha256']}"),
             ('clips', ', '.join(f'{n} {s}' for s, n in meta['clips'].items()))]
@@ -1124,28 +1233,31 @@ def _describe_lengths(s):
         else:
             why = f"found by {found['by']}"
         apart = f", {' and '.join(found['streams'])} counted apart" * (len(found['streams']) > 1)
-        rows.append(f"padding side {why}: {found['right']} clips show right and {found['left']} show left, of "
-                    f"{found['read']} read{apart}")
+        rows.append(f"padding side {why}: {found['right']} clips show right and {found['left']} show "
+                    f"left, of {found['read']} read{apart}")
     if s.get('aligned_text'):
-        used = ' ' not in s['aligned_text']
-        rows.append(f"lengths go at least as far as {s['aligned_text']}" if used else s['aligned_text'])
+        rows.append(f"lengths go at least as far as {s['aligned_text']}")
+    if s.get('aligned_text_not_used'):
+        rows.append(s['aligned_text_not_used'])
     if s.get('clips_cut'):
         end = 'tail' if side == 'right' else 'head'
-        rows.append(f"lengths of {s['clips_cut']} clips were found by cutting zero frames at the {end}, so at most these may "
-                    f"be too short; {s['clips_cut_with_zeros']} of them have zero frames elsewhere too")
+        rows.append(f"lengths of {s['clips_cut']} clips were found by cutting zero frames at the {end}, so at "
+                    f"most these may be too short; {s['clips_cut_with_zeros']} of them have zero frames "
+                    "elsewhere too")
     if s.get('empty_ids'):
         more = ', ..' * (s['clips_empty'] > len(s['empty_ids']))
-        rows.append(f"empty clips: {', '.join(s['empty_ids'])}{more}; {s['clips_missing']} of {s['clips_empty']} are without "
-                    "this stream in the source")
+        rows.append(f"empty clips: {', '.join(s['empty_ids'])}{more}; {s['clips_missing']} of "
+                    f"{s['clips_empty']} are without this stream in the source")
     return rows
 
 
 def _describe_text(text):
     """ What was repaired in texts, or looks wrong in them, of meta.json's entry `text`. """
-    what = dict(cp1252_read_as_latin1="with cp1252 read as Latin-1 (C1 control characters), repaired",
-                utf8_read_as_latin1="with UTF-8 read as Latin-1 (C1 control characters), repaired",
-                control_characters="with C1 control characters, left as they are: some other encoding was read as Latin-1",
-                half_characters="with half a surrogate pair, replaced by ?")
+    what = dict(
+        cp1252_read_as_latin1="with cp1252 read as Latin-1 (C1 control characters), repaired",
+        utf8_read_as_latin1="with UTF-8 read as Latin-1 (C1 control characters), repaired",
+        control_characters="with C1 control characters, left as they are: read in a wrong encoding",
+        half_characters="with half a surrogate pair, replaced by ?")
     rows = [f"{text[key]} {said}" for key, said in what.items() if text.get(key)]
     if text.get('encoding'):
         rows.append(f"bytes were read as {text['encoding']}")
@@ -1157,7 +1269,8 @@ def _describe_keys(meta):
     rows = [('read', f"'{key}' as {field}") for key, field in meta.get('renamed', {}).items()]
     for field, d in meta.get('defaults', {}).items():
         more = ', ..' * (d['count'] > len(d['first']))
-        rows.append((field, f"{d['count']} missing, replaced by a default: {', '.join(d['first'])}{more}"))
+        who = ', '.join(d['first'])
+        rows.append((field, f"{d['count']} missing, replaced by a default: {who}{more}"))
     lists = meta['source'].get('layout') == 'lists'
     unread = []
     for key, entry in meta.get('unread', {}).items():
@@ -1480,10 +1593,13 @@ class Feed:
 
 
 def _command_line(argv):
-    """ python data.py SOURCE [--name=NAME] [--dtype=float32|float16] [--label_range=LOW,HIGH] [--padding=left|right] [--encoding=CODEC] """
+    """
+    python data.py SOURCE [--name=NAME] [--dtype=float32|float16] [--label_range=LOW,HIGH]
+    [--padding=left|right] [--encoding=CODEC]
+    """
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
     sources, label_range = [a for a in argv if not a.startswith('--')], None
-    usage = _command_line.__doc__.strip()
+    usage = ' '.join(_command_line.__doc__.split())
     if {'compare', 'subsets'} & set(flags):
         import language   # which reads corpora, so it cannot come first
         n = flags.get('n', '300')
