@@ -4,7 +4,7 @@ Any corpus -> one folder of memory-mapped arrays -> batches.
     python data.py unaligned_50.pkl --name=mosei    an M-SENA/MMSA pickle: MOSI, MOSEI, CH-SIMS, CH-SIMS v2
     python data.py MELD --dtype=float16             a folder of MELD_train.pkl, MELD_valid.pkl, MELD_test.pkl
     python data.py SOURCE --label_range=-1,1        scores in another range than the one that is guessed
-    python data.py SOURCE --padding=right           the padding side, where the file does not show it
+    python data.py SOURCE --padding=right           the padding side, where a file does not show it
     python data.py SOURCE --encoding=gbk            texts as bytes in another encoding than UTF-8
     python data.py --compare A B --lm=NAME          how two corpora's language differs (DeepMLF's Table 9)
     python data.py --subsets A --lm=NAME --n=300    and that of random subsets
@@ -137,8 +137,9 @@ def _find_fields(holder, table, own, where):
         elif field.startswith((*STREAMS, 'label')):
             fits = [k for k in keys if not _holds_text(holder[k])]
         if len(fits) > 1:
-            raise CorpusError(f"The keys '{_printed(fits[0])}' and '{_printed(fits[1])}' {where} both "
-                              f"name the {field}; remove one of them from the source.")
+            one, two = map(_printed, fits[:2])
+            raise CorpusError(f"The keys '{one}' and '{two}' {where} both name the {field}; remove one "
+                              "of them from the source.")
         if not fits:   # the layout's own key stays, so that what it holds is refused by name later
             fits = [k for k in keys if k == own.get(field, field)]
         if fits:
@@ -204,10 +205,10 @@ def _decode_bytes(raw, where, encoding):
     except (UnicodeError, ValueError):
         begin = ascii(raw[:24])
         if encoding:
-            raise CorpusError(f"{where} holds bytes that are not {encoding} ({begin}); convert it with "
-                              "the encoding that the texts are in.") from None
-        raise CorpusError(f"{where} holds bytes that are not UTF-8 ({begin}); convert it with python "
-                          "data.py SOURCE and the encoding that the texts are in, for example "
+            raise CorpusError(f"{where} holds bytes that are not {encoding} ({begin}); convert it "
+                              "with the encoding that the texts are in.") from None
+        raise CorpusError(f"{where} holds bytes that are not UTF-8 ({begin}); convert it with "
+                          "python data.py SOURCE and the encoding that the texts are in, for example "
                           "--encoding=gbk or --encoding=cp1252.") from None
 
 
@@ -354,14 +355,14 @@ class Frames:
         there = [a for a in self.arrays if a is not None]
         if any(type(a) is not LazyArray for a in there):
             raise CorpusError(f"{where} is neither an array nor a list of arrays; mend the source.")
-        shapes = [a.shape[1:] if self.one else a.shape for a in there]                       # (L,d) or (d,)
+        shapes = [a.shape[1:] if self.one else a.shape for a in there]            # (L,d) or (d,)
         first = shapes[0] if there else (0, 1)
         self.empty, self.flat, self.d = not there, len(first) == 1, first[-1] if first else 0
         numbers = all(a.dtype.kind in 'fiub' for a in there)
         same = all(len(s) == len(first) and s[-1] == self.d for s in shapes)
         if not numbers or len(first) not in (1, 2) or not same or not 0 < self.d <= MAX_WIDTH:
-            raise CorpusError(f"{where} is not numbers [clips, frames, features] of one width, 1 to "
-                              f"{MAX_WIDTH}; mend the source.")
+            raise CorpusError(f"{where} is not numbers [clips, frames, features] of one width, 1 "
+                              f"to {MAX_WIDTH}; mend the source.")
         if self.one:
             rows = [1 if self.flat else first[0]] * n   # a vector a clip is one frame
         else:
@@ -402,9 +403,9 @@ class Frames:
         """
         j = min(j, self.N)
         if self.one:
-            x = self.arrays[0].rows(i, j).reshape(j - i, self.L, self.d)                     # [n,L,d]
+            x = self.arrays[0].rows(i, j).reshape(j - i, self.L, self.d)                # [n,L,d]
             return _finite(x, counts)
-        x = np.zeros((j - i, self.L, self.d), np.float32)                                    # [n,L,d]
+        x = np.zeros((j - i, self.L, self.d), np.float32)                               # [n,L,d]
         for k in range(i, j):
             if self.n_rows[k]:
                 x[k - i, :self.n_rows[k]] = _finite(self.arrays[k].all(), counts)
@@ -538,8 +539,8 @@ def _read_list(clips, split, path, summary):
             outer = _find_fields(clip, CLIP_FIELDS, LISTS_OWN, f"of clip {i} {where}")
             inner = _find_fields(features, FEATURE_FIELDS, LISTS_OWN, f"of clip {i} {where}")
         if type(features) is not dict or 'emotion' not in outer or 'text' not in inner:
-            raise CorpusError(f"Clip {i} {where} holds {_keys(clips[i])}, and needs label and features "
-                              "with a text in them.")
+            raise CorpusError(f"Clip {i} {where} holds {_keys(clips[i])}, and needs label and "
+                              "features with a text in them.")
         summary.note_fields(clip, outer, LISTS_OWN)
         summary.note_fields(features, inner, LISTS_OWN)
         own = {field: clip[key] for field, key in outer.items()}
@@ -627,8 +628,8 @@ def _drop_shared_zeros(m, splits):
             if not is_zero[id(a)] and id(a) in seen:
                 ids = splits[split]['id']
                 raise CorpusError(f"{f.where} has one array for many clips ({ids[seen[id(a)]]} and "
-                                  f"{ids[i]} share it), and it is not all zeros; give each clip its own "
-                                  "frames, or None where it has none.")
+                                  f"{ids[i]} share it), and it is not all zeros; give each clip "
+                                  "its own frames, or None where it has none.")
             seen[id(a)] = i
         for i in [i for i, a in enumerate(f.arrays) if is_zero.get(id(a))]:
             f.drop(i)
@@ -758,7 +759,7 @@ class AlignedText:
         step = max(1, CHUNK_BYTES // (8 * max(1, math.prod(array.shape[1:]))))
         heads, tails = [], []
         for i in range(0, array.shape[0], step):
-            rows = array.rows(i, i + step)                                          # [n,3,L] or [n,L,d]
+            rows = array.rows(i, i + step)                                  # [n,3,L] or [n,L,d]
             if is_mask and not np.isin(rows[:, 1], (0, 1)).all():
                 return None
             live = rows[:, 1] != 0 if is_mask else _finite(rows).any(-1)                     # [n,L]
@@ -852,7 +853,8 @@ def _find_padding(splits, source, padding, summary):
             found[m] |= dict(side=padding, by='--padding')
         elif found[m]['side'] == 'mixed':
             raise CorpusError(_mixed_sentence(found[m], source))
-        found[m]['side'] = found[m]['side'] or 'right'   # what most corpora have; it decides nothing here
+        # where no clip shows a side: right, as most corpora are padded
+        found[m]['side'] = found[m]['side'] or 'right'
         key = lengths = why_not = None
         if _has_unknown(m, splits):
             key, lengths, why_not = text.lengths(m, found[m]['side'])
@@ -873,10 +875,12 @@ def _n_read(streams, splits):
 
 def _mixed_sentence(found, source):
     """ What is said where the evidence for the padding side is mixed. """
-    what = "the longer zero run is" if found['by'] == 'zero frames' else "by the lengths the padding is"
-    return (f"The padding side of {' and '.join(found['streams'])} in {source} is not clear, as {what} at the "
-            f"head in {found['left']} clips and at the tail in {found['right']} (of {found['read']} read); "
-            "convert it with python data.py SOURCE and --padding=left or --padding=right.")
+    by_runs = found['by'] == 'zero frames'
+    what = "the longer zero run is" if by_runs else "by the lengths the padding is"
+    return (f"The padding side of {' and '.join(found['streams'])} in {source} is not clear, as "
+            f"{what} at the head in {found['left']} clips and at the tail in {found['right']} (of "
+            f"{found['read']} read); convert it with python data.py SOURCE and --padding=left or "
+            "--padding=right.")
 
 
 def _find_side(m, group, splits, stated, text):
@@ -934,7 +938,8 @@ def _split_file(folder, name, split):
     paths = [os.path.join(folder, f'{name}_{n}.pkl') for n in names]
     there = [p for p in paths if os.path.isfile(p)]
     if len(there) > 1:
-        raise CorpusError(f"{there[0]} and {there[1]} both name the split {split}; remove one of them.")
+        raise CorpusError(f"{there[0]} and {there[1]} both name the split {split}; remove one of "
+                          "them.")
     return there[0] if there else os.path.join(folder, f'{name}_{split}.pkl')
 
 
@@ -1196,8 +1201,8 @@ def _check_encoding(encoding):
     except (LookupError, ValueError) as e:
         if isinstance(e, UnicodeDecodeError):
             return   # utf-16 has no text of one byte
-        raise CorpusError(f"--encoding={ascii(encoding)[1:-1]} is no text encoding that Python knows; give "
-                          "one such as utf-8, gbk, cp1252 or shift_jis.") from None
+        raise CorpusError(f"--encoding={ascii(encoding)[1:-1]} is no text encoding that Python "
+                          "knows; give one such as utf-8, gbk, cp1252 or shift_jis.") from None
 
 
 def describe(meta):
@@ -1233,17 +1238,17 @@ def _describe_lengths(s):
         else:
             why = f"found by {found['by']}"
         apart = f", {' and '.join(found['streams'])} counted apart" * (len(found['streams']) > 1)
-        rows.append(f"padding side {why}: {found['right']} clips show right and {found['left']} show "
-                    f"left, of {found['read']} read{apart}")
+        rows.append(f"padding side {why}: {found['right']} clips show right and {found['left']} "
+                    f"show left, of {found['read']} read{apart}")
     if s.get('aligned_text'):
         rows.append(f"lengths go at least as far as {s['aligned_text']}")
     if s.get('aligned_text_not_used'):
         rows.append(s['aligned_text_not_used'])
     if s.get('clips_cut'):
         end = 'tail' if side == 'right' else 'head'
-        rows.append(f"lengths of {s['clips_cut']} clips were found by cutting zero frames at the {end}, so at "
-                    f"most these may be too short; {s['clips_cut_with_zeros']} of them have zero frames "
-                    "elsewhere too")
+        rows.append(f"lengths of {s['clips_cut']} clips were found by cutting zero frames at the {end}, "
+                    "so at most these may be too short; "
+                    f"{s['clips_cut_with_zeros']} of them have zero frames elsewhere too")
     if s.get('empty_ids'):
         more = ', ..' * (s['clips_empty'] > len(s['empty_ids']))
         rows.append(f"empty clips: {', '.join(s['empty_ids'])}{more}; {s['clips_missing']} of "

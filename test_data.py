@@ -361,7 +361,7 @@ def lists(folder, labels='neutral surprise joy'.split()):
 
 def test_a_folder_of_lists(tmp_path):
     corpus = open_corpus(lists(tmp_path / 'TINY'), tmp_path / 'data')
-    assert corpus.meta['labels']['emotion']['names'] == ['neutral', 'surprise', 'joy']   # those of MELD's that it has
+    assert corpus.meta['labels']['emotion']['names'] == ['neutral', 'surprise', 'joy']   # in MELD's order
     assert corpus.label('test', 'emotion').tolist() == [0, 1, 2]
     assert corpus.label('test', 'emotion').dtype == np.int64
     assert corpus.lengths('train', 'audio').tolist() == [4, 5, 6]
@@ -510,7 +510,8 @@ def test_zeros_opposite_the_padding_belong_to_the_clip(side, protocol, dtype, tm
     assert_lengths(corpus, lengths)
     for i in (0, 3):
         n, x = lengths['test'][i], tree['test']['vision'][i]
-        assert np.array_equal(corpus.frames('test', 'vision', i), x[-n:] if side == 'left' else x[:n])
+        want = x[-n:] if side == 'left' else x[:n]
+        assert np.array_equal(corpus.frames('test', 'vision', i), want)
     info = corpus.meta['streams']['audio']
     shorter = sum(int((own < 20).sum()) for own in lengths.values())
     assert info['padding'] == side and info['clips_cut'] == info['clips_cut_with_zeros'] == shorter
@@ -544,7 +545,7 @@ def test_zeros_at_the_padding_are_padding_unless_the_text_says_otherwise(tmp_pat
             if name == 'vectors':
                 s['text'] = live[..., None] * np.ones(4)                             # [N,L,4]
             if name == 'bert':
-                s['text'] = np.ones((len(live), 20, 4))   # BERT's features are zero nowhere: no word on lengths
+                s['text'] = np.ones((len(live), 20, 4))   # BERT's features show no lengths
         (tmp_path / name).mkdir()
         corpus = converted(tree, tmp_path / name)
         assert_lengths(corpus, lengths, less=int(name == 'bert'))
@@ -567,7 +568,8 @@ def test_a_text_that_is_not_aligned_is_not_believed(tmp_path):
                 live = live[:, ::-1]
             if name == 'other count':
                 live = np.ones((len(own), 30), bool)
-            s['text_bert'] = np.stack([live, live * (7 if name == 'no mask' else 1), live], 1).astype(np.int64)
+            mask = live * (7 if name == 'no mask' else 1)
+            s['text_bert'] = np.stack([live, mask, live], 1).astype(np.int64)        # [N,3,L]
         (tmp_path / name).mkdir()
         corpus = converted(tree, tmp_path / name)
         assert_lengths(corpus, lengths)
@@ -585,12 +587,19 @@ def test_faces_that_are_missing_do_not_turn_the_side(side, tmp_path):
         want[split] = lengths[split].copy()
         for i in range(0, len(s['id']), 3):
             first = 20 - lengths[split][i] if side == 'left' else 0
-            s['vision'][i, first:first + 2] = s['vision'][i, first + lengths[split][i] - 2:first + lengths[split][i]] = 0
+            end = first + lengths[split][i]
+            s['vision'][i, first:first + 2] = 0
+            s['vision'][i, end - 2:end] = 0
             want[split][i] -= 2   # the two at the padding are not to be told from it
     corpus = converted(tree, tmp_path)
     assert_lengths(corpus, lengths, streams=['audio'])
     assert_lengths(corpus, want, streams=['vision'])
     assert corpus.meta['streams']['vision']['padding'] == side
+
+
+def without_clip(k, lengths):
+    """ The lengths {split: [N]} where clip k of each split is empty. """
+    return {split: np.where(np.arange(len(own)) == k, 0, own) for split, own in lengths.items()}
 
 
 def test_silence_inside_and_a_clip_of_zeros(tmp_path):
@@ -601,26 +610,36 @@ def test_silence_inside_and_a_clip_of_zeros(tmp_path):
         (tmp_path / name).mkdir()
         corpus = converted(tree, tmp_path / name)
         assert_lengths(corpus, lengths, streams=['vision'])
-        assert_lengths(corpus, {k: np.where(np.arange(len(v)) == 5, 0, v) for k, v in lengths.items()}, streams=['audio'])
+        assert_lengths(corpus, without_clip(5, lengths), streams=['audio'])
         info = corpus.meta['streams']['audio']
-        assert info['clips_empty'] == 3 and info['clips_missing'] == 0 and info['empty_ids'][1] == 'valid$_$5 (valid)'
+        assert info['clips_empty'] == 3 and info['clips_missing'] == 0
+        assert info['empty_ids'][1] == 'valid$_$5 (valid)'
 
 
 def test_no_padding_at_all(tmp_path):
     tree, lengths = aligned('right', full=99)
     corpus = converted(tree, tmp_path)
     assert_lengths(corpus, lengths)
-    assert corpus.meta['streams']['audio']['padding'] == 'none' and 'padding side' not in data.describe(corpus.meta)
+    assert corpus.meta['streams']['audio']['padding'] == 'none'
+    assert 'padding side' not in data.describe(corpus.meta)
 
 
 def test_mixed_evidence_stops_and_the_user_decides(tmp_path):
     """ Half the clips, or one split alone (even of 4 %), or one stream, is padded on the other side. """
-    def half(): return {s: dict(c, **{m: np.where((np.arange(len(c['id'])) % 2)[:, None, None], c[m], c[m][:, ::-1])
-                                      for m in data.STREAMS}) for s, c in aligned('right')[0].items()}
-    def split(): return aligned('right', n=(200, 8, 8), full=0)[0] | {'valid': aligned('left', full=0)[0]['valid']}
+    def half():
+        tree = aligned('right')[0]
+        for c in tree.values():
+            for m in data.STREAMS:
+                c[m][::2] = c[m][::2, ::-1].copy()
+        return tree
+
+    def split():
+        return aligned('right', n=(200, 8, 8), full=0)[0] | {'valid': aligned('left', full=0)[0]['valid']}
+
     def stream():
         left = aligned('left')[0]
         return {s: c | {'vision': left[s]['vision']} for s, c in aligned('right')[0].items()}
+
     for make in (half, split, stream):
         refused(make(), tmp_path, '--padding=left or --padding=right', 'audio', 'head', 'tail')
     tree, own = aligned('right')
@@ -628,8 +647,9 @@ def test_mixed_evidence_stops_and_the_user_decides(tmp_path):
         (tmp_path / side).mkdir()
         corpus = converted(half(), tmp_path / side, padding=side)
         n = np.arange(40)
-        turned = (n % 2 == 0) == (side == 'right')   # clips whose own frames lie at the other end fill the length
-        assert corpus.lengths('train', 'audio').tolist() == np.where(turned, 20, own['train']).tolist()
+        turned = (n % 2 == 0) == (side == 'right')   # padded at the other end, they fill the length
+        want = np.where(turned, 20, own['train'])
+        assert corpus.lengths('train', 'audio').tolist() == want.tolist()
         assert 'given by --padding' in data.describe(corpus.meta)
     refused(tree, tmp_path, 'left or right', padding='up')
 
@@ -752,7 +772,8 @@ def test_a_stated_length_below_the_own_one_counts(side, tmp_path):
     for split, s in tree.items():
         for i, n in enumerate(lengths[split]):   # one more frame of padding on a side
             pad = np.zeros((1, 3), np.float32)
-            s['audio'][i] = np.concatenate([pad, s['audio'][i][:-1]] if side == 'left' else [s['audio'][i][1:], pad])
+            own = s['audio'][i]
+            s['audio'][i] = np.concatenate([pad, own[:-1]] if side == 'left' else [own[1:], pad])
         want[split] = lengths[split] - 1
         s['audio_lengths'] = want[split].tolist()
         s['audio_lengths'][1] = None
@@ -772,11 +793,11 @@ def test_a_list_of_arrays_of_one_size_is_padded(tmp_path):
         s['audio'][7] = None
     corpus = converted(tree, tmp_path)
     assert_lengths(corpus, lengths, streams=['vision'])
-    assert_lengths(corpus, {k: np.where(np.arange(len(v)) == 7, 0, v) for k, v in lengths.items()}, streams=['audio'])
+    assert_lengths(corpus, without_clip(7, lengths), streams=['audio'])
 
 
-NOTHING = {'None': None, 'NaN': float('nan'), '(0,)': np.zeros(0, np.float32), '(0,d)': np.zeros((0, 3), np.float32),
-           'list': [], '0-d': np.array(None)}
+NOTHING = {'None': None, 'NaN': float('nan'), '(0,)': np.zeros(0, np.float32),
+           '(0,d)': np.zeros((0, 3), np.float32), 'list': [], '0-d': np.array(None)}
 
 
 @pytest.mark.parametrize('what', [*NOTHING, 'shared zeros', 'shared NaN', 'flat'])
@@ -808,7 +829,7 @@ def test_one_clip_without_a_stream_is_empty(what, layout, tmp_path):
 
 
 def test_a_stream_without_any_clip_is_absent(tmp_path):
-    """ None for all clips of all splits is no stream; None for all of one split is that split empty, and said. """
+    """ None for all clips is no stream; None for all clips of one split is that split empty. """
     tree, lengths = ragged()
     for s in tree.values():
         s['audio'] = [None] * len(s['id'])
@@ -833,9 +854,11 @@ def list_clips(folder, edit=lambda split, clips: None, labels=('neutral', 'surpr
     folder.mkdir(parents=True)
     for split in data.SPLITS:
         r = np.random.default_rng(len(split))
-        clips = [dict(id=f'{split}{i}', label=y, speaker='Joey', dialogue=str(i),
-                      features=dict(text=f'{split} {i}', audio=r.uniform(1, 2, (4 + i, 3)), audio_len=4 + i,
-                                    video=r.uniform(1, 2, (3, 2)), video_len=3)) for i, y in enumerate(labels)]
+        clips = []
+        for i, y in enumerate(labels):
+            features = dict(text=f'{split} {i}', audio=r.uniform(1, 2, (4 + i, 3)), audio_len=4 + i,
+                            video=r.uniform(1, 2, (3, 2)), video_len=3)
+            clips.append(dict(id=f'{split}{i}', label=y, speaker='Joey', dialogue=str(i), features=features))
         edit(split, clips)
         save(clips, folder / f'{name}_{split}.pkl')
     return str(folder)
@@ -858,8 +881,8 @@ def test_missing_entries_of_a_list_get_their_default(tmp_path):
     assert corpus.lengths('train', 'audio').tolist() == [4, 0, 6]
     assert corpus.lengths('valid', 'audio').tolist() == [4, 5, 6]
     assert corpus.meta['streams']['audio']['lengths_repaired'] == 1
-    assert corpus.meta['defaults'] == dict(id=dict(count=1, first=['entry 0 of train']),
-                                           speaker=dict(count=1, first=['train1']), dialogue=dict(count=1, first=['train2']))
+    first = dict(id='entry 0 of train', speaker='train1', dialogue='train2')
+    assert corpus.meta['defaults'] == {k: dict(count=1, first=[v]) for k, v in first.items()}
     said = data.describe(corpus.meta)
     assert all(w in said for w in ('train1 (train)', 'id       1 missing', 'entry 0 of train'))
 
@@ -869,7 +892,8 @@ def test_missing_ids_in_one_table(tmp_path):
     tree['valid']['id'] = object_array(['a', None, 'c'])
     tree['test']['speaker'] = [None, 'x']
     corpus = converted(tree, tmp_path)
-    assert corpus.id('valid') == ['a', 'valid_1', 'c'] and [r['speaker'] for r in corpus._rows('test')] == ['', 'x']
+    assert corpus.id('valid') == ['a', 'valid_1', 'c']
+    assert [r['speaker'] for r in corpus._rows('test')] == ['', 'x']
     assert corpus.meta['defaults']['speaker'] == dict(count=1, first=['test$_$0'])
 
 
@@ -892,7 +916,8 @@ def test_known_names_are_read_and_said(tmp_path):
             assert np.array_equal(a.lengths(split, m), b.lengths(split, m))
             assert np.array_equal(a.frames(split, m, 1), b.frames(split, m, 1))
     said = data.describe(b.meta)
-    assert "'Acoustic' as audio" in said and "'FACET 4.2' as vision" in said and "'dev' as valid" in said
+    for words in ("'Acoustic' as audio", "'FACET 4.2' as vision", "'dev' as valid"):
+        assert words in said
     assert 'text [6, 50, 768], annotations [6]' in said and a.meta['renamed'] == {}
 
 
@@ -925,7 +950,10 @@ def test_two_names_for_one_thing_are_refused(tmp_path):
         tree['valid'][twin] = None   # which holds nothing
         converted(tree, tmp_path)
         shutil.rmtree(tmp_path / 'corpus')
-    def edit(split, clips): clips[2]['features']['vision'] = clips[2]['features']['video']
+
+    def edit(split, clips):
+        clips[2]['features']['vision'] = clips[2]['features']['video']
+
     with pytest.raises(CorpusError, match="'video' and 'vision' of clip 2 of the split train"):
         convert(list_clips(tmp_path / 'TINY', edit), str(tmp_path / 'out'))
 
@@ -939,8 +967,9 @@ def test_a_split_file_under_another_name(tmp_path):
         convert(source, str(tmp_path / 'out'))
 
 
-@pytest.mark.parametrize('has, names', [('ang sad neu hap', 'hap sad neu ang'), ('joy neutral anger', 'neutral joy anger'),
-                                        ('hap sad neu ang exc fru', 'hap sad neu ang exc fru'), ('sad joy', 'joy sad')])
+@pytest.mark.parametrize('has, names', [
+    ('ang sad neu hap', 'hap sad neu ang'), ('joy neutral anger', 'neutral joy anger'),
+    ('hap sad neu ang exc fru', 'hap sad neu ang exc fru'), ('sad joy', 'joy sad')])
 def test_classes_are_those_of_the_corpus(has, names, tmp_path):
     """ In the order of a known map where that has them all, else sorted. """
     corpus = open_corpus(list_clips(tmp_path / 'TINY', labels=has.split()), tmp_path / 'data')
@@ -959,7 +988,8 @@ def test_a_class_of_test_alone_is_refused_though_the_map_has_it(tmp_path):
 CHINESE, FRENCH = '我不喜欢这部电影', 'It’s déjà vu'
 
 
-@pytest.mark.parametrize('codec, text', [('gbk', CHINESE), ('cp1252', FRENCH), ('big5', '電影'), ('utf-16', FRENCH)])
+@pytest.mark.parametrize('codec, text', [
+    ('gbk', CHINESE), ('cp1252', FRENCH), ('big5', '電影'), ('utf-16', FRENCH)])
 @pytest.mark.parametrize('kind', ['list', 'object', 'S array', 'protocol 2', 'features'])
 def test_bytes_that_are_not_utf8(codec, text, kind, tmp_path):
     """ One text of valid: named with split, entry and clip; and read by --encoding. """
@@ -981,7 +1011,8 @@ def test_bytes_that_are_not_utf8(codec, text, kind, tmp_path):
                 s['raw_text'] = object_array(s['raw_text'])
             if kind == 'S array' and codec != 'utf-16':   # whose zero bytes an S array would strip
                 s['raw_text'] = np.array(s['raw_text'])
-        source, clip = save(tree, tmp_path / 'source.pkl', 2 if kind == 'protocol 2' else 4), 'valid$_$1'
+        protocol = 2 if kind == 'protocol 2' else 4
+        source, clip = save(tree, tmp_path / 'source.pkl', protocol), 'valid$_$1'
     if codec != 'utf-16':
         with pytest.raises(CorpusError) as e:
             convert(source, str(tmp_path / 'out'))
@@ -1002,13 +1033,15 @@ def test_strings_of_python_2(tmp_path):
     def write(text):
         raw = b'\x80\x02}('
         for split in ('train', 'valid', 'test'):
-            raw += b'U' + bytes([len(split)]) + split.encode() + b'}(' + b'U\x08raw_text' + py2_strings(b'plain', text)
+            raw += b'U' + bytes([len(split)]) + split.encode() + b'}('
+            raw += b'U\x08raw_text' + py2_strings(b'plain', text)
             raw += b'U\x11regression_labels](K\x00K\x01eu'
         (tmp_path / 'source.pkl').write_bytes(raw + b'u.')
         return str(tmp_path / 'source.pkl')
-    for k, (text, encoding, want) in enumerate([(b'good', None, 'good'), (CHINESE.encode(), None, CHINESE),
-                                                (CHINESE.encode('gbk'), 'gbk', CHINESE),
-                                                (FRENCH.encode('cp1252'), 'cp1252', FRENCH)]):
+
+    cases = [(b'good', None, 'good'), (CHINESE.encode(), None, CHINESE),
+             (CHINESE.encode('gbk'), 'gbk', CHINESE), (FRENCH.encode('cp1252'), 'cp1252', FRENCH)]
+    for k, (text, encoding, want) in enumerate(cases):
         convert(write(text), str(tmp_path / str(k)), encoding=encoding)
         assert data.Corpus(tmp_path / str(k)).text('test') == ['plain', want]
     with pytest.raises(CorpusError, match='Entry 1 of raw_text of the split train.*--encoding=gbk'):
@@ -1018,14 +1051,16 @@ def test_strings_of_python_2(tmp_path):
 def test_text_that_was_read_as_latin1(tmp_path):
     """ C1 control characters show it: repaired where one reading makes sense, else left, and counted. """
     tree = msena()
-    tree['train']['raw_text'][:4] = ['It\x92s great', FRENCH.encode().decode('latin1'), 'caf\xe9', '\x81 undefined']
+    read_wrong = FRENCH.encode().decode('latin1')
+    tree['train']['raw_text'][:4] = ['It\x92s great', read_wrong, 'caf\xe9', '\x81 undefined']
     tree['test']['raw_text'][0] = '电影不错但是'.encode('gbk').decode('latin1') + '\x85\x96'
     tree['test']['raw_text'][1] = 'half \ud83d'
     corpus = converted(tree, tmp_path)
     assert corpus.text('train')[:4] == ['It’s great', FRENCH, 'café', '\x81 undefined']
     assert corpus.text('test') == [tree['test']['raw_text'][0], 'half ?']
     text = corpus.meta['text']
-    assert (text['cp1252_read_as_latin1'], text['utf8_read_as_latin1'], text['control_characters']) == (1, 1, 2)
+    assert text['cp1252_read_as_latin1'] == text['utf8_read_as_latin1'] == 1
+    assert text['control_characters'] == 2
     said = data.describe(corpus.meta)
     assert '1 with cp1252 read as Latin-1' in said and '2 with C1 control characters, left' in said
     assert '1 with half a surrogate pair' in said
@@ -1040,11 +1075,16 @@ def test_flags_for_padding_and_encoding(tmp_path):
     tree, lengths = aligned('right')
     for s in tree.values():
         s['raw_text'] = [CHINESE.encode('gbk')] * len(s['id'])
-    command = [sys.executable, os.path.abspath(data.__file__), save(tree, tmp_path / 'source.pkl'), '--name=x']
-    run = lambda *argv: subprocess.run([*command, *argv], cwd=tmp_path, capture_output=True, text=True)
+    source = save(tree, tmp_path / 'source.pkl')
+    command = [sys.executable, os.path.abspath(data.__file__), source, '--name=x']
+
+    def run(*argv):
+        return subprocess.run([*command, *argv], cwd=tmp_path, capture_output=True, text=True)
+
     for argv in ([], ['--encoding=klingon'], ['--encoding=gbk', '--padding=up'], ['--encoding']):
         failed = run(*argv)
-        assert failed.returncode == 1 and failed.stderr.startswith('data.py: ') and failed.stderr.count('\n') == 1
+        assert failed.returncode == 1 and failed.stderr.startswith('data.py: ')
+        assert failed.stderr.count('\n') == 1
     done = run('--encoding=gbk', '--padding=left')
     assert done.returncode == 0 and 'given by --padding' in done.stdout, done.stderr
     corpus = data.Corpus(tmp_path / 'data' / 'x')
@@ -1058,7 +1098,7 @@ def test_a_folder_of_an_earlier_version_opens(tmp_path):
     for key in ('renamed', 'unread', 'defaults'):
         del meta[key]
     for s in meta['streams'].values():
-        for key in ('padding_found', 'aligned_text', 'clips_missing', 'clips_cut', 'clips_cut_with_zeros', 'empty_ids'):
+        for key in ('padding_found', 'clips_missing', 'clips_cut', 'clips_cut_with_zeros', 'empty_ids'):
             s.pop(key, None)
     (tmp_path / 'corpus' / 'meta.json').write_text(json.dumps(meta))
     old = data.Corpus(tmp_path / 'corpus')
