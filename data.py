@@ -34,6 +34,7 @@ SPLITS, STREAMS = ('train', 'valid', 'test'), ('audio', 'vision')
 CHUNK_BYTES = 32 << 20   # of a stream, read at once
 MAX_WIDTH = 1 << 16      # features of a frame; the widest known corpus has 2048
 SIDE_SAMPLE = 2000       # clips of a stream and split that are read to find the padding side
+STEADY_ROWS = 2          # zero rows that all clips may have at an end, for [CLS] and [SEP]
 MIXED_SHARE = 0.1        # of the evidence for a padding side may contradict it
 N_NAMED = 5              # clips or keys that a message or the summary names
 C1_CONTROLS = re.compile('[\x80-\x9f]')
@@ -138,8 +139,8 @@ def _find_fields(holder, table, own, where):
             fits = [k for k in keys if not _holds_text(holder[k])]
         if len(fits) > 1:
             one, two = map(_printed, fits[:2])
-            raise CorpusError(f"The keys '{one}' and '{two}' {where} both name the {field}; remove one "
-                              "of them from the source.")
+            raise CorpusError(f"The keys '{one}' and '{two}' {where} both name the {field}; remove "
+                              "one of them from the source.")
         if not fits:   # the layout's own key stays, so that what it holds is refused by name later
             fits = [k for k in keys if k == own.get(field, field)]
         if fits:
@@ -158,7 +159,7 @@ class Summary:
     def note_fields(self, holder, found, own):
         """ Notes the keys that were read under another name, and those that were not read. """
         for field, key in found.items():
-            if key != own.get(field, field):
+            if _printed(key) != own.get(field, field):
                 self.renamed[_printed(key)] = field
         for key, value in holder.items():
             if value is None or key in found.values():
@@ -208,8 +209,8 @@ def _decode_bytes(raw, where, encoding):
             raise CorpusError(f"{where} holds bytes that are not {encoding} ({begin}); convert it "
                               "with the encoding that the texts are in.") from None
         raise CorpusError(f"{where} holds bytes that are not UTF-8 ({begin}); convert it with "
-                          "python data.py SOURCE and the encoding that the texts are in, for example "
-                          "--encoding=gbk or --encoding=cp1252.") from None
+                          "python data.py SOURCE and the encoding that the texts are in, for "
+                          "example --encoding=gbk or --encoding=cp1252.") from None
 
 
 def _repair_controls(text, summary):
@@ -241,7 +242,8 @@ def _text(x, where, summary):
     """ One clip's text as a str that any tokenizer takes. """
     if type(x) is int: x = str(x)   # some ids
     if type(x) is Lazy: x = x.value()
-    if type(x) is Py2Str: x = x.encode('latin1')   # its bytes
+    if type(x) is Py2Str:
+        x = x.encode('latin1')   # its bytes
     if isinstance(x, (bytes, bytearray)):
         x = _decode_bytes(bytes(x), where, summary.encoding)
     if not isinstance(x, str):
@@ -287,7 +289,8 @@ def _numbers(column, n, where, optional=False):
     for i, v in enumerate(values):
         if type(v) is LazyArray and math.prod(v.shape) == 1: v = v.all().item()
         if type(v) is list and len(v) == 1: v = v[0]
-        if optional and _is_missing(v): v = math.nan
+        if optional and _is_missing(v):
+            v = math.nan
         if type(v) not in (int, float, bool):
             raise CorpusError(f"Entry {i} of {where} is a {type(v).__name__}, not a number; mend the source.")
         values[i] = v
@@ -312,7 +315,8 @@ def _finite(x, counts=None):
     finite = np.isfinite(x)
     if not finite.all():
         for name, bad in (('nan', np.isnan), ('+inf', np.isposinf), ('-inf', np.isneginf)):
-            if counts: counts[name] += int(bad(x).sum())
+            if counts:
+                counts[name] += int(bad(x).sum())
         x[~finite] = 0
     return x
 
@@ -476,8 +480,8 @@ def _read_msena_split(clips, split, path, summary):
     where = f"of the split {split} in {path}"
     found = _find_fields(clips, MSENA_FIELDS, MSENA_OWN, where) if type(clips) is dict else {}
     if 'text' not in found or 'label' not in found:
-        raise CorpusError(f"The split {split} in {path} holds {_keys(clips)}, and needs raw_text and "
-                          "regression_labels.")
+        raise CorpusError(f"The split {split} in {path} holds {_keys(clips)}, and needs raw_text "
+                          "and regression_labels.")
     has = {field: clips[key] for field, key in found.items()}
     label = {field: f"{_printed(key)} {where}" for field, key in found.items()}
     n = len(_column(has['text'], None, label['text']))
@@ -670,14 +674,13 @@ def _side_by_runs(cells):
     steady = []
     for stream in dict.fromkeys(cell[0] for cell in cells):
         own = [cell for cell in cells if cell[0] == stream]
-        least = [np.percentile(np.concatenate(runs), 5, method='lower')
-                 for runs in ([cell[2] for cell in own], [cell[3] for cell in own])]
-        steady += [(stream, split, np.maximum(head - least[0], 0), np.maximum(tail - least[1], 0))
-                   for _, split, head, tail in own]
-    sides = {_side_of(*_total_excess(c)) for c in (cells, steady)} - {None}
-    clear = sides - {'mixed'}
-    if not sides:
-        return None
+        first = _steady_rows([head for _, _, head, _ in own])
+        last = _steady_rows([tail for _, _, _, tail in own])
+        for _, split, head, tail in own:
+            steady.append((stream, split, np.maximum(head - first, 0), np.maximum(tail - last, 0)))
+    if not any(_total_excess(steady)):
+        return None   # all clips have the same rows of zeros, or none
+    clear = {_side_of(*_total_excess(c)) for c in (cells, steady)} - {None, 'mixed'}
     if len(clear) != 1:
         return 'mixed'
     side = clear.pop()
@@ -688,6 +691,11 @@ def _side_by_runs(cells):
             if _mean_excess([cell], other) > 0.25 * padding:
                 return 'mixed'
     return side
+
+
+def _steady_rows(runs):
+    """ How many zero frames 95 % of a stream's clips have at one end, STEADY_ROWS at most. """
+    return min(STEADY_ROWS, np.percentile(np.concatenate(runs), 5, method='lower'))
 
 
 def _total_excess(cells):
@@ -1163,8 +1171,10 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
         raise CorpusError(f"{folder} exists already; remove it, or give another --name.")
     with _staging(folder) as out, ExitStack() as files, strangers_file(source):
         summary = Summary(encoding)
-        if layout == 'msena': splits = _read_msena(paths['all'], out.parent, files, summary)
-        else: splits = _read_lists(paths, out.parent, files, summary)
+        if layout == 'msena':
+            splits = _read_msena(paths['all'], out.parent, files, summary)
+        else:
+            splits = _read_lists(paths, out.parent, files, summary)
         _check_splits(splits, source)
         for split in SPLITS: (out / split).mkdir()
         labels, text = _write_labels(splits, out, label_range), _write_texts(splits, out)
@@ -1246,8 +1256,8 @@ def _describe_lengths(s):
         rows.append(s['aligned_text_not_used'])
     if s.get('clips_cut'):
         end = 'tail' if side == 'right' else 'head'
-        rows.append(f"lengths of {s['clips_cut']} clips were found by cutting zero frames at the {end}, "
-                    "so at most these may be too short; "
+        rows.append(f"lengths of {s['clips_cut']} clips were found by cutting zero frames at the "
+                    f"{end}, so at most these may be too short; "
                     f"{s['clips_cut_with_zeros']} of them have zero frames elsewhere too")
     if s.get('empty_ids'):
         more = ', ..' * (s['clips_empty'] > len(s['empty_ids']))

@@ -361,7 +361,8 @@ def lists(folder, labels='neutral surprise joy'.split()):
 
 def test_a_folder_of_lists(tmp_path):
     corpus = open_corpus(lists(tmp_path / 'TINY'), tmp_path / 'data')
-    assert corpus.meta['labels']['emotion']['names'] == ['neutral', 'surprise', 'joy']   # in MELD's order
+    names = corpus.meta['labels']['emotion']['names']
+    assert names == ['neutral', 'surprise', 'joy']   # in MELD's order
     assert corpus.label('test', 'emotion').tolist() == [0, 1, 2]
     assert corpus.label('test', 'emotion').dtype == np.int64
     assert corpus.lengths('train', 'audio').tolist() == [4, 5, 6]
@@ -457,10 +458,10 @@ def test_command_line(tmp_path):
         assert failed.stderr.count('\n') == 1
 
 # ---------------------------------------------------------------------------------------------------------
-# Padding, lengths, names, classes and encodings: each right value is known from how the source is made
+# Padding, lengths, names, classes and encodings: right values are known from how a source is made
 
 def clip_frames(r, n, d, lead=0, trail=0, hole=0):
-    """ n frames without a zero, then `lead` zero ones at the head, `trail` at the tail, a hole inside. """
+    """ n frames without a zero, but for `lead` at the head, `trail` at the tail, a hole inside. """
     x = r.uniform(0.5, 2.0, (n, d)).astype(np.float32)
     x[:lead] = 0
     x[n - trail:] = 0
@@ -478,7 +479,7 @@ def padded(lengths, L, d, side, dtype=np.float32, seed=0, **zeros):
 
 
 def aligned(side, n=(40, 16, 16), L=20, full=2, dtype=np.float32, **zeros):
-    """ An aligned source without lengths, and the lengths {split: [N]}; `full` clips a split fill L. """
+    """ An aligned source without lengths, and those {split: [N]}; `full` clips a split fill L. """
     tree, lengths = {}, {}
     for k, (split, N) in enumerate(zip(data.SPLITS, n)):
         own = np.random.default_rng(k).integers(5, L - 4, N)
@@ -530,7 +531,7 @@ def test_clips_that_fill_the_length_do_not_decide(side, full, tmp_path):
 
 
 def test_zeros_at_the_padding_are_padding_unless_the_text_says_otherwise(tmp_path):
-    """ A zero row for [SEP] is cut; with BERT's mask, or word vectors of the same frames, it is kept. """
+    """ A zero row for [SEP] is cut; with BERT's mask, or vectors of the same frames, it stays. """
     tree, lengths = aligned('right', lead=1, trail=1)
     corpus = converted(tree, tmp_path)
     assert_lengths(corpus, lengths, less=1)
@@ -558,7 +559,7 @@ def test_zeros_at_the_padding_are_padding_unless_the_text_says_otherwise(tmp_pat
 
 
 def test_a_text_that_is_not_aligned_is_not_believed(tmp_path):
-    """ Masks shorter than the frames, masks padded at the other side, masks of another frame count. """
+    """ Masks shorter than the frames, padded at the other side, or of another frame count. """
     tree, lengths = aligned('right')
     for name in ('shorter', 'other side', 'other count', 'no mask'):
         for split, s in tree.items():
@@ -602,6 +603,28 @@ def without_clip(k, lengths):
     return {split: np.where(np.arange(len(own)) == k, 0, own) for split, own in lengths.items()}
 
 
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_clips_of_one_length_with_silence_opposite_the_padding(side, tmp_path):
+    tree, lengths = aligned('right')
+    for split, s in tree.items():
+        for m in data.STREAMS:
+            s[m][:] = 0
+            s[m][:, :10] = 1
+            s[m][::4, :3] = 0
+            s[m] = s[m][:, ::-1].copy() if side == 'left' else s[m]
+        lengths[split][:] = 10
+    assert_lengths(converted(tree, tmp_path), lengths)
+
+
+def test_keys_as_bytes(tmp_path):
+    """ As a Python 2 file has them that was loaded with encoding='bytes' and saved again. """
+    plain = msena()
+    tree = {split.encode(): {k.encode(): v for k, v in s.items()} for split, s in plain.items()}
+    corpus = converted(tree, tmp_path)
+    assert corpus.id('test') == plain['test']['id'] and corpus.meta['renamed'] == {}
+    assert corpus.widths == {'audio': 5, 'vision': 2}
+
+
 def test_silence_inside_and_a_clip_of_zeros(tmp_path):
     for name, zeros in dict(hole=dict(hole=2), lead=dict(lead=3)).items():
         tree, lengths = aligned('right', **zeros)
@@ -616,8 +639,10 @@ def test_silence_inside_and_a_clip_of_zeros(tmp_path):
         assert info['empty_ids'][1] == 'valid$_$5 (valid)'
 
 
-def test_no_padding_at_all(tmp_path):
-    tree, lengths = aligned('right', full=99)
+@pytest.mark.parametrize('lead', [0, 1])
+def test_no_padding_at_all(lead, tmp_path):
+    """ All clips fill the length, also where all of them begin with a zero row. """
+    tree, lengths = aligned('right', full=99, lead=lead)
     corpus = converted(tree, tmp_path)
     assert_lengths(corpus, lengths)
     assert corpus.meta['streams']['audio']['padding'] == 'none'
@@ -625,7 +650,7 @@ def test_no_padding_at_all(tmp_path):
 
 
 def test_mixed_evidence_stops_and_the_user_decides(tmp_path):
-    """ Half the clips, or one split alone (even of 4 %), or one stream, is padded on the other side. """
+    """ Half the clips, one split (even of 4 %), or one stream is padded on the other side. """
     def half():
         tree = aligned('right')[0]
         for c in tree.values():
@@ -634,7 +659,8 @@ def test_mixed_evidence_stops_and_the_user_decides(tmp_path):
         return tree
 
     def split():
-        return aligned('right', n=(200, 8, 8), full=0)[0] | {'valid': aligned('left', full=0)[0]['valid']}
+        left = aligned('left', full=0)[0]
+        return aligned('right', n=(200, 8, 8), full=0)[0] | {'valid': left['valid']}
 
     def stream():
         left = aligned('left')[0]
@@ -655,7 +681,7 @@ def test_mixed_evidence_stops_and_the_user_decides(tmp_path):
 
 
 def test_stated_lengths_decide_and_a_missing_one_is_found(tmp_path):
-    """ Stated lengths keep true zeros on both sides; None and impossible ones are found and counted. """
+    """ Stated lengths keep true zeros on both sides; None and impossible ones are found. """
     for side in ('left', 'right'):
         tree, lengths = aligned(side, lead=1, trail=1)
         want = {}
@@ -705,12 +731,12 @@ def test_mosi_stays_as_it_was(tmp_path):
 @pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_mosi_aligned_again_has_its_true_lengths(side, tmp_path):
-    """ Its words' timings in 50 rows behind (or before) a row of zeros, without lengths, padded at `side`. """
+    """ Its words' timings in 50 rows behind (or before) a row of zeros, without lengths. """
     tree, lengths = pickle.loads(MOSI.read_bytes()), {}
     for split, s in tree.items():
         N = len(s['id'])
         words = np.minimum(np.array(s['vision_lengths']), 49)                        # [N]
-        words[s['vision'][np.arange(N), words - 1].any(-1) == 0] = 0                 # two clips have none
+        words[s['vision'][np.arange(N), words - 1].any(-1) == 0] = 0         # two have none
         lengths[split] = words + 1
         x = np.zeros((N, 50, 3), np.float32)
         sound = s['audio'][np.arange(N), np.array(s['audio_lengths']) - 1]           # [N,73]
@@ -722,13 +748,14 @@ def test_mosi_aligned_again_has_its_true_lengths(side, tmp_path):
             del s[m + '_lengths']
     corpus = converted(tree, tmp_path)
     assert corpus.meta['streams']['vision']['padding'] == side
-    want = {k: np.where(v == 1, 0, v) for k, v in lengths.items()}   # a clip without words is zeros alone
+    # a clip without words is zeros alone
+    want = {k: np.where(v == 1, 0, v) for k, v in lengths.items()}
     assert_lengths(corpus, want)
     assert 11 < np.mean(want['train']) < 14
 
 
 def ragged(n=(8, 3, 3)):
-    """ Clips of different length whose first and last frames are zero -> tree, lengths {split: [N]}. """
+    """ Clips of different length that begin with a zero frame -> tree, lengths {split: [N]}. """
     tree, lengths = {}, {}
     for k, (split, N) in enumerate(zip(data.SPLITS, n)):
         own = 3 + np.arange(N) % 4
@@ -850,7 +877,7 @@ def test_a_stream_without_any_clip_is_absent(tmp_path):
 
 
 def list_clips(folder, edit=lambda split, clips: None, labels=('neutral', 'surprise', 'joy'), name='TINY'):
-    """ A folder of lists whose clips `edit` changes; clip i has 4 + i frames of audio, and 3 of video. """
+    """ A folder of lists, changed by `edit`; clip i has 4 + i frames of audio, 3 of video. """
     folder.mkdir(parents=True)
     for split in data.SPLITS:
         r = np.random.default_rng(len(split))
@@ -858,7 +885,8 @@ def list_clips(folder, edit=lambda split, clips: None, labels=('neutral', 'surpr
         for i, y in enumerate(labels):
             features = dict(text=f'{split} {i}', audio=r.uniform(1, 2, (4 + i, 3)), audio_len=4 + i,
                             video=r.uniform(1, 2, (3, 2)), video_len=3)
-            clips.append(dict(id=f'{split}{i}', label=y, speaker='Joey', dialogue=str(i), features=features))
+            clips.append(dict(id=f'{split}{i}', label=y, speaker='Joey', dialogue=str(i),
+                              features=features))
         edit(split, clips)
         save(clips, folder / f'{name}_{split}.pkl')
     return str(folder)
@@ -938,12 +966,14 @@ def test_what_was_not_read_is_named(tmp_path):
     said = data.describe(corpus.meta)
     assert 'wav2vec [7, 8] in 3 clips' in said and 'age in 9 clips' in said
     assert "'visual' as vision" in said and "'text_raw' as text" in said
-    assert corpus.text('test')[1] == 'test 1' and corpus.lengths('test', 'vision').tolist() == [3, 3, 3]
+    assert corpus.text('test')[1] == 'test 1'
+    assert corpus.lengths('test', 'vision').tolist() == [3, 3, 3]
 
 
 def test_two_names_for_one_thing_are_refused(tmp_path):
-    for key, twin in dict(audio='acoustic', vision='video', raw_text='utterance', regression_labels='labels',
-                          audio_lengths='audio_len').items():
+    twins = dict(audio='acoustic', vision='video', raw_text='utterance', regression_labels='labels',
+                 audio_lengths='audio_len')
+    for key, twin in twins.items():
         tree = msena()
         tree['valid'][twin] = tree['valid'][key]
         refused(tree, tmp_path, repr(key), repr(twin), 'valid')
@@ -1049,7 +1079,7 @@ def test_strings_of_python_2(tmp_path):
 
 
 def test_text_that_was_read_as_latin1(tmp_path):
-    """ C1 control characters show it: repaired where one reading makes sense, else left, and counted. """
+    """ C1 control characters show it: repaired where one reading makes sense; all counted. """
     tree = msena()
     read_wrong = FRENCH.encode().decode('latin1')
     tree['train']['raw_text'][:4] = ['It\x92s great', read_wrong, 'caf\xe9', '\x81 undefined']
@@ -1098,12 +1128,14 @@ def test_a_folder_of_an_earlier_version_opens(tmp_path):
     for key in ('renamed', 'unread', 'defaults'):
         del meta[key]
     for s in meta['streams'].values():
-        for key in ('padding_found', 'clips_missing', 'clips_cut', 'clips_cut_with_zeros', 'empty_ids'):
+        for key in ('padding_found', 'clips_missing', 'clips_cut', 'clips_cut_with_zeros',
+                    'empty_ids'):
             s.pop(key, None)
     (tmp_path / 'corpus' / 'meta.json').write_text(json.dumps(meta))
     old = data.Corpus(tmp_path / 'corpus')
     assert 'padding right' in data.describe(old.meta)
-    assert torch.equal(get_batch(old, 'train', [2])['audio'], get_batch(corpus, 'train', [2])['audio'])
+    batches = [get_batch(c, 'train', [2])['audio'] for c in (old, corpus)]
+    assert torch.equal(*batches)
 
 
 # ---------------------------------------------------------------------------------------------------------
