@@ -1,7 +1,7 @@
 """
 data.py, unpickle.py, toy.py: strangers' pickles, conversion, batches, ceilings.     python -m pytest -q test_data.py     (under 40 s)
 """
-import json, os, pickle, random, shutil, signal, struct, subprocess, sys
+import hashlib, json, os, pickle, random, shutil, signal, struct, subprocess, sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -120,7 +120,10 @@ def test_python_2(core, tmp_path):
         + b'T\x05\x00\x00\x00caf\xc3\xa9' + b"S'it\\'s \\xe4\\n'\n" + b'e.'
     a, b, utf8, latin1 = read_bytes(raw, tmp_path)
     assert np.array_equal(a, small) and np.array_equal(b, large)
-    assert data._text(utf8, '') == 'café' and data._text(latin1, '') == "it's ä\n"
+    assert data._text(utf8, '', data.Summary()) == 'café'
+    assert data._text(latin1, '', data.Summary('latin1')) == "it's ä\n"
+    with pytest.raises(CorpusError, match='--encoding'):
+        data._text(latin1, '', data.Summary())   # nobody said that it is Latin-1
 
 
 def test_python_2_protocol_0(tmp_path):
@@ -358,12 +361,13 @@ def lists(folder, labels='neutral surprise joy'.split()):
 
 def test_a_folder_of_lists(tmp_path):
     corpus = open_corpus(lists(tmp_path / 'TINY'), tmp_path / 'data')
-    assert len(corpus.meta['labels']['emotion']['names']) == 7   # MELD's, in its order
-    assert corpus.label('test', 'emotion').tolist() == [0, 1, 4]
+    names = corpus.meta['labels']['emotion']['names']
+    assert names == ['neutral', 'surprise', 'joy']   # in MELD's order
+    assert corpus.label('test', 'emotion').tolist() == [0, 1, 2]
     assert corpus.label('test', 'emotion').dtype == np.int64
     assert corpus.lengths('train', 'audio').tolist() == [4, 5, 6]
     assert corpus.lengths('train', 'vision').tolist() == [2, 2, 2]
-    assert get_batch(corpus, 'train', [2, 0], label='emotion')['label'].tolist() == [4, 0]
+    assert get_batch(corpus, 'train', [2, 0], label='emotion')['label'].tolist() == [2, 0]
     again = open_corpus(tmp_path / 'TINY', tmp_path / 'data')   # is not made again
     assert again.folder == corpus.folder and len(os.listdir(tmp_path / 'data')) == 1
 
@@ -452,6 +456,687 @@ def test_command_line(tmp_path):
         failed = run(*argv)
         assert failed.returncode == 1 and failed.stderr.startswith('data.py: '), failed.stderr
         assert failed.stderr.count('\n') == 1
+
+# ---------------------------------------------------------------------------------------------------------
+# Padding, lengths, names, classes and encodings: right values are known from how a source is made
+
+def clip_frames(r, n, d, lead=0, trail=0, hole=0):
+    """ n frames without a zero, but for `lead` at the head, `trail` at the tail, a hole inside. """
+    x = r.uniform(0.5, 2.0, (n, d)).astype(np.float32)
+    x[:lead] = 0
+    x[n - trail:] = 0
+    x[n // 2:n // 2 + hole] = 0
+    return x
+
+
+def padded(lengths, L, d, side, dtype=np.float32, seed=0, **zeros):
+    """ Clips of known lengths [N] as one array [N,L,d] with zeros for padding at `side`. """
+    r, x = np.random.default_rng(seed), np.zeros((len(lengths), L, d), dtype)
+    for i, n in enumerate(lengths):
+        at = slice(L - n, L) if side == 'left' else slice(0, n)
+        x[i, at] = clip_frames(r, n, d, **zeros)
+    return x
+
+
+def aligned(side, n=(40, 16, 16), L=20, full=2, dtype=np.float32, **zeros):
+    """ An aligned source without lengths, and those {split: [N]}; `full` clips a split fill L. """
+    tree, lengths = {}, {}
+    for k, (split, N) in enumerate(zip(data.SPLITS, n)):
+        own = np.random.default_rng(k).integers(5, L - 4, N)
+        own[:full] = L
+        tree[split] = dict(raw_text=[f'text {i}' for i in range(N)],
+                           id=[f'{split}$_${i}' for i in range(N)],
+                           regression_labels=np.linspace(-2, 2, N).astype(np.float32),
+                           audio=padded(own, L, 3, side, dtype, k, **zeros),
+                           vision=padded(own, L, 2, side, dtype, k + 9, **zeros))
+        lengths[split] = own
+    return tree, lengths
+
+
+def assert_lengths(corpus, lengths, less=0, streams=data.STREAMS):
+    for split, own in lengths.items():
+        for m in streams:
+            assert corpus.lengths(split, m).tolist() == (own - less).tolist(), (split, m)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16])
+@pytest.mark.parametrize('protocol', [2, 4])
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_zeros_opposite_the_padding_belong_to_the_clip(side, protocol, dtype, tmp_path):
+    """ A zero row that stands for [CLS] (or its mirror image), and clips that fill the length. """
+    edge = 'lead' if side == 'right' else 'trail'
+    tree, lengths = aligned(side, dtype=dtype, **{edge: 1})
+    convert(save(tree, tmp_path / 'source.pkl', protocol), str(tmp_path / 'corpus'))
+    corpus = data.Corpus(tmp_path / 'corpus')
+    assert_lengths(corpus, lengths)
+    for i in (0, 3):
+        n, x = lengths['test'][i], tree['test']['vision'][i]
+        want = x[-n:] if side == 'left' else x[:n]
+        assert np.array_equal(corpus.frames('test', 'vision', i), want)
+    info = corpus.meta['streams']['audio']
+    shorter = sum(int((own < 20).sum()) for own in lengths.values())
+    assert info['padding'] == side and info['clips_cut'] == info['clips_cut_with_zeros'] == shorter
+    assert info['padding_found']['by'] == 'zero frames'
+    assert info['padding_found'][side] == 2 * shorter   # of audio and of vision
+    assert f'{shorter} clips were found by cutting zero frames' in data.describe(corpus.meta)
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+@pytest.mark.parametrize('full', [1, 12, 15, 16])
+def test_clips_that_fill_the_length_do_not_decide(side, full, tmp_path):
+    """ Up to all clips of valid and test fill the length: their one zero row is no padding. """
+    edge = 'lead' if side == 'right' else 'trail'
+    tree, lengths = aligned(side, full=full, **{edge: 1})
+    assert_lengths(converted(tree, tmp_path), lengths)
+
+
+def test_zeros_at_the_padding_are_padding_unless_the_text_says_otherwise(tmp_path):
+    """ A zero row for [SEP] is cut; with BERT's mask, or vectors of the same frames, it stays. """
+    tree, lengths = aligned('right', lead=1, trail=1)
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths, less=1)
+    assert corpus.meta['streams']['audio']['padding'] == 'right'
+    for name in ('mask', 'vectors', 'bert'):
+        for split, s in tree.items():
+            live = np.arange(20) < lengths[split][:, None]                           # [N,L]
+            s.pop('text_bert', None)
+            s.pop('text', None)
+            if name == 'mask':
+                s['text_bert'] = np.stack([live * 101, live, 0 * live], 1)           # [N,3,L]
+            if name == 'vectors':
+                s['text'] = live[..., None] * np.ones(4)                             # [N,L,4]
+            if name == 'bert':
+                s['text'] = np.ones((len(live), 20, 4))   # BERT's features show no lengths
+        (tmp_path / name).mkdir()
+        corpus = converted(tree, tmp_path / name)
+        assert_lengths(corpus, lengths, less=int(name == 'bert'))
+        info, said = corpus.meta['streams']['audio'], data.describe(corpus.meta)
+        if name == 'bert':
+            assert 'not read text [40, 20, 4]' in said and info['clips_cut'] == 72
+        else:
+            assert info['clips_cut'] == 0 and 'lengths go at least as far as text' in said
+            assert 'not read' not in said
+
+
+def test_a_text_that_is_not_aligned_is_not_believed(tmp_path):
+    """ Masks shorter than the frames, padded at the other side, or of another frame count. """
+    tree, lengths = aligned('right')
+    for name in ('shorter', 'other side', 'other count', 'no mask'):
+        for split, s in tree.items():
+            own = lengths[split][:, None]
+            live = np.arange(20) < (own // 2 if name == 'shorter' else own)          # [N,L]
+            if name == 'other side':
+                live = live[:, ::-1]
+            if name == 'other count':
+                live = np.ones((len(own), 30), bool)
+            mask = live * (7 if name == 'no mask' else 1)
+            s['text_bert'] = np.stack([live, mask, live], 1).astype(np.int64)        # [N,3,L]
+        (tmp_path / name).mkdir()
+        corpus = converted(tree, tmp_path / name)
+        assert_lengths(corpus, lengths)
+        said = data.describe(corpus.meta)
+        assert f"not read text_bert [40, 3, {30 if name == 'other count' else 20}]" in said
+        assert ('text_bert is not used for lengths' in said) == (name in ('shorter', 'other side'))
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_faces_that_are_missing_do_not_turn_the_side(side, tmp_path):
+    """ Vision has zero frames at the head and at the tail of every third clip; audio has not. """
+    tree, lengths = aligned(side, full=3)
+    want = {}
+    for split, s in tree.items():
+        want[split] = lengths[split].copy()
+        for i in range(0, len(s['id']), 3):
+            first = 20 - lengths[split][i] if side == 'left' else 0
+            end = first + lengths[split][i]
+            s['vision'][i, first:first + 2] = 0
+            s['vision'][i, end - 2:end] = 0
+            want[split][i] -= 2   # the two at the padding are not to be told from it
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths, streams=['audio'])
+    assert_lengths(corpus, want, streams=['vision'])
+    assert corpus.meta['streams']['vision']['padding'] == side
+
+
+def without_clip(k, lengths):
+    """ The lengths {split: [N]} where clip k of each split is empty. """
+    return {split: np.where(np.arange(len(own)) == k, 0, own) for split, own in lengths.items()}
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_clips_of_one_length_with_silence_opposite_the_padding(side, tmp_path):
+    tree, lengths = aligned('right')
+    for split, s in tree.items():
+        for m in data.STREAMS:
+            s[m][:] = 0
+            s[m][:, :10] = 1
+            s[m][::4, :3] = 0
+            s[m] = s[m][:, ::-1].copy() if side == 'left' else s[m]
+        lengths[split][:] = 10
+    assert_lengths(converted(tree, tmp_path), lengths)
+
+
+def test_keys_as_bytes(tmp_path):
+    """ As a Python 2 file has them that was loaded with encoding='bytes' and saved again. """
+    plain = msena()
+    tree = {split.encode(): {k.encode(): v for k, v in s.items()} for split, s in plain.items()}
+    corpus = converted(tree, tmp_path)
+    assert corpus.id('test') == plain['test']['id'] and corpus.meta['renamed'] == {}
+    assert corpus.widths == {'audio': 5, 'vision': 2}
+
+
+def test_silence_inside_and_a_clip_of_zeros(tmp_path):
+    for name, zeros in dict(hole=dict(hole=2), lead=dict(lead=3)).items():
+        tree, lengths = aligned('right', **zeros)
+        for s in tree.values():
+            s['audio'][5] = 0
+        (tmp_path / name).mkdir()
+        corpus = converted(tree, tmp_path / name)
+        assert_lengths(corpus, lengths, streams=['vision'])
+        assert_lengths(corpus, without_clip(5, lengths), streams=['audio'])
+        info = corpus.meta['streams']['audio']
+        assert info['clips_empty'] == 3 and info['clips_missing'] == 0
+        assert info['empty_ids'][1] == 'valid$_$5 (valid)'
+
+
+@pytest.mark.parametrize('lead', [0, 1])
+def test_no_padding_at_all(lead, tmp_path):
+    """ All clips fill the length, also where all of them begin with a zero row. """
+    tree, lengths = aligned('right', full=99, lead=lead)
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths)
+    assert corpus.meta['streams']['audio']['padding'] == 'none'
+    assert 'padding side' not in data.describe(corpus.meta)
+
+
+def test_mixed_evidence_stops_and_the_user_decides(tmp_path):
+    """ Half the clips, one split (even of 4 %), or one stream is padded on the other side. """
+    def half():
+        tree = aligned('right')[0]
+        for c in tree.values():
+            for m in data.STREAMS:
+                c[m][::2] = c[m][::2, ::-1].copy()
+        return tree
+
+    def split():
+        left = aligned('left', full=0)[0]
+        return aligned('right', n=(200, 8, 8), full=0)[0] | {'valid': left['valid']}
+
+    def stream():
+        left = aligned('left')[0]
+        return {s: c | {'vision': left[s]['vision']} for s, c in aligned('right')[0].items()}
+
+    for make in (half, split, stream):
+        refused(make(), tmp_path, '--padding=left or --padding=right', 'audio', 'head', 'tail')
+    tree, own = aligned('right')
+    for side in ('left', 'right'):
+        (tmp_path / side).mkdir()
+        corpus = converted(half(), tmp_path / side, padding=side)
+        n = np.arange(40)
+        turned = (n % 2 == 0) == (side == 'right')   # padded at the other end, they fill the length
+        want = np.where(turned, 20, own['train'])
+        assert corpus.lengths('train', 'audio').tolist() == want.tolist()
+        assert 'given by --padding' in data.describe(corpus.meta)
+    refused(tree, tmp_path, 'left or right', padding='up')
+
+
+def test_stated_lengths_decide_and_a_missing_one_is_found(tmp_path):
+    """ Stated lengths keep true zeros on both sides; None and impossible ones are found. """
+    for side in ('left', 'right'):
+        tree, lengths = aligned(side, lead=1, trail=1)
+        want = {}
+        for split, s in tree.items():
+            want[split] = lengths[split].copy()
+            stated = lengths[split].tolist()
+            stated[4], stated[5] = None, 99
+            want[split][4:6] -= 1   # their zero frame at the padding is taken for padding
+            s['audio_lengths'], s['vision_lengths'] = stated, np.array(stated, object)
+        (tmp_path / side).mkdir()
+        corpus = converted(tree, tmp_path / side)
+        assert_lengths(corpus, want)
+        info = corpus.meta['streams']['vision']
+        assert info['padding'] == side and info['lengths_repaired'] == 6 and info['clips_cut'] == 6
+        assert info['padding_found']['by'] == 'stated lengths'
+
+
+def test_a_large_corpus_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'SIDE_SAMPLE', 7)
+    tree, lengths = aligned('left', trail=1)
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths)
+    assert corpus.meta['streams']['audio']['padding_found']['read'] == 2 * 3 * 7
+
+
+def test_small_chunks_give_the_same(tmp_path, monkeypatch):
+    tree, lengths = aligned('left', trail=1)
+    for split, s in tree.items():
+        live = np.arange(20) >= 20 - lengths[split][:, None]
+        s['text_bert'] = np.stack([live, live, live], 1).astype(np.float32)
+    monkeypatch.setattr(data, 'CHUNK_BYTES', 2000)
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths)
+    assert corpus.meta['streams']['audio']['aligned_text'] == 'text_bert'
+
+
+@pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')
+def test_mosi_stays_as_it_was(tmp_path):
+    """ SHA-256 of all arrays, by the version before lengths were found by all this. """
+    convert(str(MOSI), str(tmp_path / 'corpus'))
+    whole = hashlib.sha256()
+    for path in sorted((tmp_path / 'corpus').rglob('*.npy')):
+        whole.update(hashlib.sha256(path.read_bytes()).digest())
+    assert whole.hexdigest() == '9ca61511f87c3989d6a1df1a3512b205a506cbe43e6683f6e44bf7bfc9c1b73a'
+
+
+@pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_mosi_aligned_again_has_its_true_lengths(side, tmp_path):
+    """ Its words' timings in 50 rows behind (or before) a row of zeros, without lengths. """
+    tree, lengths = pickle.loads(MOSI.read_bytes()), {}
+    for split, s in tree.items():
+        N = len(s['id'])
+        words = np.minimum(np.array(s['vision_lengths']), 49)                        # [N]
+        words[s['vision'][np.arange(N), words - 1].any(-1) == 0] = 0         # two have none
+        lengths[split] = words + 1
+        x = np.zeros((N, 50, 3), np.float32)
+        sound = s['audio'][np.arange(N), np.array(s['audio_lengths']) - 1]           # [N,73]
+        y = np.zeros((N, 50, 73), np.float32)
+        for i, k in enumerate(words):
+            x[i, 1:k + 1], y[i, 1:k + 1] = s['vision'][i, :k], sound[i]
+        for m, a in (('vision', x), ('audio', y)):
+            s[m] = np.ascontiguousarray(a[:, ::-1]) if side == 'left' else a
+            del s[m + '_lengths']
+    corpus = converted(tree, tmp_path)
+    assert corpus.meta['streams']['vision']['padding'] == side
+    # a clip without words is zeros alone
+    want = {k: np.where(v == 1, 0, v) for k, v in lengths.items()}
+    assert_lengths(corpus, want)
+    assert 11 < np.mean(want['train']) < 14
+
+
+def ragged(n=(8, 3, 3)):
+    """ Clips of different length that begin with a zero frame -> tree, lengths {split: [N]}. """
+    tree, lengths = {}, {}
+    for k, (split, N) in enumerate(zip(data.SPLITS, n)):
+        own = 3 + np.arange(N) % 4
+        r = np.random.default_rng(k)
+        tree[split] = dict(raw_text=['x'] * N, id=[f'{split}{i}' for i in range(N)],
+                           regression_labels=np.linspace(-2, 2, N),
+                           audio=[clip_frames(r, k, 3, lead=1, trail=1) for k in own],
+                           vision=[clip_frames(r, k, 2, lead=2) for k in own])
+        lengths[split] = own
+    return tree, lengths
+
+
+def object_array(items):
+    out = np.empty(len(items), object)
+    for i, x in enumerate(items):
+        out[i] = x
+    return out
+
+
+@pytest.mark.parametrize('kind', ['list', 'object array', 'float16', 'one split'])
+def test_ragged_arrays_are_as_long_as_they_are(kind, tmp_path):
+    """ Also where a split is too small to show it: all its clips have one length there. """
+    tree, lengths = ragged(n=(8, 1, 3) if kind == 'one split' else (8, 3, 3))
+    for s in tree.values():
+        for m in data.STREAMS:
+            if kind == 'object array':
+                s[m] = object_array(s[m])
+            if kind == 'float16':
+                s[m] = [x.astype(np.float16) for x in s[m]]
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths)
+    info = corpus.meta['streams']['audio']
+    assert info['padding'] == 'none' and info['clips_cut'] == 0
+    assert np.array_equal(corpus.frames('train', 'audio', 2), np.float32(tree['train']['audio'][2]))
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_a_stated_length_below_the_own_one_counts(side, tmp_path):
+    tree, lengths = ragged()
+    want = {}
+    for split, s in tree.items():
+        for i, n in enumerate(lengths[split]):   # one more frame of padding on a side
+            pad = np.zeros((1, 3), np.float32)
+            own = s['audio'][i]
+            s['audio'][i] = np.concatenate([pad, own[:-1]] if side == 'left' else [own[1:], pad])
+        want[split] = lengths[split] - 1
+        s['audio_lengths'] = want[split].tolist()
+        s['audio_lengths'][1] = None
+        want[split][1] += 1
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, want, streams=['audio'])
+    x = tree['train']['audio'][3]
+    assert np.array_equal(corpus.frames('train', 'audio', 3), x[1:] if side == 'left' else x[:-1])
+    assert corpus.meta['streams']['audio']['lengths_repaired'] == 3
+
+
+def test_a_list_of_arrays_of_one_size_is_padded(tmp_path):
+    tree, lengths = aligned('left', trail=1)
+    for s in tree.values():
+        s['audio'], s['vision'] = list(s['audio']), object_array(s['vision'])
+        s['audio'] = [x.copy() for x in s['audio']]
+        s['audio'][7] = None
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths, streams=['vision'])
+    assert_lengths(corpus, without_clip(7, lengths), streams=['audio'])
+
+
+NOTHING = {'None': None, 'NaN': float('nan'), '(0,)': np.zeros(0, np.float32),
+           '(0,d)': np.zeros((0, 3), np.float32), 'list': [], '0-d': np.array(None)}
+
+
+@pytest.mark.parametrize('what', [*NOTHING, 'shared zeros', 'shared NaN', 'flat'])
+@pytest.mark.parametrize('layout', ['list', 'object array'])
+def test_one_clip_without_a_stream_is_empty(what, layout, tmp_path):
+    """ In train alone, twice; the other clips keep their frames, and the summary names the two. """
+    tree, lengths = ragged()
+    s = tree['train']
+    if what == 'flat':
+        for c in tree.values():
+            c['audio'] = [x[1] for x in c['audio']]
+    whole = [np.array(x) for x in s['audio']]
+    nothing = np.zeros((4, 3), np.float32) if what == 'shared zeros' else np.full((4, 3), np.nan)
+    nothing = NOTHING.get(what, None if what == 'flat' else nothing)
+    s['audio'][1] = s['audio'][6] = nothing
+    if layout == 'object array':
+        for c in tree.values():
+            c['audio'] = object_array(c['audio'])
+    corpus = converted(tree, tmp_path)
+    want = lengths if what != 'flat' else {k: 0 * v + 1 for k, v in lengths.items()}
+    want['train'] = np.where(np.isin(np.arange(8), (1, 6)), 0, want['train'])
+    assert_lengths(corpus, want, streams=['audio'])
+    assert np.array_equal(corpus.frames('train', 'audio', 5), np.atleast_2d(whole[5]))
+    info = corpus.meta['streams']['audio']
+    assert info['clips_empty'] == info['clips_missing'] == 2
+    assert info['empty_ids'] == ['train1 (train)', 'train6 (train)']
+    assert 'train1 (train), train6 (train)' in data.describe(corpus.meta)
+    assert get_batch(corpus, 'train', [1, 2])['audio_len'].tolist() == [0, want['train'][2]]
+
+
+def test_a_stream_without_any_clip_is_absent(tmp_path):
+    """ None for all clips is no stream; None for all clips of one split is that split empty. """
+    tree, lengths = ragged()
+    for s in tree.values():
+        s['audio'] = [None] * len(s['id'])
+    corpus = converted(tree, tmp_path)
+    assert corpus.widths == {'vision': 2}
+    tree, lengths = ragged()
+    tree['train']['audio'] = [None] * 8
+    (tmp_path / 'b').mkdir()
+    corpus = converted(tree, tmp_path / 'b')
+    assert corpus.widths == {'audio': 3, 'vision': 2}
+    assert_lengths(corpus, lengths | {'train': np.zeros(8, int)}, streams=['audio'])
+    assert corpus.meta['streams']['audio']['clips_missing'] == 8
+    tree['test']['audio'] = [np.ones((2, 4))] * 3
+    (tmp_path / 'c').mkdir()
+    refused(tree, tmp_path / 'c', 'audio', '3 features in valid', '4 in test')
+    tree['test']['audio'] = [np.ones((2, 3))] * 3
+    refused(tree, tmp_path / 'c', 'one array for many clips', 'test0 and test1')
+
+
+def list_clips(folder, edit=lambda split, clips: None, labels=('neutral', 'surprise', 'joy'), name='TINY'):
+    """ A folder of lists, changed by `edit`; clip i has 4 + i frames of audio, 3 of video. """
+    folder.mkdir(parents=True)
+    for split in data.SPLITS:
+        r = np.random.default_rng(len(split))
+        clips = []
+        for i, y in enumerate(labels):
+            features = dict(text=f'{split} {i}', audio=r.uniform(1, 2, (4 + i, 3)), audio_len=4 + i,
+                            video=r.uniform(1, 2, (3, 2)), video_len=3)
+            clips.append(dict(id=f'{split}{i}', label=y, speaker='Joey', dialogue=str(i),
+                              features=features))
+        edit(split, clips)
+        save(clips, folder / f'{name}_{split}.pkl')
+    return str(folder)
+
+
+def test_missing_entries_of_a_list_get_their_default(tmp_path):
+    """ One clip without audio, length, id, speaker or dialogue, as None or as a missing key. """
+    def edit(split, clips):
+        if split == 'train':
+            clips[0]['id'] = None
+            del clips[1]['speaker']
+            clips[2]['dialogue'] = float('nan')
+            del clips[1]['features']['audio']
+            clips[2]['features']['audio_len'] = None
+            clips[2]['features']['audio'][-1] = 0
+    corpus = open_corpus(list_clips(tmp_path / 'TINY', edit), tmp_path / 'data')
+    assert corpus.id('train') == ['train_0', 'train1', 'train2']
+    assert [r['speaker'] for r in corpus._rows('train')] == ['Joey', '', 'Joey']
+    assert [r['dialogue'] for r in corpus._rows('train')] == ['0', '1', '']
+    assert corpus.lengths('train', 'audio').tolist() == [4, 0, 6]
+    assert corpus.lengths('valid', 'audio').tolist() == [4, 5, 6]
+    assert corpus.meta['streams']['audio']['lengths_repaired'] == 1
+    first = dict(id='entry 0 of train', speaker='train1', dialogue='train2')
+    assert corpus.meta['defaults'] == {k: dict(count=1, first=[v]) for k, v in first.items()}
+    said = data.describe(corpus.meta)
+    assert all(w in said for w in ('train1 (train)', 'id       1 missing', 'entry 0 of train'))
+
+
+def test_missing_ids_in_one_table(tmp_path):
+    tree = msena()
+    tree['valid']['id'] = object_array(['a', None, 'c'])
+    tree['test']['speaker'] = [None, 'x']
+    corpus = converted(tree, tmp_path)
+    assert corpus.id('valid') == ['a', 'valid_1', 'c']
+    assert [r['speaker'] for r in corpus._rows('test')] == ['', 'x']
+    assert corpus.meta['defaults']['speaker'] == dict(count=1, first=['test$_$0'])
+
+
+RENAMED = dict(raw_text='text_raw', audio='Acoustic', audio_lengths='audio_len', vision='FACET 4.2',
+               vision_lengths='visual_lengths', regression_labels='labels', id='ids')
+
+
+def test_known_names_are_read_and_said(tmp_path):
+    plain, tree = msena(), msena()
+    for split, s in plain.items():
+        tree[split] = {RENAMED.get(k, k): v for k, v in s.items()}
+    tree['dev'] = tree.pop('valid')
+    a = converted(plain, tmp_path)
+    (tmp_path / 'b').mkdir()
+    b = converted(tree, tmp_path / 'b')
+    for split in data.SPLITS:
+        assert a.text(split) == b.text(split) and a.id(split) == b.id(split)
+        assert np.array_equal(a.label(split), b.label(split))
+        for m in data.STREAMS:
+            assert np.array_equal(a.lengths(split, m), b.lengths(split, m))
+            assert np.array_equal(a.frames(split, m, 1), b.frames(split, m, 1))
+    said = data.describe(b.meta)
+    for words in ("'Acoustic' as audio", "'FACET 4.2' as vision", "'dev' as valid"):
+        assert words in said
+    assert 'text [6, 50, 768], annotations [6]' in said and a.meta['renamed'] == {}
+
+
+def test_what_was_not_read_is_named(tmp_path):
+    tree = msena()
+    for s in tree.values():
+        s['eeg'], s['text_bert'] = np.zeros((len(s['id']), 4, 9)), np.zeros((len(s['id']), 3, 50))
+        s['video'] = [f'{i}.mp4' for i in range(len(s['id']))]   # a path is no second vision
+    said = data.describe(converted(tree, tmp_path).meta)
+    assert 'eeg [6, 4, 9]' in said and 'text_bert [6, 3, 50]' in said and 'video [6]' in said
+    def edit(split, clips):
+        clips[1]['features']['wav2vec'] = np.zeros((7, 8))
+        for c in clips:
+            c['age'] = 3
+            c['features']['visual'] = c['features'].pop('video')
+            c['features']['text_raw'] = c['features'].pop('text')
+    corpus = open_corpus(list_clips(tmp_path / 'TINY', edit), tmp_path / 'data')
+    said = data.describe(corpus.meta)
+    assert 'wav2vec [7, 8] in 3 clips' in said and 'age in 9 clips' in said
+    assert "'visual' as vision" in said and "'text_raw' as text" in said
+    assert corpus.text('test')[1] == 'test 1'
+    assert corpus.lengths('test', 'vision').tolist() == [3, 3, 3]
+
+
+def test_two_names_for_one_thing_are_refused(tmp_path):
+    twins = dict(audio='acoustic', vision='video', raw_text='utterance', regression_labels='labels',
+                 audio_lengths='audio_len')
+    for key, twin in twins.items():
+        tree = msena()
+        tree['valid'][twin] = tree['valid'][key]
+        refused(tree, tmp_path, repr(key), repr(twin), 'valid')
+        tree['valid'][twin] = None   # which holds nothing
+        converted(tree, tmp_path)
+        shutil.rmtree(tmp_path / 'corpus')
+
+    def edit(split, clips):
+        clips[2]['features']['vision'] = clips[2]['features']['video']
+
+    with pytest.raises(CorpusError, match="'video' and 'vision' of clip 2 of the split train"):
+        convert(list_clips(tmp_path / 'TINY', edit), str(tmp_path / 'out'))
+
+
+def test_a_split_file_under_another_name(tmp_path):
+    source = list_clips(tmp_path / 'TINY')
+    os.rename(tmp_path / 'TINY' / 'TINY_valid.pkl', tmp_path / 'TINY' / 'TINY_dev.pkl')
+    assert open_corpus(source, tmp_path / 'data').n_clips['valid'] == 3
+    shutil.copy(tmp_path / 'TINY' / 'TINY_dev.pkl', tmp_path / 'TINY' / 'TINY_val.pkl')
+    with pytest.raises(CorpusError, match='both name the split valid'):
+        convert(source, str(tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('has, names', [
+    ('ang sad neu hap', 'hap sad neu ang'), ('joy neutral anger', 'neutral joy anger'),
+    ('hap sad neu ang exc fru', 'hap sad neu ang exc fru'), ('sad joy', 'joy sad')])
+def test_classes_are_those_of_the_corpus(has, names, tmp_path):
+    """ In the order of a known map where that has them all, else sorted. """
+    corpus = open_corpus(list_clips(tmp_path / 'TINY', labels=has.split()), tmp_path / 'data')
+    assert corpus.meta['labels']['emotion']['names'] == names.split()
+    assert corpus.label('test', 'emotion').tolist() == [names.split().index(y) for y in has.split()]
+
+
+def test_a_class_of_test_alone_is_refused_though_the_map_has_it(tmp_path):
+    def edit(split, clips):
+        if split == 'test':
+            clips[1]['label'] = 'fear'
+    with pytest.raises(CorpusError, match='clip test1 in the split test is fear'):
+        convert(list_clips(tmp_path / 'TINY', edit), str(tmp_path / 'out'))
+
+
+CHINESE, FRENCH = '我不喜欢这部电影', 'It’s déjà vu'
+
+
+@pytest.mark.parametrize('codec, text', [
+    ('gbk', CHINESE), ('cp1252', FRENCH), ('big5', '電影'), ('utf-16', FRENCH)])
+@pytest.mark.parametrize('kind', ['list', 'object', 'S array', 'protocol 2', 'features'])
+def test_bytes_that_are_not_utf8(codec, text, kind, tmp_path):
+    """ One text of valid: named with split, entry and clip; and read by --encoding. """
+    raw = text.encode(codec)
+    if kind == 'features':
+        def edit(split, clips):
+            for c in clips:
+                c['features']['text'] = c['features']['text'].encode(codec)
+            if split == 'valid':
+                clips[1]['features']['text'] = raw
+        source, clip = list_clips(tmp_path / 'TINY', edit), 'valid1'
+    else:
+        tree = msena()
+        for split, s in tree.items():
+            s['raw_text'] = [t.encode(codec) for t in s['raw_text']]
+            if split == 'valid':
+                s['raw_text'][1] = raw
+            if kind == 'object':
+                s['raw_text'] = object_array(s['raw_text'])
+            if kind == 'S array' and codec != 'utf-16':   # whose zero bytes an S array would strip
+                s['raw_text'] = np.array(s['raw_text'])
+        protocol = 2 if kind == 'protocol 2' else 4
+        source, clip = save(tree, tmp_path / 'source.pkl', protocol), 'valid$_$1'
+    if codec != 'utf-16':
+        with pytest.raises(CorpusError) as e:
+            convert(source, str(tmp_path / 'out'))
+        for word in ('Entry 1', 'split valid', f'clip {clip}', '--encoding=gbk', 'not UTF-8'):
+            assert word in str(e.value), str(e.value)
+    meta = convert(source, str(tmp_path / 'out'), encoding=codec)
+    assert data.Corpus(tmp_path / 'out').text('valid')[1] == text
+    assert f'bytes were read as {codec}' in data.describe(meta)
+
+
+def py2_strings(*texts):
+    """ The opcodes that Python 2 writes for a list of str. """
+    return b'](' + b''.join(b'U' + bytes([len(t)]) + t for t in texts) + b'e'
+
+
+def test_strings_of_python_2(tmp_path):
+    """ ASCII and UTF-8 are read as they are; other bytes are refused, or read by --encoding. """
+    def write(text):
+        raw = b'\x80\x02}('
+        for split in ('train', 'valid', 'test'):
+            raw += b'U' + bytes([len(split)]) + split.encode() + b'}('
+            raw += b'U\x08raw_text' + py2_strings(b'plain', text)
+            raw += b'U\x11regression_labels](K\x00K\x01eu'
+        (tmp_path / 'source.pkl').write_bytes(raw + b'u.')
+        return str(tmp_path / 'source.pkl')
+
+    cases = [(b'good', None, 'good'), (CHINESE.encode(), None, CHINESE),
+             (CHINESE.encode('gbk'), 'gbk', CHINESE), (FRENCH.encode('cp1252'), 'cp1252', FRENCH)]
+    for k, (text, encoding, want) in enumerate(cases):
+        convert(write(text), str(tmp_path / str(k)), encoding=encoding)
+        assert data.Corpus(tmp_path / str(k)).text('test') == ['plain', want]
+    with pytest.raises(CorpusError, match='Entry 1 of raw_text of the split train.*--encoding=gbk'):
+        convert(write(CHINESE.encode('gbk')), str(tmp_path / 'out'))
+
+
+def test_text_that_was_read_as_latin1(tmp_path):
+    """ C1 control characters show it: repaired where one reading makes sense; all counted. """
+    tree = msena()
+    read_wrong = FRENCH.encode().decode('latin1')
+    tree['train']['raw_text'][:4] = ['It\x92s great', read_wrong, 'caf\xe9', '\x81 undefined']
+    tree['test']['raw_text'][0] = '电影不错但是'.encode('gbk').decode('latin1') + '\x85\x96'
+    tree['test']['raw_text'][1] = 'half \ud83d'
+    corpus = converted(tree, tmp_path)
+    assert corpus.text('train')[:4] == ['It’s great', FRENCH, 'café', '\x81 undefined']
+    assert corpus.text('test') == [tree['test']['raw_text'][0], 'half ?']
+    text = corpus.meta['text']
+    assert text['cp1252_read_as_latin1'] == text['utf8_read_as_latin1'] == 1
+    assert text['control_characters'] == 2
+    said = data.describe(corpus.meta)
+    assert '1 with cp1252 read as Latin-1' in said and '2 with C1 control characters, left' in said
+    assert '1 with half a surrogate pair' in said
+
+
+@pytest.mark.parametrize('codec', ['klingon', 'hex', 'rot13', '', 'a\0b', '--'])
+def test_an_unknown_codec_is_a_sentence(codec, tmp_path):
+    refused(msena(), tmp_path, '--encoding=', 'Python knows', encoding=codec)
+
+
+def test_flags_for_padding_and_encoding(tmp_path):
+    tree, lengths = aligned('right')
+    for s in tree.values():
+        s['raw_text'] = [CHINESE.encode('gbk')] * len(s['id'])
+    source = save(tree, tmp_path / 'source.pkl')
+    command = [sys.executable, os.path.abspath(data.__file__), source, '--name=x']
+
+    def run(*argv):
+        return subprocess.run([*command, *argv], cwd=tmp_path, capture_output=True, text=True)
+
+    for argv in ([], ['--encoding=klingon'], ['--encoding=gbk', '--padding=up'], ['--encoding']):
+        failed = run(*argv)
+        assert failed.returncode == 1 and failed.stderr.startswith('data.py: ')
+        assert failed.stderr.count('\n') == 1
+    done = run('--encoding=gbk', '--padding=left')
+    assert done.returncode == 0 and 'given by --padding' in done.stdout, done.stderr
+    corpus = data.Corpus(tmp_path / 'data' / 'x')
+    assert corpus.text('train')[0] == CHINESE and set(corpus.lengths('train', 'audio')) == {20}
+
+
+def test_a_folder_of_an_earlier_version_opens(tmp_path):
+    """ Its meta.json has none of the entries that say what was guessed. """
+    corpus = converted(msena(), tmp_path)
+    meta = json.loads((tmp_path / 'corpus' / 'meta.json').read_text())
+    for key in ('renamed', 'unread', 'defaults'):
+        del meta[key]
+    for s in meta['streams'].values():
+        for key in ('padding_found', 'clips_missing', 'clips_cut', 'clips_cut_with_zeros',
+                    'empty_ids'):
+            s.pop(key, None)
+    (tmp_path / 'corpus' / 'meta.json').write_text(json.dumps(meta))
+    old = data.Corpus(tmp_path / 'corpus')
+    assert 'padding right' in data.describe(old.meta)
+    batches = [get_batch(c, 'train', [2])['audio'] for c in (old, corpus)]
+    assert torch.equal(*batches)
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Batches
