@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from files import make_plain_folder
+
 
 class ModelError(Exception):
     """ A sentence for the user: what was wrong, where, and what to do. """
@@ -431,10 +433,10 @@ def refuse_special_files(folder):
                              "device): remove it.")
 
 
-def refuse_links_outside(folder):
-    """ Raises ModelError where a link in `folder` leads out of it; in the hub's own cache, to
-    anything but its blobs. """
-    root = os.path.realpath(folder)
+def refuse_links_outside(folder, home):
+    """ Raises ModelError where a link in `folder` leads out of the LM's folder `home`; in the hub's
+    own cache, to anything but its blobs. """
+    root = os.path.realpath(home)
     allowed = [root]
     if os.path.basename(os.path.dirname(root)) == 'snapshots':
         allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), 'blobs'))
@@ -452,10 +454,10 @@ def refuse_foreign(folder):
     if not os.path.lexists(os.path.join(folder, 'config.json')):
         raise ModelError(f"the LM {folder!r} could not be loaded: the folder has no config.json.")
     inner = [os.path.join(folder, entry) for entry in sorted(os.listdir(folder))]
-    refuse_links_outside(folder)
+    refuse_links_outside(folder, folder)
     for place in filter(os.path.isdir, inner):   # transformers looks no deeper
         refuse_special_files(place)
-        refuse_links_outside(place)
+        refuse_links_outside(place, folder)
     for path in inner:
         entry = os.path.basename(path)
         if entry == 'custom_generate' or entry.startswith('shard-'):
@@ -837,7 +839,7 @@ def new_tokenizer(texts, c, folder, ends=False):
     fast.add_special_tokens([AddedToken(t, special=True) for t in ('<unk>', '<s>', '</s>')])
     if ends: fast.post_processor = processors.TemplateProcessing('<s> $A </s>', special_tokens=[('<s>', 1), ('</s>', 2)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
-    os.makedirs(folder, exist_ok=True)
+    make_plain_folder(folder)
     tokenizer.save_pretrained(folder)
     with open(os.path.join(folder, 'tokenizer.model'), 'wb') as f: f.write(proto.getvalue())
     return tokenizer
