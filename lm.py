@@ -673,6 +673,12 @@ def missing_weights(model, report, unused=()):
     return sorted(k for k in missing - computed - found if not k.startswith(unused))
 
 
+def is_adapter_weight(key):
+    """ Whether a weight of this name is of an adapter of peft's: LoRA, its kin, or what it saved. """
+    kinds = ('.lora_', '.hada_', '.lokr_', '.ia3_', '.modules_to_save.')
+    return any(kind in key for kind in kinds)
+
+
 def weight_file(name, file, config):
     """ The path of a weight file of an LM, in its folder or from the hub; or None. """
     if not os.path.isdir(name):
@@ -708,7 +714,13 @@ def load_weights(auto, name, config, remote=False, as_data=False, unused=(), ins
     other = [f"{k} is {list(theirs)} in the file and {list(ours)} by "
              "config.json" for k, theirs, ours in sorted(report['mismatched_keys'])
              if not k.startswith(unused)]
-    total = len(dict(model.named_parameters()))
+    inside = sorted(k for k in report['unexpected_keys'] if is_adapter_weight(k))
+    if inside:
+        raise ModelError(f"the weight files of the LM {name!r} hold {len(inside)} weights of an "
+                         f"adapter that was not merged ({', '.join(inside[:3])}), and without them "
+                         "it is another model: load it with peft, call merge_and_unload, and save "
+                         "that.")
+    total = len(dict(model.named_parameters(remove_duplicate=False)))
     if other:
         raise ModelError(f"{len(other)} of the {total} weights of the LM {name!r} have another "
                          f"shape than its config.json says ({'; '.join(other[:3])}) and would be "
