@@ -1399,7 +1399,11 @@ def open_corpus(source, where='data'):
     folder = Path(where) / _folder_name(source)
     if not (folder / 'meta.json').is_file():
         print(f"converting {source} into {folder} ...")
-        print(describe(convert(source, folder)))
+        try:
+            print(describe(convert(source, folder)))
+        except CorpusError:
+            if not (folder / 'meta.json').is_file():   # else another process has just made it
+                raise
     return Corpus(folder)
 
 

@@ -366,7 +366,8 @@ def read_run(folder):
             result['about'] = said | {k: about[k] for k in ('name', 'knobs', 'corpus', 'device', 'dtype')}
             result['about']['corpus'] |= dict(folder=folder_of_corpus)
             result['about']['knobs']['trust_remote_code'] = asked
-        check_facts(result['about'])
+            check_facts(result['about'])
+            check_scores(result)
         check_knobs(result['about']['knobs'], defaults, f"in {folder}")
         wrong = wrong_knobs(result['about']['knobs'], metrics=tuple(BETTER))
     except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -392,6 +393,26 @@ def check_facts(about):
             raise ValueError(f"its mean and std of {m} are not {short(n)} numbers each")
     if 'streams' in facts and set(facts['streams']) != set(facts['widths']):
         raise ValueError("its widths and its streams are not of the same names")
+
+
+def check_scores(result):
+    """ Raises ValueError where what result.json says of training and of scores is of another kind than train.py writes. """
+    number, ceilings = (int, float), result['ceilings'] or {}
+    kinds = [(result, dict, ('state', 'clips', 'test', 'valid', 'info')),
+             (result, number, ('seconds', 'n_trainable', 'n_frozen')),
+             (result['state'], number, ('best', 'best_step', 'step')),
+             (result['clips'], int, ('train', 'valid', 'test'))]
+    scores = [result['test'], result['valid'], result['majority'] or {}, result.get('lm_alone') or {}]
+    if ceilings:
+        kinds += [(result, dict, ['ceilings']), (ceilings, dict, ('late', 'full'))]
+        scores += list(ceilings.values())
+    kinds += [(metrics, number, list(metrics)) for metrics in scores]
+    for holder, kind, keys in kinds:
+        for key in keys:
+            if not isinstance(holder[key], kind):
+                raise ValueError(f"its {key} is {short(holder[key])}")
+    if set(result['test']) != set(result['valid']) or not result['test']:
+        raise ValueError("its test and valid are not of the same metrics")
 
 
 def refuse_edits(folder, said, about, info):

@@ -417,6 +417,17 @@ def test_two_at_once(tmp_path):
     assert len(os.listdir(tmp_path / 'data')) == 1
 
 
+def test_a_corpus_that_another_process_has_just_made(tmp_path, monkeypatch):
+    """ It ends between the look for the folder and the conversion. """
+    def late(source, folder):
+        convert(source, folder)
+        return convert(source, folder)
+
+    monkeypatch.setattr(data, 'convert', late)
+    source = save(msena(), tmp_path / 'source.pkl')
+    assert open_corpus(source, tmp_path / 'data').n_clips['train'] == 6
+
+
 def test_full_disk_is_a_sentence(tmp_path, monkeypatch):
     def full(*a): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(data, '_write_stream', full)

@@ -469,6 +469,19 @@ def test_a_header_of_a_wrong_kind_gets_a_sentence(change, copied, received):
         assert str(stopped.value).startswith('eval: ') and 'damaged' in str(stopped.value)
 
 
+@pytest.mark.parametrize('key, value', [
+    ('state', {}), ('clips', []), ('test', {}), ('valid', {}), ('test', None), ('majority', 3), ('ceilings', 'x'),
+    ('ceilings', dict(late=3)), ('seconds', '1'), ('n_trainable', None)])
+def test_scores_of_a_wrong_kind_get_a_sentence(key, value, copied, received):
+    path = copied / 'result.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    clip = f'--clip={received.parent}/clip.jsonl'
+    for flags in ([], [clip], [f'--export={copied.parent}/away']):
+        with pytest.raises(SystemExit) as stopped:
+            command('eval.py', copied, *flags)
+        assert str(stopped.value).startswith('eval: ') and 'damaged' in str(stopped.value)
+
+
 @pytest.mark.parametrize('value', [3e38, -3e38])
 def test_a_score_that_is_no_number_is_an_error(value, received):
     clip = dict(text='the film was superb', audio=[[value] * 12] * 9, vision=[[0.2] * 16] * 7)
