@@ -124,7 +124,8 @@ def _find_fields(holder, table, own, where):
     {field: key} of the fields of a table of names that a dict holds. Keys with the value None do
     not count. A text must be text, and streams, lengths and scores must not be, so that 'text'
     may be BERT features and 'video' a path. `own` has the layout's own names where the field's is
-    not it. Raises CorpusError where two keys would do.
+    not it. Raises CorpusError where two keys would do, but for ids and the like, where the layout's
+    own name goes first.
     """
     named = {}
     for key, value in holder.items():
@@ -138,6 +139,8 @@ def _find_fields(holder, table, own, where):
             fits = [k for k in keys if _holds_text(holder[k])]
         elif field.startswith((*STREAMS, 'label')):
             fits = [k for k in keys if not _holds_text(holder[k])]
+        if len(fits) > 1 and field in OTHER_NAMES:   # 'id' beside 'clip_id': the layout's own counts
+            fits = [k for k in fits if _printed(k) == own.get(field, field)] or fits
         if len(fits) > 1:
             one, two = map(_printed, fits[:2])
             raise CorpusError(f"The keys '{one}' and '{two}' {where} both name the {field}; remove "
@@ -203,6 +206,8 @@ def _is_missing(value):
 def _decode_bytes(raw, where, encoding):
     """ Text from bytes, by the encoding that the user named or else UTF-8. """
     try:
+        if not encoding and b'\0' in raw:   # UTF-16, of which much is UTF-8 with NUL characters
+            raise ValueError
         return raw.decode(encoding or 'utf-8')
     except (UnicodeError, ValueError):
         begin = ascii(raw[:24])
@@ -249,7 +254,9 @@ def _text(x, where, summary):
         x = _decode_bytes(bytes(x), where, summary.encoding)
     if not isinstance(x, str):
         raise CorpusError(f"{where} is a {type(x).__name__} where text belongs; mend the source.")
-    if C1_CONTROLS.search(x):
+    if '\0' in x:
+        summary.count_text('control_characters')
+    elif C1_CONTROLS.search(x):
         x = _repair_controls(x, summary)
     try:
         x.encode('utf-8')
@@ -1272,7 +1279,8 @@ def _describe_text(text):
     what = dict(
         cp1252_read_as_latin1="with cp1252 read as Latin-1 (C1 control characters), repaired",
         utf8_read_as_latin1="with UTF-8 read as Latin-1 (C1 control characters), repaired",
-        control_characters="with C1 control characters, left as they are: read in a wrong encoding",
+        control_characters="with NUL or C1 control characters, left as they are: read in a wrong "
+                           "encoding",
         half_characters="with half a surrogate pair, replaced by ?")
     rows = [f"{text[key]} {said}" for key, said in what.items() if text.get(key)]
     if text.get('encoding'):
@@ -1391,7 +1399,11 @@ def open_corpus(source, where='data'):
     folder = Path(where) / _folder_name(source)
     if not (folder / 'meta.json').is_file():
         print(f"converting {source} into {folder} ...")
-        print(describe(convert(source, folder)))
+        try:
+            print(describe(convert(source, folder)))
+        except CorpusError:
+            if not (folder / 'meta.json').is_file():   # else another process has just made it
+                raise
     return Corpus(folder)
 
 

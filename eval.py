@@ -362,8 +362,12 @@ def read_run(folder):
             about['knobs'] = defaults | about['knobs']
             refuse_edits(folder, said, about, result['info'])
             asked = said['knobs']['trust_remote_code'] or about['knobs']['trust_remote_code']
+            folder_of_corpus = said['corpus']['folder']   # a place, which is another where a run went on elsewhere
             result['about'] = said | {k: about[k] for k in ('name', 'knobs', 'corpus', 'device', 'dtype')}
+            result['about']['corpus'] |= dict(folder=folder_of_corpus)
             result['about']['knobs']['trust_remote_code'] = asked
+            check_facts(result['about'])
+            check_scores(result)
         check_knobs(result['about']['knobs'], defaults, f"in {folder}")
         wrong = wrong_knobs(result['about']['knobs'], metrics=tuple(BETTER))
     except (KeyError, TypeError, AttributeError, ValueError) as e:
@@ -374,14 +378,54 @@ def read_run(folder):
     return result
 
 
+def check_facts(about):
+    """ Raises ValueError where what a run says of itself and its corpus (clips.facts_of) is of another kind. """
+    facts = about['corpus']
+    kinds = [(about, str, 'name device dtype'), (facts, str, 'folder sha256 name'), (facts, dict, 'widths labels clips')]
+    for holder, kind, keys in kinds:
+        for key in keys.split():
+            if type(holder[key]) is not kind:
+                raise ValueError(f"its {key} is {short(holder[key])}")
+    for m, stream in facts.get('streams', {}).items():   # a run of an early version has none
+        n = facts['widths'].get(m)
+        numbers = [v for k in ('mean', 'std') for v in stream[k]]
+        if len(stream['mean']) != n or len(stream['std']) != n or any(type(v) not in (int, float) for v in numbers):
+            raise ValueError(f"its mean and std of {m} are not {short(n)} numbers each")
+    if 'streams' in facts and set(facts['streams']) != set(facts['widths']):
+        raise ValueError("its widths and its streams are not of the same names")
+
+
+def check_scores(result):
+    """ Raises ValueError where what result.json says of training and of scores is of another kind than train.py writes. """
+    number, ceilings = (int, float), result['ceilings'] or {}
+    kinds = [(result, dict, ('state', 'clips', 'test', 'valid', 'info')),
+             (result, number, ('seconds', 'n_trainable', 'n_frozen')),
+             (result['state'], number, ('best', 'best_step', 'step')),
+             (result['clips'], int, ('train', 'valid', 'test'))]
+    scores = [result['test'], result['valid'], result['majority'] or {}, result.get('lm_alone') or {}]
+    if ceilings:
+        kinds += [(result, dict, ['ceilings']), (ceilings, dict, ('late', 'full'))]
+        scores += list(ceilings.values())
+    kinds += [(metrics, number, list(metrics)) for metrics in scores]
+    for holder, kind, keys in kinds:
+        for key in keys:
+            if not isinstance(holder[key], kind):
+                raise ValueError(f"its {key} is {short(holder[key])}")
+    if set(result['test']) != set(result['valid']) or not result['test']:
+        raise ValueError("its test and valid are not of the same metrics")
+
+
 def refuse_edits(folder, said, about, info):
     """ Raises EvalError where result.json (`said`, `info`) and the checkpoint's header (`about`) describe two models. """
     # trust_remote_code is a permission, which revive asks the command line for: it says nothing of the model
     free = (*RUN_KNOBS, 'trust_remote_code')
     pairs = [(k, said['knobs'].get(k), v) for k, v in about['knobs'].items() if k not in free]
     pairs += [(k, v, None) for k, v in said['knobs'].items() if k not in about['knobs']]
-    pairs += [(f'corpus {k}', said['corpus'].get(k), v) for k, v in about['corpus'].items()]
-    pairs += [(k, said.get(k), about.get(k)) for k in ('name', 'dtype', 'lm_fingerprint', 'tokenizer_fingerprint')]
+    pairs += [(f'corpus {k}', said['corpus'].get(k), v) for k, v in about['corpus'].items() if k != 'folder']
+    pairs += [(k, said.get(k), about.get(k)) for k in ('lm_fingerprint', 'tokenizer_fingerprint')]
+    # a run may have gone on with another --dtype or on another device, after its best step
+    if (said['knobs']['dtype'], said.get('device')) == (about['knobs']['dtype'], about.get('device')):
+        pairs += [('dtype', said.get('dtype'), about.get('dtype'))]
     pairs += [('info', info, about['corpus']['labels'][about['knobs']['label']])]
     for what, here, there in pairs:
         if json.dumps(here, sort_keys=True) != json.dumps(there, sort_keys=True):
@@ -649,8 +693,9 @@ def named_corpus(folder, facts):
 def revived_model(folder, c, corpus, dtype):
     """ The model of a run and its tokenizer, with the weights of its LM and none from its checkpoint yet. """
     as_data = not c['trust_remote_code']
-    if as_data and os.path.islink(os.path.join(folder, 'lm')):
-        raise EvalError(f"{folder}/lm is a link, and a run's own LM is read from its folder alone: put the LM itself there.")
+    for own in ('lm', 'hf'):
+        if os.path.islink(os.path.join(folder, own)):
+            raise EvalError(f"{folder}/{own} is a link, and a run's own LM is read from its folder alone: put the LM itself there.")
     torch.manual_seed(c['seed'])   # a random LM (lm_init) is in no checkpoint: it is drawn again as it was
     if c['system'] == 'lm':
         lm, tokenizer = load_lm(folder, dtype, as_data=as_data)

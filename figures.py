@@ -22,7 +22,8 @@ import torch
 
 from adapters import FFW, GMRA, AVEncoder, CrossAttention, MMBlock, MSEAdapter
 from data import CorpusError, Feed
-from eval import EvalError, bring_back, confusion_picture, one_system, read_log, read_predictions, read_run, take_permissions
+from eval import (EvalError, bring_back, check_finite, confusion_picture, one_system, read_log, read_predictions, read_run,
+                  take_permissions)
 from files import make_folder, open_regular, save_picture
 from lm import FrozenLM, ModelError, TextEncoder
 from model import CrossSent, DeepMLF, PseudoTokenLM
@@ -224,7 +225,12 @@ def embeddings(folder, out, n_most=1000, **allowed):
                 with Watch([module]) as watch: run.predict(batch)
                 vectors.append(watch.seen[-1][0])
         labels.append(batch['label'])
-    y, label = tsne(torch.cat(vectors).float().cpu()), torch.cat(labels).cpu().numpy()
+    fused, label = torch.cat(vectors).float().cpu(), torch.cat(labels).cpu().numpy()             # [N,D], [N]
+    try:
+        check_finite({'the fused vector': fused.numpy()}, feed.corpus.id('test'))
+    except ValueError as e:
+        raise EvalError(f"{folder}: {e}.") from None
+    y = tsne(fused)
     fig, ((ax,),) = canvas(high=WIDE)
     classes = run.info['kind'] == 'classes'
     points = ax.scatter(*y.T, c=label, s=5, cmap='tab10' if classes else 'coolwarm', lw=0)
@@ -314,6 +320,8 @@ def tokens(folders, out, clip='', **allowed):
         i = clip_number(folder, feed, clip)
         batch, n = feed('test', np.array([i])), run.knobs['n_pseudo']
         pred, views = float(run.predict(batch)['pred']), look(run, batch)
+        if not np.isfinite(pred):
+            raise EvalError(f"{folder}: pred of clip {feed.corpus.id('test')[i]} is NaN or inf, so there is nothing to draw.")
         if not {'over audio', 'over vision'} <= set(views):
             raise EvalError(f"{folder} has no attention over audio and over video: --tokens is for CMPTA with both.")
         for ax, m in zip(row, ('audio', 'vision')):

@@ -84,6 +84,17 @@ def make_folder(path):
     os.makedirs(path, exist_ok=True)
 
 
+def make_plain_folder(path):
+    """
+    Make the folder `path` inside a run's folder, for a library that opens its files by name: what lies in it and is a
+    link or a special file goes. Raises OSError as make_folder does.
+    """
+    make_folder(path)
+    for entry in os.scandir(path):
+        if not entry.is_file(follow_symlinks=False) and not entry.is_dir(follow_symlinks=False):
+            os.remove(entry.path)
+
+
 def remove_leftovers(folder):
     """ Remove the new files that killed writers left in a folder. Call it while no other process writes there. """
     for entry in os.scandir(folder):

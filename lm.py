@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from files import make_plain_folder
+
 
 class ModelError(Exception):
     """ A sentence for the user: what was wrong, where, and what to do. """
@@ -431,10 +433,10 @@ def refuse_special_files(folder):
                              "device): remove it.")
 
 
-def refuse_links_outside(folder):
-    """ Raises ModelError where a link in `folder` leads out of it; in the hub's own cache, to
-    anything but its blobs. """
-    root = os.path.realpath(folder)
+def refuse_links_outside(folder, home):
+    """ Raises ModelError where a link in `folder` leads out of the LM's folder `home`; in the hub's
+    own cache, to anything but its blobs. """
+    root = os.path.realpath(home)
     allowed = [root]
     if os.path.basename(os.path.dirname(root)) == 'snapshots':
         allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), 'blobs'))
@@ -452,10 +454,10 @@ def refuse_foreign(folder):
     if not os.path.lexists(os.path.join(folder, 'config.json')):
         raise ModelError(f"the LM {folder!r} could not be loaded: the folder has no config.json.")
     inner = [os.path.join(folder, entry) for entry in sorted(os.listdir(folder))]
-    refuse_links_outside(folder)
+    refuse_links_outside(folder, folder)
     for place in filter(os.path.isdir, inner):   # transformers looks no deeper
         refuse_special_files(place)
-        refuse_links_outside(place)
+        refuse_links_outside(place, folder)
     for path in inner:
         entry = os.path.basename(path)
         if entry == 'custom_generate' or entry.startswith('shard-'):
@@ -671,6 +673,12 @@ def missing_weights(model, report, unused=()):
     return sorted(k for k in missing - computed - found if not k.startswith(unused))
 
 
+def is_adapter_weight(key):
+    """ Whether a weight of this name is of an adapter of peft's: LoRA, its kin, or what it saved. """
+    kinds = ('.lora_', '.hada_', '.lokr_', '.ia3_', '.modules_to_save.')
+    return any(kind in key for kind in kinds)
+
+
 def weight_file(name, file, config):
     """ The path of a weight file of an LM, in its folder or from the hub; or None. """
     if not os.path.isdir(name):
@@ -706,7 +714,13 @@ def load_weights(auto, name, config, remote=False, as_data=False, unused=(), ins
     other = [f"{k} is {list(theirs)} in the file and {list(ours)} by "
              "config.json" for k, theirs, ours in sorted(report['mismatched_keys'])
              if not k.startswith(unused)]
-    total = len(dict(model.named_parameters()))
+    inside = sorted(k for k in report['unexpected_keys'] if is_adapter_weight(k))
+    if inside:
+        raise ModelError(f"the weight files of the LM {name!r} hold {len(inside)} weights of an "
+                         f"adapter that was not merged ({', '.join(inside[:3])}), and without them "
+                         "it is another model: load it with peft, call merge_and_unload, and save "
+                         "that.")
+    total = len(dict(model.named_parameters(remove_duplicate=False)))
     if other:
         raise ModelError(f"{len(other)} of the {total} weights of the LM {name!r} have another "
                          f"shape than its config.json says ({'; '.join(other[:3])}) and would be "
@@ -837,7 +851,7 @@ def new_tokenizer(texts, c, folder, ends=False):
     fast.add_special_tokens([AddedToken(t, special=True) for t in ('<unk>', '<s>', '</s>')])
     if ends: fast.post_processor = processors.TemplateProcessing('<s> $A </s>', special_tokens=[('<s>', 1), ('</s>', 2)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
-    os.makedirs(folder, exist_ok=True)
+    make_plain_folder(folder)
     tokenizer.save_pretrained(folder)
     with open(os.path.join(folder, 'tokenizer.model'), 'wb') as f: f.write(proto.getvalue())
     return tokenizer

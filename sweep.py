@@ -83,7 +83,9 @@ class Run:
         if torch.cuda.is_available():
             gpus = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(torch.cuda.device_count())))
             env['CUDA_VISIBLE_DEVICES'] = gpus.split(',')[slot % len(gpus.split(','))]
-        with open(self.folder + '.txt', 'w', encoding='utf-8') as out:
+        if os.path.lexists(self.folder + '.txt'):   # a link would lead elsewhere, and a FIFO would wait
+            os.remove(self.folder + '.txt')
+        with open(self.folder + '.txt', 'x', encoding='utf-8') as out:
             argv = [sys.executable, os.path.join(HERE, self.command[0]), *self.command[1:], *again]
             # in a session of its own: Ctrl-C reaches it through us, once
             self.process = subprocess.Popen(argv, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)

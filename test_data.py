@@ -417,6 +417,17 @@ def test_two_at_once(tmp_path):
     assert len(os.listdir(tmp_path / 'data')) == 1
 
 
+def test_a_corpus_that_another_process_has_just_made(tmp_path, monkeypatch):
+    """ It ends between the look for the folder and the conversion. """
+    def late(source, folder):
+        convert(source, folder)
+        return convert(source, folder)
+
+    monkeypatch.setattr(data, 'convert', late)
+    source = save(msena(), tmp_path / 'source.pkl')
+    assert open_corpus(source, tmp_path / 'data').n_clips['train'] == 6
+
+
 def test_full_disk_is_a_sentence(tmp_path, monkeypatch):
     def full(*a): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(data, '_write_stream', full)
@@ -988,6 +999,20 @@ def test_two_names_for_one_thing_are_refused(tmp_path):
         convert(list_clips(tmp_path / 'TINY', edit), str(tmp_path / 'out'))
 
 
+def test_a_clip_may_have_several_numbers(tmp_path):
+    """ 'id' beside 'clip_id' is the id, as before there were other names; alone, 'clip_id' is. """
+    tree = msena()
+    for s in tree.values():
+        s['clip_id'] = [f'number {i}' for i in range(len(s['id']))]
+    ids, meta = list(tree['valid']['id']), converted(tree, tmp_path).meta
+    assert data.Corpus(tmp_path / 'corpus').id('valid') == ids
+    assert 'clip_id' in meta['unread'] and not meta['renamed']
+    shutil.rmtree(tmp_path / 'corpus')
+    for s in tree.values():
+        del s['id']
+    assert converted(tree, tmp_path).id('valid')[1] == 'number 1'
+
+
 def test_a_split_file_under_another_name(tmp_path):
     source = list_clips(tmp_path / 'TINY')
     os.rename(tmp_path / 'TINY' / 'TINY_valid.pkl', tmp_path / 'TINY' / 'TINY_dev.pkl')
@@ -1053,6 +1078,19 @@ def test_bytes_that_are_not_utf8(codec, text, kind, tmp_path):
     assert f'bytes were read as {codec}' in data.describe(meta)
 
 
+@pytest.mark.parametrize('codec', ['utf-16-le', 'utf-16-be', 'utf-32-le'])
+def test_utf16_without_a_mark_is_no_utf8(codec, tmp_path):
+    """ Of plain letters it is valid UTF-8, with a NUL character before or behind each letter. """
+    tree = msena()
+    tree['valid']['raw_text'] = [t.encode(codec) for t in tree['valid']['raw_text']]
+    source = save(tree, tmp_path / 'source.pkl')
+    with pytest.raises(CorpusError, match='Entry 0 of raw_text of the split valid .* not UTF-8'):
+        convert(source, str(tmp_path / 'out'))
+    tree['valid']['raw_text'] = ['a\0b\0'] + [''] * (len(tree['valid']['raw_text']) - 1)
+    meta = convert(save(tree, tmp_path / 'source.pkl'), str(tmp_path / 'out'))   # text already
+    assert '1 with NUL or C1 control characters, left' in data.describe(meta)
+
+
 def py2_strings(*texts):
     """ The opcodes that Python 2 writes for a list of str. """
     return b'](' + b''.join(b'U' + bytes([len(t)]) + t for t in texts) + b'e'
@@ -1092,7 +1130,7 @@ def test_text_that_was_read_as_latin1(tmp_path):
     assert text['cp1252_read_as_latin1'] == text['utf8_read_as_latin1'] == 1
     assert text['control_characters'] == 2
     said = data.describe(corpus.meta)
-    assert '1 with cp1252 read as Latin-1' in said and '2 with C1 control characters, left' in said
+    assert '1 with cp1252 read as Latin-1' in said and '2 with NUL or C1 control characters, left' in said
     assert '1 with half a surrogate pair' in said
 
 

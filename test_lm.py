@@ -428,6 +428,17 @@ def test_a_lora_beside_the_weights_is_refused_and_the_command_merges_it(tmp_path
     assert tokenizer(['the film'])['input_ids'] == [[2, 4, 5, 3]]
 
 
+def test_an_adapter_inside_the_weight_files_is_refused(tmp_path):
+    """ transformers ignores such weights, and the base model alone would be taken for the tuned one. """
+    for name in ('model.layers.0.self_attn.q_proj.lora_A.weight',
+                 'base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight',
+                 'base_model.model.lm_head.modules_to_save.default.weight'):
+        folder, _ = saved(tmp_path / name)
+        edit_weights(folder, lambda tensors: tensors | {name: torch.ones(2, 32)})
+        with pytest.raises(ModelError, match=rf'1 weights of an adapter .*{re.escape(name)}'):
+            load_lm(folder)
+
+
 def test_an_adapter_alone_is_merged_from_its_base(tmp_path):
     pytest.importorskip('peft')
     base, hf = saved(tmp_path / 'base')

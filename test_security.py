@@ -18,10 +18,11 @@ import torch
 import eval as evaluation
 import files
 from configurator import knobs_of
+from lm import ModelError, lm_config
 from model import load_checkpoint, save_checkpoint
 from test_clips import command
 from test_smoke import HERE
-from test_trust import curriculum, deepmlf, forge, train   # noqa: F401 (curriculum is a fixture)
+from test_trust import TINY, curriculum, deepmlf, forge, train   # noqa: F401 (curriculum is a fixture)
 
 # Every knob that a folder can carry, by the reason why a stranger may set it.
 WHY_HARMLESS = {
@@ -306,6 +307,66 @@ def test_an_export_has_regular_files_alone(curriculum, tmp_path, capsys):   # no
     assert not any(p.is_symlink() for p in tmp_path.glob('away/**/*'))
 
 
+def test_an_encoder_of_ones_own_is_in_the_folder_itself(corpora, tmp_path):
+    """ hf/ is a link to a folder that fits, with a private file beside: it is not read, and not published. """
+    train('config/crosssent_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', '--max_steps=2',
+          '--batch_size=16', '--device=cpu')
+    (tmp_path / 'run' / 'hf').rename(tmp_path / 'private')
+    (tmp_path / 'private' / 'secret.txt').write_text('the password')
+    (tmp_path / 'run' / 'hf').symlink_to(tmp_path / 'private')
+    for flags in ([], [f'--export={tmp_path}/away']):
+        with pytest.raises(SystemExit, match='hf is a link'):
+            command('eval.py', tmp_path / 'run', *flags)
+    assert not (tmp_path / 'away').exists()
+
+
+@pytest.mark.parametrize('kind', ['folder', 'files', 'fifo'])
+def test_an_lm_that_goes_on_writes_nothing_through_a_link(kind, corpora, curriculum, tmp_path):   # noqa: F811
+    shutil.copytree(curriculum / 'lm_toy', tmp_path / 'run')
+    (tmp_path / 'run' / 'result.json').unlink()
+    outside, hf = tmp_path / 'outside', tmp_path / 'run' / 'hf'
+    outside.mkdir()
+    (outside / 'victim').write_text('precious')
+    for path in sorted(hf.iterdir()):
+        path.unlink()
+        if kind == 'files':
+            path.symlink_to(outside / 'victim')
+        elif kind == 'fifo':
+            os.mkfifo(path)
+    if kind == 'folder':
+        hf.rmdir()
+        hf.symlink_to(outside)
+    argv = ['config/lm_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', *TINY, '--resume=True']
+    with no_longer_than(120):
+        if kind == 'folder':
+            with pytest.raises(SystemExit, match='is a link'):
+                train(*argv)
+        else:
+            train(*argv)
+            names = {p.name for p in hf.iterdir()}
+            assert {'config.json', 'model.safetensors', 'tokenizer.json'} <= names
+            assert all(p.is_file() and not p.is_symlink() for p in hf.iterdir())
+    assert tree(outside) == {outside / 'victim': b'precious'}
+
+
+def test_a_snapshot_of_the_hubs_cache_may_have_folders(curriculum, tmp_path):   # noqa: F811
+    """ Its files are links to blobs, also those in a folder, as sentence-transformers' 1_Pooling; others are refused. """
+    cache = tmp_path / 'models--a--b'
+    snapshot = cache / 'snapshots' / 'abc'
+    for folder in (cache / 'blobs', snapshot / '1_Pooling'):
+        folder.mkdir(parents=True)
+    for path in (curriculum / 'lm_toy' / 'hf').iterdir():
+        shutil.copy(path, cache / 'blobs' / path.name)
+        (snapshot / path.name).symlink_to(f'../../blobs/{path.name}')
+    (cache / 'blobs' / 'pooling').write_text('{}')
+    (snapshot / '1_Pooling' / 'config.json').symlink_to('../../../blobs/pooling')
+    lm_config(str(snapshot), as_data=True)
+    (tmp_path / 'outside').write_text('{}')
+    (snapshot / '1_Pooling' / 'more.json').symlink_to(tmp_path / 'outside')
+    with pytest.raises(ModelError, match='more.json is a link'):
+        lm_config(str(snapshot), as_data=True)
+
+
 def test_a_failed_export_leaves_nothing(copied, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
@@ -375,6 +436,50 @@ def test_a_run_may_go_on_with_other_knobs_of_the_run(corpora, curriculum):   # n
     result['about']['knobs'] |= dict(patience=7, log_interval=1)
     path.write_text(json.dumps(result))
     command('eval.py', curriculum / 'patient')
+
+
+@pytest.mark.parametrize('what', ['data_dir', 'dtype'])
+def test_a_run_may_go_on_elsewhere_after_its_best_step(what, copied, corpora):
+    """ result.json is then of another corpus folder or dtype than the best checkpoint: the scores are those of before. """
+    path = copied / 'result.json'
+    result = json.loads(path.read_text())
+    if what == 'data_dir':
+        shutil.copytree(corpora / 'toy', copied.parent / 'moved')
+        result['about']['corpus']['folder'] = str(copied.parent / 'moved')
+    else:
+        result['about']['knobs']['dtype'] = result['about']['dtype'] = 'bfloat16'
+    path.write_text(json.dumps(result))
+    command('eval.py', copied)
+    assert json.loads(path.read_text())['test'] == result['test']
+
+
+@pytest.mark.parametrize('change', [
+    lambda a: a.update(device=[]), lambda a: a.update(name=3), lambda a: a['corpus'].update(sha256=None),
+    lambda a: a['corpus'].update(streams={}), lambda a: a['corpus'].update(widths=3),
+    lambda a: a['corpus']['streams']['audio'].update(mean=['x'] * 12),
+    lambda a: a['corpus']['streams']['audio'].update(std=[1.0])])
+def test_a_header_of_a_wrong_kind_gets_a_sentence(change, copied, received):
+    about = json.loads((copied / 'result.json').read_text())['about']
+    change(about)
+    forge(copied, **about)
+    clip = f'--clip={received.parent}/clip.jsonl'
+    for flags in ([], [clip], [f'--export={copied.parent}/away']):
+        with pytest.raises(SystemExit) as stopped:
+            command('eval.py', copied, *flags)
+        assert str(stopped.value).startswith('eval: ') and 'damaged' in str(stopped.value)
+
+
+@pytest.mark.parametrize('key, value', [
+    ('state', {}), ('clips', []), ('test', {}), ('valid', {}), ('test', None), ('majority', 3), ('ceilings', 'x'),
+    ('ceilings', dict(late=3)), ('seconds', '1'), ('n_trainable', None)])
+def test_scores_of_a_wrong_kind_get_a_sentence(key, value, copied, received):
+    path = copied / 'result.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    clip = f'--clip={received.parent}/clip.jsonl'
+    for flags in ([], [clip], [f'--export={copied.parent}/away']):
+        with pytest.raises(SystemExit) as stopped:
+            command('eval.py', copied, *flags)
+        assert str(stopped.value).startswith('eval: ') and 'damaged' in str(stopped.value)
 
 
 @pytest.mark.parametrize('value', [3e38, -3e38])

@@ -16,6 +16,7 @@ import sweep
 from configurator import knobs_of, read_config
 from eval import EvalError, claim, score_by
 from figures import tsne, weights_of
+from model import load_checkpoint, save_checkpoint
 from test_smoke import HERE, tiny_deepmlf, tiny_batch
 from test_trust import TINY, forge, train
 
@@ -53,6 +54,19 @@ def test_a_table_bolds_what_the_rule_allows_and_nothing_else():
     failed = row('c', 0.5) | dict(test=[], preds=[], failed=['no room'])
     assert 'failed' in sweep.table([row('a', 0.5), failed], paper)[0]
     with pytest.raises(EvalError, match='nothing to compare with'): sweep.table([failed, row('a', 0.5)], paper)
+
+
+def test_a_runs_output_is_written_through_no_link(tmp_path, monkeypatch):
+    known, victim = knobs_of(HERE / 'train.py'), tmp_path / 'victim'
+    victim.write_text('precious')
+    run = sweep.Run(str(tmp_path / 'toy'), 'a row', 'config/av_toy.py', {}, 0, known)
+    (tmp_path / 'toy').mkdir()
+    os.symlink(victim, run.folder + '.txt')
+    monkeypatch.setattr(sweep.subprocess, 'Popen', lambda argv, stdout, **how: stdout.write('said'))
+    run.start(0, 1)
+    assert victim.read_text() == 'precious'
+    with open(run.folder + '.txt') as f:
+        assert f.read() == 'said' and not os.path.islink(run.folder + '.txt')
 
 
 def test_every_sweeps_rows_are_knobs_that_exist():
@@ -147,3 +161,10 @@ def test_every_figure_that_a_run_allows(config, drawn, corpora, tmp_path, capsys
         figures.main([f'{tmp_path}/run', '--tokens', '--clip=' + runpy.run_path(str(HERE / 'data.py'))['Corpus'](corpora / 'toy').id('test')[3]])
         assert (tmp_path / 'run' / 'figures' / 'tokens.png').exists()
         with pytest.raises(EvalError, match="no clip 'nobody'"): figures.main([f'{tmp_path}/run', '--clip=nobody'])
+        # a checkpoint that diverged has neither vectors nor a score to draw
+        path = str(tmp_path / 'run' / 'best.safetensors')
+        tensors, info = load_checkpoint(path)
+        save_checkpoint(path, {k: t * float('nan') if t.is_floating_point() else t for k, t in tensors.items()}, info)
+        for flags in ([], ['--tokens']):
+            with pytest.raises(EvalError, match='is NaN or inf'):
+                figures.main([f'{tmp_path}/run', *flags])

@@ -37,7 +37,7 @@ from clips import facts_of
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import (BETTER, RUN_KNOBS, EvalError, constant, continuation, curve_picture, evaluate, read_run, report,
                   write_predictions)
-from files import open_regular, remove_leftovers, write_text
+from files import make_plain_folder, open_regular, remove_leftovers, write_text
 from knobs import wrong_knobs
 from lm import ModelError, empty_lm, tokenizer_fingerprint
 from model import build, devices, hold_memory, load_checkpoint, lock, memory, own_tensors, put, rehearse, save_checkpoint
@@ -576,8 +576,11 @@ if log_file: log_file.close()
 try:
     ranks.gathered(None)   # nobody reads it before it is written
     put(model, load_checkpoint(best_path)[0], out_dir)
-    if system == 'lm' and ranks.RANK == 0: model.hf.save_pretrained(os.path.join(out_dir, 'hf'))
+    if system == 'lm' and ranks.RANK == 0:
+        make_plain_folder(os.path.join(out_dir, 'hf'))
+        model.hf.save_pretrained(os.path.join(out_dir, 'hf'))
 except ModelError as e: stop(str(e))
+except OSError as e: stop(f"trained, but cannot write to {out_dir} ({e.strerror or e}): make room; --resume=True ends it.")
 result = dict(about=about, state=state, n_trainable=n_trainable, n_frozen=n_frozen, clips=feed.n_clips,
               info=feed.info, ceilings=clips.meta.get('ceilings'), majority=majority,
               lm_kept=says and (says, about['lm_fingerprint']) == (continuation(model, tokenizer), model.lm.fingerprint()))
@@ -593,5 +596,6 @@ try:
         write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
         curve_picture(out_dir, select)
         print(report(out_dir))
+except (EvalError, ModelError) as e: stop(str(e))
 except OSError as e: stop(f"trained, but cannot write to {out_dir} ({e.strerror}): make room; --resume=True ends it.")
 ranks.leave()
