@@ -1,6 +1,7 @@
 """
-One process of several, on torch.distributed, once start() has been called under torchrun; else this is rank 0 of 1, and nothing
-here does anything. Who trains on what is in train.py's loop: these are the few ways in which the processes meet.
+One process of several, on torch.distributed, once start() has been called under torchrun; else this
+is rank 0 of 1, and nothing here does anything. Who trains on what is in train.py's loop: these are
+the few ways in which the processes meet.
 """
 import os
 import sys
@@ -10,74 +11,96 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-RANK, N_RANKS, DEPTH = 0, 1, 0   # DEPTH: of runs that stand on runs
-PATIENCE = timedelta(hours=2)   # that ranks wait for rank 0 while it converts a corpus or downloads an LM
+RANK, N_RANKS = 0, 1
+DEPTH = 0  # of runs that stand on runs
+# how long ranks wait for rank 0 while it converts a corpus or downloads an LM
+PATIENCE = timedelta(hours=2)
 
 
 def start():
-    """ Meets the others, once a process, by what torchrun has put in the environment. All but rank 0 are silent from here on. """
+    """ Meets the others, once a process, by what torchrun has put in the environment. All but rank
+    0 are silent from here on. """
     global RANK, N_RANKS, DEPTH
     DEPTH += 1
-    if DEPTH > 1 or int(os.environ.get('WORLD_SIZE', 1)) == 1: return
-    RANK, N_RANKS, local = (int(os.environ.get(k, 0)) for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'))
+    if DEPTH > 1 or int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return
+    RANK = int(os.environ.get('RANK', 0))
+    N_RANKS = int(os.environ.get('WORLD_SIZE', 0))
+    local = int(os.environ.get('LOCAL_RANK', 0))
     gpus = torch.cuda.device_count()
-    if gpus and local >= gpus: sys.exit(f"process {local} of this machine has no GPU, as there are {gpus}: start torchrun with --nproc_per_node={gpus}.")
-    if gpus: torch.cuda.set_device(local)
+    if gpus and local >= gpus:
+        sys.exit(f"process {local} of this machine has no GPU, as there are {gpus}: "
+                 f"start torchrun with --nproc_per_node={gpus}.")
+    if gpus:
+        torch.cuda.set_device(local)
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', timeout=PATIENCE)
-    if RANK: sys.stdout = open(os.devnull, 'w')
+    if RANK:
+        sys.stdout = open(os.devnull, 'w')
 
 
 def leave():
-    """ The end of a run: nobody leaves before rank 0 has written everything. A rank that stops with a sentence does not come here;
-    torchrun then stops the others. """
+    """ The end of a run: nobody leaves before rank 0 has written everything. A rank that stops with
+    a sentence does not come here; torchrun then stops the others. """
     global DEPTH
     DEPTH -= 1
     gathered(None)
-    if N_RANKS > 1 and DEPTH == 0: dist.destroy_process_group()
+    if N_RANKS > 1 and DEPTH == 0:
+        dist.destroy_process_group()
 
 
 def gathered(value):
     """ Every rank's value, in a list. """
-    if N_RANKS == 1: return [value]
+    if N_RANKS == 1:
+        return [value]
     out = [None] * N_RANKS
     dist.all_gather_object(out, value)
     return out
 
 
 def agreed(value):
-    """ Rank 0's value: what it sees on disk may be a moment older or newer than what the others see. """
+    """ Rank 0's value: what it sees on disk may be a moment older or newer than what the others
+    see. """
     return gathered(value)[0]
 
 
 @contextmanager
 def first():
-    """ Rank 0 goes through the block alone, so that the files it makes are there when the others come. """
-    if RANK: gathered(None)
+    """ Rank 0 goes through the block alone, so that the files it makes are there when the others
+    come. """
+    if RANK:
+        gathered(None)
     yield
-    if not RANK: gathered(None)
+    if not RANK:
+        gathered(None)
 
 
 def any_of(flag):
     """ True if it is so on any rank. """
-    if N_RANKS == 1: return bool(flag)
-    flag = torch.tensor(int(bool(flag)))   # on the CPU: it waits for no GPU
+    if N_RANKS == 1:
+        return bool(flag)
+    flag = torch.tensor(int(bool(flag)))  # on the CPU: it waits for no GPU
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 
 def summed(tensors):
     """ dict of [] tensors -> the sums over the ranks. """
-    if N_RANKS == 1: return tensors
+    if N_RANKS == 1:
+        return tensors
     flat = torch.stack([torch.as_tensor(v).float() for v in tensors.values()])
     dist.all_reduce(flat)
     return dict(zip(tensors, flat))
 
 
 def shared(model, trained):
-    """ The model whose gradients are averaged over the ranks in each backward pass; what is not among the names `trained` is left alone. """
-    if N_RANKS == 1: return model
+    """ The model whose gradients are averaged over the ranks in each backward pass; what is not
+    among the names `trained` is left alone. """
+    if N_RANKS == 1:
+        return model
     from torch.nn.parallel import DistributedDataParallel as DDP
-    DDP._set_params_and_buffers_to_ignore_for_model(model, [n for n, _ in (*model.named_parameters(), *model.named_buffers()) if n not in trained])
+    names = [n for n, _ in (*model.named_parameters(), *model.named_buffers())]
+    alone = [n for n in names if n not in trained]
+    DDP._set_params_and_buffers_to_ignore_for_model(model, alone)
     return DDP(model, broadcast_buffers=False)
 
 
@@ -88,14 +111,16 @@ def unsynced(model, last):
 
 def shard(lm, among, device):
     """
-    Each rank holds a share of the frozen LM's layers on its `device`, and gathers a linear's or norm's weights when it needs them
-    (FSDP2); `among` the ranks of a 'node', or 'all'. The LM comes from the CPU, so no GPU ever holds all of it. We call a layer's
-    parts one by one, so each part is a unit of its own; embeddings, which may be the LM head too, stay whole.
+    Each rank holds a share of the frozen LM's layers on its `device`, and gathers a linear's or
+    norm's weights when it needs them (FSDP2); `among` the ranks of a 'node', or 'all'. The LM
+    comes from the CPU, so no GPU ever holds all of it. We call a layer's parts one by one, so each
+    part is a unit of its own; embeddings, which may be the LM head too, stay whole.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     size = int(os.environ['LOCAL_WORLD_SIZE']) if among == 'node' else N_RANKS
-    mesh = init_device_mesh(device, (N_RANKS // size, size), mesh_dim_names=('copies', 'shares'))['shares']
+    mesh = init_device_mesh(device, (N_RANKS // size, size), mesh_dim_names=('copies', 'shares'))
     for layer in lm.parts['layers']:
-        for part in [m for m in layer.modules() if any(True for _ in m.parameters(recurse=False))]:
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        parts = [m for m in layer.modules() if any(True for _ in m.parameters(recurse=False))]
+        for part in parts:
+            fully_shard(part, mesh=mesh['shares'], reshard_after_forward=True)
