@@ -1,25 +1,26 @@
 """
 Record the results of twelve short training runs bit by bit, and compare a later checkout with them.
 
-    python tests/record_results.py --write FILE      train, and write hashes and metrics to FILE (JSON)
-    python tests/record_results.py --compare FILE    train again, and say per run what is equal
+    python tests/record_results.py --write FILE     train, write hashes and metrics to FILE (JSON)
+    python tests/record_results.py --compare FILE   train again, and say per run what is equal
 
-A change that should not change any result is checked in this way: --write before it, --compare after
-it. --compare exits with status 1 if anything differs. Both need the same machine, the same versions of
-Python and PyTorch, and one thread, which this script sets: other machines and other numbers of threads
-round differently. All runs together take about 4 minutes.
+A change that should not change any result is checked in this way: --write before it, --compare
+after it. --compare exits with status 1 if anything differs. Both need the same machine, the same
+versions of Python and PyTorch, and one thread, which this script sets: other machines and other
+numbers of threads round differently. All runs together take about two and a half minutes.
 
 Per run the file holds the SHA-256 of every tensor in best.safetensors and of the model's tensors in
-last.safetensors, of test.jsonl, and the metrics of result.json as exact floats. Each tensor also has
-its sum, the sum of its absolute values and the largest of them, so that the size of a difference can
-be estimated without the tensors. The estimate is a lower bound: a difference that leaves these three
-numbers alone shows in the hash only.
+last.safetensors, of test.jsonl, and the metrics of result.json as exact floats. Each tensor also
+has its sum, the sum of its absolute values and the largest of them, so that the size of a
+difference can be estimated without the tensors. The estimate is a lower bound: a difference that
+leaves these three numbers alone shows in the hash only.
 
     --steps=60       optimizer steps of each run; FILE remembers it, so --compare needs no --steps
     --data_dir=DIR   where the converted toy corpus is kept; without it, it is made anew each time
     --only=NAME,..   the commands whose config has one of these names
 
-It runs the train.py that lies one folder above this file, and knows no other module of the repository.
+It runs the train.py that lies one folder above this file, and knows no other module of the
+repository.
 """
 import argparse
 import hashlib
@@ -35,8 +36,8 @@ from safetensors.torch import load_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# config of each run; '' is plain `python train.py`, which is deepmlf_toy. Prerequisites are trained once,
-# beside the first run that needs them, and are recorded too: lm_toy, av_toy and lm_toy_rated.
+# config of each run; '' is plain `python train.py`, which is deepmlf_toy. Prerequisites are trained
+# once, beside the first run that needs them, and are recorded too: lm_toy, av_toy and lm_toy_rated.
 COMMANDS = [
     '', 'mse_toy', 'mse_toy_emotion', 'cmpta_toy', 'cmpta_toy_emotion', 'crosssent_toy',
     'baseline_tfn', 'baseline_mult', 'baseline_misa',
@@ -49,9 +50,11 @@ def run_command(config, out_dir, data_dir, steps):
     if config:
         argv.append(os.path.join(ROOT, 'config', config + '.py'))
     name = config or 'deepmlf_toy'
-    argv += [f'--out_dir={os.path.join(out_dir, name)}', f'--data_dir={data_dir}', f'--max_steps={steps}']
+    argv.append(f'--out_dir={os.path.join(out_dir, name)}')
+    argv += [f'--data_dir={data_dir}', f'--max_steps={steps}']
     one_thread = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    done = subprocess.run(argv, cwd=ROOT, env=os.environ | one_thread, capture_output=True, text=True)
+    env = os.environ | one_thread
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
