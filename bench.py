@@ -66,11 +66,11 @@ from model import (
 from prompts import Prompt
 
 shapes = 'simsv2'              # of the clips: a row of SHAPES
-vs = 'plain'                   # against 'plain' or 'without' GMRA; or 'start', 'paper': see above
+vs = 'plain'                   # 'plain' way, 'without' GMRA, 'start' or 'paper': see the docstring
 gpu = [989, 450, 50]           # 'paper': TFLOP/s in bfloat16, GB/s in a node, GB/s beyond (an H100)
 gpu_share = 0.45               # 'paper': of these TFLOP/s, what is reached
 lm_shape = []                  # of the random LM: layers, width, heads, vocabulary; []: see SIZES
-large_shape = [32, 4096, 32, 32000]  # of the LM whose FLOPs are counted on paper: Llama-2-7B's
+large_shape = [32, 4096, 32, 32000]  # of the LM whose FLOPs alone are counted: Llama-2-7B's
 bench_clips = 1000             # clips of the random corpus
 bench_batches = 6              # of these, batches that are timed, spread over all lengths
 warmup_rounds = 20             # 'without': forwards that do not count
