@@ -289,6 +289,19 @@ def read_numbers(own):
     return n_seeds, jobs
 
 
+def in_words(title, argv, common, note, drawn, rows):
+    """ The Markdown file: the command, the knobs common to all runs, the commits, and the drawn
+    table. """
+    flags = ' '.join(f'--{k}={text(v)}' for k, v in common.items()) or 'as its config'
+    commits = ', '.join(sorted({commit for row in rows for commit in row['commit']}))
+    words = (f"# {title}\n\n`python sweep.py {shlex.join(argv)}`; every run, but for its row's own "
+             f"knobs: `{flags}`; commit {commits}.\n\n{note}\n\n{drawn}\n")
+    for row in rows:
+        for why in row['failed']:
+            words += f"\n{row['label']} failed: {why}\n"
+    return words
+
+
 def main(argv):
     """ The command line of the docstring. Raises EvalError and its kin for a sentence. """
     flags = dict(arg[2:].partition('=')[::2] for arg in argv if arg.startswith('--'))
@@ -353,13 +366,7 @@ def main(argv):
     drawn, numbers = table([rows[label] for label, *_ in t['rows']], paper)
 
     title = f"{sweep['name']}, {t['title']}"
-    common = ' '.join(f'--{k}={text(v)}' for k, v in (short | knobs).items()) or 'as its config'
-    commits = ', '.join(sorted({commit for row in rows.values() for commit in row['commit']}))
-    words = (f"# {title}\n\n`python sweep.py {shlex.join(argv)}`; every run, but for its row's own "
-             f"knobs: `{common}`; commit {commits}.\n\n{t.get('note', '')}\n\n{drawn}\n")
-    for row in rows.values():
-        for why in row['failed']:
-            words += f"\n{row['label']} failed: {why}\n"
+    words = in_words(title, argv, short | knobs, t.get('note', ''), drawn, rows.values())
     name = [stem_of(files[0]), own['table']]
     if source != 'toy':
         name.insert(1, corpus)
