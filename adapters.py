@@ -2,11 +2,11 @@
 Every block that is trained, from scratch in plain PyTorch. model.py wires them into a frozen LM.
 
 Axis letters, the same in every file:
-    B clips   T text tokens   S audio or video frames   F fusion tokens   m slots of the audiovisual sequence Z
-    D LM width   d adapter width   h heads
+    B clips   T text tokens   S audio or video frames   F fusion tokens
+    m slots of the audiovisual sequence Z   D LM width   d adapter width   h heads
 
-All forwards are pure: features, lengths and masks come in as arguments, and so do the frozen LM's own layers
-where a block builds on them. Masks are True where there is something to see.
+All forwards are pure: features, lengths and masks come in as arguments, and so do the frozen LM's
+own layers where a block builds on them. Masks are True where there is something to see.
 """
 import copy
 import math
@@ -16,123 +16,143 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LoRA and the FFW of an MM block
 
 class LoRA(nn.Module):
     """
-    The low-rank update of one frozen linear layer W (Hu et al. 2021, eq. 3): W x + (alpha / r) B A dropout(x).
+    The low-rank update of one frozen linear layer W (Hu et al. 2021, eq. 3):
+    W x + (alpha / r) B A dropout(x).
 
-    W stays in the LM and comes in as an argument, so nothing is wrapped, copied or merged behind your back.
-    A is r x n_in, uniform in +-1/sqrt(n_in); B is zero, so at the start the output is W x to the bit. Both are
-    float32 whatever W is: a bf16 A would lose updates smaller than 1/256 of itself.
+    W stays in the LM and comes in as an argument, so nothing is wrapped, copied or merged behind
+    your back. A is r x n_in, uniform in +-1/sqrt(n_in); B is zero, so at the start the output is
+    W x to the bit. Both are float32 whatever W is: a bf16 A would lose updates smaller than 1/256
+    of itself.
     """
     def __init__(self, n_in, n_out, rank, alpha, dropout=0.0):
         super().__init__()
         self.A = nn.Parameter(torch.empty(rank, n_in))
         self.B = nn.Parameter(torch.zeros(n_out, rank))
-        # fan_in is n_in. The released DeepMLF stores A as n_in x r, so the same Kaiming call draws +-1/sqrt(r).
+        # fan_in is n_in. The released DeepMLF stores A as n_in x r, so the same Kaiming call draws
+        # +-1/sqrt(r).
         nn.init.uniform_(self.A, -1 / math.sqrt(n_in), 1 / math.sqrt(n_in))
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, W):
         """ x [.., n_in], W the frozen layer (callable) -> [.., n_out] in W's dtype. """
-        y = W(x)
-        delta = F.linear(F.linear(self.dropout(x).to(self.A.dtype), self.A), self.B)
+        y = W(x)  # [.., n_out]
+        hidden = F.linear(self.dropout(x).to(self.A.dtype), self.A)  # [.., r]
+        delta = F.linear(hidden, self.B)  # [.., n_out]
         return y + (self.scale * delta).to(y.dtype)
 
     @torch.no_grad()
     def merge(self, weight):
-        """ A new weight [n_out, n_in] with the update in it, computed in float32. The only way to merge, and it
-        never touches the argument: merging back and forth in bf16 changes a quarter of the 'frozen' weights. """
+        """ A new weight [n_out, n_in] with the update in it, computed in float32. The only way to
+        merge, and it never touches the argument: merging back and forth in bf16 changes a quarter
+        of the 'frozen' weights. """
         return (weight.float() + self.scale * self.B.float() @ self.A.float()).to(weight.dtype)
 
 
-def grouped(model, lr_scales={}):
-    """
-    Every trainable weight in one group, by name: matrices are decayed; biases, norms, gates and learnable tokens are not (the
-    release of DeepMLF means to, and its name rule never matches: it decays all but 'bias'). lr_scales: the first part of a
-    name -> its learning rate over that of the others.
-    """
-    groups = {}
-    for n, p in model.named_parameters():
-        if not p.requires_grad: continue
-        key = p.ndim > 1 and 'tokens' not in n, lr_scales.get(n.split('.')[0], 1.0)
-        group = groups.setdefault(key, dict(names=[], params=[], decay=key[0], lr_scale=key[1]))
-        group['names'].append(n); group['params'].append(p)
-    return [groups[key] for key in sorted(groups, reverse=True)]
-
-
 def weight_of(layer):
-    """ [n_out, n_in] of an LM's linear layer. GPT-2 keeps its own as Conv1D, weight [n_in, n_out]. """
+    """ [n_out, n_in] of an LM's linear layer. GPT-2 keeps its own as Conv1D, weight
+    [n_in, n_out]. """
     return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
 
 
 def linear_like(layer, init):
-    """ A trainable float32 nn.Linear of an LM layer's shape; init='lm' copies weight and bias, 'random' does not. """
-    weight = weight_of(layer)                                                               # [n_out, n_in]
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device=weight.device)
+    """ A trainable float32 nn.Linear of an LM layer's shape; init='lm' copies weight and bias,
+    'random' does not. """
+    weight = weight_of(layer)  # [n_out, n_in]
+    n_out, n_in = weight.shape
+    new = nn.Linear(n_in, n_out, bias=layer.bias is not None, device=weight.device)
     if init == 'lm':
         with torch.no_grad():
             new.weight.copy_(weight)
-            if layer.bias is not None: new.bias.copy_(layer.bias)
+            if layer.bias is not None:
+                new.bias.copy_(layer.bias)
     return new
 
 
 class FFW(nn.Module):
     """
-    A trainable FFW with the shape, the activation and (init='lm') the weights *and biases* of an LM block's own.
+    A trainable FFW with the shape, the activation and (init='lm') the weights *and biases* of an LM
+    block's own.
 
-    `lm_ffw` is (gate, up, down, act): down(act(up x)) for GPT-2, where gate is None; the SwiGLU product
-    down(act(gate x) * up x) for Llama and its kin. (The release adds where it should multiply, and leaves
-    GPT-2's biases random: test_parity.py has both as subclasses.)
+    `lm_ffw` is (gate, up, down, act): down(act(up x)) for GPT-2, where gate is None; the SwiGLU
+    product down(act(gate x) * up x) for Llama and its kin. (The release adds where it should
+    multiply, and leaves GPT-2's biases random: test_parity.py has both as subclasses.)
     """
     def __init__(self, lm_ffw, init='lm', dropout=0.0):
         super().__init__()
         gate, up, down, act = lm_ffw
-        self.act = copy.deepcopy(act)   # the LM's own would follow our train() and eval()
+        self.act = copy.deepcopy(act)  # the LM's own would follow our train() and eval()
         self.gate = linear_like(gate, init) if gate is not None else None
-        self.up, self.down = linear_like(up, init), linear_like(down, init)
+        self.up = linear_like(up, init)
+        self.down = linear_like(down, init)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, lm_ffw):
         """ x [B,L,D] -> [B,L,D]; lm_ffw is not needed here, it is what LoRAFFW builds on. """
-        act = self.act if self.gate is None else lambda g, u: self.act(g) * u
-        hidden = [self.up(x)] if self.gate is None else [self.gate(x), self.up(x)]                   # [B,L,4D] each
-        # what the activation gives is computed again in the backward pass: else a tenth of a step's memory
-        y = checkpoint(lambda *h: self.down(act(*h)), *hidden, use_reentrant=False, preserve_rng_state=False)
-        return self.dropout(y)                                                                       # [B,L,D]
+        if self.gate is None:
+            hidden = [self.up(x)]  # [B,L,4D]
+        else:
+            hidden = [self.gate(x), self.up(x)]  # 2x [B,L,4D]
+        # the activation's output is computed again in the backward pass: else it is a tenth of a
+        # step's memory
+        y = checkpoint(self.second_half, *hidden, use_reentrant=False, preserve_rng_state=False)
+        return self.dropout(y)  # [B,L,D]
+
+    def second_half(self, *hidden):
+        """ The activation and the last linear: (up x) or (gate x, up x), [B,L,4D] -> [B,L,D]. """
+        y = self.act(hidden[0])  # [B,L,4D]
+        if self.gate is not None:
+            y = y * hidden[1]
+        return self.down(y)  # [B,L,D]
 
 
 class LoRAFFW(nn.Module):
-    """ The LM block's own frozen FFW with LoRA on each of its linears: the way DeepMLF trains SmolLM2 on MOSI. """
+    """ The LM block's own frozen FFW with LoRA on each of its linears: the way DeepMLF trains
+    SmolLM2 on MOSI. """
     def __init__(self, lm_ffw, rank, alpha, dropout=0.0):
         super().__init__()
+
+        def lora(layer):
+            n_out, n_in = weight_of(layer).shape
+            return LoRA(n_in, n_out, rank, alpha, dropout)
+
         gate, up, down, _ = lm_ffw
-        on = lambda layer: LoRA(*reversed(weight_of(layer).shape), rank, alpha, dropout)
-        self.gate, self.up, self.down = on(gate) if gate is not None else None, on(up), on(down)
+        self.gate = lora(gate) if gate is not None else None
+        self.up = lora(up)
+        self.down = lora(down)
 
     def forward(self, x, lm_ffw):
         """ x [B,L,D], lm_ffw the LM block's (gate, up, down, act) -> [B,L,D]. """
         gate, up, down, act = lm_ffw
-        hidden = act(self.up(x, up)) if gate is None else act(self.gate(x, gate)) * self.up(x, up)   # [B,L,4D]
-        return self.down(hidden, down)                                                               # [B,L,D]
+        if gate is None:
+            hidden = act(self.up(x, up))  # [B,L,4D]
+        else:
+            hidden = act(self.gate(x, gate)) * self.up(x, up)  # [B,L,4D]
+        return self.down(hidden, down)  # [B,L,D]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The MM block of DeepMLF
 
 class CrossAttention(nn.Module):
     """
-    Multi-head attention from LM tokens to the audiovisual sequence Z. No biases. Scaled by 1/sqrt(head width)
-    (the release divides by sqrt(D): sixteen heads then see logits four times too small).
+    Multi-head attention from LM tokens to the audiovisual sequence Z. No biases. Scaled by
+    1/sqrt(head width) (the release divides by sqrt(D): sixteen heads then see logits four times too
+    small).
     """
     def __init__(self, D, d_context, n_heads, dropout=0.0):
         super().__init__()
-        if D % n_heads: raise ValueError(f"mm_heads={n_heads} does not divide the LM width {D}: take a divisor of it.")
-        self.n_heads, self.scale, self.dropout = n_heads, (D // n_heads) ** -0.5, dropout
+        if D % n_heads:
+            raise ValueError(f"mm_heads={n_heads} does not divide the LM width {D}: "
+                             "take a divisor of it.")
+        self.n_heads = n_heads
+        self.scale = (D // n_heads) ** -0.5
+        self.dropout = dropout
         self.q_proj = nn.Linear(D, D, bias=False)
         self.kv_proj = nn.Linear(d_context, 2 * D, bias=False)
         self.out_proj = nn.Linear(D, D, bias=False)
@@ -140,201 +160,281 @@ class CrossAttention(nn.Module):
     def forward(self, x, z, z_mask):
         """ x [B,L,D] queries, z [B,m,d] keys and values, z_mask [B,m] -> [B,L,D]. """
         B, L, D = x.shape
-        q = self.q_proj(x).view(B, L, self.n_heads, -1).transpose(1, 2)                          # [B,h,L,D/h]
-        k, v = self.kv_proj(z).view(B, z.shape[1], 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # 2x [B,h,m,D/h]
-        y = F.scaled_dot_product_attention(q, k, v, z_mask[:, None, None], self.dropout * self.training,
-                                           scale=self.scale)                                     # [B,h,L,D/h]
-        return F.dropout(self.out_proj(y.transpose(1, 2).reshape(B, L, D)), self.dropout, self.training)  # [B,L,D]
+        m, h = z.shape[1], self.n_heads
+        q = self.q_proj(x).view(B, L, h, -1).transpose(1, 2)  # [B,h,L,D/h]
+        k, v = self.kv_proj(z).view(B, m, 2, h, -1).permute(2, 0, 3, 1, 4)  # 2x [B,h,m,D/h]
+        p = self.dropout * self.training
+        y = F.scaled_dot_product_attention(
+            q, k, v, z_mask[:, None, None], p, scale=self.scale)  # [B,h,L,D/h]
+        y = self.out_proj(y.transpose(1, 2).reshape(B, L, D))  # [B,L,D]
+        return F.dropout(y, self.dropout, self.training)
+
+    def weights(self, x, z, z_mask):
+        """ The attention itself, for figures: x [B,L,D], z [B,m,d], z_mask [B,m] -> [B,h,L,m]. """
+        B, L, D = x.shape
+        q = self.q_proj(x).view(B, L, self.n_heads, -1).transpose(1, 2)  # [B,h,L,D/h]
+        k = self.kv_proj(z).view(B, z.shape[1], 2, self.n_heads, -1)[:, :, 0].transpose(1, 2)  # [B,h,m,D/h]
+        scores = self.scale * q @ k.transpose(2, 3)  # [B,h,L,m]
+        return scores.masked_fill(~z_mask[:, None, None], -torch.inf).softmax(-1)
 
 
 class MMBlock(nn.Module):
     """
     DeepMLF's multimodal block (paper 4.3.3, eqs. 8-11), run after an LM block:
 
-        x_f <- x_f + g(a_1) GCA(norm_1(x_f), Z)                 fusion tokens look at audio and video
-        x   <- x   + g(a_2) FFW(norm_2(x)),  x = [x_t ; x_f]    every token, text too
+        x_f <- x_f + g(a_1) GCA(norm_1(x_f), Z)                fusion tokens look at audio, video
+        x   <- x   + g(a_2) FFW(norm_2(x)),  x = [x_t ; x_f]   every token, text too
 
-    gate g: 'sigmoid' (a = 0 gives .5), 'tanh' (a = 0 gives 0: the LM is untouched at the start, and in the first
-    step only the gates learn) or 'none' (1). ffw: 'full', 'lora', 'none'. query: who looks at Z, 'fusion',
-    'text+fusion' or 'text' (paper's Table 10; with 'text' the fusion tokens stay, and read Z through the text: the
-    release drops them there). norm_2 and the full FFW start as the LM block's own.
+    gate g: 'sigmoid' (a = 0 gives .5), 'tanh' (a = 0 gives 0: the LM is untouched at the start, and
+    in the first step only the gates learn) or 'none' (1). ffw: 'full', 'lora', 'none'. query: who
+    looks at Z, 'fusion', 'text+fusion' or 'text' (paper's Table 10; with 'text' the fusion tokens
+    stay, and read Z through the text: the release drops them there). norm_2 and the full FFW start
+    as the LM block's own.
     """
-    def __init__(self, D, d, norm, lm_ffw, n_heads=16, query='fusion', gate='sigmoid', ffw='full', ffw_init='lm',
-                 lora_rank=512, lora_alpha=8192, lora_dropout=0.05, dropout=0.1):
+    def __init__(self, D, d, norm, lm_ffw, n_heads=16, query='fusion', gate='sigmoid',
+                 ffw='full', ffw_init='lm', lora_rank=512, lora_alpha=8192, lora_dropout=0.05,
+                 dropout=0.1):
         super().__init__()
-        self.query, self.gate = query, gate
-        # a copy of the LM's norm is of the right kind (LayerNorm or RMSNorm, eps and all) in every family
+        self.query = query
+        self.gate = gate
+        # a copy of the LM's norm is of the right kind (LayerNorm or RMSNorm, eps and all) in every
+        # family
         self.norm_1 = copy.deepcopy(norm).float().requires_grad_(True)
         self.norm_2 = copy.deepcopy(self.norm_1)
         nn.init.ones_(self.norm_1.weight)
-        if getattr(self.norm_1, 'bias', None) is not None: nn.init.zeros_(self.norm_1.bias)
+        if getattr(self.norm_1, 'bias', None) is not None:
+            nn.init.zeros_(self.norm_1.bias)
         self.gca = CrossAttention(D, d, n_heads, dropout)
-        self.ffw = (FFW(lm_ffw, ffw_init, dropout) if ffw == 'full' else
-                    LoRAFFW(lm_ffw, lora_rank, lora_alpha, lora_dropout) if ffw == 'lora' else None)
-        if ffw == 'none': self.norm_2 = None
-        self.a_1 = nn.Parameter(torch.zeros(1)) if gate != 'none' else None
-        self.a_2 = nn.Parameter(torch.zeros(1)) if gate != 'none' and ffw != 'none' else None
+        if ffw == 'full':
+            self.ffw = FFW(lm_ffw, ffw_init, dropout)
+        elif ffw == 'lora':
+            self.ffw = LoRAFFW(lm_ffw, lora_rank, lora_alpha, lora_dropout)
+        else:
+            self.ffw = None
+            self.norm_2 = None
+        gated = gate != 'none'
+        self.a_1 = nn.Parameter(torch.zeros(1)) if gated else None
+        self.a_2 = nn.Parameter(torch.zeros(1)) if gated and ffw != 'none' else None
 
     def gates(self):
         """ The two gate values as they multiply: (GCA, FFW). """
         g = {'sigmoid': torch.sigmoid, 'tanh': torch.tanh, 'none': None}[self.gate]
         return [1.0 if a is None else g(a) for a in (self.a_1, self.a_2)]
 
+    def attend(self, x, z, z_mask, gate):
+        """ x [B,L,D] and what it finds in z [B,m,d], added -> [B,L,D]. """
+        return x + (gate * self.gca(self.norm_1(x), z, z_mask)).to(x.dtype)
+
+    def project(self, x, lm_ffw, gate):
+        """ x [B,L,D] and the FFW of it, added -> [B,L,D]. """
+        return x + (gate * self.ffw(self.norm_2(x), lm_ffw)).to(x.dtype)
+
     def forward(self, x_t, x_f, z, z_mask, lm_ffw):
-        """ x_t [B,T,D], x_f [B,F,D], z [B,m,d], z_mask [B,m], lm_ffw of the LM block before -> new x_t, x_f. """
+        """ x_t [B,T,D], x_f [B,F,D], z [B,m,d], z_mask [B,m], lm_ffw of the LM block before
+        -> new x_t, x_f. """
         g_1, g_2 = self.gates()
-        attend = lambda x: x + (g_1 * self.gca(self.norm_1(x), z, z_mask)).to(x.dtype)
-        project = lambda x: x + (g_2 * self.ffw(self.norm_2(x), lm_ffw)).to(x.dtype)
-        if 'fusion' in self.query: x_f = attend(x_f)                                             # [B,F,D]
-        if 'text' in self.query: x_t = attend(x_t)                                               # [B,T,D]
-        if self.ffw is None: return x_t, x_f
-        return project(x_t), project(x_f)   # the FFW sees one token at a time, so two calls are one concatenation
+        if 'fusion' in self.query:
+            x_f = self.attend(x_f, z, z_mask, g_1)  # [B,F,D]
+        if 'text' in self.query:
+            x_t = self.attend(x_t, z, z_mask, g_1)  # [B,T,D]
+        if self.ffw is None:
+            return x_t, x_f
+        # the FFW sees one token at a time, so two calls give what one on the concatenation would
+        return self.project(x_t, lm_ffw, g_2), self.project(x_f, lm_ffw, g_2)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Regularising embeddings
 
 def seqaug(x, lengths, rate, p_apply=1.0, draw='fixed'):
     """
-    SeqAug (Georgiou & Potamianos 2023): some feature dimensions of a clip take their values in another time order.
+    SeqAug (Georgiou & Potamianos 2023): some feature dimensions of a clip take their values in
+    another time order.
 
-    Per clip: one permutation of its real steps (padding stays where it is), and a Bernoulli(rate) choice of
-    dimensions, the same at all steps. draw: 'fixed' rate; 'beta' rate ~ Beta(.2, .2), nearly none or nearly all
-    and `rate` is not read; 'halfnormal' rate + |N(0, .05)|, at most 1. A clip is left alone with probability
-    1 - p_apply.
+    Per clip: one permutation of its real steps (padding stays where it is), and a Bernoulli(rate)
+    choice of dimensions, the same at all steps. draw: 'fixed' rate; 'beta' rate ~ Beta(.2, .2),
+    nearly none or nearly all and `rate` is not read; 'halfnormal' rate + |N(0, .05)|, at most 1. A
+    clip is left alone with probability 1 - p_apply.
 
-    x [B,S,d], lengths [B] -> [B,S,d]. Uses torch's global generator, which train.py seeds for each micro-batch.
+    x [B,S,d], lengths [B] -> [B,S,d]. Uses torch's global generator, which train.py seeds for each
+    micro-batch.
     """
     B, S, d = x.shape
-    rates = torch.full((B,), float(rate), device=x.device)                                       # [B]
-    if draw == 'beta': rates = torch.distributions.Beta(.2, .2).sample((B,)).to(x.device)
-    if draw == 'halfnormal': rates = (rates + .05 * torch.randn(B, device=x.device).abs()).clamp(max=1)
-    rates = rates * (torch.rand(B, device=x.device) < p_apply)
-    padding = torch.arange(S, device=x.device) >= lengths[:, None]                               # [B,S]
-    # real steps in random order, then the padding: a stable sort keeps equal keys (all inf) in place
-    order = torch.rand(B, S, device=x.device).masked_fill(padding, torch.inf).argsort(dim=1, stable=True)    # [B,S]
-    shuffled = x.gather(1, order[:, :, None].expand(B, S, d))                                    # [B,S,d]
-    chosen = torch.rand(B, 1, d, device=x.device) < rates[:, None, None]                         # [B,1,d]
-    return torch.where(chosen, shuffled, x)
+    device = x.device
+    rates = torch.full((B,), float(rate), device=device)  # [B]
+    if draw == 'beta':
+        rates = torch.distributions.Beta(.2, .2).sample((B,)).to(device)  # [B]
+    if draw == 'halfnormal':
+        rates = (rates + .05 * torch.randn(B, device=device).abs()).clamp(max=1)  # [B]
+    rates = rates * (torch.rand(B, device=device) < p_apply)
+
+    # real steps in random order, then the padding: a stable sort keeps equal keys (all inf) in
+    # place
+    padding = torch.arange(S, device=device) >= lengths[:, None]  # [B,S]
+    keys = torch.rand(B, S, device=device).masked_fill(padding, torch.inf)  # [B,S]
+    order = keys.argsort(dim=1, stable=True)  # [B,S]
+    shuffled = x.gather(1, order[:, :, None].expand(B, S, d))  # [B,S,d]
+
+    chosen = torch.rand(B, 1, d, device=device) < rates[:, None, None]  # [B,1,d]
+    return torch.where(chosen, shuffled, x)  # [B,S,d]
 
 
 def regularise(x, lengths, how, rate, p_apply, draw):
-    """ Embedding regularisation while training (paper's Table 12): 'seqaug', 'noise' (Gaussian, std `rate`),
-    'dropout' (p `rate`) or 'none'. x [B,T,D] -> [B,T,D]. """
-    if how == 'seqaug': return seqaug(x, lengths, rate, p_apply, draw)
-    if how == 'noise': return x + rate * torch.randn_like(x)
-    if how == 'dropout': return F.dropout(x, rate)
+    """ Embedding regularisation while training (paper's Table 12): 'seqaug', 'noise' (Gaussian, std
+    `rate`), 'dropout' (p `rate`) or 'none'. x [B,T,D] -> [B,T,D]. """
+    if how == 'seqaug':
+        return seqaug(x, lengths, rate, p_apply, draw)
+    if how == 'noise':
+        return x + rate * torch.randn_like(x)
+    if how == 'dropout':
+        return F.dropout(x, rate)
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The audiovisual encoder
 
 def pool_frames(x, lengths, n_slots, m):
     """
-    Each clip's n real frames as n_slots means of neighbouring frames, whatever their number: slot j averages the
-    frames from floor(j n / n_slots) up to ceil((j+1) n / n_slots). Where both are equal it changes nothing, where
-    n is smaller frames repeat, and a clip without frames gives zeros. (The release averages frames t, t+m,
-    t+2m, .. together with the padding: nearly a mean over the clip in every slot.)
+    Each clip's n real frames as n_slots means of neighbouring frames, whatever their number: slot j
+    averages the frames from floor(j n / n_slots) up to ceil((j+1) n / n_slots). Where both are
+    equal it changes nothing, where n is smaller frames repeat, and a clip without frames gives
+    zeros. (The release averages frames t, t+m, t+2m, .. together with the padding: nearly a mean
+    over the clip in every slot.)
 
-    x [B,S,d], lengths [B], n_slots [B], the largest of them m (an int: asking a GPU tensor would stall it) -> [B,m,d]
+    x [B,S,d], lengths [B], n_slots [B], the largest of them m (an int: asking a GPU tensor would
+    stall it) -> [B,m,d]
     """
-    j = torch.arange(m, device=x.device)                                                         # [m]
-    n, k = lengths[:, None], n_slots[:, None]                                                    # [B,1]
-    first, last = j * n // k, ((j + 1) * n + k - 1) // k                                         # [B,m]
-    s = torch.arange(x.shape[1], device=x.device)                                                # [S]
-    inside = (s >= first[..., None]) & (s < last[..., None]) & (j < k)[..., None]                # [B,m,S]
-    weight = inside.to(x.dtype) / (last - first).clamp(min=1)[..., None]                         # [B,m,S]
-    return weight @ x                                                                            # [B,m,d]
+    j = torch.arange(m, device=x.device)  # [m]
+    n, k = lengths[:, None], n_slots[:, None]  # [B,1] each
+    first = j * n // k  # [B,m]
+    last = ((j + 1) * n + k - 1) // k  # [B,m]
+
+    s = torch.arange(x.shape[1], device=x.device)  # [S]
+    inside = (s >= first[..., None]) & (s < last[..., None])  # [B,m,S]
+    inside = inside & (j < k)[..., None]  # [B,m,S]
+    weight = inside.to(x.dtype) / (last - first).clamp(min=1)[..., None]  # [B,m,S]
+    return weight @ x  # [B,m,d]
 
 
 def sinusoid(n, d, device=None):
-    """ Sine and cosine halves, positions from 1 (fairseq's layout, which MulT and DeepMLF share) -> [n,d]. """
+    """ Sine and cosine halves, positions from 1 (fairseq's layout, which MulT and DeepMLF share)
+    -> [n,d]. """
     half = d // 2
-    frequency = torch.exp(torch.arange(half, device=device) * (-math.log(10000) / max(half - 1, 1)))      # [d/2]
-    angle = torch.arange(1, n + 1, device=device)[:, None] * frequency                           # [n,d/2]
-    return F.pad(torch.cat([angle.sin(), angle.cos()], 1), (0, d - 2 * half))                    # [n,d]
+    step = -math.log(10000) / max(half - 1, 1)
+    frequency = torch.exp(torch.arange(half, device=device) * step)  # [d/2]
+    angle = torch.arange(1, n + 1, device=device)[:, None] * frequency  # [n,d/2]
+    return F.pad(torch.cat([angle.sin(), angle.cos()], 1), (0, d - 2 * half))  # [n,d]
 
 
 class EncoderLayer(nn.Module):
-    """ Pre-norm Transformer encoder layer (DeepMLF eqs. 1-2): self-attention, then a GELU FFW of width 4d. """
+    """ Pre-norm Transformer encoder layer (DeepMLF eqs. 1-2): self-attention, then a GELU FFW of
+    width 4d. """
     def __init__(self, d, n_heads, dropout=0.1):
         super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
-        self.norm_1, self.norm_2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.norm_1 = nn.LayerNorm(d)
+        self.norm_2 = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.out = nn.Linear(d, d)
+        self.up = nn.Linear(d, 4 * d)
+        self.down = nn.Linear(4 * d, d)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x, mask):
         """ x [B,m,d], mask [B,m] or None -> [B,m,d]. """
         B, m, d = x.shape
-        drop = lambda y: F.dropout(y, self.dropout, self.training)
-        q, k, v = self.qkv(self.norm_1(x)).view(B, m, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # 3x [B,h,m,d/h]
-        y = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None],
-                                           self.dropout * self.training)                         # [B,h,m,d/h]
-        x = x + drop(self.out(y.transpose(1, 2).reshape(B, m, d)))                               # [B,m,d]
-        return x + drop(self.down(drop(F.gelu(self.up(self.norm_2(x))))))
+        qkv = self.qkv(self.norm_1(x)).view(B, m, 3, self.n_heads, -1)  # [B,m,3,h,d/h]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3x [B,h,m,d/h]
+        if mask is not None:
+            mask = mask[:, None, None]  # [B,1,1,m]
+        p = self.dropout * self.training
+        y = F.scaled_dot_product_attention(q, k, v, mask, p)  # [B,h,m,d/h]
+        x = x + self.drop(self.out(y.transpose(1, 2).reshape(B, m, d)))  # [B,m,d]
+
+        y = self.drop(F.gelu(self.up(self.norm_2(x))))  # [B,m,4d]
+        return x + self.drop(self.down(y))  # [B,m,d]
 
 
 class AVEncoder(nn.Module):
     """
-    DeepMLF's AV encoder (paper 4.2, eq. 6): a Transformer encoder for audio, one for video, their outputs joined
-    along features and mapped back to width d. It gives Z and which of its slots are real.
+    DeepMLF's AV encoder (paper 4.2, eq. 6): a Transformer encoder for audio, one for video, their
+    outputs joined along features and mapped back to width d. It gives Z and which of its slots are
+    real.
 
-    Both streams are pooled onto one time line of min(av_len, longest stream) slots a clip, so that slot j of
-    audio and of video are the same moment. A stream that a clip lacks is zeros there; one that the corpus lacks
-    has no encoder. The last LayerNorm is the release's; the paper does not show it, but a pre-norm stack that
-    ends without one hands its consumer whatever scale it grew.
+    Both streams are pooled onto one time line of min(av_len, longest stream) slots a clip, so that
+    slot j of audio and of video are the same moment. A stream that a clip lacks is zeros there; one
+    that the corpus lacks has no encoder. The last LayerNorm is the release's; the paper does not
+    show it, but a pre-norm stack that ends without one hands its consumer whatever scale it grew.
     """
-    def __init__(self, widths, d=30, n_layers=3, n_heads=6, av_len=50, dropout=0.1, seqaug_rate=0.2):
+    def __init__(self, widths, d=30, n_layers=3, n_heads=6, av_len=50, dropout=0.1,
+                 seqaug_rate=0.2):
         super().__init__()
-        if not widths: raise ValueError("the AV encoder needs audio or vision, and this corpus has neither.")
-        if d % n_heads: raise ValueError(f"av_heads={n_heads} does not divide av_width={d}: take a divisor of it.")
-        self.d, self.av_len, self.dropout, self.seqaug_rate = d, av_len, dropout, seqaug_rate
-        self.proj = nn.ModuleDict({s: nn.Linear(width, d, bias=False) for s, width in widths.items()})
-        self.layers = nn.ModuleDict({s: nn.ModuleList(EncoderLayer(d, n_heads, dropout) for _ in range(n_layers))
-                                     for s in widths})
+        if not widths:
+            raise ValueError("the AV encoder needs audio or vision, and this corpus has neither.")
+        if d % n_heads:
+            raise ValueError(f"av_heads={n_heads} does not divide av_width={d}: "
+                             "take a divisor of it.")
+        self.d = d
+        self.av_len = av_len
+        self.dropout = dropout
+        self.seqaug_rate = seqaug_rate
+        self.proj = nn.ModuleDict({s: nn.Linear(w, d, bias=False) for s, w in widths.items()})
+        self.layers = nn.ModuleDict({
+            s: nn.ModuleList(EncoderLayer(d, n_heads, dropout) for _ in range(n_layers))
+            for s in widths})
         self.fusion = nn.Linear(len(widths) * d, d)
         self.norm = nn.LayerNorm(d)
 
     def encode(self, stream, x, lengths, n_slots, mask):
         """ One stream: frames [B,S,d_a] of real `lengths` [B] -> [B,m,d]. """
-        if self.training and self.seqaug_rate: x = seqaug(x, lengths, self.seqaug_rate)
-        x = pool_frames(x, lengths, n_slots, mask.shape[1])                                      # [B,m,d_a]
-        x = math.sqrt(self.d) * self.proj[stream](x)                                             # [B,m,d]
-        x = F.dropout(x + sinusoid(x.shape[1], self.d, x.device), self.dropout, self.training)
-        for layer in self.layers[stream]: x = layer(x, mask)
+        if self.training and self.seqaug_rate:
+            x = seqaug(x, lengths, self.seqaug_rate)  # [B,S,d_a]
+        x = pool_frames(x, lengths, n_slots, mask.shape[1])  # [B,m,d_a]
+        x = math.sqrt(self.d) * self.proj[stream](x)  # [B,m,d]
+        x = x + sinusoid(x.shape[1], self.d, x.device)
+        x = F.dropout(x, self.dropout, self.training)
+        for layer in self.layers[stream]:
+            x = layer(x, mask)
         return x
 
     def forward(self, batch):
-        """ batch: audio [B,S,d_a], audio_len [B], vision .. -> Z [B,m,d], mask [B,m] (at least one slot a clip). """
-        n_slots = torch.stack([batch[f'{s}_len'] for s in self.proj]).amax(0).clamp(1, self.av_len)      # [B]
+        """ batch: audio [B,S,d_a], audio_len [B], vision .. -> Z [B,m,d], mask [B,m] (at least one
+        slot a clip). """
+        lengths = torch.stack([batch[f'{s}_len'] for s in self.proj])  # [2,B]
+        n_slots = lengths.amax(0).clamp(1, self.av_len)  # [B]
         m = min(self.av_len, max(batch[s].shape[1] for s in self.proj))
-        mask = torch.arange(m, device=n_slots.device) < n_slots[:, None]                         # [B,m]
-        with torch.autocast(mask.device.type, enabled=False):   # 30 wide: bf16 would gain nothing and round raw features
-            z = [self.encode(s, batch[s], batch[f'{s}_len'], n_slots, mask) for s in self.proj]  # 2x [B,m,d]
-            return self.norm(self.fusion(torch.cat(z, -1))), mask                                # [B,m,d], [B,m]
+        mask = torch.arange(m, device=n_slots.device) < n_slots[:, None]  # [B,m]
+        # 30 wide: bf16 would gain nothing and round raw features
+        with torch.autocast(mask.device.type, enabled=False):
+            z = [self.encode(s, batch[s], batch[f'{s}_len'], n_slots, mask)
+                 for s in self.proj]  # 2x [B,m,d]
+            return self.norm(self.fusion(torch.cat(z, -1))), mask  # [B,m,d], [B,m]
 
 
 def masked_mean(x, mask):
     """ x [B,L,d], mask [B,L] -> [B,d], the mean over the real positions. """
-    weight = mask[..., None].to(x.dtype)                                                         # [B,L,1]
-    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)                                      # [B,d]
+    weight = mask[..., None].to(x.dtype)  # [B,L,1]
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)  # [B,d]
 
 
 def sentence(x, mask, how):
-    """ x [B,T,D], mask [B,T] -> [B,D], a text's vector: its 'first' token, or the 'mean' of the real ones. """
+    """ x [B,T,D], mask [B,T] -> [B,D], a text's vector: its 'first' token, or the 'mean' of the
+    real ones. """
     return x[:, 0] if how == 'first' else masked_mean(x, mask)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # MSE-Adapter: pseudo tokens from one vector a modality
 
 def reverse(x, lengths):
-    """ x [B,S,d], each clip turned round within its own length (padding stays behind): what an LSTM needs to read backwards. """
-    s, n = torch.arange(x.shape[1], device=x.device), lengths[:, None]                           # [S], [B,1]
-    turn = torch.where(s < n, n - 1 - s, s)[..., None]                                           # [B,S,1]
-    return x.gather(1, turn.expand_as(x))
+    """ x [B,S,d], each clip turned round within its own length (padding stays behind): what an LSTM
+    needs to read backwards. """
+    s = torch.arange(x.shape[1], device=x.device)  # [S]
+    n = lengths[:, None]  # [B,1]
+    turn = torch.where(s < n, n - 1 - s, s)[..., None]  # [B,S,1]
+    return x.gather(1, turn.expand_as(x))  # [B,S,d]
 
 
 def last_step(x, lengths):
@@ -343,7 +443,8 @@ def last_step(x, lengths):
 
 
 class MatchScale(nn.Module):
-    """ Pseudo tokens with the root mean square of the LM's own token embeddings, times a learned gain for each. """
+    """ Pseudo tokens with the root mean square of the LM's own token embeddings, times a learned
+    gain for each. """
     def __init__(self, n_pseudo, embed_rms):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(n_pseudo))
@@ -358,248 +459,370 @@ class MSEAdapter(nn.Module):
     """
     MSE-Adapter (Yang et al. 2025): text, audio and video -> P pseudo tokens for a frozen LM.
 
-    A one-way LSTM for each modality, of which the last real step is kept, v_s [B,d]; Text-Guide-Mixer, the Hadamard
-    product of each with the projected mean text embedding, summed; Multi-Scale-Fusion, bottlenecks of D/8, D/32 and
-    D/16 and one weight for each; then up to the LM's width and out to P tokens. The bottlenecks are of the LM's width,
-    as in the release whose parameter counts the paper prints; the paper's text has them of d.
+    A one-way LSTM for each modality, of which the last real step is kept, v_s [B,d];
+    Text-Guide-Mixer, the Hadamard product of each with the projected mean text embedding, summed;
+    Multi-Scale-Fusion, bottlenecks of D/8, D/32 and D/16 and one weight for each; then up to the
+    LM's width and out to P tokens. The bottlenecks are of the LM's width, as in the release whose
+    parameter counts the paper prints; the paper's text has them of d.
 
-    projection 'released': token p = w_p m + b_p, so the P tokens span two directions, m and the all-ones vector.
-    'full': each token its own matrix, scaled to the LM's embeddings. A clip without frames counts as one frame of
-    zeros, a modality that the corpus lacks has no encoder. Ablations: without the mixer (tgm=False) the three are added up;
-    without Multi-Scale-Fusion (msf=False) what the mixer gives goes on as it is.
+    projection 'released': token p = w_p m + b_p, so the P tokens span two directions, m and the
+    all-ones vector. 'full': each token its own matrix, scaled to the LM's embeddings. A clip
+    without frames counts as one frame of zeros, a modality that the corpus lacks has no encoder.
+    Ablations: without the mixer (tgm=False) the three are added up; without Multi-Scale-Fusion
+    (msf=False) what the mixer gives goes on as it is.
     """
-    def __init__(self, widths, D, n_pseudo=4, d=256, lstm_widths=dict(audio=64, vision=32), scales=(8, 32, 16),
-                 projection='released', embed_rms=1.0, tgm=True, msf=True):
+    def __init__(self, widths, D, n_pseudo=4, d=256, lstm_widths=dict(audio=64, vision=32),
+                 scales=(8, 32, 16), projection='released', embed_rms=1.0, tgm=True, msf=True):
         super().__init__()
-        if not widths: raise ValueError("MSE-Adapter needs audio or vision, and this corpus has neither.")
-        self.lstm = nn.ModuleDict({s: nn.LSTM(w, lstm_widths[s], batch_first=True) for s, w in widths.items()})
+        if not widths:
+            raise ValueError("MSE-Adapter needs audio or vision, and this corpus has neither.")
+        self.n_pseudo = n_pseudo
+        self.tgm = tgm
+        self.msf = msf
+        self.lstm = nn.ModuleDict({
+            s: nn.LSTM(w, lstm_widths[s], batch_first=True) for s, w in widths.items()})
         self.proj = nn.ModuleDict({s: nn.Linear(lstm_widths[s], d) for s in widths})
         self.text_proj = nn.Linear(D, d)
-        self.tgm, self.msf = tgm, msf
+
         hidden = [max(1, D // k) for k in scales] if msf else []
         self.squeeze = nn.ModuleList(nn.Linear(d, h) for h in hidden)
         self.expand = nn.ModuleList(nn.Linear(h, d) for h in hidden)
-        self.mix = nn.Linear(len(scales), 1) if msf else None   # the paper's 1x1 convolution: one weight a scale for all features
-        self.n_pseudo, full = n_pseudo, projection == 'full'
+        # the paper's 1x1 convolution: one weight a scale for all features
+        self.mix = nn.Linear(len(scales), 1) if msf else None
+
+        full = projection == 'full'
         self.up = nn.Linear(d, n_pseudo * D if full else D)
         self.out = MatchScale(n_pseudo, embed_rms) if full else nn.Linear(1, n_pseudo)
 
     def mixed(self, batch, text, text_mask):
         """ Text-Guide-Mixer: text [B,T,D] -> [B,d]. """
-        t = self.text_proj(masked_mean(text, text_mask))                                         # [B,d]
+        t = self.text_proj(masked_mean(text, text_mask))  # [B,d]
         # padding comes after the last real step of a one-way LSTM, so nothing needs packing
-        v = [self.proj[s](last_step(lstm(batch[s])[0], batch[f'{s}_len'])) for s, lstm in self.lstm.items()]     # 2x [B,d]
+        v = [self.proj[s](last_step(lstm(batch[s])[0], batch[f'{s}_len']))
+             for s, lstm in self.lstm.items()]  # 2x [B,d]
         return t * sum(v) if self.tgm else t + sum(v)
 
     def fused(self, x):
         """ Multi-Scale-Fusion: x [B,d] -> [B,d]. """
-        if not self.msf: return x
-        at_scales = [up(F.gelu(down(x))) for down, up in zip(self.squeeze, self.expand)]         # 3x [B,d]
-        return self.mix(torch.stack(at_scales, -1))[..., 0]                                      # [B,d]
+        if not self.msf:
+            return x
+        at_scales = [up(F.gelu(down(x)))
+                     for down, up in zip(self.squeeze, self.expand)]  # 3x [B,d]
+        return self.mix(torch.stack(at_scales, -1))[..., 0]  # [B,d]
 
     def forward(self, batch, text, text_mask):
         """ batch: audio [B,S,d_a], audio_len [B], ..; text [B,T,D], text_mask [B,T] -> [B,P,D]. """
-        m = self.up(self.fused(self.mixed(batch, text, text_mask)))                              # [B,D] or [B,P D]
-        if isinstance(self.out, MatchScale): return self.out(m.view(len(m), self.n_pseudo, -1))  # [B,P,D]
-        return self.out(m[..., None]).transpose(1, 2)                                            # [B,P,D]
+        m = self.up(self.fused(self.mixed(batch, text, text_mask)))  # [B,D] or [B,P D]
+        if isinstance(self.out, MatchScale):
+            return self.out(m.view(len(m), self.n_pseudo, -1))  # [B,P,D]
+        return self.out(m[..., None]).transpose(1, 2)  # [B,P,D]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CMPTA: pseudo tokens from what each modality finds in each other
 
 class Align(nn.Module):
-    """ CMPTA's temporal alignment (eqs. 3-5): LayerNorm(W h_t + b) of a BiLSTM's h_t, all time steps kept, then dropout.
-    how: 'bi', 'one-way' (its ablation), 'off' (h_t is the frame itself). """
+    """ CMPTA's temporal alignment (eqs. 3-5): LayerNorm(W h_t + b) of a BiLSTM's h_t, all time
+    steps kept, then dropout. how: 'bi', 'one-way' (its ablation), 'off' (h_t is the frame
+    itself). """
     def __init__(self, width, d, how='bi', dropout=0.1):
         super().__init__()
-        lstm = lambda: nn.LSTM(width, d // 2 if how == 'bi' else d, batch_first=True)
-        self.ahead = lstm() if how != 'off' else None
-        self.back = lstm() if how == 'bi' else None
-        self.proj, self.norm, self.dropout = nn.Linear(width if how == 'off' else d, d), nn.LayerNorm(d), dropout
+        hidden = d // 2 if how == 'bi' else d
+        self.ahead = nn.LSTM(width, hidden, batch_first=True) if how != 'off' else None
+        self.back = nn.LSTM(width, hidden, batch_first=True) if how == 'bi' else None
+        self.proj = nn.Linear(width if how == 'off' else d, d)
+        self.norm = nn.LayerNorm(d)
+        self.dropout = dropout
 
     def forward(self, x, lengths):
         """ x [B,S,width], lengths [B] -> [B,S,d]. """
-        h = [x if self.ahead is None else self.ahead(x)[0]]                                      # [B,S,d/2]
-        if self.back is not None: h.append(reverse(self.back(reverse(x, lengths))[0], lengths))  # [B,S,d/2]
-        return F.dropout(self.norm(self.proj(torch.cat(h, -1))), self.dropout, self.training)    # [B,S,d]
+        h = [x if self.ahead is None else self.ahead(x)[0]]  # [B,S,d/2]
+        if self.back is not None:
+            h.append(reverse(self.back(reverse(x, lengths))[0], lengths))  # [B,S,d/2]
+        y = self.norm(self.proj(torch.cat(h, -1)))  # [B,S,d]
+        return F.dropout(y, self.dropout, self.training)
 
 
 class DirectedAttention(nn.Module):
-    """ One direction X <- Y of CMPTA (eq. 7), several heads, made one token a clip: the 'mean' over X's real steps, the
-    'last' of them, or a 'learned' weighting (not stated in the paper). attend=False is its "no CMPT adapter": X by itself. """
+    """ One direction X <- Y of CMPTA (eq. 7), several heads, made one token a clip: the 'mean' over
+    X's real steps, the 'last' of them, or a 'learned' weighting (not stated in the paper).
+    attend=False is its "no CMPT adapter": X by itself. """
     def __init__(self, d, n_heads, pool='mean', dropout=0.1, attend=True):
         super().__init__()
-        if d % n_heads: raise ValueError(f"cmpta_heads={n_heads} does not divide cmpta_width={d}: take a divisor of it.")
-        self.n_heads, self.pool, self.dropout = n_heads, pool, dropout
-        self.q_proj, self.kv_proj = (nn.Linear(d, d), nn.Linear(d, 2 * d)) if attend else (None, None)
+        if d % n_heads:
+            raise ValueError(f"cmpta_heads={n_heads} does not divide cmpta_width={d}: "
+                             "take a divisor of it.")
+        self.n_heads = n_heads
+        self.pool = pool
+        self.dropout = dropout
+        self.q_proj = nn.Linear(d, d) if attend else None
+        self.kv_proj = nn.Linear(d, 2 * d) if attend else None
         self.out_proj = nn.Linear(d, d)
         self.score = nn.Linear(d, 1) if pool == 'learned' else None
 
     def pool_weights(self, x, mask):
         """ How much each step of x [B,L,d] counts, [B,L], 1 in all. """
-        if self.pool == 'learned': return self.score(x)[..., 0].masked_fill(~mask, -torch.inf).softmax(-1)
-        if self.pool == 'last': return F.one_hot(mask.sum(1) - 1, x.shape[1]).to(x.dtype)
+        if self.pool == 'learned':
+            return self.score(x)[..., 0].masked_fill(~mask, -torch.inf).softmax(-1)
+        if self.pool == 'last':
+            return F.one_hot(mask.sum(1) - 1, x.shape[1]).to(x.dtype)
         return mask.to(x.dtype) / mask.sum(1, keepdim=True)
 
+    def split_heads(self, x):
+        """ [B,L,d] -> [B,h,L,d/h]. """
+        return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+
     def looks(self, x, x_mask, y, y_mask):
-        """ How much each step of y [B,M,d] counts in the token of x [B,L,d], by head -> [B,h,M], 1 in all but for dropout. """
-        W, b = self.kv_proj.weight.chunk(2)[0], self.kv_proj.bias.chunk(2)[0]                    # [d,d], [d]
-        q, k = (z.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for z in (self.q_proj(x), F.linear(y, W, b)))     # [B,h,L,d/h], [B,h,M,d/h]
-        logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)                                # [B,h,L,M]
-        p = logits.masked_fill_(~y_mask[:, None, None], -torch.inf).softmax(-1)                  # [B,h,L,M]
-        return (self.pool_weights(x, x_mask)[:, None, None] @ F.dropout(p, self.dropout, self.training))[:, :, 0]    # [B,h,M]
+        """ How much each step of y [B,M,d] counts in the token of x [B,L,d], by head -> [B,h,M], 1
+        in all but for dropout. """
+        W = self.kv_proj.weight.chunk(2)[0]  # [d,d]
+        b = self.kv_proj.bias.chunk(2)[0]  # [d]
+        q = self.split_heads(self.q_proj(x))  # [B,h,L,d/h]
+        k = self.split_heads(F.linear(y, W, b))  # [B,h,M,d/h]
+        logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)  # [B,h,L,M]
+        p = logits.masked_fill_(~y_mask[:, None, None], -torch.inf).softmax(-1)  # [B,h,L,M]
+        weights = self.pool_weights(x, x_mask)[:, None, None]  # [B,1,1,L]
+        return (weights @ F.dropout(p, self.dropout, self.training))[:, :, 0]  # [B,h,M]
 
     def forward(self, x, x_mask, y, y_mask):
         """ x [B,L,d] asks, y [B,M,d] answers; masks of at least one step a clip -> token [B,d]. """
-        if self.q_proj is None: return self.out_proj((self.pool_weights(x, x_mask)[:, None] @ x)[:, 0])      # [B,d]
-        p = self.looks(x, x_mask, y, y_mask)                                                     # [B,h,M]
-        # one token is wanted of all of x, so y is summed up before it is made a value: h steps to project, not M
-        W, b = (t.chunk(2)[1].unflatten(0, (self.n_heads, -1)) for t in (self.kv_proj.weight, self.kv_proj.bias))    # [h,d/h,d], [h,d/h]
-        z = torch.einsum('bhd,hed->bhe', p @ y, W) + p.sum(-1, keepdim=True) * b                 # [B,h,d/h]
-        return self.out_proj(z.flatten(1))                                                       # [B,d]
+        if self.q_proj is None:
+            return self.out_proj((self.pool_weights(x, x_mask)[:, None] @ x)[:, 0])  # [B,d]
+        p = self.looks(x, x_mask, y, y_mask)  # [B,h,M]
+        # one token is wanted of all of x, so y is summed up before it is made a value: h steps to
+        # project, not M
+        W = self.kv_proj.weight.chunk(2)[1].unflatten(0, (self.n_heads, -1))  # [h,d/h,d]
+        b = self.kv_proj.bias.chunk(2)[1].unflatten(0, (self.n_heads, -1))  # [h,d/h]
+        z = torch.einsum('bhd,hed->bhe', p @ y, W) + p.sum(-1, keepdim=True) * b  # [B,h,d/h]
+        return self.out_proj(z.flatten(1))  # [B,d]
 
 
 class CMPTA(nn.Module):
     """
     CMPTA (Hans CSA 2026): text, audio and video -> P pseudo tokens for a frozen LM.
 
-    Each modality is aligned in time; each looks at each other; the six tokens t1 t2 v1 v2 a1 a2 (T<-V T<-A V<-T V<-A
-    A<-T A<-V, eq. 8) pass a Transformer layer and a projection to the LM's width. Fewer than six keeps the first;
-    more adds learned tokens before the Transformer layer (not stated in the paper; nor are heads, layers, pooling,
-    the LayerNorm before the projection, or whether text is aligned too). A clip without frames has one frame of
-    zeros; where the corpus lacks a modality its directions are missing, and learned tokens stand in.
+    Each modality is aligned in time; each looks at each other; the six tokens t1 t2 v1 v2 a1 a2
+    (T<-V T<-A V<-T V<-A A<-T A<-V, eq. 8) pass a Transformer layer and a projection to the LM's
+    width. Fewer than six keeps the first; more adds learned tokens before the Transformer layer
+    (not stated in the paper; nor are heads, layers, pooling, the LayerNorm before the projection,
+    or whether text is aligned too). A clip without frames has one frame of zeros; where the corpus
+    lacks a modality its directions are missing, and learned tokens stand in.
     """
-    def __init__(self, widths, D, n_pseudo=6, d=1024, n_heads=8, n_layers=1, align='bi', align_text=True, attend=True,
-                 pool='mean', dropout=0.1, projection='released', embed_rms=1.0):
+    def __init__(self, widths, D, n_pseudo=6, d=1024, n_heads=8, n_layers=1, align='bi',
+                 align_text=True, attend=True, pool='mean', dropout=0.1, projection='released',
+                 embed_rms=1.0):
         super().__init__()
-        if not widths: raise ValueError("CMPTA needs audio or vision, and this corpus has neither.")
-        if d % 2: raise ValueError(f"cmpta_width={d} must be even: a BiLSTM has two halves.")
-        self.streams = ['text'] + [s for s in ('vision', 'audio') if s in widths]
-        directions = [(x, y) for x in self.streams for y in self.streams if x != y][:n_pseudo]
+        if not widths:
+            raise ValueError("CMPTA needs audio or vision, and this corpus has neither.")
+        if d % 2:
+            raise ValueError(f"cmpta_width={d} must be even: a BiLSTM has two halves.")
+        streams = ['text'] + [s for s in ('vision', 'audio') if s in widths]
+        directions = [(x, y) for x in streams for y in streams if x != y][:n_pseudo]
         used = {x for x, _ in directions} | {y for _, y in directions if attend}
-        self.streams = [s for s in self.streams if s in used]   # what feeds no token has no weights
-        self.align = nn.ModuleDict({s: Align(w, d, align if s != 'text' or align_text else 'off', dropout)
-                                    for s, w in ({'text': D} | widths).items() if s in used})
-        self.directed = nn.ModuleDict({f'{x}_from_{y}': DirectedAttention(d, n_heads, pool, dropout, attend)
-                                       for x, y in directions})
+        self.streams = [s for s in streams if s in used]  # what feeds no token has no weights
+
+        aligning = {s: align for s in widths} | dict(text=align if align_text else 'off')
+        self.align = nn.ModuleDict({
+            s: Align(w, d, aligning[s], dropout)
+            for s, w in (dict(text=D) | widths).items() if s in used})
+        self.directed = nn.ModuleDict({
+            f'{x}_from_{y}': DirectedAttention(d, n_heads, pool, dropout, attend)
+            for x, y in directions})
         n_learned = n_pseudo - len(directions)
         self.more_tokens = nn.Parameter(torch.randn(n_learned, d)) if n_learned else None
-        self.layers, self.norm = nn.ModuleList(EncoderLayer(d, n_heads, dropout) for _ in range(n_layers)), nn.LayerNorm(d)
+
+        self.layers = nn.ModuleList(EncoderLayer(d, n_heads, dropout) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d)
         self.up = nn.Linear(d, D)
         self.out = MatchScale(n_pseudo, embed_rms) if projection == 'full' else nn.Identity()
 
     def aligned(self, batch, text, text_mask):
         """ stream -> (x [B,L,d], mask [B,L]), at least one step a clip. """
         raw = {s: (batch[s], batch[f'{s}_len'].clamp(min=1)) for s in self.streams if s != 'text'}
-        if 'text' in self.streams: raw['text'] = text, text_mask.sum(1)
-        return {s: (self.align[s](x, n), torch.arange(x.shape[1], device=x.device) < n[:, None]) for s, (x, n) in raw.items()}
+        if 'text' in self.streams:
+            raw['text'] = text, text_mask.sum(1)
+        seen = {}
+        for s, (x, n) in raw.items():
+            y = self.align[s](x, n)  # [B,L,d]
+            seen[s] = y, torch.arange(x.shape[1], device=x.device) < n[:, None]  # [B,L]
+        return seen
 
     def forward(self, batch, text, text_mask):
         """ batch: audio [B,S,d_a], audio_len [B], ..; text [B,T,D], text_mask [B,T] -> [B,P,D]. """
         seen = self.aligned(batch, text, text_mask)
-        nobody = None, None   # for a Y that only attend=False would not look at
-        tokens = [direction(*seen[x], *seen.get(y, nobody)) for (x, y), direction in self.pairs()]   # 6x [B,d]
-        z = torch.stack(tokens, 1)                                                               # [B,6,d]
-        if self.more_tokens is not None: z = torch.cat([z, self.more_tokens.expand(len(z), -1, -1)], 1)   # [B,P,d]
-        for layer in self.layers: z = layer(z, None)
-        return self.out(self.up(self.norm(z)))                                                   # [B,P,D]
+        nobody = None, None  # for a Y that only attend=False would not look at
+        tokens = [direction(*seen[x], *seen.get(y, nobody))
+                  for (x, y), direction in self.pairs()]  # 6x [B,d]
+        z = torch.stack(tokens, 1)  # [B,6,d]
+        if self.more_tokens is not None:
+            z = torch.cat([z, self.more_tokens.expand(len(z), -1, -1)], 1)  # [B,P,d]
+        for layer in self.layers:
+            z = layer(z, None)
+        return self.out(self.up(self.norm(z)))  # [B,P,D]
 
-    def pairs(self): return [(name.split('_from_'), direction) for name, direction in self.directed.items()]
+    def pairs(self):
+        """ [((X, Y), direction X <- Y), ..] """
+        return [(name.split('_from_'), direction) for name, direction in self.directed.items()]
 
     @torch.no_grad()
     def attention(self, batch, text, text_mask):
-        """ For the figures: 'text_from_vision' -> how much each frame counts in that token, [B,M], 1 in all. Not for a CMPTA
-        of attend=False, which looks nowhere. """
+        """ For the figures: 'text_from_vision' -> how much each frame counts in that token, [B,M],
+        1 in all. Not for a CMPTA of attend=False, which looks nowhere. """
         seen = self.aligned(batch, text, text_mask)
-        return {f'{x}_from_{y}': direction.looks(*seen[x], *seen[y]).mean(1) for (x, y), direction in self.pairs()}
+        return {f'{x}_from_{y}': direction.looks(*seen[x], *seen[y]).mean(1)
+                for (x, y), direction in self.pairs()}
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CrossSent: audio and video into a fine-tuned encoder
+
+def interpolate(x, lengths, n_tokens, m):
+    """ Each clip's real frames at its n_tokens [B] tokens by linear interpolation: the first token
+    at the first frame, the last at the last. x [B,S,d], lengths [B] -> [B,m,d], zeros behind. """
+    j = torch.arange(m, device=x.device)  # [m]
+    n = lengths.clamp(min=1)[:, None]  # [B,1]
+    at = j * (n - 1) / (n_tokens[:, None] - 1).clamp(min=1)  # [B,m], a place between frames
+    at = at.clamp(max=n - 1)
+    low = at.long()  # [B,m]
+    high = (low + 1).clamp(max=n - 1)  # [B,m]
+
+    x_low = x.gather(1, low[..., None].expand(-1, -1, x.shape[2]))  # [B,m,d]
+    x_high = x.gather(1, high[..., None].expand(-1, -1, x.shape[2]))  # [B,m,d]
+    y = torch.lerp(x_low, x_high, (at - low)[..., None].to(x.dtype))  # [B,m,d]
+    real = (j < n_tokens[:, None]) & (lengths[:, None] > 0)  # [B,m]
+    return y * real[..., None]
+
 
 def to_tokens(x, lengths, n_tokens, before, T, how):
     """
-    A stream on the text's time line, for CrossSent: each clip's real frames over its n_tokens [B] own tokens, by 'linear'
-    interpolation or as the 'mean' of neighbouring frames (pool_frames); zeros at the `before` special tokens in front, at
-    those behind and at padding. x [B,S,d], lengths [B] -> [B,T,d].
+    A stream on the text's time line, for CrossSent: each clip's real frames over its n_tokens [B]
+    own tokens, by 'linear' interpolation or as the 'mean' of neighbouring frames (pool_frames);
+    zeros at the `before` special tokens in front, at those behind and at padding. x [B,S,d],
+    lengths [B] -> [B,T,d].
     """
     m = T - before
-    if how == 'mean': y = pool_frames(x, lengths, n_tokens, m)                                   # [B,m,d]
-    else:   # the first token at the first frame, the last at the last
-        j, n = torch.arange(m, device=x.device), lengths.clamp(min=1)[:, None]                   # [m], [B,1]
-        at = (j * (n - 1) / (n_tokens[:, None] - 1).clamp(min=1)).clamp(max=n - 1)               # [B,m], where in the frames
-        low = at.long()                                                                          # [B,m]
-        take = lambda i: x.gather(1, i[..., None].expand(-1, -1, x.shape[2]))                    # [B,m,d]
-        y = torch.lerp(take(low), take((low + 1).clamp(max=n - 1)), (at - low)[..., None].to(x.dtype))   # [B,m,d]
-        y = y * ((j < n_tokens[:, None]) & (lengths[:, None] > 0))[..., None]
-    return F.pad(y, (0, 0, before, 0))                                                           # [B,T,d]
+    resample = pool_frames if how == 'mean' else interpolate
+    y = resample(x, lengths, n_tokens, m)  # [B,m,d]
+    return F.pad(y, (0, 0, before, 0))  # [B,T,d]
 
 
 def frames_on_tokens(batch, streams, ends, how):
     """
-    stream -> (frames [B,L,d_m], mask [B,L]) for each of `streams`, to meet a text of tokens [B,T]: on its time line (L = T), zeros
-    at special tokens and padding, or as they are (how='none'). ends: special tokens before and behind each text. how: see
-    to_tokens; 'words': batch['word'] [B,T] says which frame is a token's.
+    stream -> (frames [B,L,d_m], mask [B,L]) for each of `streams`, to meet a text of tokens [B,T]:
+    on its time line (L = T), zeros at special tokens and padding, or as they are (how='none').
+    ends: special tokens before and behind each text. how: see to_tokens; 'words': batch['word']
+    [B,T] says which frame is a token's.
     """
-    n, T, (before, behind), out = batch['text_len'], batch['tokens'].shape[1], ends, {}
-    n_own = n - before - behind                                                                  # [B]
-    own = torch.arange(T, device=n.device) - before                                              # [T], 0 at the first word
-    own = (own >= 0) & (own < n_own[:, None])                                                    # [B,T]
+    n = batch['text_len']  # [B]
+    T = batch['tokens'].shape[1]
+    before, behind = ends
+    n_own = n - before - behind  # [B]
+    own = torch.arange(T, device=n.device) - before  # [T], 0 at the first word
+    own = (own >= 0) & (own < n_own[:, None])  # [B,T]
+
+    out = {}
     for s in streams:
         x, length = batch[s], batch[s + '_len']
-        if how == 'none': out[s] = x, batch[s + '_mask']
+        if how == 'none':
+            out[s] = x, batch[s + '_mask']
         elif how == 'words':
-            word = batch['word']                                                                 # [B,T], -1 at special tokens
-            has = (word >= 0) & (word < length[:, None])
-            at = word.clamp(min=0, max=x.shape[1] - 1)[..., None].expand(-1, -1, x.shape[2])
-            out[s] = x.gather(1, at) * has[..., None], has
+            word = batch['word']  # [B,T], -1 at special tokens
+            has = (word >= 0) & (word < length[:, None])  # [B,T]
+            at = word.clamp(min=0, max=x.shape[1] - 1)[..., None]  # [B,T,1]
+            y = x.gather(1, at.expand(-1, -1, x.shape[2]))  # [B,T,d_m]
+            out[s] = y * has[..., None], has
         else:
-            y = to_tokens(x, length, n_own.clamp(min=1), before, T, how)                         # [B,T,d_m]
+            y = to_tokens(x, length, n_own.clamp(min=1), before, T, how)  # [B,T,d_m]
             out[s] = y * own[..., None], own & (length > 0)[:, None]
     return out
 
 
 class GMRA(nn.Module):
     """
-    CrossSent's Gated Multimodal Residual Adapter (Liu et al. 2026, eqs. 1-10), run once before one layer of an encoder:
+    CrossSent's Gated Multimodal Residual Adapter (Liu et al. 2026, eqs. 1-10), run once before one
+    layer of an encoder:
 
         C = MHA(query H_t, keys and values [H_a ; H_v])          H_m: linear maps to width d
         g = sigmoid(W_g [H_t ; C])                               a gate for each token and feature
         F = X_t + g * C,  O = F + W_2 gelu(W_1 LN(F))            text stays the carrier
 
-    concat 'sequence' puts audio and video one behind the other, 'features' side by side (both must be on the text's
-    time line). start 'identity' begins as the encoder without it (W_O = W_2 = 0; not stated in the paper, as are the
-    norms, the activation and that X_t itself is carried on). At width 768, codes of 17 values and mult 4 it has the
-    8.89 M weights of the paper's Table 4.
+    concat 'sequence' puts audio and video one behind the other, 'features' side by side (both must
+    be on the text's time line). start 'identity' begins as the encoder without it (W_O = W_2 = 0;
+    not stated in the paper, as are the norms, the activation and that X_t itself is carried on). At
+    width 768, codes of 17 values and mult 4 it has the 8.89 M weights of the paper's Table 4.
     """
-    def __init__(self, widths, D, d=768, n_heads=12, mult=4.0, concat='sequence', start='identity', dropout=0.1):
+    def __init__(self, widths, D, d=768, n_heads=12, mult=4.0, concat='sequence',
+                 start='identity', dropout=0.1):
         super().__init__()
-        if d % n_heads: raise ValueError(f"gmra_heads={n_heads} does not divide gmra_width={d}: take a divisor of it.")
-        self.n_heads, self.concat, self.dropout = n_heads, concat, dropout
-        self.proj = nn.ModuleDict({s: nn.Linear(w, d, bias=False) for s, w in widths.items()})   # eq. 1
+        if d % n_heads:
+            raise ValueError(f"gmra_heads={n_heads} does not divide gmra_width={d}: "
+                             "take a divisor of it.")
+        self.n_heads = n_heads
+        self.concat = concat
+        self.dropout = dropout
+        self.proj = nn.ModuleDict({
+            s: nn.Linear(w, d, bias=False) for s, w in widths.items()})  # eq. 1
         self.norms = nn.ModuleDict({s: nn.LayerNorm(d) for s in widths})
-        self.text_proj, self.text_norm = nn.Linear(D, d), nn.LayerNorm(d)
+        self.text_proj = nn.Linear(D, d)
+        self.text_norm = nn.LayerNorm(d)
+
         d_av = d * len(widths) if concat == 'features' else d
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(d, d), nn.Linear(d_av, d), nn.Linear(d_av, d)
-        self.out_proj, self.gate = nn.Linear(d, D), nn.Linear(d + D, D)
-        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, int(mult * D)), nn.Linear(int(mult * D), D)
+        self.q_proj = nn.Linear(d, d)
+        self.k_proj = nn.Linear(d_av, d)
+        self.v_proj = nn.Linear(d_av, d)
+        self.out_proj = nn.Linear(d, D)
+        self.gate = nn.Linear(d + D, D)
+
+        self.norm = nn.LayerNorm(D)
+        self.up = nn.Linear(D, int(mult * D))
+        self.down = nn.Linear(int(mult * D), D)
+        self.drop = nn.Dropout(dropout)
         if start == 'identity':
-            for layer in (self.out_proj, self.down): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+            for layer in (self.out_proj, self.down):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def split_heads(self, x):
+        """ [B,L,d] -> [B,h,L,d/h]. """
+        return x.view(x.shape[0], x.shape[1], self.n_heads, -1).transpose(1, 2)
 
     def forward(self, x, cues):
-        """ x [B,T,D] entering an encoder layer; cues: stream -> (frames [B,L,d_m], mask [B,L]) -> [B,T,D]. """
+        """ x [B,T,D] entering an encoder layer; cues: stream -> (frames [B,L,d_m], mask [B,L])
+        -> [B,T,D]. """
         B, T, _ = x.shape
-        drop = lambda y: F.dropout(y, self.dropout, self.training)
-        h_t = self.text_norm(self.text_proj(x))                                                  # [B,T,d]
-        h = [self.norms[s](proj(cues[s][0])) for s, proj in self.proj.items()]                   # 2x [B,L,d]
-        masks = [cues[s][1] for s in self.proj]
-        axis = 2 if self.concat == 'features' else 1
-        h_av = torch.cat(h, axis)                                                                # [B,2L,d] or [B,L,2d]
-        mask = torch.cat(masks, 1) if axis == 1 else torch.stack(masks).any(0)                   # [B,2L] or [B,L]
-        heads = lambda y: y.view(B, y.shape[1], self.n_heads, -1).transpose(1, 2)                # [B,h,L,d/h]
-        seen = mask | ~mask.any(1, keepdim=True)   # a clip with nothing to see sees its zeros, and the gate learns it
-        c = F.scaled_dot_product_attention(heads(self.q_proj(h_t)), heads(self.k_proj(h_av)), heads(self.v_proj(h_av)),
-                                           seen[:, None, None], self.dropout * self.training)    # [B,h,T,d/h]
-        c = self.out_proj(c.transpose(1, 2).reshape(B, T, -1))                                   # [B,T,D]
-        x = x + drop(torch.sigmoid(self.gate(torch.cat([h_t, c], -1))) * c)
-        return x + drop(self.down(F.gelu(self.up(self.norm(x)))))
+        h_t = self.text_norm(self.text_proj(x))  # [B,T,d]
+        h = [self.norms[s](proj(cues[s][0])) for s, proj in self.proj.items()]  # 2x [B,L,d]
+        masks = [cues[s][1] for s in self.proj]  # 2x [B,L]
+        if self.concat == 'features':
+            h_av = torch.cat(h, 2)  # [B,L,2d]
+            mask = torch.stack(masks).any(0)  # [B,L]
+        else:
+            h_av = torch.cat(h, 1)  # [B,2L,d]
+            mask = torch.cat(masks, 1)  # [B,2L]
+
+        q = self.split_heads(self.q_proj(h_t))  # [B,h,T,d/h]
+        k = self.split_heads(self.k_proj(h_av))  # [B,h,2L,d/h]
+        v = self.split_heads(self.v_proj(h_av))  # [B,h,2L,d/h]
+        # a clip with nothing to see sees its zeros, and the gate learns it
+        seen = mask | ~mask.any(1, keepdim=True)  # [B,2L]
+        p = self.dropout * self.training
+        c = F.scaled_dot_product_attention(q, k, v, seen[:, None, None], p)  # [B,h,T,d/h]
+        c = self.out_proj(c.transpose(1, 2).reshape(B, T, -1))  # [B,T,D]
+
+        gate = torch.sigmoid(self.gate(torch.cat([h_t, c], -1)))  # [B,T,D]
+        x = x + self.drop(gate * c)
+        return x + self.drop(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+def inputs_of(module, predict, batch, every=False):
+    """
+    The first input of a module while predict(batch) runs, at its last call; every=True: all inputs,
+    of all calls.
+    """
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args))
+    try:
+        predict(batch)
+    finally:
+        handle.remove()
+    return seen if every else seen[-1][0]

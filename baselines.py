@@ -1,596 +1,1047 @@
 """
-The systems that the papers compare with, each a class that reads as its paper, through the same train.py.
+The systems that the papers compare with, each a class that reads as its paper, through the same
+train.py.
 
-    python train.py config/baseline_tfn.py                                     the toy corpus
-    python train.py config/baseline_tfn.py --dataset=mosi --corpus=unaligned_50.pkl    its published hyperparameters
+    python train.py config/baseline_tfn.py                  the toy corpus
+    python train.py config/baseline_tfn.py --dataset=mosi --corpus=unaligned_50.pkl
+                                                            its published hyperparameters
 
-Text enters as the paper has it: an encoder that is fine-tuned (text_features='tuned'), or the last hidden states of any
-Hugging Face model, computed once (text_features='frozen'). Every stream has a length and a mask of its own, and nothing
-here reads padding. The ports that the field's tables come from (MMSA) have bugs that we do not repeat; where one matters,
-the class says so, and test_baselines.py holds it.
+Text enters as the paper has it: an encoder that is fine-tuned (text_features='tuned'), or the last
+hidden states of any Hugging Face model, computed once (text_features='frozen'). Every stream has a
+length and a mask of its own, and nothing here reads padding. The ports that the field's tables come
+from (MMSA) have bugs that we do not repeat; where one matters, the class says so, and
+tests/test_baselines.py holds it.
 
 Axis letters, the same in every file:
-    B clips   T text tokens   S audio or video frames   L any sequence   D text width   d width of a system   h heads
-    N clips of the train split   m a stream: 'text', 'audio' or 'vision'
+    B clips   T text tokens   S audio or video frames   L any sequence   D text width
+    d width of a system   h heads   N clips of the train split
+    m a stream: 'text', 'audio' or 'vision'
 """
+from typing import Literal
+
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapters import EncoderLayer, frames_on_tokens, grouped, last_step, masked_mean, reverse, sentence, sinusoid
-from lm import ModelError, specials
-from losses import l1, mse, ordinal_loss
+from adapters import (
+    EncoderLayer,
+    frames_on_tokens,
+    inputs_of,
+    last_step,
+    masked_mean,
+    reverse,
+    sentence,
+    sinusoid,
+)
+from configurator import AtLeast, Share, class_knobs
+from data import texts_as_read
+from lm import EncoderKnobs, ModelError, attention_of_last_layer
+from losses import OrdinalKnobs, l1, mse, ordinal_loss
+from run.load_lm import lm_config, load_tokenizer, specials, width_of
+from run.new_lm import load_text_encoder
+from system import System, grouped
+
+STREAMS = ('text', 'audio', 'vision')  # the order of every knob that is a list
 
 
-STREAMS = ('text', 'audio', 'vision')   # the order of every knob that is a list
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What they share
 
-class Baseline(nn.Module):
+class Baseline(System):
     """
-    A system of two methods: `fuse(x, batch)`, hidden states of the text to a dict with pred [B] and whatever its losses
-    want, and `own_loss(out, batch)`, the terms that it adds to the task's, already weighted. Parts that are called encoder,
-    audio, vision or factors have learning rates of their own, in the systems that have such parts.
+    A system of two methods: `fuse(x, batch)`, hidden states of the text to a dict with pred [B] and
+    whatever its losses want, and `own_loss(out, batch)`, the terms that it adds to the task's,
+    already weighted. Its parts are made in __init__, whose arguments are the same for all.
     """
+
+    class Knobs(EncoderKnobs, OrdinalKnobs):
+        text_features: Literal['tuned', 'frozen'] = 'tuned'  # a 'tuned' encoder, or 'frozen' hidden states of any LM
+        lr_encoder: AtLeast(0) = 1.0  # learning rate of the encoder over lr
+        dropout: Share() = 0.1        # behind the fusion, where the paper has one, and in a new encoder
+
     task_loss = staticmethod(l1)
     needs = ('audio', 'vision')
+    lr_parts = ('encoder',)  # parts with a learning rate of their own: the knob lr_encoder ..
+    scorer = None            # name of the part that reads the fused vector, if any
 
-    def __init__(self, encoder, widths, c):
-        """ encoder TextEncoder, or None where hidden states are frozen; widths: stream -> width, audio and vision; c: the knobs. """
+    def __init__(self, encoder, D, facts, k):
+        """
+        encoder: TextEncoder, or None where hidden states are frozen. D: width of the hidden states.
+        facts: of the corpus, as System.build has them. k: the knobs.
+        """
         super().__init__()
-        if lacks := [m for m in self.needs if m not in widths]:
-            raise ModelError(f"system={c['system']!r} needs {' and '.join(self.needs)}, and this corpus has no {lacks[0]}: take another "
-                             "corpus, or system='late' with --late_streams= of those that are there.")
-        if encoder is not None: encoder.fits(c['max_text_len'])
-        self.encoder, self.c = encoder, c
+        if 'range' not in facts.labels[k['label']]:
+            raise ModelError(f"the label {k['label']!r} is one of classes, "
+                             f"and {k['system']} is a system for regression.")
+        if lacks := [m for m in self.needs if m not in facts.widths]:
+            raise ModelError(
+                f"system={k['system']!r} needs {' and '.join(self.needs)}, and this corpus has no "
+                f"{lacks[0]}: take another corpus, or the system that has the knob late_streams, "
+                "with those that are there.")
+        if encoder is not None:
+            encoder.fits(k['max_text_len'])
+        self.encoder = encoder
+        self.k = k
+
+    @classmethod
+    def check(cls, k):
+        wrong = super().check(k)
+        for name, default in class_knobs(cls).items():
+            is_numbers = isinstance(default, list) and not isinstance(default[0], str)
+            if is_numbers and len(k[name]) != len(default):
+                wrong.append(f"{name}={k[name]} must be {len(default)} numbers")
+        if k['text_features'] == 'frozen' and k['lm'] == 'new':
+            wrong.append("text_features='frozen' is for an --lm= that exists, not for 'new'")
+        return wrong
+
+    @classmethod
+    def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
+        if 'text' not in cls.seen(k):
+            return cls.assemble(k, facts, None, None), None
+        if cls.frozen_features(k):  # the feed has the hidden states, so no weights are loaded
+            remote = k['trust_remote_code'] and not as_data
+            config, _ = lm_config(k['lm'], remote, as_data)
+            width = width_of(config)
+            tokenizer = load_tokenizer(k['lm'], remote, as_data)
+            return cls.assemble(k, facts, None, tokenizer, width), tokenizer
+        texts = [] if trained else texts_as_read(facts, cls, k, 'train')
+        encoder, tokenizer = load_text_encoder(k, texts, folder, trained, as_data)
+        return cls.assemble(k, facts, encoder, tokenizer), tokenizer
+
+    @classmethod
+    def assemble(cls, k, facts, encoder, tokenizer, width=0):
+        """ The model on an encoder that is there; width: of the hidden states, where it is None. """
+        return cls(encoder, width if encoder is None else encoder.width, facts, k)
+
+    @classmethod
+    def makes_files(cls, k):
+        return k['lm'] == 'new' or k['text_features'] == 'frozen'
+
+    @classmethod
+    def frozen_features(cls, k):
+        return k['text_features'] == 'frozen'
 
     def text(self, batch):
         """ Hidden states of the text [B,T,D]. """
-        return batch['text'] if self.encoder is None else self.encoder(batch['tokens'], batch['text_mask'])
-
-    def sentence(self, x, batch):
-        """ x [B,T,D] -> [B,D], as text_pool has it. """
-        return sentence(x, batch['text_mask'], self.c['text_pool'])
+        if self.encoder is None:
+            return batch['text']
+        return self.encoder(batch['tokens'], batch['text_mask'])
 
     def run(self, batch):
-        x = self.text(batch)
-        with torch.autocast(x.device.type, enabled=False): return self.fuse(x.float(), batch)
+        """ What fuse gives, in float32. """
+        x = self.text(batch)  # [B,T,D]
+        with torch.autocast(x.device.type, enabled=False):
+            return self.fuse(x.float(), batch)
 
     def predict(self, batch):
-        """ pred [B], and what a system says of each stream by itself, if it does. Reads no label. """
-        return {k: v for k, v in self.run(batch).items() if v.ndim == 1}
+        """ pred [B], and the scores of single streams in the systems that have such scores. """
+        return {name: v for name, v in self.run(batch).items() if v.ndim == 1}
 
-    def own_loss(self, out, batch): return {}
+    def own_loss(self, out, batch):
+        return {}
+
+    def loss(self, out, batch):
+        """ dict(loss, terms) of what run gave. """
+        label = batch['label']  # [B]
+        own = self.own_loss(out, batch)
+        more, extra = ordinal_loss(out['pred'], label, self.k, batch)
+        task = self.task_loss(out['pred'], label)
+        loss = task + sum(own.values()) + extra
+        return dict(loss=loss, terms={'task': task} | own | more)
 
     def forward(self, batch):
-        out, label = self.run(batch), batch['label']
-        own = self.own_loss(out, batch)
-        more, extra = ordinal_loss(out['pred'], label, self.c, batch.get('ramp', 1.0))
-        task = self.task_loss(out['pred'], label)
-        return dict(loss=task + sum(own.values()) + extra, terms={'task': task} | own | more)
+        return self.loss(self.run(batch), batch)
 
     def param_groups(self):
-        return grouped(self, {part: self.c['lr_' + part] for part in ('encoder', 'audio', 'vision', 'factors')})
+        return grouped(self, {part: self.k['lr_' + part] for part in self.lr_parts})
+
+    def views(self, batch, predict):
+        if self.encoder is None:
+            return {}
+        return attention_of_last_layer(self.encoder, predict, batch)
+
+    def fused(self, batch, predict):
+        if self.scorer is None:
+            return None
+        return inputs_of(self.get_submodule(self.scorer), predict, batch)
+
+
+class Pooled(Baseline):
+    """ What the systems share that read the text as one vector. """
+
+    class Knobs(Baseline.Knobs):
+        text_pool: Literal['first', 'mean'] = 'first'  # sentence vector: 'first' token, or the 'mean' of them
+
+    @classmethod
+    def check(cls, k):
+        wrong = super().check(k)
+        if cls.frozen_features(k) and k['text_pool'] == 'first':
+            wrong.append("the first hidden state of a causal LM knows one token: "
+                         "with text_features='frozen' take text_pool='mean'")
+        return wrong
+
+    def sentence(self, x, batch):
+        """ x [B,T,D] -> [B,D]. """
+        return sentence(x, batch['text_mask'], self.k['text_pool'])
+
+
+class Attentive(Baseline):
+    """ What the systems share that fuse by attention layers of width d. """
+
+    class Knobs(Baseline.Knobs):
+        fusion_width: AtLeast(1) = 50  # d, width of the fusion
+        fusion_heads: AtLeast(1) = 10  # attention heads; a divisor of fusion_width
+
+    @classmethod
+    def check(cls, k):
+        wrong = super().check(k)
+        if k['fusion_width'] % k['fusion_heads']:
+            wrong.append(f"fusion_heads={k['fusion_heads']} does not divide "
+                         f"fusion_width={k['fusion_width']}: take a divisor of it")
+        return wrong
+
+
+class SubNetKnobs:
+    sub_widths: AtLeast(1) = [128, 16, 128]    # hidden width of what reads text, audio, vision
+    sub_dropouts: Share() = [0.2, 0.2, 0.2]    # dropout in what reads text, audio, vision
+
+
+class StackKnobs:
+    fusion_layers: AtLeast(1) = 4      # layers of each crossmodal stack
+    kernels: AtLeast(1) = [5, 5, 5]    # of the convolutions over text, audio, vision, steps
+    attn_dropout: Share() = 0.2        # on attention weights (MulT: over text, and in the last stacks)
+    res_dropout: Share() = 0.0         # on what a layer of a stack adds
+    embed_dropout: Share() = 0.2       # on what enters a stack
 
 
 class Norm(nn.BatchNorm1d):
-    """ BatchNorm over features, of which a batch of one clip has no statistics: then it takes those it has gathered. """
+    """ BatchNorm over features, of which a batch of one clip has no statistics: then it takes those
+    it has gathered. """
     def forward(self, x):
         """ x [B,d] -> [B,d]. """
         if self.training and len(x) == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                False, 0.0, self.eps)
         return super().forward(x)
 
 
 class SubNet(nn.Module):
-    """ TFN's reader of audio or video: the mean of the real frames (the ports' has the padding in it), BatchNorm, dropout,
-    three linears with ReLU. """
+    """ TFN's reader of audio or video: the mean of the real frames (the ports' has the padding in
+    it), BatchNorm, dropout, three linears with ReLU. """
     def __init__(self, width, d, dropout):
         super().__init__()
-        self.norm, self.dropout = Norm(width), nn.Dropout(dropout)
+        self.norm = Norm(width)
+        self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList([nn.Linear(width, d), nn.Linear(d, d), nn.Linear(d, d)])
 
     def forward(self, x, mask):
         """ x [B,S,width], mask [B,S] -> [B,d]. """
-        x = self.dropout(self.norm(masked_mean(x, mask)))                                        # [B,width]
-        for layer in self.layers: x = F.relu(layer(x))
-        return x                                                                                 # [B,d]
+        x = self.dropout(self.norm(masked_mean(x, mask)))  # [B,width]
+        for layer in self.layers:
+            x = F.relu(layer(x))  # [B,d]
+        return x
 
 
 class Recurrent(nn.Module):
-    """ An LSTM's state after the last real step, dropout, a linear. The ports read text after its padding, and their
-    dropout is inside a one-layer LSTM, where PyTorch ignores it. """
+    """ An LSTM's state after the last real step, dropout, a linear. The ports read text after its
+    padding, and their dropout is inside a one-layer LSTM, where PyTorch ignores it. """
     def __init__(self, width, d, d_out, dropout):
         super().__init__()
-        self.lstm, self.dropout, self.out = nn.LSTM(width, d, batch_first=True), nn.Dropout(dropout), nn.Linear(d, d_out)
+        self.lstm = nn.LSTM(width, d, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(d, d_out)
 
     def forward(self, x, lengths):
         """ x [B,L,width], lengths [B] -> [B,d_out]. """
-        return self.out(self.dropout(last_step(self.lstm(x)[0], lengths)))
+        state = last_step(self.lstm(x)[0], lengths)  # [B,d]
+        return self.out(self.dropout(state))  # [B,d_out]
 
 
 class Head(nn.Module):
-    """ Dropout, two linears with ReLU, one linear to the score: the end of LF-DNN and TFN, and of each of Self-MM's tasks. """
+    """ Dropout, two linears with ReLU, one linear to the score: the end of LF-DNN and TFN, and of
+    each of Self-MM's tasks. """
     def __init__(self, width, d, dropout):
         super().__init__()
-        self.dropout, self.layers = nn.Dropout(dropout), nn.ModuleList([nn.Linear(width, d), nn.Linear(d, d), nn.Linear(d, 1)])
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList([nn.Linear(width, d), nn.Linear(d, d), nn.Linear(d, 1)])
 
     def forward(self, x):
         """ x [B,width] -> the score [B], and what is behind the first linear [B,d]. """
-        feature = F.relu(self.layers[0](self.dropout(x)))                                        # [B,d]
-        return self.layers[2](F.relu(self.layers[1](feature)))[:, 0], feature
+        feature = F.relu(self.layers[0](self.dropout(x)))  # [B,d]
+        score = self.layers[2](F.relu(self.layers[1](feature)))[:, 0]  # [B]
+        return score, feature
 
 
 class CrossLayer(nn.Module):
-    """ MulT's layer: pre-norm attention from x to y (to itself, if y is x), then a ReLU FFW of width 4d. One LayerNorm for
-    both sides, as released. """
+    """ MulT's layer: pre-norm attention from x to y (to itself, if y is x), then a ReLU FFW of
+    width 4d. One LayerNorm for both sides, as released. """
     def __init__(self, d, n_heads, attn_dropout=0.0, res_dropout=0.0):
         super().__init__()
-        self.n_heads, self.attn_dropout, self.res_dropout = n_heads, attn_dropout, res_dropout
-        self.norm_1, self.norm_2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.q, self.kv, self.out = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
-        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.n_heads = n_heads
+        self.attn_dropout = attn_dropout
+        self.norm_1 = nn.LayerNorm(d)
+        self.norm_2 = nn.LayerNorm(d)
+        self.q = nn.Linear(d, d)
+        self.kv = nn.Linear(d, 2 * d)
+        self.out = nn.Linear(d, d)
+        self.up = nn.Linear(d, 4 * d)
+        self.down = nn.Linear(4 * d, d)
+        self.drop = nn.Dropout(res_dropout)
 
     def forward(self, x, y, mask):
         """ x [B,L,d], y [B,M,d], mask broadcastable to [B,h,L,M] -> [B,L,d]. """
         B, L, d = x.shape
-        drop = lambda z: F.dropout(z, self.res_dropout, self.training)
-        q = self.q(self.norm_1(x)).view(B, L, self.n_heads, -1).transpose(1, 2)                  # [B,h,L,d/h]
-        k, v = self.kv(self.norm_1(y)).view(B, y.shape[1], 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # 2x [B,h,M,d/h]
-        z = F.scaled_dot_product_attention(q, k, v, mask, self.attn_dropout * self.training)     # [B,h,L,d/h]
-        x = x + drop(self.out(z.transpose(1, 2).reshape(B, L, d)))                               # [B,L,d]
-        return x + drop(self.down(F.relu(self.up(self.norm_2(x)))))
+        M, h = y.shape[1], self.n_heads
+        q = self.q(self.norm_1(x)).view(B, L, h, -1).transpose(1, 2)  # [B,h,L,d/h]
+        kv = self.kv(self.norm_1(y)).view(B, M, 2, h, -1)  # [B,M,2,h,d/h]
+        k, v = kv.permute(2, 0, 3, 1, 4)  # 2x [B,h,M,d/h]
+        p = self.attn_dropout * self.training
+        z = F.scaled_dot_product_attention(q, k, v, mask, p)  # [B,h,L,d/h]
+        x = x + self.drop(self.out(z.transpose(1, 2).reshape(B, L, d)))  # [B,L,d]
+        return x + self.drop(self.down(F.relu(self.up(self.norm_2(x)))))
 
 
 class CrossStack(nn.Module):
     """
-    MulT's crossmodal Transformer (Tsai et al. 2019, eqs. 3-5): every layer takes x and looks at the same y. Positions are
-    added to both (MMSA's have none). Nobody sees padding; the release's mask of the future is left out, as "later" means
-    nothing between streams of different rates.
+    MulT's crossmodal Transformer (Tsai et al. 2019, eqs. 3-5): every layer takes x and looks at the
+    same y. Positions are added to both (MMSA's have none). Nobody sees padding; the release's mask
+    of the future is left out, as "later" means nothing between streams of different rates.
     """
     def __init__(self, d, n_heads, n_layers, attn_dropout=0.0, res_dropout=0.0, embed_dropout=0.0):
         super().__init__()
-        self.layers = nn.ModuleList(CrossLayer(d, n_heads, attn_dropout, res_dropout) for _ in range(n_layers))
-        self.norm, self.dropout = nn.LayerNorm(d), nn.Dropout(embed_dropout)
+        self.layers = nn.ModuleList(
+            CrossLayer(d, n_heads, attn_dropout, res_dropout) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d)
+        self.dropout = nn.Dropout(embed_dropout)
 
-    def enter(self, x): return self.dropout(x.shape[-1] ** 0.5 * x + sinusoid(*x.shape[1:], x.device))   # [B,L,d]
+    def enter(self, x):
+        """ x [B,L,d] scaled, with positions -> [B,L,d]. """
+        _, L, d = x.shape
+        return self.dropout(d ** 0.5 * x + sinusoid(L, d, x.device))
 
     def visible(self, x, y_mask):
-        """ [B,1,1,M]; a clip with nothing to see sees one empty step, or a softmax over nothing would be NaN. """
-        first = torch.arange(y_mask.shape[1], device=y_mask.device) == 0                         # [M]
-        return (y_mask | first & ~y_mask.any(1, keepdim=True))[:, None, None]
+        """ [B,1,1,M]; a clip with nothing to see sees one empty step, or a softmax over nothing
+        would be NaN. """
+        first = torch.arange(y_mask.shape[1], device=y_mask.device) == 0  # [M]
+        nothing = ~y_mask.any(1, keepdim=True)  # [B,1]
+        return (y_mask | first & nothing)[:, None, None]
 
     def forward(self, x, y, y_mask):
         """ x [B,L,d] looks at y [B,M,d], y_mask [B,M] -> [B,L,d]. """
-        mask, x, y = self.visible(x, y_mask), self.enter(x), None if y is x else self.enter(y)
-        for layer in self.layers: x = layer(x, x if y is None else y, mask)
+        to_itself = y is x
+        mask = self.visible(x, y_mask)  # [B,1,1,M]
+        x = self.enter(x)  # [B,L,d]
+        if not to_itself:
+            y = self.enter(y)  # [B,M,d]
+        for layer in self.layers:
+            x = layer(x, x if to_itself else y, mask)
         return self.norm(x)
 
 
 class Conv(nn.Module):
-    """ A stream to width d, a few neighbouring steps at a time, at its own length (the ports cut the ends off, which leaves
-    nothing of a short clip); what is behind the end of a clip stays zero. """
+    """ A stream to width d, a few neighbouring steps at a time, at its own length (the ports cut
+    the ends off, which leaves nothing of a short clip); what is behind the end of a clip stays
+    zero. """
     def __init__(self, width, d, kernel):
         super().__init__()
-        self.kernel, self.conv = kernel, nn.Conv1d(width, d, kernel, bias=False)
+        self.kernel = kernel
+        self.conv = nn.Conv1d(width, d, kernel, bias=False)
 
     def forward(self, x, mask):
         """ x [B,L,width], mask [B,L] -> [B,L,d]. """
-        mask = mask[..., None]
-        x = F.pad((x * mask).transpose(1, 2), ((self.kernel - 1) // 2, self.kernel // 2))        # [B,width,L+kernel-1]
-        return self.conv(x).transpose(1, 2) * mask
+        mask = mask[..., None]  # [B,L,1]
+        ends = (self.kernel - 1) // 2, self.kernel // 2
+        x = F.pad((x * mask).transpose(1, 2), ends)  # [B,width,L+kernel-1]
+        return self.conv(x).transpose(1, 2) * mask  # [B,L,d]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Vectors: one a stream, then a head
 
-class Late(Baseline):
-    """ The control, and the unimodal systems: each stream of late_streams gives a score by itself, a linear on the sentence
-    vector or on an LSTM's state, and their sum is the prediction. It adds and cannot fuse. """
+class Late(Pooled):
+    """ The control, and the unimodal systems: each stream of late_streams gives a score by itself,
+    a linear on the sentence vector or on an LSTM's state, and their sum is the prediction. It adds
+    and cannot fuse. """
+
+    class Knobs(Pooled.Knobs, SubNetKnobs):
+        late_streams: Literal['text', 'audio', 'vision'] = ['text', 'audio', 'vision']  # what is added up
+
     needs = ()
 
-    def __init__(self, encoder, D, widths, c):
-        super().__init__(encoder, widths, c)
-        if lacks := [m for m in c['late_streams'] if m != 'text' and m not in widths]:
-            raise ModelError(f"late_streams={c['late_streams']}, and this corpus has no {lacks[0]}: leave it out.")
-        self.readers = nn.ModuleDict({m: nn.Linear(D, 1) if m == 'text' else Recurrent(widths[m], d, 1, p) for m, d, p in zip(
-            STREAMS, c['sub_widths'], c['sub_dropouts']) if m in c['late_streams']})
+    def __init__(self, encoder, D, facts, k):
+        super().__init__(encoder, D, facts, k)
+        widths = facts.widths
+        if lacks := [m for m in k['late_streams'] if m != 'text' and m not in widths]:
+            raise ModelError(f"late_streams={k['late_streams']}, and this corpus has no "
+                             f"{lacks[0]}: leave it out.")
+        self.readers = nn.ModuleDict()
+        for m, d, p in zip(STREAMS, k['sub_widths'], k['sub_dropouts']):
+            if m in k['late_streams']:
+                self.readers[m] = nn.Linear(D, 1) if m == 'text' else Recurrent(widths[m], d, 1, p)
 
-    def text(self, batch): return super().text(batch) if 'text' in self.readers else batch['index'][:, None]   # not read
+    @classmethod
+    def check(cls, k):
+        empty = [] if k['late_streams'] else ["late_streams=[] must hold at least one stream"]
+        return super().check(k) + empty
+
+    @classmethod
+    def seen(cls, k):
+        return [m for m in k['late_streams'] if m == 'text' or m in cls.streams(k)]
+
+    @classmethod
+    def frozen_features(cls, k):
+        return super().frozen_features(k) and 'text' in cls.seen(k)
+
+    def text(self, batch):
+        """ Hidden states of the text [B,T,D]; without a reader of text, something of a batch's
+        length that is not read. """
+        return super().text(batch) if 'text' in self.readers else batch['index'][:, None]
 
     def fuse(self, x, batch):
-        read = lambda m, f: f(self.sentence(x, batch)) if m == 'text' else f(batch[m], batch[m + '_len'])
-        said = {m: read(m, f)[:, 0] for m, f in self.readers.items()}                            # 3x [B]
-        return dict(pred=sum(said.values())) | said
+        scores = {}
+        for m, reader in self.readers.items():
+            if m == 'text':
+                y = reader(self.sentence(x, batch))  # [B,1]
+            else:
+                y = reader(batch[m], batch[m + '_len'])  # [B,1]
+            scores[m] = y[:, 0]  # [B]
+        return dict(pred=sum(scores.values())) | scores
 
 
 class Vectors(Baseline):
-    """ One vector a stream, v_m [B,d_m]: text by an LSTM, audio and video by SubNets. LF-DNN, TFN and LMF fuse these. """
-    def __init__(self, encoder, D, widths, c):
-        super().__init__(encoder, widths, c)
-        (d_t, d_a, d_v), text_out = c['sub_widths'], c['text_out']
-        p_t, p_a, p_v = c['sub_dropouts']
-        self.text_net = Recurrent(D, d_t, text_out, p_t)
-        self.audio, self.vision = SubNet(widths['audio'], d_a, p_a), SubNet(widths['vision'], d_v, p_v)
-        self.widths = dict(audio=d_a, vision=d_v, text=text_out)
+    """ One vector a stream, v_m [B,d_m]: text by an LSTM, audio and video by SubNets. LF-DNN, TFN
+    and LMF fuse these. """
+
+    class Knobs(Baseline.Knobs, SubNetKnobs):
+        text_out: AtLeast(1) = 128    # width of the text's vector
+        lr_audio: AtLeast(0) = 1.0    # learning rate of the SubNet of audio over lr
+        lr_vision: AtLeast(0) = 1.0   # learning rate of the SubNet of video over lr
+
+    lr_parts = ('encoder', 'audio', 'vision')
+    one_process = True  # BatchNorm
+
+    def __init__(self, encoder, D, facts, k):
+        super().__init__(encoder, D, facts, k)
+        d_t, d_a, d_v = k['sub_widths']
+        p_t, p_a, p_v = k['sub_dropouts']
+        self.text_net = Recurrent(D, d_t, k['text_out'], p_t)
+        self.audio = SubNet(facts.widths['audio'], d_a, p_a)
+        self.vision = SubNet(facts.widths['vision'], d_v, p_v)
+        self.widths = dict(audio=d_a, vision=d_v, text=k['text_out'])
 
     def vectors(self, x, batch):
         """ v_a, v_v, v_t, in the order of the ports' arrays. """
-        return (self.audio(batch['audio'], batch['audio_mask']), self.vision(batch['vision'], batch['vision_mask']),
-                self.text_net(x, batch['text_len']))
+        v_a = self.audio(batch['audio'], batch['audio_mask'])  # [B,d_a]
+        v_v = self.vision(batch['vision'], batch['vision_mask'])  # [B,d_v]
+        v_t = self.text_net(x, batch['text_len'])  # [B,d_t]
+        return v_a, v_v, v_t
 
 
 class LFDNN(Vectors):
-    """ LF-DNN, the late-fusion network of MMSA (Cambria et al. 2017): the three vectors side by side, then a Head. """
-    def __init__(self, encoder, D, widths, c):
-        super().__init__(encoder, D, widths, c)
-        self.head = Head(sum(self.widths.values()), c['post_width'], c['dropout'])
+    """ LF-DNN, the late-fusion network of MMSA (Cambria et al. 2017): the three vectors side by
+    side, then a Head. """
 
-    def fuse(self, x, batch): return dict(pred=self.head(torch.cat(self.vectors(x, batch), -1))[0])
+    class Knobs(Vectors.Knobs):
+        post_width: AtLeast(1) = 128  # hidden width of the Head
+
+    scorer = 'head'
+
+    def __init__(self, encoder, D, facts, k):
+        super().__init__(encoder, D, facts, k)
+        self.head = Head(sum(self.widths.values()), k['post_width'], k['dropout'])
+
+    def fuse(self, x, batch):
+        score, _ = self.head(torch.cat(self.vectors(x, batch), -1))  # [B]
+        return dict(pred=score)
 
 
 class TFN(Vectors):
-    """ Tensor Fusion Network (Zadeh et al. 2017, eq. 5): the outer product of [1; v_a], [1; v_v] and [1; v_t], then a Head whose
-    sigmoid spans the corpus's label range (the ports' is (-3, 3) always). """
-    def __init__(self, encoder, D, widths, c, label_range):
-        super().__init__(encoder, D, widths, c)
-        self.low, self.high = label_range
+    """ Tensor Fusion Network (Zadeh et al. 2017, eq. 5): the outer product of [1; v_a], [1; v_v]
+    and [1; v_t], then a Head whose sigmoid spans the corpus's label range (the ports' is (-3, 3)
+    always). """
+
+    class Knobs(Vectors.Knobs):
+        post_width: AtLeast(1) = 128  # hidden width of the Head
+
+    scorer = 'head'
+
+    def __init__(self, encoder, D, facts, k):
+        super().__init__(encoder, D, facts, k)
+        self.low, self.high = facts.labels[k['label']]['range']
         n = 1
-        for width in self.widths.values(): n *= 1 + width
-        self.head = Head(n, c['post_width'], c['dropout'])
+        for width in self.widths.values():
+            n *= 1 + width
+        self.head = Head(n, k['post_width'], k['dropout'])
 
     def fuse(self, x, batch):
-        a, v, t = (F.pad(y, (1, 0), value=1.0) for y in self.vectors(x, batch))                  # [B,1+d_m]
-        tensor = torch.einsum('bi,bj,bk->bijk', a, v, t).flatten(1)                              # [B,(1+d_a)(1+d_v)(1+d_t)]
-        return dict(pred=self.low + (self.high - self.low) * torch.sigmoid(self.head(tensor)[0]), tensor=tensor)
+        a, v, t = (F.pad(y, (1, 0), value=1.0) for y in self.vectors(x, batch))  # [B,1+d_m] each
+        tensor = torch.einsum('bi,bj,bk->bijk', a, v, t).flatten(1)  # [B,(1+d_a)(1+d_v)(1+d_t)]
+        score, _ = self.head(tensor)  # [B]
+        pred = self.low + (self.high - self.low) * torch.sigmoid(score)  # [B]
+        return dict(pred=pred, tensor=tensor)
 
 
 class LMF(Vectors):
-    """ Low-rank Multimodal Fusion (Liu et al. 2018, eq. 8): TFN's tensor meets a weight of rank R, so nobody makes it:
-    y = sum_r w_r prod_m [1; v_m] F_m,r + b. Here w and b are trained; in MMSA the optimizer skips them. """
-    def __init__(self, encoder, D, widths, c):
-        super().__init__(encoder, D, widths, c)
-        R = c['lmf_rank']
-        self.factors = nn.ParameterDict({m: nn.Parameter(nn.init.xavier_normal_(torch.empty(R, 1 + d, 1))[..., 0])
-                                         for m, d in self.widths.items()})                       # [R,1+d_m]
-        self.fusion_weights = nn.Parameter(nn.init.xavier_normal_(torch.empty(1, R)))            # [1,R]
+    """ Low-rank Multimodal Fusion (Liu et al. 2018, eq. 8): TFN's tensor meets a weight of rank R,
+    so nobody makes it: y = sum_r w_r prod_m [1; v_m] F_m,r + b. Here w and b are trained; in MMSA
+    the optimizer skips them. """
+
+    class Knobs(Vectors.Knobs):
+        lmf_rank: AtLeast(1) = 3      # R
+        lr_factors: AtLeast(0) = 1.0  # learning rate of the factors F over lr
+
+    lr_parts = ('encoder', 'audio', 'vision', 'factors')
+
+    def __init__(self, encoder, D, facts, k):
+        super().__init__(encoder, D, facts, k)
+        R = k['lmf_rank']
+        self.factors = nn.ParameterDict({
+            m: nn.Parameter(nn.init.xavier_normal_(torch.empty(R, 1 + d, 1))[..., 0])
+            for m, d in self.widths.items()})  # [R,1+d_m] each
+        self.fusion_weights = nn.Parameter(nn.init.xavier_normal_(torch.empty(1, R)))  # [1,R]
         self.fusion_bias = nn.Parameter(torch.zeros(1))
 
     def fuse(self, x, batch):
-        ones = [F.pad(y, (1, 0), value=1.0) for y in self.vectors(x, batch)]                     # 3x [B,1+d_m]
-        a, v, t = (y @ self.factors[m].T for y, m in zip(ones, self.widths))                     # 3x [B,R]; the dict sorts its names
-        return dict(pred=((a * v * t) @ self.fusion_weights.T)[:, 0] + self.fusion_bias)
+        ones = [F.pad(y, (1, 0), value=1.0) for y in self.vectors(x, batch)]  # 3x [B,1+d_m]
+        # in the order of self.widths: a ParameterDict sorts its names
+        a, v, t = (y @ self.factors[m].T for y, m in zip(ones, self.widths))  # 3x [B,R]
+        y = (a * v * t) @ self.fusion_weights.T  # [B,1]
+        return dict(pred=y[:, 0] + self.fusion_bias)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Inside the encoder, or behind it
 
+def length(x):
+    """ Euclidean length over the last axis, which stays: [..,d] -> [..,1]. """
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
 class MAG(nn.Module):
-    """ The Multimodal Adaptation Gate (Rahman et al. 2020, eqs. 1-4): h = sum_m relu(W_m [m; t]) * (V_m m) moves the text,
-    by at most beta of its own length; then LayerNorm and dropout. """
+    """ The Multimodal Adaptation Gate (Rahman et al. 2020, eqs. 1-4): h = sum_m relu(W_m [m; t]) *
+    (V_m m) moves the text, by at most beta of its own length; then LayerNorm and dropout. """
     def __init__(self, widths, D, beta, dropout):
         super().__init__()
-        self.beta, self.dropout, self.norm = beta, nn.Dropout(dropout), nn.LayerNorm(D)
-        self.gates = nn.ModuleDict({m: nn.Linear(width + D, D) for m, width in widths.items()})
-        self.values = nn.ModuleDict({m: nn.Linear(width, D) for m, width in widths.items()})
+        self.beta = beta
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(D)
+        self.gates = nn.ModuleDict({m: nn.Linear(w + D, D) for m, w in widths.items()})
+        self.values = nn.ModuleDict({m: nn.Linear(w, D) for m, w in widths.items()})
 
     def forward(self, x, frames):
         """ x [B,T,D], frames: stream -> [B,T,d_m] -> [B,T,D]. """
-        h = sum(F.relu(self.gates[m](torch.cat([y, x], -1))) * self.values[m](y) for m, y in frames.items())     # [B,T,D]
-        length = lambda y: torch.linalg.vector_norm(y, dim=-1, keepdim=True)                     # [B,T,1]
-        h_length = length(h)
-        alpha = self.beta * length(x) / (torch.where(h_length == 0, 1.0, h_length) + 1e-6)       # [B,T,1]
+        h = sum(F.relu(self.gates[m](torch.cat([y, x], -1))) * self.values[m](y)
+                for m, y in frames.items())  # [B,T,D]
+        h_length, x_length = length(h), length(x)  # [B,T,1] each
+        h_length = torch.where(h_length == 0, 1.0, h_length) + 1e-6
+        alpha = self.beta * x_length / h_length  # [B,T,1]
         return self.dropout(self.norm(alpha.clamp(max=1.0) * h + x))
 
 
-class MAGBERT(Baseline):
-    """ MAG-BERT: a fine-tuned encoder with a MAG between its embeddings and its first layer, then dense, tanh, linear. Every
-    token has its frames: of its word, or resampled onto the text (knob resample). Special tokens have zeros.
-    The dense layer is new (the paper's is BERT's pooler). """
-    def __init__(self, encoder, D, widths, c, tokenizer):
-        super().__init__(encoder, widths, c)
-        if encoder is None: raise ModelError("MAG is inside the encoder: system='mag' wants text_features='tuned'.")
-        if c['resample'] == 'none':
-            raise ModelError("system='mag' adds a frame to each token: resample must be 'linear', 'mean' or 'words'.")
-        self.ends = [len(tokens) for tokens in specials(tokenizer)]
-        self.mag = MAG(widths, D, c['mag_beta'], c['dropout'])
-        self.head = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Dropout(c['dropout']), nn.Linear(D, 1))
+class MAGBERT(Pooled):
+    """ MAG-BERT: a fine-tuned encoder with a MAG between its embeddings and its first layer, then
+    dense, tanh, linear. Every token has its frames: of its word, or resampled onto the text (knob
+    resample). Special tokens have zeros. The dense layer is new (the paper's is BERT's pooler). """
+
+    class Knobs(Pooled.Knobs):
+        text_features: Literal['tuned'] = 'tuned'  # MAG is inside the encoder: not 'frozen'
+        resample: Literal['linear', 'mean', 'words'] = 'linear'  # frames onto the text's tokens; 'words': one a word
+        mag_beta: AtLeast(0) = 1.0  # the shift is at most this times the text's own length
+
+    scorer = 'head'
+
+    def __init__(self, encoder, D, facts, k, ends):
+        """ ends: special tokens before and behind each text, how many. """
+        super().__init__(encoder, D, facts, k)
+        self.ends = ends
+        self.mag = MAG(facts.widths, D, k['mag_beta'], k['dropout'])
+        self.head = nn.Sequential(
+            nn.Linear(D, D), nn.Tanh(), nn.Dropout(k['dropout']), nn.Linear(D, 1))
+
+    @classmethod
+    def assemble(cls, k, facts, encoder, tokenizer):
+        ends = [len(tokens) for tokens in specials(tokenizer)]
+        return cls(encoder, encoder.width, facts, k, ends)
+
+    @classmethod
+    def needs_words(cls, k):
+        return k['resample'] == 'words'
+
+    @classmethod
+    def notes(cls, k, corpus):
+        notes = []
+        for m in cls.streams(k):
+            if m in corpus.widths:
+                n_frames = np.median(corpus.lengths('train', m))
+                notes.append(f"{m}: a median of {n_frames:.0f} frames a clip, "
+                             f"brought to the text's tokens (resample={k['resample']!r})")
+        return notes
 
     def text(self, batch):
-        cues = frames_on_tokens(batch, self.mag.values, self.ends, self.c['resample'])
-        x = self.mag(self.encoder.embed(batch['tokens']), {m: y for m, (y, _) in cues.items()})  # [B,T,D]
-        for l in range(self.encoder.n_layers): x = self.encoder.layer(l, x, batch['text_mask'])
+        cues = frames_on_tokens(batch, self.mag.values, self.ends, self.k['resample'])
+        frames = {m: y for m, (y, _) in cues.items()}  # [B,T,d_m] each
+        x = self.mag(self.encoder.embed(batch['tokens']), frames)  # [B,T,D]
+        for l in range(self.encoder.n_layers):
+            x = self.encoder.layer(l, x, batch['text_mask'])
         return x
 
-    def fuse(self, x, batch): return dict(pred=self.head(self.sentence(x, batch))[:, 0])
+    def fuse(self, x, batch):
+        return dict(pred=self.head(self.sentence(x, batch))[:, 0])
 
 
-class MulT(Baseline):
-    """ Multimodal Transformer (Tsai et al. 2019): each stream, by a convolution, to width d; six CrossStacks, one for each
-    ordered pair; of each stream both results side by side through a stack of its own; the last real step of each. """
-    def __init__(self, encoder, D, widths, c):
-        super().__init__(encoder, widths, c)
-        d = c['fusion_width']
-        stack = lambda width, n_layers, p: CrossStack(width, c['fusion_heads'], n_layers, p, c['res_dropout'], c['embed_dropout'])
-        self.text_dropout = nn.Dropout(c['sub_dropouts'][0])
-        self.convs = nn.ModuleDict({m: Conv((dict(text=D) | widths)[m], d, k) for m, k in zip(STREAMS, c['kernels'])})
-        attn_dropout = dict(text=c['attn_dropout'], audio=c['attn_dropout_audio'], vision=c['attn_dropout_vision'])
-        self.cross = nn.ModuleDict({f'{m}_from_{o}': stack(d, c['fusion_layers'], attn_dropout[o])
-                                    for m in STREAMS for o in STREAMS if o != m})
-        self.memory = nn.ModuleDict({m: stack(2 * d, max(c['fusion_layers'], 3), c['attn_dropout']) for m in STREAMS})
-        self.proj_1, self.proj_2, self.out = nn.Linear(6 * d, 6 * d), nn.Linear(6 * d, 6 * d), nn.Linear(6 * d, 1)
-        self.dropout = nn.Dropout(c['dropout'])
+class MulT(Attentive):
+    """ Multimodal Transformer (Tsai et al. 2019): each stream, by a convolution, to width d; six
+    CrossStacks, one for each ordered pair; of each stream both results side by side through a stack
+    of its own; the last real step of each. """
+
+    class Knobs(Attentive.Knobs, StackKnobs):
+        attn_dropout_audio: Share() = 0.2        # on attention weights over audio
+        attn_dropout_vision: Share() = 0.0       # on attention weights over video
+        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # on the text before its convolution, the first number; others unused
+
+    scorer = 'out'
+
+    def __init__(self, encoder, D, facts, k):
+        super().__init__(encoder, D, facts, k)
+
+        def stack(width, n_layers, attn_dropout):
+            return CrossStack(width, k['fusion_heads'], n_layers, attn_dropout,
+                              k['res_dropout'], k['embed_dropout'])
+
+        d, n_layers = k['fusion_width'], k['fusion_layers']
+        widths = dict(text=D) | facts.widths
+        attn_dropout = dict(text=k['attn_dropout'], audio=k['attn_dropout_audio'],
+                            vision=k['attn_dropout_vision'])
+        self.text_dropout = nn.Dropout(k['sub_dropouts'][0])
+        self.convs = nn.ModuleDict({
+            m: Conv(widths[m], d, size) for m, size in zip(STREAMS, k['kernels'])})
+        self.cross = nn.ModuleDict({
+            f'{m}_from_{o}': stack(d, n_layers, attn_dropout[o])
+            for m in STREAMS for o in STREAMS if o != m})
+        self.memory = nn.ModuleDict({
+            m: stack(2 * d, max(n_layers, 3), k['attn_dropout']) for m in STREAMS})
+        self.proj_1 = nn.Linear(6 * d, 6 * d)
+        self.proj_2 = nn.Linear(6 * d, 6 * d)
+        self.out = nn.Linear(6 * d, 1)
+        self.dropout = nn.Dropout(k['dropout'])
 
     def fuse(self, x, batch):
         mask = {m: batch[m + '_mask'] for m in self.convs}
-        x = {m: conv(self.text_dropout(x) if m == 'text' else batch[m], mask[m]) for m, conv in self.convs.items()}   # 3x [B,L,d]
+        raw = {m: batch[m] for m in self.convs if m != 'text'} | dict(text=self.text_dropout(x))
+        x = {m: conv(raw[m], mask[m]) for m, conv in self.convs.items()}  # 3x [B,L,d]
         last = []
         for m in x:
-            y = torch.cat([self.cross[f'{m}_from_{o}'](x[m], x[o], mask[o]) for o in x if o != m], -1)   # [B,L,2d]
-            last.append(last_step(self.memory[m](y, y, mask[m]), batch[m + '_len']))             # [B,2d]
-        y = torch.cat(last, -1)                                                                  # [B,6d]
-        return dict(pred=self.out(y + self.proj_2(self.dropout(F.relu(self.proj_1(y)))))[:, 0])
+            found = [self.cross[f'{m}_from_{o}'](x[m], x[o], mask[o])
+                     for o in x if o != m]  # 2x [B,L,d]
+            y = torch.cat(found, -1)  # [B,L,2d]
+            last.append(last_step(self.memory[m](y, y, mask[m]), batch[m + '_len']))  # [B,2d]
+        y = torch.cat(last, -1)  # [B,6d]
+        y = y + self.proj_2(self.dropout(F.relu(self.proj_1(y))))  # [B,6d]
+        return dict(pred=self.out(y)[:, 0])
 
 
-class MISA(Baseline):
+class MISA(Attentive):
     """
-    MISA (Hazarika et al. 2020): each stream has a private and a shared vector; a Transformer layer over the six. Losses: MSE;
-    the two kinds of vector orthogonal (difference); shared ones alike (CMD of 5 moments); both together rebuild the stream.
-    Audio and video are read to their own ends (MMSA packs them by the text's length). The Transformer layer is pre-norm with
-    GELU (the release's: post-norm, ReLU), and difference has a gradient through the vectors' lengths too.
+    MISA (Hazarika et al. 2020): each stream has a private and a shared vector; a Transformer layer
+    over the six. Losses: MSE; the two kinds of vector orthogonal (difference); shared ones alike
+    (CMD of 5 moments); both together rebuild the stream. Audio and video are read to their own ends
+    (MMSA packs them by the text's length). The Transformer layer is pre-norm with GELU (the
+    release's: post-norm, ReLU), and difference has a gradient through the vectors' lengths too.
     """
+
+    class Knobs(Attentive.Knobs):
+        misa_diff: AtLeast(0) = 0.1     # weight of the difference loss
+        misa_sim: AtLeast(0) = 0.3      # weight of the similarity loss
+        misa_rebuild: AtLeast(0) = 1.0  # weight of the reconstruction loss
+        lr_audio: AtLeast(0) = 1.0      # learning rate of the LSTMs over audio over lr
+        lr_vision: AtLeast(0) = 1.0     # learning rate of the LSTMs over video over lr
+
     task_loss = staticmethod(mse)
+    lr_parts = ('encoder', 'audio', 'vision')
+    scorer = 'head'
 
-    def __init__(self, encoder, D, widths, c):
-        super().__init__(encoder, widths, c)
-        d = c['fusion_width']
-        self.audio, self.vision = (Stacked(widths[m]) for m in ('audio', 'vision'))
-        enter = lambda width: nn.Sequential(nn.Linear(width, d), nn.ReLU(), nn.LayerNorm(d))
-        self.enter = nn.ModuleDict(dict(text=enter(D)) | {m: enter(4 * widths[m]) for m in ('audio', 'vision')})
-        self.private = nn.ModuleDict({m: nn.Linear(d, d) for m in self.enter})
-        self.shared, self.rebuild = nn.Linear(d, d), nn.ModuleDict({m: nn.Linear(d, d) for m in self.enter})
-        self.layer = EncoderLayer(d, c['fusion_heads'], c['dropout'])
-        self.head = nn.Sequential(nn.Linear(6 * d, 3 * d), nn.Dropout(c['dropout']), nn.ReLU(), nn.Linear(3 * d, 1))
+    def __init__(self, encoder, D, facts, k):
+        super().__init__(encoder, D, facts, k)
+        d, widths = k['fusion_width'], facts.widths
+
+        def enter(width):
+            return nn.Sequential(nn.Linear(width, d), nn.ReLU(), nn.LayerNorm(d))
+
+        self.audio = Stacked(widths['audio'])
+        self.vision = Stacked(widths['vision'])
+        read = dict(text=D, audio=4 * widths['audio'], vision=4 * widths['vision'])
+        self.enter = nn.ModuleDict({m: enter(width) for m, width in read.items()})
+        self.private = nn.ModuleDict({m: nn.Linear(d, d) for m in read})
+        self.shared = nn.Linear(d, d)
+        self.rebuild = nn.ModuleDict({m: nn.Linear(d, d) for m in read})
+        self.layer = EncoderLayer(d, k['fusion_heads'], k['dropout'])
+        self.head = nn.Sequential(
+            nn.Linear(6 * d, 3 * d), nn.Dropout(k['dropout']), nn.ReLU(), nn.Linear(3 * d, 1))
 
     def fuse(self, x, batch):
-        x = dict(text=masked_mean(x, batch['text_mask'])) | {m: getattr(self, m)(batch[m], batch[m + '_len']) for m in ('audio', 'vision')}
-        x = torch.stack([self.enter[m](x[m]) for m in self.enter], 1)                            # [B,3,d]
-        private = torch.stack([torch.sigmoid(f(x[:, i])) for i, f in enumerate(self.private.values())], 1)   # [B,3,d]
-        shared = torch.sigmoid(self.shared(x))                                                   # [B,3,d]
-        rebuilt = torch.stack([f((private + shared)[:, i]) for i, f in enumerate(self.rebuild.values())], 1)     # [B,3,d]
-        y = self.layer(torch.cat([private, shared], 1), None)                                    # [B,6,d]
-        return dict(pred=self.head(y.flatten(1))[:, 0], x=x, private=private, shared=shared, rebuilt=rebuilt)
+        v = dict(text=masked_mean(x, batch['text_mask']),
+                 audio=self.audio(batch['audio'], batch['audio_len']),
+                 vision=self.vision(batch['vision'], batch['vision_len']))  # [B,d_m] each
+        x = torch.stack([enter(v[m]) for m, enter in self.enter.items()], 1)  # [B,3,d]
+        private = torch.stack([torch.sigmoid(f(x[:, i]))
+                               for i, f in enumerate(self.private.values())], 1)  # [B,3,d]
+        shared = torch.sigmoid(self.shared(x))  # [B,3,d]
+        rebuilt = torch.stack([f((private + shared)[:, i])
+                               for i, f in enumerate(self.rebuild.values())], 1)  # [B,3,d]
+        y = self.layer(torch.cat([private, shared], 1), None)  # [B,6,d]
+        pred = self.head(y.flatten(1))[:, 0]  # [B]
+        return dict(pred=pred, x=x, private=private, shared=shared, rebuilt=rebuilt)
 
     def own_loss(self, out, batch):
-        c, p, s = self.c, out['private'].unbind(1), out['shared'].unbind(1)                      # 3x [B,d]
+        k = self.k
+        p = out['private'].unbind(1)  # 3x [B,d]
+        s = out['shared'].unbind(1)  # 3x [B,d]
         pairs = [(0, 1), (0, 2), (1, 2)]
-        diff = sum(orthogonality(p[i], s[i]) for i in range(3)) + sum(orthogonality(p[i], p[j]) for i, j in pairs)
+        diff = (sum(orthogonality(p[i], s[i]) for i in range(3))
+                + sum(orthogonality(p[i], p[j]) for i, j in pairs))
         sim = sum(cmd(s[i], s[j]) for i, j in pairs) / 3
-        return dict(diff=c['misa_diff'] * diff, sim=c['misa_sim'] * sim, rebuild=c['misa_rebuild'] * mse(out['rebuilt'], out['x']))
+        rebuild = mse(out['rebuilt'], out['x'])
+        return dict(diff=k['misa_diff'] * diff, sim=k['misa_sim'] * sim,
+                    rebuild=k['misa_rebuild'] * rebuild)
 
 
 class Stacked(nn.Module):
-    """ MISA's reader of frames: two bidirectional LSTMs with a LayerNorm between; the final states of both ways of both. """
+    """ MISA's reader of frames: two bidirectional LSTMs with a LayerNorm between; the final states
+    of both ways of both. """
     def __init__(self, width):
         super().__init__()
-        self.lstms = nn.ModuleList(nn.LSTM(n, width, batch_first=True) for n in (width, width, 2 * width, 2 * width))
+        widths_in = (width, width, 2 * width, 2 * width)
+        self.lstms = nn.ModuleList(nn.LSTM(n, width, batch_first=True) for n in widths_in)
         self.norm = nn.LayerNorm(2 * width)
 
     def forward(self, x, lengths):
         """ x [B,S,width], lengths [B] -> [B,4 width]. """
-        ahead_1, back_1 = self.lstms[0](x)[0], self.lstms[1](reverse(x, lengths))[0]             # 2x [B,S,width]
-        y = self.norm(torch.cat([ahead_1, reverse(back_1, lengths)], -1))                        # [B,S,2 width]
-        ahead_2, back_2 = self.lstms[2](y)[0], self.lstms[3](reverse(y, lengths))[0]             # 2x [B,S,width]
-        return torch.cat([last_step(h, lengths) for h in (ahead_1, ahead_2, back_1, back_2)], -1)
+        ahead_1 = self.lstms[0](x)[0]  # [B,S,width]
+        back_1 = self.lstms[1](reverse(x, lengths))[0]  # [B,S,width]
+        y = self.norm(torch.cat([ahead_1, reverse(back_1, lengths)], -1))  # [B,S,2 width]
+        ahead_2 = self.lstms[2](y)[0]  # [B,S,width]
+        back_2 = self.lstms[3](reverse(y, lengths))[0]  # [B,S,width]
+        states = (ahead_1, ahead_2, back_1, back_2)
+        return torch.cat([last_step(h, lengths) for h in states], -1)  # [B,4 width]
 
 
 def orthogonality(x, y):
-    """ MISA's difference loss: mean squared cosine-like product of every feature of x with every one of y, over the batch,
-    after centring and scaling each clip to length 1. x, y [B,d] -> []. """
-    unit = lambda z: F.normalize(z - z.mean(0), dim=1, eps=1e-6)
-    return (unit(x).T @ unit(y)).square().mean()
+    """ MISA's difference loss: mean squared cosine-like product of every feature of x with every
+    one of y, over the batch, after centring and scaling each clip to length 1. x, y [B,d]
+    -> []. """
+    x = F.normalize(x - x.mean(0), dim=1, eps=1e-6)  # [B,d]
+    y = F.normalize(y - y.mean(0), dim=1, eps=1e-6)  # [B,d]
+    return (x.T @ y).square().mean()
 
 
 def cmd(x, y, n_moments=5):
     """ Central Moment Discrepancy (Zellinger et al. 2017) of two batches x, y [B,d] -> []. """
-    x_0, y_0 = x.mean(0), y.mean(0)                                                              # [d]
-    gaps = [x_0 - y_0] + [(x - x_0).pow(k).mean(0) - (y - y_0).pow(k).mean(0) for k in range(2, n_moments + 1)]
+    x_0 = x.mean(0)  # [d]
+    y_0 = y.mean(0)  # [d]
+    gaps = [x_0 - y_0]
+    for n in range(2, n_moments + 1):
+        gaps.append((x - x_0).pow(n).mean(0) - (y - y_0).pow(n).mean(0))  # [d]
     return sum(torch.linalg.vector_norm(gap) for gap in gaps)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Labels for each stream that nobody gave: Self-MM, TETFN
 
 class OwnLabels(nn.Module):
     """
-    Self-MM's unimodal label generation (Yu et al. 2021, eqs. 9-14). Each stream's label starts as the clip's. Then, by how much
-    nearer a feature is to the centre of its positive clips than of its negative ones, relative to the fused feature, it
-    moves, and a mean over epochs keeps it steady. Labels and features of all train clips are buffers, so a resumed run
-    has them too.
+    Self-MM's unimodal label generation (Yu et al. 2021, eqs. 9-14). Each stream's label starts as
+    the clip's. Then, by how much nearer a feature is to the centre of its positive clips than of
+    its negative ones, relative to the fused feature, it moves, and a mean over epochs keeps it
+    steady. Labels and features of all train clips are buffers, so a resumed run has them too.
     """
     def __init__(self, n_clips, widths, high):
-        """ n_clips of the train split; widths: 'fused' and streams -> width of the feature; labels stay in [-high, high]. """
+        """ n_clips of the train split; widths: 'fused' and streams -> width of the feature; labels
+        stay in [-high, high]. """
         super().__init__()
         self.high = high
         for m, width in widths.items():
-            self.register_buffer('label_' + m, torch.zeros(n_clips))                             # [N]
-            self.register_buffer('feature_' + m, torch.zeros(n_clips, width))                    # [N,d_m]
-        self.register_buffer('seen', torch.zeros(n_clips, dtype=torch.bool))                     # [N]
+            self.register_buffer('label_' + m, torch.zeros(n_clips))  # [N]
+            self.register_buffer('feature_' + m, torch.zeros(n_clips, width))  # [N,d_m]
+        self.register_buffer('seen', torch.zeros(n_clips, dtype=torch.bool))  # [N]
         self.streams = [m for m in widths if m != 'fused']
 
-    def __getitem__(self, m): return getattr(self, 'label_' + m)
+    def __getitem__(self, m):
+        return getattr(self, 'label_' + m)
+
+    def of(self, m, index, label):
+        """ The labels of stream m for the clips `index` [B], [B]; of a clip that was not seen yet,
+        the corpus's, label [B]. """
+        return torch.where(self.seen[index], self[m][index], label)
 
     @torch.no_grad()
     def start(self, index, label):
         """ Clips seen for the first time: their labels are the corpus's. index [B], label [B]. """
-        new = ~self.seen[index]                                                                  # [B]
-        for m in ['fused', *self.streams]: self[m][index] = torch.where(new, label, self[m][index])
+        new = ~self.seen[index]  # [B]
+        for m in ['fused', *self.streams]:
+            self[m][index] = torch.where(new, label, self[m][index])
         self.seen[index] = True
+
+    def distance(self, m, feature, which):
+        """ From feature [B,d_m] to the centre of the clips `which` [N], [B]. """
+        known = getattr(self, 'feature_' + m)  # [N,d_m]
+        centre = masked_mean(known[None], which[None])  # [1,d_m]
+        return torch.linalg.vector_norm(feature - centre, dim=-1)
 
     def side(self, m, feature):
         """ delta_m: how much nearer to the positive centre, [B]. """
-        label, known = self[m], getattr(self, 'feature_' + m)                                    # [N], [N,d]
-        centre = lambda which: masked_mean(known[None], which[None])                             # [1,d]; a label not seen yet is 0
-        far = lambda which: torch.linalg.vector_norm(feature - centre(which), dim=-1)            # [B]
-        to_positive, to_negative = far(label > 0), far(label < 0)
+        label = self[m]  # [N]; a label not seen yet is 0, on neither side
+        to_positive = self.distance(m, feature, label > 0)  # [B]
+        to_negative = self.distance(m, feature, label < 0)  # [B]
         return (to_negative - to_positive) / (to_positive + 1e-8)
 
     @torch.no_grad()
     def update(self, index, features, epoch):
-        """ index [B]; features: dict of [B,d_m]; epoch from 1. In the first, features are gathered and labels stay; so they do
-        where nothing is positive, or nothing negative (labels of [0, 4]): a side without clips has no centre. """
+        """ index [B]; features: dict of [B,d_m]; epoch from 1. In the first, features are gathered
+        and labels stay; so they do where nothing is positive, or nothing negative (labels of
+        [0, 4]): a side without clips has no centre. """
         if epoch > 1:
-            two_sided = torch.stack([(self[m] > 0).any() & (self[m] < 0).any() for m in ('fused', *self.streams)]).all()
-            fused = self['fused'][index]                                                         # [B]
-            delta_f = self.side('fused', features['fused'])                                      # [B]
+            two_sided = torch.stack([(self[m] > 0).any() & (self[m] < 0).any()
+                                     for m in ('fused', *self.streams)]).all()  # []
+            fused = self['fused'][index]  # [B]
+            delta_f = self.side('fused', features['fused'])  # [B]
             moved = {}
             for m in self.streams:
-                delta = self.side(m, features[m])                                                # [B]
-                new = 0.5 * fused * delta / (delta_f + 1e-8) + 0.5 * (fused + delta - delta_f)   # [B], eqs. 10-12
-                new = new.nan_to_num(0.0).clamp(-self.high, self.high)
-                moved[m] = (epoch - 1) / (epoch + 1) * self[m][index] + 2 / (epoch + 1) * new    # [B], eq. 14
-            for m, label in moved.items(): self[m][index] = torch.where(two_sided, label, self[m][index])
-        for m, x in features.items(): getattr(self, 'feature_' + m)[index] = x.detach()
+                delta = self.side(m, features[m])  # [B]
+                # eqs. 10-12
+                new = 0.5 * fused * delta / (delta_f + 1e-8) + 0.5 * (fused + delta - delta_f)
+                new = new.nan_to_num(0.0).clamp(-self.high, self.high)  # [B]
+                # eq. 14
+                old = self[m][index]  # [B]
+                moved[m] = (epoch - 1) / (epoch + 1) * old + 2 / (epoch + 1) * new  # [B]
+            for m, label in moved.items():
+                self[m][index] = torch.where(two_sided, label, self[m][index])
+        for m, x in features.items():
+            getattr(self, 'feature_' + m)[index] = x.detach()
 
 
 class SelfLabelled(Baseline):
-    """ What Self-MM and TETFN share: a score from the fused vector and from each stream's, L1 on each; a stream's counts by how
-    far its own label has moved from the clip's (tanh |y_m - y|). """
-    def make_heads(self, widths, c, n_clips, high):
-        self.heads = nn.ModuleDict({m: Head(width, d, p) for (m, width), d, p in zip(widths.items(), c['head_widths'], c['head_dropouts'])})
-        self.labels = OwnLabels(n_clips, dict(zip(widths, c['head_widths'])), high)
+    """ What Self-MM and TETFN share: a score from the fused vector and from each stream's, L1 on
+    each; a stream's counts by how far its own label has moved from the clip's (tanh |y_m - y|). """
+
+    class Knobs(Baseline.Knobs):
+        head_widths: AtLeast(1) = [128, 32, 16, 32]       # hidden width of the heads of fused, text, audio, vision
+        head_dropouts: Share() = [0.0, 0.1, 0.1, 0.0]     # dropout before the heads of fused, text, audio, vision
+        lr_audio: AtLeast(0) = 1.0    # learning rate of the LSTM over audio over lr
+        lr_vision: AtLeast(0) = 1.0   # learning rate of the LSTM over video over lr
+
+    lr_parts = ('encoder', 'audio', 'vision')
+    scorer = 'heads.fused'
+    one_process = True  # labels and features of all train clips
+
+    def make_heads(self, widths, facts):
+        """ widths: 'fused' and streams -> width of the vector. """
+        k = self.k
+        self.heads = nn.ModuleDict()
+        for (m, width), d, p in zip(widths.items(), k['head_widths'], k['head_dropouts']):
+            self.heads[m] = Head(width, d, p)
+        high = max(map(abs, facts.labels[k['label']]['range']))
+        self.labels = OwnLabels(
+            facts.n_clips['train'], dict(zip(widths, k['head_widths'])), high)
 
     def say(self, vectors):
-        """ vectors: 'fused' and streams -> [B,width]. Of each the score and the feature behind the first linear. """
-        out = {m: self.heads[m](v) for m, v in vectors.items()}
-        return {'pred' if m == 'fused' else m: y for m, (y, _) in out.items()} | {'feature_' + m: x for m, (_, x) in out.items()}
+        """ vectors: 'fused' and streams -> [B,width]. Of each the score and the feature behind the
+        first linear. """
+        scores, features = {}, {}
+        for m, v in vectors.items():
+            score, feature = self.heads[m](v)  # [B], [B,d_m]
+            scores['pred' if m == 'fused' else m] = score
+            features['feature_' + m] = feature
+        return scores | features
 
     def own_loss(self, out, batch):
-        labels, index = self.labels, batch['index']
-        if self.training: labels.start(index, batch['label'])
+        label = batch['label']  # [B]
         own = {}
-        for m in labels.streams:
-            y = labels[m][index] if self.training else batch['label']                            # [B]
-            own[m] = (torch.tanh((y - batch['label']).abs()) * (out[m] - y).abs()).mean()
-        if self.training: labels.update(index, {m: out['feature_' + m] for m in ['fused', *labels.streams]}, int(batch['epoch']) + 1)
+        for m in self.labels.streams:
+            y = self.labels.of(m, batch['index'], label) if self.training else label  # [B]
+            own[m] = (torch.tanh((y - label).abs()) * (out[m] - y).abs()).mean()
         return own
 
+    def forward(self, batch):
+        """ With the features of each head, for after_step. """
+        out = self.run(batch)
+        features = {m: out['feature_' + m].detach() for m in self.heads}  # [B,d_m] each
+        return self.loss(out, batch) | dict(features=features)
 
-class SelfMM(SelfLabelled):
-    """ Self-MM (Yu et al. 2021): the sentence vector, an LSTM's last state for audio and for video, side by side; four Heads. """
-    def __init__(self, encoder, D, widths, c, n_clips, high):
-        super().__init__(encoder, widths, c)
-        (_, d_a, d_v), (_, p_a, p_v) = c['sub_widths'], c['sub_dropouts']
-        self.audio, self.vision = Recurrent(widths['audio'], d_a, d_a, p_a), Recurrent(widths['vision'], d_v, d_v, p_v)
-        self.make_heads(dict(fused=D + d_a + d_v, text=D, audio=d_a, vision=d_v), c, n_clips, high)
+    def after_step(self, batch, out):
+        self.labels.start(batch['index'], batch['label'])
+        self.labels.update(batch['index'], out['features'], int(batch['epoch']) + 1)
+
+
+class SelfMM(SelfLabelled, Pooled):
+    """ Self-MM (Yu et al. 2021): the sentence vector, an LSTM's last state for audio and for video,
+    side by side; four Heads. """
+
+    class Knobs(SelfLabelled.Knobs, Pooled.Knobs):
+        sub_widths: AtLeast(1) = [128, 16, 128]  # hidden width of the LSTMs over audio, video; the first is unused
+        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # dropout behind these LSTMs; the first is unused
+
+    def __init__(self, encoder, D, facts, k):
+        super().__init__(encoder, D, facts, k)
+        _, d_a, d_v = k['sub_widths']
+        _, p_a, p_v = k['sub_dropouts']
+        widths = facts.widths
+        self.audio = Recurrent(widths['audio'], d_a, d_a, p_a)
+        self.vision = Recurrent(widths['vision'], d_v, d_v, p_v)
+        vectors = dict(fused=D + d_a + d_v, text=D, audio=d_a, vision=d_v)
+        self.make_heads(vectors, facts)
 
     def fuse(self, x, batch):
-        v = dict(text=self.sentence(x, batch)) | {m: getattr(self, m)(batch[m], batch[m + '_len']) for m in ('audio', 'vision')}
+        v = dict(text=self.sentence(x, batch),
+                 audio=self.audio(batch['audio'], batch['audio_len']),
+                 vision=self.vision(batch['vision'], batch['vision_len']))  # [B,d_m] each
         return self.say(dict(fused=torch.cat(list(v.values()), -1)) | v)
 
 
-class TETFN(SelfLabelled):
+class TETFN(SelfLabelled, Attentive):
     """
-    TETFN (Wang et al. 2023): text, and LSTMs over audio and video, by convolutions to width d; text looks at each of the others,
-    each of the others at text, and audio and video at each other through the text: what one looks at is the other after it
-    has looked at the text. Self-MM's heads and labels, on the largest value over time of each stream. (MMSA reads padding,
-    and gives video audio's kernel.)
+    TETFN (Wang et al. 2023): text, and LSTMs over audio and video, by convolutions to width d; text
+    looks at each of the others, each of the others at text, and audio and video at each other
+    through the text: what one looks at is the other after it has looked at the text. Self-MM's
+    heads and labels, on the largest value over time of each stream. (MMSA reads padding, and gives
+    video audio's kernel.)
     """
-    def __init__(self, encoder, D, widths, c, n_clips, high):
-        super().__init__(encoder, widths, c)
-        d, (_, d_a, d_v) = c['fusion_width'], c['sub_widths']
-        self.audio, self.vision = nn.LSTM(widths['audio'], d_a, batch_first=True), nn.LSTM(widths['vision'], d_v, batch_first=True)
-        self.convs = nn.ModuleDict({m: Conv(w, d, k) for m, w, k in zip(STREAMS, (D, d_a, d_v), c['kernels'])})
-        how = c['fusion_heads'], c['fusion_layers'], c['attn_dropout'], c['res_dropout'], c['embed_dropout']
-        stack = lambda width: CrossStack(width, *how)
-        self.cross = nn.ModuleDict({k: stack(d) for k in (
-            'text_from_audio', 'text_from_vision', 'audio_from_text', 'vision_from_text', 'guided_audio', 'guided_vision',
-            'audio_from_guided', 'vision_from_guided')})
-        self.memory = nn.ModuleDict({m: stack(2 * d) for m in self.convs})
-        self.make_heads(dict(fused=6 * d, text=d, audio=d, vision=d), c, n_clips, high)
+
+    class Knobs(SelfLabelled.Knobs, Attentive.Knobs, StackKnobs):
+        sub_widths: AtLeast(1) = [128, 16, 128]  # hidden width of the LSTMs over audio, video; the first is unused
+
+    def __init__(self, encoder, D, facts, k):
+        super().__init__(encoder, D, facts, k)
+
+        def stack(width):
+            return CrossStack(width, k['fusion_heads'], k['fusion_layers'], k['attn_dropout'],
+                              k['res_dropout'], k['embed_dropout'])
+
+        d, widths = k['fusion_width'], facts.widths
+        _, d_a, d_v = k['sub_widths']
+        self.audio = nn.LSTM(widths['audio'], d_a, batch_first=True)
+        self.vision = nn.LSTM(widths['vision'], d_v, batch_first=True)
+        self.convs = nn.ModuleDict({
+            m: Conv(w, d, n) for m, w, n in zip(STREAMS, (D, d_a, d_v), k['kernels'])})
+        names = (
+            'text_from_audio', 'text_from_vision', 'audio_from_text', 'vision_from_text',
+            'guided_audio', 'guided_vision', 'audio_from_guided', 'vision_from_guided')
+        self.cross = nn.ModuleDict({name: stack(d) for name in names})
+        self.memory = nn.ModuleDict({m: stack(2 * d) for m in STREAMS})
+        self.make_heads(dict(fused=6 * d, text=d, audio=d, vision=d), facts)
 
     def fuse(self, x, batch):
-        mask = {m: batch[m + '_mask'] for m in self.convs}
-        x = {m: conv(x if m == 'text' else getattr(self, m)(batch[m])[0], mask[m]) for m, conv in self.convs.items()}    # 3x [B,L,d]
-        t, look = x['text'], lambda k, y, m: self.cross[k](y, x[m], mask[m])
-        guided = {m: look('guided_' + m, x[m], 'text') for m in ('audio', 'vision')}             # 2x [B,S,d]: m after a look at the text
-        y = dict(text=torch.cat([look('text_from_audio', t, 'audio'), look('text_from_vision', t, 'vision')], -1))       # [B,T,2d]
+        cross = self.cross
+        mask = {m: batch[m + '_mask'] for m in STREAMS}
+        x = dict(text=x)
+        for m in STREAMS:
+            y = x[m] if m == 'text' else getattr(self, m)(batch[m])[0]  # [B,L,d_m]
+            x[m] = self.convs[m](y, mask[m])  # [B,L,d]
+
+        # audio and video after a look at the text
+        guided = {m: cross['guided_' + m](x[m], x['text'], mask['text'])
+                  for m in ('audio', 'vision')}  # 2x [B,S,d]
+        y = {}
+        y['text'] = torch.cat([
+            cross['text_from_audio'](x['text'], x['audio'], mask['audio']),
+            cross['text_from_vision'](x['text'], x['vision'], mask['vision'])], -1)  # [B,T,2d]
         for m, other in (('audio', 'vision'), ('vision', 'audio')):
-            y[m] = torch.cat([look(m + '_from_text', x[m], 'text'),
-                              self.cross[m + '_from_guided'](x[m], guided[other], mask[other])], -1)                     # [B,S,2d]
-        last = [last_step(self.memory[m](y[m], y[m], mask[m]), batch[m + '_len']) for m in y]    # 3x [B,2d]
-        top = {m: torch.where(mask[m][..., None], x[m], -torch.inf).amax(1).where(mask[m].any(1)[:, None], 0.0) for m in x}  # 3x [B,d]
+            y[m] = torch.cat([
+                cross[m + '_from_text'](x[m], x['text'], mask['text']),
+                cross[m + '_from_guided'](x[m], guided[other], mask[other])], -1)  # [B,S,2d]
+        last = [last_step(self.memory[m](y[m], y[m], mask[m]), batch[m + '_len'])
+                for m in y]  # 3x [B,2d]
+
+        top = {}
+        for m in x:
+            largest = torch.where(mask[m][..., None], x[m], -torch.inf).amax(1)  # [B,d]
+            top[m] = largest.where(mask[m].any(1)[:, None], 0.0)  # [B,d]
         return self.say(dict(fused=torch.cat(last, -1)) | top)
 
 
-class ALMT(Baseline):
+class ALMT(Attentive):
     """
-    ALMT (Zhang et al. 2023): each stream in almt_tokens learned tokens, by a Transformer layer over them and the stream; text in
-    three scales; a hyper-modality, learned, to which each scale of text adds what it finds in audio and in video; then text
-    looks at it, and the first token gives the score. Loss MSE. Padding is masked (the release reads it), positions are
-    sinusoids (its are random and learned, for one length).
+    ALMT (Zhang et al. 2023): each stream in almt_tokens learned tokens, by a Transformer layer over
+    them and the stream; text in three scales; a hyper-modality, learned, to which each scale of
+    text adds what it finds in audio and in video; then text looks at it, and the first token gives
+    the score. Loss MSE. Padding is masked (the release reads it), positions are sinusoids (its are
+    random and learned, for one length).
     """
-    task_loss = staticmethod(mse)
 
-    def __init__(self, encoder, D, widths, c):
-        super().__init__(encoder, widths, c)
-        d, P, h = c['fusion_width'], c['almt_tokens'], c['fusion_heads']
-        widths = dict(text=D) | {m: widths[m] for m in ('audio', 'vision')}
+    class Knobs(Attentive.Knobs):
+        fusion_layers: AtLeast(1) = 4  # layers of the last stack, by which text looks at the hyper-modality
+        almt_tokens: AtLeast(1) = 8    # learned tokens that a stream is gathered in
+
+    task_loss = staticmethod(mse)
+    scorer = 'out'
+
+    def __init__(self, encoder, D, facts, k):
+        super().__init__(encoder, D, facts, k)
+        d, P, h = k['fusion_width'], k['almt_tokens'], k['fusion_heads']
+
+        def layer():
+            return EncoderLayer(d, h, k['dropout'])
+
+        widths = dict(text=D, audio=facts.widths['audio'], vision=facts.widths['vision'])
         self.proj = nn.ModuleDict({m: nn.Linear(w, d) for m, w in widths.items()})
-        self.tokens = nn.ParameterDict({m: nn.Parameter(0.02 * torch.randn(P, d)) for m in widths})
-        layer = lambda: EncoderLayer(d, h, c['dropout'])
-        self.first, self.scales = nn.ModuleDict({m: layer() for m in widths}), nn.ModuleList(layer() for _ in range(2))
+        self.tokens = nn.ParameterDict({
+            m: nn.Parameter(0.02 * torch.randn(P, d)) for m in widths})
+        self.first = nn.ModuleDict({m: layer() for m in widths})
+        self.scales = nn.ModuleList(layer() for _ in range(2))
         self.hyper_tokens = nn.Parameter(torch.ones(P, d))
-        self.learn = nn.ModuleList(nn.ModuleDict({m: Look(d, h) for m in ('audio', 'vision')}) for _ in range(3))
+        self.learn = nn.ModuleList(
+            nn.ModuleDict({m: Look(d, h) for m in ('audio', 'vision')}) for _ in range(3))
         self.first_tokens = nn.Parameter(0.02 * torch.randn(1, d))
-        self.fusion, self.out = CrossStack(d, h, c['fusion_layers'], c['dropout'], c['dropout']), nn.Linear(d, 1)
+        self.fusion = CrossStack(d, h, k['fusion_layers'], k['dropout'], k['dropout'])
+        self.out = nn.Linear(d, 1)
 
     def gather(self, m, x, mask):
         """ A stream x [B,L,width] in its tokens [B,P,d]. """
-        B, P = len(x), self.c['almt_tokens']
-        x = self.proj[m](x)                                                                      # [B,L,d]
-        x = torch.cat([self.tokens[m].expand(B, -1, -1), x + sinusoid(*x.shape[1:], x.device)], 1)   # [B,P+L,d]
-        return self.first[m](x, F.pad(mask, (P, 0), value=True))[:, :P]
+        P = self.k['almt_tokens']
+        x = self.proj[m](x)  # [B,L,d]
+        x = x + sinusoid(*x.shape[1:], x.device)
+        x = torch.cat([self.tokens[m].expand(len(x), -1, -1), x], 1)  # [B,P+L,d]
+        return self.first[m](x, F.pad(mask, (P, 0), value=True))[:, :P]  # [B,P,d]
 
     def fuse(self, x, batch):
-        y = {m: self.gather(m, x if m == 'text' else batch[m], batch[m + '_mask']) for m in self.proj}   # 3x [B,P,d]
+        B = len(x)
+        raw = dict(text=x, audio=batch['audio'], vision=batch['vision'])
+        y = {m: self.gather(m, raw[m], batch[m + '_mask']) for m in raw}  # 3x [B,P,d]
         scales = [y['text']]
-        for layer in self.scales: scales.append(layer(scales[-1], None))                         # [B,P,d]
-        hyper = self.hyper_tokens.expand(len(x), -1, -1)                                                # [B,P,d]
-        for look, text in zip(self.learn, scales): hyper = hyper + look['audio'](text, y['audio']) + look['vision'](text, y['vision'])
-        text = torch.cat([self.first_tokens.expand(len(x), 1, -1), scales[-1]], 1)                      # [B,1+P,d]
-        real = torch.ones_like(hyper[..., 0], dtype=torch.bool)                                  # [B,P]
-        return dict(pred=self.out(self.fusion(text, hyper, real)[:, 0])[:, 0])
+        for layer in self.scales:
+            scales.append(layer(scales[-1], None))  # [B,P,d]
+
+        hyper = self.hyper_tokens.expand(B, -1, -1)  # [B,P,d]
+        for look, text in zip(self.learn, scales):
+            hyper = hyper + look['audio'](text, y['audio']) + look['vision'](text, y['vision'])
+        text = torch.cat([self.first_tokens.expand(B, 1, -1), scales[-1]], 1)  # [B,1+P,d]
+        real = torch.ones_like(hyper[..., 0], dtype=torch.bool)  # [B,P]
+        fused = self.fusion(text, hyper, real)  # [B,1+P,d]
+        return dict(pred=self.out(fused[:, 0])[:, 0])
 
 
 class Look(nn.Module):
-    """ Multi-head attention between LayerNorms: x looks at y. No residual: ALMT adds the result to a third thing. """
+    """ Multi-head attention between LayerNorms: x looks at y. No residual: ALMT adds the result to
+    a third thing. """
     def __init__(self, d, n_heads):
         super().__init__()
-        self.n_heads, self.norm_x, self.norm_y = n_heads, nn.LayerNorm(d), nn.LayerNorm(d)
-        self.q, self.kv, self.out = nn.Linear(d, d, bias=False), nn.Linear(d, 2 * d, bias=False), nn.Linear(d, d)
+        self.n_heads = n_heads
+        self.norm_x = nn.LayerNorm(d)
+        self.norm_y = nn.LayerNorm(d)
+        self.q = nn.Linear(d, d, bias=False)
+        self.kv = nn.Linear(d, 2 * d, bias=False)
+        self.out = nn.Linear(d, d)
 
     def forward(self, x, y):
         """ x [B,L,d], y [B,M,d], all real -> [B,L,d]. """
         B, L, d = x.shape
-        q = self.q(self.norm_x(x)).view(B, L, self.n_heads, -1).transpose(1, 2)                  # [B,h,L,d/h]
-        k, v = self.kv(self.norm_y(y)).view(B, y.shape[1], 2, self.n_heads, -1).permute(2, 0, 3, 1, 4)   # 2x [B,h,M,d/h]
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, d))
+        M, h = y.shape[1], self.n_heads
+        q = self.q(self.norm_x(x)).view(B, L, h, -1).transpose(1, 2)  # [B,h,L,d/h]
+        kv = self.kv(self.norm_y(y)).view(B, M, 2, h, -1)  # [B,M,2,h,d/h]
+        k, v = kv.permute(2, 0, 3, 1, 4)  # 2x [B,h,M,d/h]
+        z = F.scaled_dot_product_attention(q, k, v)  # [B,h,L,d/h]
+        return self.out(z.transpose(1, 2).reshape(B, L, d))  # [B,L,d]
 
 
-BASELINES = dict(late=Late, lfdnn=LFDNN, tfn=TFN, lmf=LMF, mag=MAGBERT, mult=MulT, misa=MISA, selfmm=SelfMM, tetfn=TETFN, almt=ALMT)
-
-
-def build_baseline(c, corpus, encoder, D, tokenizer):
-    """ The system c['system'] on text of width D, by an encoder or (None) frozen. Raises ModelError. """
-    low_high = corpus.labels[c['label']].get('range')
-    if c['fusion_width'] % c['fusion_heads'] and c['system'] in ('mult', 'misa', 'tetfn', 'almt'):
-        raise ModelError(f"fusion_heads={c['fusion_heads']} does not divide fusion_width={c['fusion_width']}: take a divisor of it.")
-    if c['text_features'] == 'frozen' and c['text_pool'] == 'first' and c['system'] in ('late', 'selfmm'):
-        raise ModelError("the first hidden state of a causal LM knows one token: with text_features='frozen' take text_pool='mean'.")
-    if low_high is None: raise ModelError(f"the label {c['label']!r} is one of classes, and {c['system']} is a system for regression.")
-    more = dict(tfn=(low_high,), mag=(tokenizer,), selfmm=(corpus.n_clips['train'], max(map(abs, low_high))))
-    more['tetfn'] = more['selfmm']
-    return BASELINES[c['system']](encoder, D, corpus.widths, c, *more.get(c['system'], ()))
+BASELINES = dict(late=Late, lfdnn=LFDNN, tfn=TFN, lmf=LMF, mag=MAGBERT,
+                 mult=MulT, misa=MISA, selfmm=SelfMM, tetfn=TETFN, almt=ALMT)

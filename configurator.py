@@ -1,20 +1,74 @@
 """
-Flat knobs, nanoGPT to the hand: a script's own globals are its settings.
+Flat knobs, as in nanoGPT: a script's own globals are its settings.
 
     from configurator import configure
-    lr = 1e-4                      # peak learning rate
+    lr: AtLeast(0) = 1e-4          # peak learning rate
     config = configure(globals())  # python train.py [config/x.py ...] [--lr=3e-4 ...]
 
-Later wins: defaults < config files, in order < flags, in order. An unknown name, a wrong type or a malformed
-flag stops the run with one sentence: a typo that trains for an hour and then sits in a table as an ablation
-is the costliest bug there is. int -> float is the only silent conversion. --help prints every knob.
+Later wins: defaults < config files, in order < flags, in order. An unknown name, a wrong type, a
+value outside the knob's range or a malformed flag stops the run with one sentence: a typo that
+trains for an hour and then sits in a table as an ablation is the costliest bug there is. int ->
+float is the only silent conversion. --help prints every knob.
 
-A knob is a global without a leading underscore that holds a bool, int, float, str, None or a list of these.
-Call configure right after the knobs, before other constants: `from math import pi` would be a knob too.
+A knob is a global without a leading underscore that holds a bool, int, float, str, None or a list
+of these. Call configure right after the knobs, before other constants: `from math import pi` would
+be a knob too.
+
+A script that trains one of several systems passes them, `configure(globals(), systems=SYSTEMS)`. The
+knobs of a run are then the script's own and those in the `Knobs` class of the system that the last
+layer names. A knob's annotation says what it may be: `Literal['a', 'b']`, `AtLeast(1)`, `Share()`.
 """
-import ast, difflib, functools, math, runpy, shlex, sys, tokenize
+import ast
+import difflib
+import functools
+import inspect
+import io
+import math
+import runpy
+import shlex
+import sys
+import textwrap
+import tokenize
 from pathlib import Path
 from types import ModuleType
+from typing import Literal, get_args, get_origin
+
+
+class AtLeast:
+    """ The annotation of a number, or of a list of numbers, that is at least `low`, and below 2^`bits`. """
+    def __init__(self, low, bits=None):
+        self.low, self.bits = low, bits
+
+    def fits(self, value):
+        return value >= self.low and (self.bits is None or value < 2 ** self.bits)
+
+    def __str__(self):
+        return f"at least {self.low}" + (f" and below 2^{self.bits}" if self.bits else "")
+
+
+class Share:
+    """ The annotation of a number in [0, 1); with_one=True: in [0, 1]; with_zero=False: without 0. """
+    def __init__(self, with_one=False, with_zero=True):
+        self.with_one, self.with_zero = with_one, with_zero
+
+    def fits(self, value):
+        return 0 < value < 1 or self.with_one and value == 1 or self.with_zero and value == 0
+
+    def __str__(self):
+        return f"in {'[' if self.with_zero else '('}0, 1{']' if self.with_one else ')'}"
+
+
+def wrong_values(config, annotations):
+    """ Phrases for the values of `config` that the annotations (name -> annotation) do not allow. """
+    wrong = []
+    for name, allowed in annotations.items():
+        values = config[name] if type(config[name]) in (list, tuple) else [config[name]]
+        if get_origin(allowed) is Literal:
+            wrong += [f"{name}={v!r} is none of {', '.join(map(str, get_args(allowed)))}"
+                      for v in values if v not in get_args(allowed)]
+        elif type(allowed) in (AtLeast, Share) and not all(map(allowed.fits, values)):
+            wrong += [f"{name}={config[name]} must be {allowed}"]
+    return wrong
 
 
 def _stop(what):
@@ -28,121 +82,295 @@ def _is_knob(value):
 
 
 def _check(key, value, default, where):
-    """ value in the type of its default, or stop. A default of None says nothing, so any type may come. """
-    if type(value) is float and math.isnan(value): _stop(f"{key} is nan {where}; give a number or inf")
+    """ value in the type of its default, or stop. A default of None says nothing, so any type may
+    come. """
+    if type(value) is float and math.isnan(value):
+        _stop(f"{key} is nan {where}; give a number or inf")
     if _is_knob(value):
-        if type(default) is float and type(value) is int: return float(value)
+        if type(default) is float and type(value) is int:
+            return float(value)
         if type(value) in (list, tuple) and type(default) in (list, tuple, type(None)):
-            like, kind = default[0] if default else None, tuple if type(default) is tuple else list
-            return kind(_check(f"{key}[{i}]", v, like, where) for i, v in enumerate(value))
-        if type(value) is type(default) or default is None: return value
+            like = default[0] if default else None
+            items = [_check(f"{key}[{i}]", v, like, where) for i, v in enumerate(value)]
+            return tuple(items) if type(default) is tuple else items
+        if type(value) is type(default) or default is None:
+            return value
     wants = 'a number, a str, None or a list' if default is None else type(default).__name__
     got = 'None' if value is None else f"{type(value).__name__} ({value!r})"
     _stop(f"{key} wants {wants}, got {got} {where}")
 
 
-def _known(key, known, where):
-    if key in known: return
-    hint = difflib.get_close_matches(key, known, n=1)
-    _stop(f"unknown key {key!r} {where}" + (f", did you mean {hint[0]!r}?" if hint else
-          "; --help lists the keys, and in a config file the name of a helper starts with '_'"))
+def _known(key, known, where, systems=None):
+    """ Stop if there is no knob of this name; say whose it is if another system has it. """
+    if key in known:
+        return
+    owners = [name for name, cls in (systems or {}).items() if key in class_knobs(cls)]
+    if owners:
+        _stop(f"{key} {where} is a knob of {', '.join(owners)}, not of this run's system")
+    everybody = set(known).union(*(class_knobs(cls) for cls in (systems or {}).values()))
+    near = difflib.get_close_matches(key, sorted(everybody), n=1)
+    hint = f", did you mean {near[0]!r}?" if near else (
+        "; --help lists the keys, and in a config file the name of a helper starts with '_'")
+    _stop(f"unknown key {key!r} {where}{hint}")
 
 
 def _parse(text, default):
     """ A flag's text as a value. For a str knob that is the text itself: --name=1e5 is '1e5'. """
-    if isinstance(default, str): return text
-    if isinstance(default, (list, tuple)) and text not in ('', 'None') and text[0] not in '[(':   # 2,3,4
-        return [_parse(word.strip(), default[0] if default else None) for word in text.split(',')]
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): pass
-    return float(text) if text in ('inf', '-inf', 'nan') else text   # any other bare word is a str
+    if isinstance(default, str):
+        return text
+    is_bare_list = text not in ('', 'None') and text[0] not in '[('  # 2,3,4
+    if isinstance(default, (list, tuple)) and is_bare_list:
+        like = default[0] if default else None
+        return [_parse(word.strip(), like) for word in text.split(',')]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        pass
+    return float(text) if text in ('inf', '-inf', 'nan') else text  # any other bare word is a str
 
 
-def read_config(path, known, variant=None):
+def _no_config(path):
+    """ Stop at a path that is no config file, with a guess at what was meant. """
+    stems = {p.stem: p.as_posix() for p in sorted(Path('config').rglob('*.py'))}
+    near = [s for s in stems if path.stem in s][:3]
+    near = near or difflib.get_close_matches(path.stem, stems, n=3)
+    hint = f"did you mean {' or '.join(stems[s] for s in near)}?" if near else "see ls config/"
+    _stop(f"'{path}' is not a config file, a .py that exists; {hint}")
+
+
+def _load_settings(path, known, variant=None):
     """
-    The settings of one config file, checked against known (defaults by name) and applied to nothing. A file
-    that sets `dataset` may hold variants, `mosi = dict(lr=1e-3)`, settings that go over its own: of these the one called `variant`
-    counts, or else the one of that name.
+    What one config file sets, unchecked: name -> value. `known` are names that are knobs whatever
+    they hold. Stops at a file that does not run, sets a name twice, or lacks the variant.
     """
     path, where = Path(path), f"in {path}"
-    if path.suffix != '.py' or not path.is_file():   # runpy itself would also run a folder or a zip
-        stems = {p.stem: p.as_posix() for p in sorted(Path('config').rglob('*.py'))}
-        near = [s for s in stems if path.stem in s][:3] or difflib.get_close_matches(path.stem, stems, n=3)
-        hint = f"did you mean {' or '.join(stems[s] for s in near)}?" if near else "see ls config/"
-        _stop(f"'{path}' is not a config file, a .py that exists; {hint}")
-    try: found = runpy.run_path(str(path))
+    if path.suffix != '.py' or not path.is_file():  # runpy itself would also run a folder or a zip
+        _no_config(path)
+    try:
+        found = runpy.run_path(str(path))
+        body = ast.parse(path.read_text(encoding='utf-8')).body
     except (Exception, SystemExit) as e:
-        _stop(f"{path} does not run, mend it first ({type(e).__name__}: {' '.join(str(e).split())})")
-    # modules and functions are no settings unless they take a knob's name; all else that a file leaves is one
-    new = {k: v for k, v in found.items()
-           if k in known or not (k.startswith('_') or isinstance(v, ModuleType) or callable(v))}
+        why = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        _stop(f"{path} does not run, mend it first ({why})")
+    targets = [t.id for node in body if isinstance(node, ast.Assign) for t in node.targets
+               if isinstance(t, ast.Name)]
+    twice = [name for name in targets if name in known and targets.count(name) > 1]
+    if twice:
+        _stop(f"{twice[0]} is set twice {where}; keep one of the two lines")
+
+    # modules and functions are no settings unless they take a knob's name; all else that a file
+    # leaves is one
+    new = {}
+    for k, v in found.items():
+        is_helper = k.startswith('_') or isinstance(v, ModuleType) or callable(v)
+        if k in known or not is_helper:
+            new[k] = v
     if 'dataset' in new:
         variant = variant or new['dataset']
-        variants = {k: new.pop(k) for k, v in list(new.items()) if type(v) is dict and k not in known}
-        if variant not in variants: _stop(f"there is no dataset {variant!r} {where}: it has {', '.join(variants)}")
+        names = [k for k, v in new.items() if type(v) is dict and k not in known]
+        variants = {k: new.pop(k) for k in names}
+        if variant not in variants:
+            _stop(f"there is no dataset {variant!r} {where}: it has {', '.join(variants)}")
         new |= variants[variant] | dict(dataset=variant)
-    elif variant: _stop(f"--dataset={variant} picks one of a config's data sets, and {path} has none")
-    for key in new: _known(key, known, where)
-    return {key: _check(key, value, known[key], where) for key, value in new.items()}
+    elif variant:
+        _stop(f"--dataset={variant} picks one of a config's data sets, and {path} has none")
+    return new
 
 
-def _comments(path):
-    """ {knob: the comment behind its first assignment} in a script; {} in a notebook, which has no file. """
-    comments, name = {}, None
-    if not path or not Path(path).is_file(): return comments
-    with tokenize.open(path) as f:
-        for token in tokenize.generate_tokens(f.readline):
-            if token.type == tokenize.NAME and token.start[1] == 0: name = token.string
-            if token.type == tokenize.COMMENT and name: comments.setdefault(name, token.string.strip('# '))
-            if token.type == tokenize.NEWLINE: name = None   # a comment on its own line belongs to no knob
-    return comments
+# -------------------------------------------------------------------------------------------------
+# Knobs that stand in a script and in classes, read without running them
+
+_ANNOTATIONS = dict(Literal=Literal, AtLeast=AtLeast, Share=Share)
 
 
 @functools.cache
-def knobs_of(path):
-    """ {knob: default} of a script, without running it: its literal assignments up to the first private name. """
-    knobs = {}
+def declared_knobs(path):
+    """ ({knob: default}, {knob: annotation}) of a script: its literal assignments up to the first
+    private name. """
+    knobs, annotations = {}, {}
     for node in ast.parse(Path(path).read_text(encoding='utf-8')).body:
-        if not isinstance(node, ast.Assign): continue
-        if node.targets[0].id.startswith('_'): break
-        knobs[node.targets[0].id] = ast.literal_eval(node.value)
-    return knobs
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if target.id.startswith('_'):
+            break
+        knobs[target.id] = ast.literal_eval(node.value)
+        if isinstance(node, ast.AnnAssign):
+            annotation = compile(ast.Expression(node.annotation), str(path), 'eval')
+            annotations[target.id] = eval(annotation, dict(_ANNOTATIONS))
+    return knobs, annotations
 
 
-def parse_flags(flags, known, where="on the command line"):
-    """ {knob: text} -> {knob: value}, checked against known (defaults by name) as the command line is. """
-    for key in flags: _known(key, known, where)
-    return {key: _check(key, _parse(value, known[key]), known[key], where) for key, value in flags.items()}
+def knobs_of(path):
+    """ {knob: default} of a script, without running it: its literals up to the first private name. """
+    return dict(declared_knobs(path)[0])
 
 
-def check_knobs(knobs, known, where):
-    """ Raises ValueError where `knobs` (name -> value) are not of the names and types of `known` (defaults by name). """
+def class_knobs(cls):
+    """ {knob: default} of a system: the literals of its Knobs class and of the classes before it. """
+    return {k: v for c in reversed(cls.Knobs.__mro__) for k, v in vars(c).items()
+            if not k.startswith('_') and _is_knob(v)}
+
+
+def class_annotations(cls):
+    """ {knob: annotation} of a system. """
+    return {k: v for c in reversed(cls.Knobs.__mro__[:-1]) for k, v in inspect.get_annotations(c).items()}
+
+
+def class_comments(cls):
+    """ {knob: comment behind it} of a system; a class whose source is not in a file has none. """
+    comments = {}
+    for c in reversed(cls.Knobs.__mro__[:-1]):
+        try:
+            source = textwrap.dedent(inspect.getsource(c))
+        except (OSError, TypeError):
+            continue
+        comments |= _comments_of(source, column=4)
+    return comments
+
+
+def check_declaration(cls):
+    """ Raises TypeError where a knob of a system has no comment, or a default that it does not allow. """
+    wrong = wrong_values(class_knobs(cls), class_annotations(cls))
+    own, comments = vars(cls.Knobs), class_comments(cls)
+    if comments:   # where there is a file to read
+        wrong += [f"{k} has no comment behind it" for k, v in own.items()
+                  if not k.startswith('_') and _is_knob(v) and not comments.get(k)]
+    if wrong:
+        raise TypeError(f"the knobs of {cls.__name__}: {'; '.join(wrong)}")
+
+
+def known_knobs(script, systems, system):
+    """ ({knob: default}, {knob: annotation}) of a run: the script's, and those of its system. """
+    known, annotations = declared_knobs(script)
+    return known | class_knobs(systems[system]), annotations | class_annotations(systems[system])
+
+
+def check_knobs(knobs, known, annotations, where):
+    """ Raises ValueError where `knobs` are not the known ones, of their types, within their ranges. """
     try:
         for key, value in knobs.items():
             _known(key, known, where)
             _check(key, value, known[key], where)
     except SystemExit as e:
         raise ValueError(str(e).removeprefix('config: ')) from None
+    lacks = sorted(set(known) - set(knobs))
+    wrong = [f"{lacks[0]} is missing"] if lacks else wrong_values(knobs, annotations)
+    if wrong:
+        raise ValueError('; '.join(wrong))
 
 
-def configure(g, argv=None, echo=True):
-    """ Set the knobs in g, a script's globals(), from argv; print what changed; return all as a dict. """
-    defaults = {k: v for k, v in g.items() if not k.startswith('_') and _is_knob(v)}
-    argv, config = sys.argv[1:] if argv is None else argv, dict(defaults)
-    if '-h' in argv or '--help' in argv:
-        comments = _comments(g.get('__file__'))
-        for k, v in defaults.items():   # quoted, so that every line can be pasted back into a shell
-            text = ','.join(map(str, v)) or '[]' if type(v) in (list, tuple) else str(v)
-            print(f"{f'--{k}={shlex.quote(text)}':<32} {comments.get(k, '')}".rstrip())
-        sys.exit(0)
-    variant = next((a.partition('=')[2] for a in reversed(argv) if a.startswith('--dataset=')), None)
+def _comments_of(source, column=0):
+    """ {knob: the comment behind its first assignment} in a source text, for names at a column. """
+    comments, name = {}, None
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME and token.start[1] == column:
+            name = token.string
+        if token.type == tokenize.COMMENT and name:
+            comments.setdefault(name, token.string.strip('# '))
+        if token.type == tokenize.NEWLINE:
+            name = None  # a comment on its own line belongs to no knob
+    return comments
+
+
+def _comments(path):
+    """ The comments of a script's knobs; {} in a notebook, which has no file. """
+    if not path or not Path(path).is_file():
+        return {}
+    with tokenize.open(path) as f:
+        return _comments_of(f.read())
+
+
+# -------------------------------------------------------------------------------------------------
+# The settings of a run
+
+def parse_flags(flags, known, where="on the command line", systems=None):
+    """ {knob: text} -> {knob: value}, checked against known (defaults by name) as the command line
+    is. """
+    for key in flags:
+        _known(key, known, where, systems)
+    values = {key: _parse(text, known[key]) for key, text in flags.items()}
+    return {key: _check(key, value, known[key], where) for key, value in values.items()}
+
+
+def _print_help(defaults, comments):
+    """ Every knob as a flag that can be pasted back into a shell, with its comment. """
+    for k, v in defaults.items():
+        text = ','.join(map(str, v)) or '[]' if type(v) in (list, tuple) else str(v)
+        print(f"{f'--{k}={shlex.quote(text)}':<32} {comments.get(k, '')}".rstrip())
+
+
+def _layers(argv, known):
+    """ The layers of settings of a command line, in its order: (where, {knob: value or text}). """
+    picked = [arg.partition('=')[2] for arg in argv if arg.startswith('--dataset=')]
+    variant = picked[-1] if picked else None
+    layers = []
     for arg in argv:
         key, eq, text = arg[2:].partition('=')
-        if not arg.startswith('-'): config.update(read_config(arg, defaults, variant))
-        elif not eq or not arg.startswith('--'): _stop(f"flags look like --key=value, got {arg!r}")
+        if not arg.startswith('-'):
+            layers.append((f"in {Path(arg)}", _load_settings(arg, known, variant)))
+        elif not eq or not arg.startswith('--'):
+            _stop(f"flags look like --key=value, got {arg!r}")
         else:
-            config |= parse_flags({key: text}, defaults)
+            layers.append(("on the command line", {key: text}))
+    return layers
+
+
+def run_knobs(argv, common, annotations, systems=None):
+    """
+    The knobs of a run, from its command line: (defaults, values). `common` are the script's own
+    defaults, `annotations` what they may be; the rest is the system's. Everybody who needs the
+    knobs of a run gets them here.
+    """
+    everybody = set(common).union(*(class_knobs(cls) for cls in (systems or {}).values()))
+    layers = _layers([a for a in argv if a not in ('-h', '--help')], everybody)
+    known = dict(common)
+    if systems:
+        names = [settings['system'] for _, settings in layers if 'system' in settings]
+        name = names[-1] if names else common['system']
+        if name not in systems:
+            _stop(f"system={name!r} is none of {', '.join(systems)}")
+        own = class_knobs(systems[name])
+        if both := sorted(set(own) & set(common)):
+            _stop(f"{both[0]} is a knob of every run, and {name} has one of that name too; give "
+                  "the system's another name")
+        known |= own
+        annotations = annotations | class_annotations(systems[name])
+    config = dict(known)
+    for where, settings in layers:
+        if where == "on the command line":
+            config |= parse_flags(settings, known, where, systems)
+        else:
+            for key, value in settings.items():
+                _known(key, known, where, systems)
+                config[key] = _check(key, value, known[key], where)
+    wrong = wrong_values(config, {k: v for k, v in annotations.items() if k in config})
+    if wrong:
+        _stop('; '.join(wrong) + '.')
+    return known, config
+
+
+def configure(g, argv=None, echo=True, systems=None):
+    """
+    Set the knobs in g, a script's globals(), from argv; print what changed; return all as a dict,
+    those of the run's system among them.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    common = {k: v for k, v in g.items() if not k.startswith('_') and _is_knob(v)}
+    path = g.get('__file__')
+    declared, annotations = declared_knobs(path) if path and Path(path).is_file() else ({}, {})
+    if systems:   # such a script imports its parts first: constants among them are no knobs
+        common = {k: v for k, v in common.items() if k in declared}
+    asks_for_help = '-h' in argv or '--help' in argv
+    known, config = run_knobs(argv, common, annotations, systems)
+    if asks_for_help:
+        comments = _comments(path)
+        if systems:
+            comments |= class_comments(systems[config['system']])
+        _print_help(known, comments)
+        sys.exit(0)
     for k, v in config.items():
-        if echo and v != defaults[k]: print(f"    {k} = {v!r}   (default {defaults[k]!r})")
-    g.update(config)
+        if echo and v != known[k]:
+            print(f"    {k} = {v!r}   (default {known[k]!r})")
+    g.update({k: v for k, v in config.items() if k in common})
     return config

@@ -1,4 +1,5 @@
-# The AV encoder by itself on MOSEI, DeepMLF's first step after the LM (paper 4.6; hyperparameters from the release).
+# The AV encoder by itself on MOSEI, DeepMLF's first step after the LM (paper 4.6; hyperparameters
+#   from the release).
 # python train.py config/av_mosei.py --corpus=unaligned_50.pkl
 # Wall time and numbers: not run (the file cannot be had here); the paper prints none for this step.
 system = 'av'
@@ -7,7 +8,8 @@ standardise = False
 av_len = 50
 batch_size = 32
 accumulate = 4
-epochs = 60                   # the release has no end but early stopping, and a plateau schedule; here a cosine
+# the release has no end but early stopping, and a plateau schedule; here a cosine
+epochs = 60
 patience = 8
 lr = 5e-3
 weight_decay = 0.01

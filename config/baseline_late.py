@@ -1,7 +1,11 @@
-# The control: a score from each stream by itself, added up; one of them alone is a unimodal system: --late_streams=text.
-# python train.py config/baseline_late.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: 1 core of a busy machine; toy 2.0 min. ours, test MAE: toy 0.834 +- 0.012 (n=3); others not run (LOG.md).
-# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
+# The control: a score from each stream by itself, added up; one of them alone is a unimodal
+#   system: --late_streams=text.
+# python train.py config/baseline_late.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy
+#   without; mosei, sims, simsv2, minilm
+# hardware: 1 core of a busy machine; toy 2.0 min. ours, test MAE: toy 0.834 +- 0.012 (n=3);
+#   others not run (LOG.md).
+# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine,
+#   30 epochs at most.
 system = 'late'
 dataset = 'toy'
 text_features = 'tuned'
@@ -13,9 +17,20 @@ accumulate = 1
 beta_2 = 0.999
 weight_decay = 0.01
 clip = 1.0
-toy = dict(corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64, lr=2e-3, sub_widths=[1, 64, 64], sub_dropouts=[0.0, 0.1, 0.1], epochs=12)
-mosi = dict(corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, lr=5e-4, lr_encoder=0.1)
-mosei = dict(corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, lr=5e-4, lr_encoder=0.1)
-sims = dict(corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-4, lr_encoder=0.1)
-simsv2 = dict(corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-4, lr_encoder=0.1)
-minilm = dict(corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32, lr=5e-4, lr_encoder=0.1, epochs=8, text_pool='mean')
+toy = dict(
+    corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64,
+    lr=2e-3, sub_widths=[1, 64, 64], sub_dropouts=[0.0, 0.1, 0.1], epochs=12)
+mosi = dict(
+    corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, lr=5e-4,
+    lr_encoder=0.1)
+mosei = dict(
+    corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, lr=5e-4,
+    lr_encoder=0.1)
+sims = dict(
+    corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-4,
+    lr_encoder=0.1)
+simsv2 = dict(
+    corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-4, lr_encoder=0.1)
+minilm = dict(
+    corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32,
+    lr=5e-4, lr_encoder=0.1, epochs=8, text_pool='mean')

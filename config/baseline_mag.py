@@ -1,7 +1,10 @@
 # MAG-BERT (Rahman et al. 2020): a fine-tuned encoder with a gate behind its embeddings.
-# python train.py config/baseline_mag.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: 1 core of a busy machine; toy 2.3 min, minilm 5.5 min. ours, test MAE: toy 0.599 +- 0.056 (n=3), minilm 0.830 +- 0.031 (n=3); others not run (LOG.md).
-# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
+# python train.py config/baseline_mag.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without;
+#   mosei, sims, simsv2, minilm
+# hardware: 1 core of a busy machine; toy 2.3 min, minilm 5.5 min. ours, test MAE: toy 0.599 +-
+#   0.056 (n=3), minilm 0.830 +- 0.031 (n=3); others not run (LOG.md).
+# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine,
+#   30 epochs at most.
 system = 'mag'
 dataset = 'toy'
 text_features = 'tuned'
@@ -13,9 +16,20 @@ accumulate = 1
 beta_2 = 0.999
 weight_decay = 0.0
 clip = 1.0
-toy = dict(corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64, lr=2e-3, dropout=0.1, epochs=12)
-mosi = dict(corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, lr=2e-5, dropout=0.3)
-mosei = dict(corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, lr=1e-5, dropout=0.2)
-sims = dict(corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-5, dropout=0.1)
-simsv2 = dict(corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-5, dropout=0.1)
-minilm = dict(corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32, lr=5e-4, lr_encoder=0.1, epochs=8, dropout=0.3, weight_decay=0.01, text_pool='mean')
+toy = dict(
+    corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64,
+    lr=2e-3, dropout=0.1, epochs=12)
+mosi = dict(
+    corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, lr=2e-5,
+    dropout=0.3)
+mosei = dict(
+    corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, lr=1e-5,
+    dropout=0.2)
+sims = dict(
+    corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-5,
+    dropout=0.1)
+simsv2 = dict(
+    corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-5, dropout=0.1)
+minilm = dict(
+    corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32,
+    lr=5e-4, lr_encoder=0.1, epochs=8, dropout=0.3, weight_decay=0.01, text_pool='mean')

@@ -1,7 +1,10 @@
 # MISA (Hazarika et al. 2020): private and shared vectors of each stream, a fine-tuned encoder for the text.
-# python train.py config/baseline_misa.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: 1 core of a busy machine; toy 1.6 min, minilm 6.1 min. ours, test MAE: toy 0.694 +- 0.068 (n=3), minilm 0.807 +- 0.004 (n=3); others not run (LOG.md).
-# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
+# python train.py config/baseline_misa.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy
+#   without; mosei, sims, simsv2, minilm
+# hardware: 1 core of a busy machine; toy 1.6 min, minilm 6.1 min. ours, test MAE: toy 0.694 +-
+#   0.068 (n=3), minilm 0.807 +- 0.004 (n=3); others not run (LOG.md).
+# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine,
+#   30 epochs at most.
 system = 'misa'
 dataset = 'toy'
 text_features = 'tuned'
@@ -15,9 +18,22 @@ weight_decay = 0.0
 clip = 0.8
 fusion_width = 128
 fusion_heads = 2
-toy = dict(corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64, lr=1e-3, fusion_width=64, dropout=0.1, epochs=8)
-mosi = dict(corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=16, accumulate=2, lr=1e-4, dropout=0.2, misa_diff=0.1, misa_sim=0.3, misa_rebuild=1.0)
-mosei = dict(corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=64, accumulate=2, lr=1e-4, dropout=0.5, misa_diff=0.3, misa_sim=0.8, misa_rebuild=1.0)
-sims = dict(corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=64, accumulate=2, lr=1e-4, dropout=0.0, misa_diff=0.3, misa_sim=1.0, misa_rebuild=0.8, clip=1.0)
-simsv2 = dict(corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=16, accumulate=2, lr=1e-4, fusion_width=64, dropout=0.5, misa_diff=0.5, misa_sim=1.0, misa_rebuild=0.5)
-minilm = dict(corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32, lr=5e-4, lr_encoder=0.1, epochs=8, dropout=0.2, misa_diff=0.1, misa_sim=0.3, misa_rebuild=1.0, weight_decay=0.01)
+toy = dict(
+    corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64,
+    lr=1e-3, fusion_width=64, dropout=0.1, epochs=8)
+mosi = dict(
+    corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=16, accumulate=2,
+    lr=1e-4, dropout=0.2, misa_diff=0.1, misa_sim=0.3, misa_rebuild=1.0)
+mosei = dict(
+    corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=64,
+    accumulate=2, lr=1e-4, dropout=0.5, misa_diff=0.3, misa_sim=0.8, misa_rebuild=1.0)
+sims = dict(
+    corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=64, accumulate=2,
+    lr=1e-4, dropout=0.0, misa_diff=0.3, misa_sim=1.0, misa_rebuild=0.8, clip=1.0)
+simsv2 = dict(
+    corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=16, accumulate=2, lr=1e-4,
+    fusion_width=64, dropout=0.5, misa_diff=0.5, misa_sim=1.0, misa_rebuild=0.5)
+minilm = dict(
+    corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32,
+    lr=5e-4, lr_encoder=0.1, epochs=8, dropout=0.2, misa_diff=0.1, misa_sim=0.3, misa_rebuild=1.0,
+    weight_decay=0.01)

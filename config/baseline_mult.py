@@ -1,7 +1,10 @@
 # MulT (Tsai et al. 2019): frozen text features.
-# python train.py config/baseline_mult.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: 1 core of a busy machine; toy 2.8 min, minilm 4.9 min. ours, test MAE: toy 0.480 +- 0.027 (n=3), minilm 1.011 +- 0.051 (n=3); others not run (LOG.md).
-# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
+# python train.py config/baseline_mult.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy
+#   without; mosei, sims, simsv2, minilm
+# hardware: 1 core of a busy machine; toy 2.8 min, minilm 4.9 min. ours, test MAE: toy 0.480 +-
+#   0.027 (n=3), minilm 1.011 +- 0.051 (n=3); others not run (LOG.md).
+# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine,
+#   30 epochs at most.
 system = 'mult'
 dataset = 'toy'
 text_features = 'frozen'
@@ -13,9 +16,32 @@ accumulate = 1
 beta_2 = 0.999
 weight_decay = 0.0
 clip = 0.6
-toy = dict(corpus='toy', lm='lm_toy', needs=['config/lm_toy.py'], batch_size=64, lr=1e-3, fusion_width=20, fusion_heads=5, fusion_layers=2, kernels=[3, 3, 3], sub_dropouts=[0.1, 0.1, 0.1], attn_dropout=0.1, attn_dropout_audio=0.1, embed_dropout=0.0, clip=1.0, epochs=8)
-mosi = dict(corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=16, lr=2e-3, accumulate=8, fusion_width=50, fusion_heads=10, fusion_layers=4, kernels=[5, 5, 5], sub_dropouts=[0.5, 0.2, 0.2], attn_dropout=0.3, attn_dropout_audio=0.2, embed_dropout=0.2, dropout=0.5)
-minilm = dict(corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=16, lr=5e-4, accumulate=2, clip=1.0, fusion_width=50, fusion_heads=10, fusion_layers=2, kernels=[1, 1, 1], sub_dropouts=[0.5, 0.2, 0.2], attn_dropout=0.3, attn_dropout_audio=0.2, embed_dropout=0.2, dropout=0.5, epochs=12)
-mosei = dict(corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=4, lr=5e-4, accumulate=8, fusion_width=30, fusion_heads=6, fusion_layers=4, kernels=[5, 1, 3], sub_dropouts=[0.3, 0.2, 0.2], attn_dropout=0.4, attn_dropout_audio=0.0, embed_dropout=0.0, dropout=0.5)
-sims = dict(corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=16, lr=2e-3, accumulate=8, fusion_width=50, fusion_heads=10, fusion_layers=2, kernels=[5, 1, 1], sub_dropouts=[0.3, 0.2, 0.2], attn_dropout=0.2, attn_dropout_audio=0.1, embed_dropout=0.1, res_dropout=0.2, dropout=0.1)
-simsv2 = dict(corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=16, lr=5e-4, accumulate=8, clip=1.0, fusion_width=30, fusion_heads=6, fusion_layers=4, kernels=[5, 3, 1], sub_dropouts=[0.5, 0.2, 0.2], attn_dropout=0.1, dropout=0.3)
+toy = dict(
+    corpus='toy', lm='lm_toy', needs=['config/lm_toy.py'], batch_size=64, lr=1e-3,
+    fusion_width=20, fusion_heads=5, fusion_layers=2, kernels=[3, 3, 3],
+    sub_dropouts=[0.1, 0.1, 0.1], attn_dropout=0.1, attn_dropout_audio=0.1, embed_dropout=0.0,
+    clip=1.0, epochs=8)
+mosi = dict(
+    corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=16, lr=2e-3,
+    accumulate=8, fusion_width=50, fusion_heads=10, fusion_layers=4, kernels=[5, 5, 5],
+    sub_dropouts=[0.5, 0.2, 0.2], attn_dropout=0.3, attn_dropout_audio=0.2, embed_dropout=0.2,
+    dropout=0.5)
+minilm = dict(
+    corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=16,
+    lr=5e-4, accumulate=2, clip=1.0, fusion_width=50, fusion_heads=10, fusion_layers=2,
+    kernels=[1, 1, 1], sub_dropouts=[0.5, 0.2, 0.2], attn_dropout=0.3, attn_dropout_audio=0.2,
+    embed_dropout=0.2, dropout=0.5, epochs=12)
+mosei = dict(
+    corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=4, lr=5e-4,
+    accumulate=8, fusion_width=30, fusion_heads=6, fusion_layers=4, kernels=[5, 1, 3],
+    sub_dropouts=[0.3, 0.2, 0.2], attn_dropout=0.4, attn_dropout_audio=0.0, embed_dropout=0.0,
+    dropout=0.5)
+sims = dict(
+    corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=16, lr=2e-3,
+    accumulate=8, fusion_width=50, fusion_heads=10, fusion_layers=2, kernels=[5, 1, 1],
+    sub_dropouts=[0.3, 0.2, 0.2], attn_dropout=0.2, attn_dropout_audio=0.1, embed_dropout=0.1,
+    res_dropout=0.2, dropout=0.1)
+simsv2 = dict(
+    corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=16, lr=5e-4, accumulate=8,
+    clip=1.0, fusion_width=30, fusion_heads=6, fusion_layers=4, kernels=[5, 3, 1],
+    sub_dropouts=[0.5, 0.2, 0.2], attn_dropout=0.1, dropout=0.3)

@@ -1,7 +1,10 @@
 # Self-MM (Yu et al. 2021): labels for each stream that nobody gave, a fine-tuned encoder for the text.
-# python train.py config/baseline_selfmm.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: 1 core of a busy machine; toy 2.3 min, minilm 6.1 min. ours, test MAE: toy 0.436 +- 0.007 (n=3), minilm 0.768 +- 0.015 (n=3); others not run (LOG.md).
-# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
+# python train.py config/baseline_selfmm.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy
+#   without; mosei, sims, simsv2, minilm
+# hardware: 1 core of a busy machine; toy 2.3 min, minilm 6.1 min. ours, test MAE: toy 0.436 +-
+#   0.007 (n=3), minilm 0.768 +- 0.015 (n=3); others not run (LOG.md).
+# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine,
+#   30 epochs at most.
 system = 'selfmm'
 dataset = 'toy'
 text_features = 'tuned'
@@ -14,9 +17,25 @@ beta_2 = 0.999
 weight_decay = 0.001
 clip = 0.0
 sub_dropouts = [0.0, 0.0, 0.0]
-toy = dict(corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64, lr=2e-3, epochs=12)
-mosi = dict(corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=16, accumulate=4, lr=1e-3, lr_encoder=0.05, lr_audio=5.0, lr_vision=5.0, sub_widths=[1, 16, 32])
-mosei = dict(corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, accumulate=4, lr=1e-3, lr_encoder=0.05, lr_audio=5.0, lr_vision=0.1, sub_widths=[1, 16, 32], head_dropouts=[0.1, 0.0, 0.0, 0.0])
-sims = dict(corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, accumulate=4, lr=1e-3, lr_encoder=0.05, lr_audio=5.0, lr_vision=5.0, sub_widths=[1, 16, 64], head_widths=[128, 64, 16, 32])
-simsv2 = dict(corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=16, accumulate=4, lr=1e-3, lr_encoder=0.05, lr_audio=1.0, lr_vision=1.0, sub_widths=[1, 16, 64], head_widths=[128, 64, 32, 32], head_dropouts=[0.0, 0.0, 0.1, 0.0])
-minilm = dict(corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32, lr=1e-3, lr_encoder=0.05, clip=1.0, sub_widths=[1, 16, 32], epochs=8, weight_decay=0.01, text_pool='mean')
+toy = dict(
+    corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64,
+    lr=2e-3, epochs=12)
+mosi = dict(
+    corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=16, accumulate=4,
+    lr=1e-3, lr_encoder=0.05, lr_audio=5.0, lr_vision=5.0, sub_widths=[1, 16, 32])
+mosei = dict(
+    corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32,
+    accumulate=4, lr=1e-3, lr_encoder=0.05, lr_audio=5.0, lr_vision=0.1, sub_widths=[1, 16, 32],
+    head_dropouts=[0.1, 0.0, 0.0, 0.0])
+sims = dict(
+    corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, accumulate=4,
+    lr=1e-3, lr_encoder=0.05, lr_audio=5.0, lr_vision=5.0, sub_widths=[1, 16, 64],
+    head_widths=[128, 64, 16, 32])
+simsv2 = dict(
+    corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=16, accumulate=4, lr=1e-3,
+    lr_encoder=0.05, lr_audio=1.0, lr_vision=1.0, sub_widths=[1, 16, 64],
+    head_widths=[128, 64, 32, 32], head_dropouts=[0.0, 0.0, 0.1, 0.0])
+minilm = dict(
+    corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32,
+    lr=1e-3, lr_encoder=0.05, clip=1.0, sub_widths=[1, 16, 32], epochs=8, weight_decay=0.01,
+    text_pool='mean')

@@ -1,7 +1,10 @@
 # TETFN (Wang et al. 2023): crossmodal stacks through the text, Self-MM's labels, a fine-tuned encoder.
-# python train.py config/baseline_tetfn.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy without; mosei, sims, simsv2, minilm
-# hardware: 1 core of a busy machine; toy 3.0 min, minilm 8.5 min. ours, test MAE: toy 0.580 +- 0.043 (n=3), minilm 0.804 +- 0.014 (n=3); others not run (LOG.md).
-# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine, 30 epochs at most.
+# python train.py config/baseline_tetfn.py [--dataset=mosi --corpus=unaligned_50.pkl]   toy
+#   without; mosei, sims, simsv2, minilm
+# hardware: 1 core of a busy machine; toy 3.0 min, minilm 8.5 min. ours, test MAE: toy 0.580 +-
+#   0.043 (n=3), minilm 0.804 +- 0.014 (n=3); others not run (LOG.md).
+# Published: Adam with L2 decay at a constant rate, until validation stops; ours: AdamW, a cosine,
+#   30 epochs at most.
 system = 'tetfn'
 dataset = 'toy'
 text_features = 'tuned'
@@ -18,9 +21,26 @@ attn_dropout = 0.1
 embed_dropout = 0.0
 fusion_heads = 5
 fusion_layers = 2
-toy = dict(corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64, lr=2e-3, fusion_width=20, kernels=[3, 3, 3], epochs=5)
-mosi = dict(corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=64, accumulate=4, lr=3e-4, lr_encoder=0.1, lr_audio=1.67, lr_vision=1.0, sub_widths=[1, 16, 64], kernels=[1, 1, 3], head_widths=[64, 32, 32, 16])
-minilm = dict(corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32, lr=5e-4, lr_encoder=0.1, epochs=8, sub_widths=[1, 16, 32], kernels=[1, 1, 3], head_widths=[64, 32, 32, 16])
-mosei = dict(corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32, accumulate=4, lr=1e-4, lr_encoder=0.3, lr_audio=10.0, lr_vision=50.0, sub_widths=[1, 32, 32], kernels=[1, 1, 1], head_widths=[64, 64, 32, 16])
-sims = dict(corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=64, accumulate=4, lr=3e-3, lr_encoder=0.01, lr_audio=1.0, lr_vision=0.167, sub_widths=[1, 16, 64], kernels=[3, 5, 1], head_widths=[64, 64, 16, 32])
-simsv2 = dict(corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=64, accumulate=4, lr=3e-4, lr_encoder=0.0167, lr_audio=1.67, lr_vision=16.7, sub_widths=[1, 16, 32], kernels=[5, 3, 1], head_widths=[128, 64, 16, 32])
+toy = dict(
+    corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64,
+    lr=2e-3, fusion_width=20, kernels=[3, 3, 3], epochs=5)
+mosi = dict(
+    corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=64, accumulate=4,
+    lr=3e-4, lr_encoder=0.1, lr_audio=1.67, lr_vision=1.0, sub_widths=[1, 16, 64],
+    kernels=[1, 1, 3], head_widths=[64, 32, 32, 16])
+minilm = dict(
+    corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32,
+    lr=5e-4, lr_encoder=0.1, epochs=8, sub_widths=[1, 16, 32], kernels=[1, 1, 3],
+    head_widths=[64, 32, 32, 16])
+mosei = dict(
+    corpus='MOSEI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=32,
+    accumulate=4, lr=1e-4, lr_encoder=0.3, lr_audio=10.0, lr_vision=50.0, sub_widths=[1, 32, 32],
+    kernels=[1, 1, 1], head_widths=[64, 64, 32, 16])
+sims = dict(
+    corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=64, accumulate=4,
+    lr=3e-3, lr_encoder=0.01, lr_audio=1.0, lr_vision=0.167, sub_widths=[1, 16, 64],
+    kernels=[3, 5, 1], head_widths=[64, 64, 16, 32])
+simsv2 = dict(
+    corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=64, accumulate=4, lr=3e-4,
+    lr_encoder=0.0167, lr_audio=1.67, lr_vision=16.7, sub_widths=[1, 16, 32], kernels=[5, 3, 1],
+    head_widths=[128, 64, 16, 32])

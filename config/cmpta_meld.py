@@ -1,8 +1,10 @@
 # CMPTA on MELD's 7 emotions with Qwen2.5-1.5B (Tables 4, 6).
 # python train.py config/cmpta_meld.py --corpus=MELD
-# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor the weights can be had).
+# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor
+#   the weights can be had).
 # paper: WF1 59.49 (one number, no n). ours: not run.
-# The paper names no LM (its other settings are those of MSE-Adapter with Qwen-1.8B); width 1024, AdamW, 5e-4 and 16 are read from a bad scan.
+# The paper names no LM (its other settings are those of MSE-Adapter with Qwen-1.8B); width 1024,
+#   AdamW, 5e-4 and 16 are read from a bad scan.
 system = 'cmpta'
 corpus = 'MELD'
 label = 'emotion'

@@ -2,7 +2,8 @@
 # python train.py config/crosssent_mosei.py --corpus=unaligned_50.pkl
 # hardware: the paper's was one A100. Wall time here: not run (neither the file nor the weights can be had).
 # paper: Acc2 (Non0) 87.72, F1 87.71, Acc7 54.7, MAE .513, Corr .804 (one seed). ours: not run.
-# The paper's hyperparameters cannot be read (its tables are images), so these are ours; it selects by validation MSE: r2.
+# The paper's hyperparameters cannot be read (its tables are images), so these are ours; it
+#   selects by validation MSE: r2.
 system = 'crosssent'
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 lm = 'roberta-base'

@@ -1,8 +1,11 @@
-# CrossSent on real text and audio with an encoder that runs on 2 CPU cores: all-MiniLM-L6-v2 (22 M weights), CMU-MOSI.
+# CrossSent on real text and audio with an encoder that runs on 2 CPU cores: all-MiniLM-L6-v2 (22
+#   M weights), CMU-MOSI.
 # python train.py config/crosssent_mosi_minilm.py --corpus=mosi_official.pkl --lm=all-MiniLM-L6-v2
-# hardware: 1 CPU core, 170 GFLOP/s float32 matmul; 3 min with --dtype=bfloat16. paper: none with this encoder; MAG-BERT of MMSA on these inputs: MAE .784.
+# hardware: 1 CPU core, 170 GFLOP/s float32 matmul; 3 min with --dtype=bfloat16. paper: none with
+#   this encoder; MAG-BERT of MMSA on these inputs: MAE .784.
 # ours: test MAE .804 +- .021 (n=5); its text encoder alone .786 +- .011: negative, LOG.md.
-# Chosen by validation MAE (LOG.md). That corpus's audio is of whole utterances, the last 20: kept on its own time.
+# Chosen by validation MAE (LOG.md). That corpus's audio is of whole utterances, the last 20: kept
+#   on its own time.
 system = 'crosssent'
 corpus = 'mosi_official.pkl'
 lm = 'sentence-transformers/all-MiniLM-L6-v2'

@@ -1,8 +1,10 @@
 # CrossSent on CH-SIMS with a Chinese BERT-base. Ablations as in crosssent_mosi.py.
 # python train.py config/crosssent_sims.py --corpus=unaligned_39.pkl
 # hardware: the paper's was one A100. Wall time here: not run (neither the file nor the weights can be had).
-# paper: Acc2 80.41 (over the clips whose label is not 0, our acc2_non0), Acc5 43.54, MAE .408, Corr .622 (one seed). ours: not run.
-# The paper's hyperparameters cannot be read (its tables are images), so these are ours; it selects by validation MSE: r2.
+# paper: Acc2 80.41 (over the clips whose label is not 0, our acc2_non0), Acc5 43.54, MAE .408,
+#   Corr .622 (one seed). ours: not run.
+# The paper's hyperparameters cannot be read (its tables are images), so these are ours; it
+#   selects by validation MSE: r2.
 # Labels are a third of MOSI's, and so are gap, margin and band.
 system = 'crosssent'
 corpus = 'SIMS/Processed/unaligned_39.pkl'

@@ -1,6 +1,7 @@
 # A small GPT pretrained on the toy text with ratings behind it: what a large LM has met on review sites.
 # python train.py config/lm_toy_rated.py
-# hardware: 2 CPU cores, 330 GFLOP/s float32 matmul; 28 s. paper: none. ours: test loss 0.240 +- 0.000 (n=5), nats a token.
+# hardware: 2 CPU cores, 330 GFLOP/s float32 matmul; 28 s. paper: none. ours: test loss 0.240 +-
+#   0.000 (n=5), nats a token.
 system = 'lm'
 select = 'loss'
 lm_text = 'rated'

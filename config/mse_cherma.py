@@ -1,10 +1,14 @@
-# MSE-Adapter on CHERMA's 7 emotions with Qwen2.5-1.5B, the successor of the paper's Qwen-1.8B that needs no remote code.
+# MSE-Adapter on CHERMA's 7 emotions with Qwen2.5-1.5B, the successor of the paper's Qwen-1.8B
+#   that needs no remote code.
 # python train.py config/mse_cherma.py --corpus=data/cherma
 # GLM-4-9B:   --lm=THUDM/glm-4-9b-hf --batch_size=8 --lr=5e-5
 # Llama-2-7B: --lm=meta-llama/Llama-2-7b-hf --batch_size=6 --lr=5e-5
-# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor the weights can be had).
-# the authors' logs, 5 seeds: Qwen-1.8B acc 72.12, WF1 72.01; ChatGLM3-6B 72.90, 72.73; Llama-2-7B (one seed, third party) WF1 72.7. ours: not run.
-# First: python data.py CHERMA0723 --name=cherma --dtype=float16. 68 GB of float32 with its padding becomes half of its real frames, mapped.
+# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor
+#   the weights can be had).
+# the authors' logs, 5 seeds: Qwen-1.8B acc 72.12, WF1 72.01; ChatGLM3-6B 72.90, 72.73; Llama-2-7B
+#   (one seed, third party) WF1 72.7. ours: not run.
+# First: python data.py CHERMA0723 --name=cherma --dtype=float16. 68 GB of float32 with its
+#   padding becomes half of its real frames, mapped.
 # float16 on disk is standardised, which the release is not.
 system = 'mse'
 corpus = 'data/cherma'

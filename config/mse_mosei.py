@@ -2,8 +2,10 @@
 # python train.py config/mse_mosei.py --corpus=unaligned_50.pkl
 # GLM-4-9B:   --lm=THUDM/glm-4-9b-hf --label_plus=False --batch_size=8 --lr=5e-5
 # Llama-2-7B: --lm=meta-llama/Llama-2-7b-hf --label_plus=False --batch_size=8 --lr=5e-5
-# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor the weights can be had).
-# the authors' logs, 5 seeds: Qwen-1.8B MAE .558, Corr .725; ChatGLM3-6B .515, .783; Llama-2-7B (one seed, third party) .519, .773. ours: not run.
+# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor
+#   the weights can be had).
+# the authors' logs, 5 seeds: Qwen-1.8B MAE .558, Corr .725; ChatGLM3-6B .515, .783; Llama-2-7B
+#   (one seed, third party) .519, .773. ours: not run.
 system = 'mse'
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 lm = 'Qwen/Qwen2.5-1.5B'

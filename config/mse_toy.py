@@ -1,7 +1,8 @@
 # MSE-Adapter on the toy corpus: pseudo tokens make a frozen small GPT say the score.
 # python train.py config/mse_toy.py
 # hardware: 2 CPU cores, 330 GFLOP/s float32 matmul; 48 s, 83 s with its needs and imports. paper: none.
-# ours: test MAE 0.657 +- 0.038 (n=5), older code 0.515 +- 0.032 with --pseudo_projection=full; text only at best 1.059, everything .368.
+# ours: test MAE 0.657 +- 0.038 (n=5), older code 0.515 +- 0.032 with --pseudo_projection=full;
+#   text only at best 1.059, everything .368.
 needs = ['config/lm_toy_rated.py']
 system = 'mse'
 lm = 'lm_toy_rated'

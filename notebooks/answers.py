@@ -4,100 +4,133 @@ Our answers to the notebooks' exercises, and checks of anybody's.
     from answers import check_without_voice            # in a notebook, with notebooks/ on sys.path
     check_without_voice(globals(), without_voice)      # silent, or an AssertionError
 
-Each exercise is a function that the notebook leaves as a stub. check_NAME(ns, answer) tries `answer` (ours by default) with what the
-notebook has made, its globals() `ns`. test_notebooks.py runs every check with our answer, and again with the stub, which must fail.
+Each exercise is a function that the notebook leaves as a stub. check_NAME(ns, answer) tries
+`answer` (ours by default) with what the notebook has made, its globals() `ns`. test_notebooks.py
+runs every check with our answer, and again with the stub, which must fail.
 """
+
 import numpy as np
 import torch
 
-import toy
-from eval import confusion, regression_metrics
+from corpora import toy
 from losses import mpr_loss
-from model import DeepMLF, PseudoTokenLM
+from metrics import confusion, regression_metrics
+from model import DeepMLF, MSEAdapterLM
 
-EXERCISES = {1: ('without_voice', 'closed_gate', 'other_voice'), 2: ('read_out', 'one_label', 'n_directions'),
-             3: ('mpr_by_loops', 'largest_margin', 'kappa')}
+EXERCISES = {
+    1: ('without_voice', 'closed_gate', 'other_voice'),
+    2: ('read_out', 'one_label', 'n_directions'),
+    3: ('mpr_by_loops', 'largest_margin', 'kappa'),
+}
 
 
-def close(a, b, within=1e-5): return bool(np.allclose(np.asarray(a, float), np.asarray(b, float), atol=within))
+def close(a, b, within=1e-5):
+    return bool(np.allclose(np.asarray(a, float), np.asarray(b, float), atol=within))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 1. A frozen LM learns to listen
+
 
 def without_voice(rows):
     states = sorted(set(toy.PAIRS))
-    face = np.array([states[int(s)][1] for s in rows[:, 1]])                                     # [n]
-    groups = [rows[(rows[:, 0] == words) & (face == f), 2] for words in set(rows[:, 0]) for f in set(face)]
+    face = np.array([states[int(s)][1] for s in rows[:, 1]])  # [n]
+    groups = [
+        rows[(rows[:, 0] == words) & (face == f), 2] for words in set(rows[:, 0]) for f in set(face)
+    ]
     return sum(np.abs(y - np.median(y)).sum() for y in groups) / len(rows)
 
 
 def check_without_voice(ns, answer=without_voice):
-    rows, best, guesses = toy.toy_table(), 0.0, np.linspace(-3, 3, 601)                          # another way: try all guesses
+    # another way: try all guesses
+    rows, best, guesses = toy.toy_table(), 0.0, np.linspace(-3, 3, 601)
     states = sorted(set(toy.PAIRS))
     for words in range(5):
         for face in toy.FACE:
-            y = rows[[w == words and states[int(s)][1] == face for w, s in rows[:, :2]], 2]      # [n]
+            y = rows[[w == words and states[int(s)][1] == face for w, s in rows[:, :2]], 2]  # [n]
             best += np.abs(y - guesses[:, None]).sum(1).min() / len(rows)
     found = answer(rows)
     assert close(found, best, 1e-6), f"{found} is not {best}"
-    assert ns['ceilings']['full'] < found < ns['ceilings']['text'], "more than the words, less than everything"
+    assert ns['ceilings']['full'] < found < ns['ceilings']['text'], (
+        "more than the words, less than everything"
+    )
 
 
-def closed_gate(lm, encoder, c):
-    return DeepMLF(lm, encoder, c | dict(mm_gate='tanh'))   # tanh(0) = 0; behind a closed gate nothing gets a gradient
+def closed_gate(lm, encoder, k):
+    # tanh(0) = 0; behind a closed gate nothing gets a gradient
+    return DeepMLF(lm, encoder, k | dict(mm_gate='tanh'))
 
 
 @torch.no_grad()
 def check_closed_gate(ns, answer=closed_gate):
-    model, batch = answer(ns['lm'], ns['encoder'], ns['c']).eval(), ns['batch']
-    x_t, mask = model.streams(batch)[0], batch['text_mask']                                      # [B,T,D], [B,T]
-    assert len(model.mm_blocks) == len(ns['c']['mm_layers']), "the blocks must be there"
-    assert torch.equal(x_t[mask], ns['lm'](batch['tokens'])[mask]), "the text is not as the LM has it"
+    model, batch = answer(ns['lm'], ns['encoder'], ns['k']).eval(), ns['batch']
+    x_t, mask = model.streams_through_lm(batch)[0], batch['text_mask']  # [B,T,D], [B,T]
+    assert len(model.mm_blocks) == len(ns['k']['mm_layers']), "the blocks must be there"
+    assert torch.equal(x_t[mask], ns['lm'](batch['tokens'])[mask]), (
+        "the text is not as the LM has it"
+    )
 
 
 def other_voice(model, batch):
-    av = [k for k in batch if k.startswith(('audio', 'vision'))]                                 # frames, lengths, masks
-    return model.predict(batch | {k: batch[k].roll(-1, 0) for k in av})
+    av = [name for name in batch if name.startswith(('audio', 'vision'))]  # frames, lengths, masks
+    return model.predict(batch | {name: batch[name].roll(-1, 0) for name in av})
 
 
 @torch.no_grad()
 def check_other_voice(ns, answer=other_voice):
     model, batch = ns['model'].eval(), ns['swapped']
     own, swapped = model.predict(batch), answer(model, batch)
-    assert torch.equal(own['text'], swapped['text']), "the text comes before the fusion tokens: it cannot know"
-    assert close(swapped['av'], own['av'].roll(-1, 0), 1e-4), "clip i should have the audio and video of clip i + 1"
+    assert torch.equal(own['text'], swapped['text']), (
+        "the text comes before the fusion tokens: it cannot know"
+    )
+    assert close(swapped['av'], own['av'].roll(-1, 0), 1e-4), (
+        "clip i should have the audio and video of clip i + 1"
+    )
     assert not close(own['pred'], swapped['pred'], 1e-4)
-    error = lambda out: float((out['pred'] - batch['label']).abs().mean())
-    if not ns['fast']: assert error(swapped) > error(own) + 0.2, "a trained model should miss its own audio and video"
+
+    def error(out):
+        return float((out['pred'] - batch['label']).abs().mean())
+
+    if not ns['fast']:
+        assert error(swapped) > error(own) + 0.2, (
+            "a trained model should miss its own audio and video"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 2. Pseudo tokens
 
+
 def read_out(prob, values):
-    middle = (prob.cumsum(-1) < 0.5).sum(-1)                                                     # [B], first label past a half
-    return dict(expected=(prob * values).sum(-1), mode=values[prob.argmax(-1)], median=values[middle.clamp(max=len(values) - 1)])
+    middle = (prob.cumsum(-1) < 0.5).sum(-1)  # [B], first label past a half
+    return dict(
+        expected=(prob * values).sum(-1),
+        mode=values[prob.argmax(-1)],
+        median=values[middle.clamp(max=len(values) - 1)],
+    )
 
 
 @torch.no_grad()
 def check_read_out(ns, answer=read_out):
     model, batch = ns['mse'].eval(), ns['batch']
-    found, before = answer(model.predict(batch)['prob'], model.values), model.c
+    found, before = answer(model.predict(batch)['prob'], model.values), model.k
     try:
         for how in ('expected', 'mode', 'median'):
-            model.c = before | dict(score_estimate=how)
+            model.k = before | dict(score_estimate=how)
             assert close(found[how], model.predict(batch)['pred']), how
-    finally: model.c = before
+    finally:
+        model.k = before
 
 
 def one_label(model, batch, k):
-    (x, n), ids, out = model.read(batch), model.prompt.answers[k], []                            # [B,T,D], [B]
-    for b in range(len(x)):   # one clip, its own length: nothing to mask
-        z = torch.cat([x[b, :n[b]], model.lm.embed(torch.tensor(ids))])[None]                    # [1,n+len,D]
+    (x, n), ids, out = model.read(batch), model.prompt.answers[k], []  # [B,T,D], [B]
+    for b in range(len(x)):  # one clip, its own length: nothing to mask
+        z = torch.cat([x[b, : n[b]], model.lm.embed(torch.tensor(ids))])[None]  # [1,n+len,D]
         z, rope = model.lm.place(z, torch.arange(z.shape[1])[None])
-        for l in range(model.lm.n_layers): z, _ = model.lm.block(l, z, rope)
-        says = model.lm.lm_head(model.lm.final_norm(z))[0, n[b] - 1:-1].log_softmax(-1)          # [len,V], each from the token before
+        for l in range(model.lm.n_layers):
+            z, _ = model.lm.block(l, z, rope)
+        logits = model.lm.lm_head(model.lm.final_norm(z))[0]  # [n+len,V]
+        says = logits[n[b] - 1 : -1].log_softmax(-1)  # [len,V], each from the token before
         out.append(says[torch.arange(len(ids)), ids].sum())
     return torch.stack(out)
 
@@ -106,35 +139,39 @@ def one_label(model, batch, k):
 def check_one_label(ns, answer=one_label):
     model = ns['mse'].eval()
     batch = ns['feed']('valid', np.arange(5))
-    scores = model.label_scores(*model.read(batch))                                              # [B,K]
-    for k in (0, 17, 30, 60): assert close(answer(model, batch, k), scores[:, k], 1e-3), model.prompt.labels[k]
+    scores = model.label_scores(*model.read(batch))  # [B,K]
+    for k in (0, 17, 30, 60):
+        assert close(answer(model, batch, k), scores[:, k], 1e-3), model.prompt.labels[k]
 
 
 def n_directions(tokens):
-    return torch.linalg.matrix_rank(tokens.double(), rtol=1e-4)   # float32 in, so what is below its rounding is nothing
+    # float32 in, so what is below its rounding is nothing
+    return torch.linalg.matrix_rank(tokens.double(), rtol=1e-4)
 
 
 @torch.no_grad()
 def check_n_directions(ns, answer=n_directions):
-    P, found = ns['mse'].c['n_pseudo'], {}
+    P, found = ns['mse'].k['n_pseudo'], {}
     for how in ('released', 'full'):
-        c = ns['mse'].c | dict(pseudo_projection=how)
-        model = PseudoTokenLM(ns['lm'], ns['build_adapter'](c, ns['corpus'].widths, ns['lm']), ns['prompt'], c).eval()
+        k = ns['mse'].k | dict(pseudo_projection=how)
+        model = MSEAdapterLM(ns['lm'], ns['prompt'], k, ns['corpus'].widths).eval()
         text = model.own_text(model.lm.embed(ns['batch']['tokens']), ns['batch']['text_len'])
         found[how] = answer(model.adapter(ns['batch'], *text)).tolist()
     assert set(found['released']) == {2}, "w_p m + b_p: m, and the all-ones vector"
     assert set(found['full']) == {P}
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # 3. Order matters
+
 
 def mpr_by_loops(pred, label, gap, margin, slope):
     losses = []
     for i in range(len(pred)):
         for j in range(i):
             dy = float(label[i] - label[j])
-            if abs(dy) <= gap: continue
+            if abs(dy) <= gap:
+                continue
             s = 1 if dy > 0 else -1
             losses.append(max(0.0, margin + slope * abs(dy) - s * float(pred[i] - pred[j])))
     return sum(losses) / len(losses) if losses else 0.0
@@ -144,26 +181,33 @@ def check_mpr_by_loops(ns, answer=mpr_by_loops):
     rng = np.random.default_rng(0)
     for n in (1, 2, 7, 40):
         pred, label = (torch.tensor(rng.normal(size=n)) for _ in range(2))
-        assert close(answer(pred, label, 0.5, 0.1, 0.5), mpr_loss(pred, label, 0.5, 0.1, 0.5)), f"{n} clips"
+        assert close(answer(pred, label, 0.5, 0.1, 0.5), mpr_loss(pred, label, 0.5, 0.1, 0.5)), (
+            f"{n} clips"
+        )
     assert answer(torch.ones(3), torch.zeros(3), 0.5, 0.1, 0.5) == 0, "ties are no pairs"
 
 
 def largest_margin(gap, slope):
-    return (1 - slope) * gap   # a perfect pair has p_i - p_j = dy, and dy > gap: margin + slope dy <= dy
+    # a perfect pair has p_i - p_j = dy, and dy > gap: margin + slope dy <= dy
+    return (1 - slope) * gap
 
 
 def check_largest_margin(ns, answer=largest_margin):
-    label = torch.linspace(-3, 3, 601).double()                                                  # any distance, nearly
+    label = torch.linspace(-3, 3, 601).double()  # any distance, nearly
     for gap, slope in ((0.5, 0.5), (1.0, 0.5), (0.5, 0.0), (2.0, 0.9)):
         margin = answer(gap, slope)
-        assert float(mpr_loss(label, label, gap, margin, slope)) < 1e-9, f"gap {gap}, slope {slope}: {margin} is too large"
-        assert float(mpr_loss(label, label, gap, margin + 0.05, slope)) > 1e-9, f"gap {gap}, slope {slope}: {margin} is not the largest"
+        assert float(mpr_loss(label, label, gap, margin, slope)) < 1e-9, (
+            f"gap {gap}, slope {slope}: {margin} is too large"
+        )
+        assert float(mpr_loss(label, label, gap, margin + 0.05, slope)) > 1e-9, (
+            f"gap {gap}, slope {slope}: {margin} is not the largest"
+        )
 
 
 def kappa(counts):
     level = np.arange(len(counts))
-    weight = (level[:, None] - level) ** 2                                                       # [7,7]
-    chance = np.outer(counts.sum(1), counts.sum(0)) / counts.sum()                               # [7,7]
+    weight = (level[:, None] - level) ** 2  # [7,7]
+    chance = np.outer(counts.sum(1), counts.sum(0)) / counts.sum()  # [7,7]
     return 1 - (weight * counts).sum() / (weight * chance).sum()
 
 
@@ -173,14 +217,20 @@ def check_kappa(ns, answer=kappa):
         label = rng.uniform(-3, 3, 200)
         pred = label + noise * rng.normal(size=200)
         levels = [np.round(np.clip(x, -3, 3)) + 3 for x in (pred, label)]
-        assert close(answer(confusion(*levels, 7)), regression_metrics(pred, label, (-3, 3))['qwk']), f"noise {noise}"
+        assert close(
+            answer(confusion(*levels, 7)), regression_metrics(pred, label, (-3, 3))['qwk']
+        ), f"noise {noise}"
 
 
 def check_all(number, ns):
-    """ Every check of a notebook with our answer, and with the notebook's stub, which must not pass. """
+    """
+    Every check of a notebook with our answer, and with the notebook's stub, which must not pass.
+    """
     for name in EXERCISES[number]:
         check = globals()['check_' + name]
         check(ns)
-        try: check(ns, ns[name])
-        except AssertionError: continue
+        try:
+            check(ns, ns[name])
+        except AssertionError:
+            continue
         raise RuntimeError(f"the stub {name} passes its check: the check says nothing")

@@ -1,5 +1,5 @@
 # CMPTA's Tables 5 and 6 (Hans CSA 2026): SIMS-V2, MAE, and MELD, weighted F1. Its Figure 5 is figures.py --tokens.
-# python sweep.py config/sweeps/cmpta.py --table=5
+# python tools/sweep.py config/sweeps/cmpta.py --table=5
 name = 'CMPTA'
 config = 'config/cmpta_toy.py'
 short = dict(epochs=4)

@@ -1,5 +1,5 @@
 # Controls that no paper runs and every reader asks for.
-# python sweep.py config/sweeps/controls.py --table=deepmlf
+# python tools/sweep.py config/sweeps/controls.py --table=deepmlf
 name = 'Controls'
 config = 'config/deepmlf_toy.py'
 short = dict(epochs=4)

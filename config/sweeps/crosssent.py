@@ -1,5 +1,5 @@
 # CrossSent's Tables 8 to 11 and its sensitivity (Liu et al. 2026; one seed each there). Table 4 is bench.py, Table 12 eval.py --corpus.
-# python sweep.py config/sweeps/crosssent.py --table=9
+# python tools/sweep.py config/sweeps/crosssent.py --table=9
 name = 'CrossSent'
 config = 'config/crosssent_toy.py'
 short = dict(epochs=6)

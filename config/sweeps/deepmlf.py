@@ -1,5 +1,5 @@
 # DeepMLF's tables (Georgiou et al. 2025), sized for the toy LM of 4 layers; for the paper's corpora --config= and --corpus=.
-# python sweep.py config/sweeps/deepmlf.py --table=11
+# python tools/sweep.py config/sweeps/deepmlf.py --table=11
 # A row: what it is called, its knobs, what the paper has (MAE; lower is better). With short a run takes 38 s on 1 CPU core.
 name = 'DeepMLF'
 config = 'config/deepmlf_toy.py'

@@ -1,5 +1,5 @@
 # MSE-Adapter's ablations (Yang et al. 2025): of the paper only the directions can be had, no number.
-# python sweep.py config/sweeps/mse.py --table=parts
+# python tools/sweep.py config/sweeps/mse.py --table=parts
 name = 'MSE-Adapter'
 config = 'config/mse_toy.py'
 short = dict(epochs=5)

@@ -1,0 +1,323 @@
+"""
+A source in any known layout -> a corpus folder, which is all that training ever sees.
+
+    python data.py unaligned_50.pkl --name=mosei    an M-SENA/MMSA pickle: MOSI, MOSEI, CH-SIMS,
+                                                    CH-SIMS v2
+    python data.py MELD --dtype=float16             a folder of MELD_train.pkl, MELD_valid.pkl,
+                                                    MELD_test.pkl
+    python data.py SOURCE --label_range=-1,1        scores in another range than the guessed one
+    python data.py SOURCE --padding=right           the padding side, where a file does not show it
+    python data.py SOURCE --encoding=gbk            texts as bytes in another encoding than UTF-8
+
+A corpus folder holds meta.json and, per split, text.jsonl, label*.npy or emotion.npy, and for audio
+and vision all clips end to end without padding: audio.npy [sum of lengths, d_a], with
+audio_start.npy [N+1] for where each clip begins. Whatever is odd about a source is settled here,
+once, and counted.
+
+Axis letters: N clips of a split, n clips of a chunk, L frames of the longest clip, d features of a
+frame.
+"""
+import codecs
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from corpora import sources
+from corpora.describe import describe
+from corpora.names import SPLIT_FIELDS, SPLITS, Summary
+from corpora.padding import find_padding
+from corpora.sources import check_splits
+from corpora.streams import halve, write_stream
+from corpora.unpickle import CorpusError, strangers_file
+
+KNOWN_CLASSES = [
+    ['neutral', 'surprise', 'fear', 'sadness', 'joy', 'disgust', 'anger'],  # MELD
+    ['愤怒', '厌恶', '恐惧', '高兴', '平静', '悲伤', '惊奇'],  # CHERMA
+    ['hap', 'sad', 'neu', 'ang', 'exc', 'fru'],  # IEMOCAP
+]
+
+
+# layout -> its reader(paths, scratch, files, summary), which gives texts, labels and streams by split
+READERS = dict(msena=sources.read_msena, lists=sources.read_lists)
+
+
+def find_source(source):
+    """
+    (name, layout, {split or 'all': path}) of an M-SENA .pkl, or a folder of NAME_train.pkl etc.
+    """
+    if os.path.isfile(source):
+        return Path(source).stem, 'msena', {'all': str(source)}
+    names = [p.name[:-len('_train.pkl')] for p in sorted(Path(source).glob('*_train.pkl'))]
+    if len(names) == 1:
+        paths = {s: _split_file(source, names[0], s) for s in SPLITS}
+        missing = [p for p in paths.values() if not os.path.isfile(p)]
+        if not missing:
+            return names[0], 'lists', paths
+        raise CorpusError(f"{missing[0]} is missing; a corpus needs train, valid and test.")
+    if not os.path.exists(source):
+        what = "does not exist"
+    elif names:
+        what = f"holds several corpora ({', '.join(names)}), and each needs a folder of its own"
+    else:
+        what = "holds neither meta.json nor a NAME_train.pkl"
+    raise CorpusError(f"The corpus '{source}' {what}; --corpus= takes 'toy', a corpus folder, an "
+                      "M-SENA .pkl, or a folder of NAME_train.pkl, NAME_valid.pkl and "
+                      "NAME_test.pkl.")
+
+
+def _split_file(folder, name, split):
+    """ The file of a split, NAME_valid.pkl, or under another name of the split, NAME_dev.pkl. """
+    names = [n for n, field in SPLIT_FIELDS.items() if field == split]
+    paths = [os.path.join(folder, f'{name}_{n}.pkl') for n in names]
+    there = [p for p in paths if os.path.isfile(p)]
+    if len(there) > 1:
+        raise CorpusError(f"{there[0]} and {there[1]} both name the split {split}; remove one of "
+                          "them.")
+    return there[0] if there else os.path.join(folder, f'{name}_{split}.pkl')
+
+
+@contextmanager
+def staging(folder):
+    """
+    An empty folder to fill. It becomes `folder` in one rename if all went well; else it goes.
+    """
+    folder = Path(os.path.abspath(folder))
+    host = socket.gethostname()
+    tmp = Path(f'{folder}.tmp-{os.getpid()}@{host}')
+    # inside, so that scratch files can lie beside it and are not renamed with it
+    inner = tmp / folder.name
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # remove what killed conversions left here, on this machine
+        for old in os.listdir(folder.parent):
+            pid = re.fullmatch(r'.+\.tmp-(\d+)(?:@(.+))?', old)
+            if pid and pid[2] in (None, host) and not _alive(int(pid[1])):
+                shutil.rmtree(folder.parent / old, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
+        inner.mkdir(parents=True)
+        yield inner
+        try:
+            os.rename(inner, folder)
+        except OSError:  # another process was first, and its folder is as good as ours
+            if not (folder / 'meta.json').is_file():
+                raise
+    except OSError as e:
+        where = f': {e.filename}' if e.filename else ''
+        raise CorpusError(f"Making {folder} failed ({e.strerror or e}{where}); nothing is left of "
+                          "it.") from e
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _bar(n_bytes):
+    """ A function that moves a progress bar by so many bytes, for files that take a while. """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return lambda n: None
+    small = n_bytes < 200e6
+    return tqdm(total=n_bytes, unit='B', unit_scale=True, disable=small, mininterval=1).update
+
+
+def _write_labels(splits, out, label_range):
+    """
+    label*.npy float32 [N] or emotion.npy int64 [N] of all splits. Returns meta.json's entry
+    `labels`.
+    """
+    entries = {}
+    train = splits['train']['labels']
+    for name in train:
+        if name == 'emotion':
+            seen = sorted(set(train[name]))
+            # the classes that train has; a known map gives their order alone
+            known = next((known for known in KNOWN_CLASSES if set(seen) <= set(known)), seen)
+            names = [c for c in known if c in seen]
+            entries[name] = dict(kind='classes', names=names)
+        else:
+            top = max(np.abs(s['labels'][name]).max() for s in splits.values())
+            low, high = label_range or ((-1, 1) if top <= 1 or 'label_T' in train else (-3, 3))
+            entries[name] = dict(kind='regression', range=[low, high])
+        for split, s in splits.items():
+            y = s['labels'][name]  # [N]
+            for clip, v in zip(s['id'], y):
+                where = f"The {name} of clip {clip} in the split {split} is {v}"
+                if name == 'emotion':
+                    if v not in names:
+                        raise CorpusError(f"{where}; train has only {', '.join(names)}.")
+                elif not math.isfinite(v):
+                    raise CorpusError(f"{where}; mend the source or drop the clip.")
+                elif not low <= v <= high:
+                    raise CorpusError(f"{where}, outside [{low}, {high}]; if it is right, convert "
+                                      "the file with python data.py SOURCE "
+                                      "--label_range=LOW,HIGH.")
+            if name == 'emotion':
+                y = np.array([names.index(v) for v in y])  # [N]
+            else:
+                y = np.float32(y)  # [N]
+            np.save(out / split / f'{name}.npy', y)
+    return entries
+
+
+def _write_texts(splits, out):
+    """ text.jsonl of all splits. Returns meta.json's entry `text`. """
+    for split, s in splits.items():
+        keys = [k for k in ('id', 'text', 'speaker', 'dialogue') if k in s]
+        with open(out / split / 'text.jsonl', 'w', encoding='utf-8', newline='\n') as f:
+            for row in zip(*(s[k] for k in keys)):
+                f.write(json.dumps(dict(zip(keys, row)), ensure_ascii=False) + '\n')
+    train = ''.join(splits['train']['text'])
+    upper = sum(c.isupper() for c in train)
+    lower = sum(c.islower() for c in train)
+    empty = sum(not t.strip() for s in splits.values() for t in s['text'])
+    return dict(empty=empty, upper_case=upper > 0.95 * (upper + lower))
+
+
+def convert(source, folder, dtype='float32', label_range=None, padding=None, encoding=None):
+    """
+    Writes the corpus folder `folder` from `source`: an M-SENA .pkl, or a folder of NAME_train.pkl,
+    NAME_valid.pkl and NAME_test.pkl. Streams are cut to their lengths, and nan and inf become 0;
+    float16 also standardises them, by the mean and std of train. label_range is (low, high); None
+    takes [-1, 1] or [-3, 3], whichever holds all labels, and [-1, 1] for CH-SIMS. padding is 'left'
+    or 'right', where the zero frames are padding; None finds it (find_padding). encoding is a
+    Python codec for texts that come as bytes or as Python 2 strings; None takes UTF-8. Returns
+    meta.json's dict. Raises CorpusError and then leaves nothing behind. Memory is some copies of
+    one 32 MiB chunk plus texts and labels, whatever the file's size (and one array, if in Fortran
+    order).
+    """
+    if dtype not in ('float32', 'float16'):
+        raise CorpusError(f"dtype is float32 or float16, not {dtype!r}.")
+    if label_range and not label_range[0] < label_range[1]:
+        raise CorpusError(f"The label range is LOW,HIGH with LOW < HIGH, not {label_range}.")
+    if padding not in (None, 'left', 'right'):
+        raise CorpusError(f"--padding is left or right, not {padding!r}.")
+    _check_encoding(encoding)
+    _, layout, paths = find_source(source)
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise CorpusError(f"{folder} exists already; remove it, or give another --name.")
+    with staging(folder) as out, ExitStack() as files, strangers_file(source):
+        summary = Summary(encoding)
+        splits = READERS[layout](paths, out.parent, files, summary)
+        check_splits(splits, source)
+        for split in SPLITS:
+            (out / split).mkdir()
+        labels = _write_labels(splits, out, label_range)
+        text = _write_texts(splits, out)
+        found = find_padding(splits, source, padding, summary)
+
+        frames = [f for s in splits.values() for f in s['streams'].values()]
+        stats = [os.stat(p) for p in paths.values()]
+        n_bytes = sum(s.st_size for s in stats)
+        progress = _bar(n_bytes + sum(4 * f.N * f.L * f.d for f in frames))
+        streams = {m: write_stream(m, splits, out, progress, found[m]) for m in found}
+        if dtype == 'float16':
+            streams = {m: halve(m, info, out) for m, info in streams.items()}
+
+        meta = dict(
+            format=1,
+            name=out.name,
+            source=_source_entry(source, layout, paths, stats, progress),
+            clips={k: len(s['text']) for k, s in splits.items()},
+            labels=labels,
+            streams=streams,
+            text=text | summary.text,
+            renamed=summary.renamed,
+            unread=summary.unread,
+            defaults=summary.defaults,
+        )
+        if encoding:
+            meta['text']['encoding'] = encoding
+        written = json.dumps(meta, indent=1, ensure_ascii=False)
+        (out / 'meta.json').write_text(written, encoding='utf-8')
+    return meta
+
+
+def _source_entry(source, layout, paths, stats, progress):
+    """ What meta.json says of the source: its files together, and a hash of all that they hold. """
+    place = Path(os.path.abspath(source))
+    sha = hashlib.sha256()
+    for path in paths.values():
+        with open(path, 'rb') as f:
+            while piece := f.read(4 << 20):
+                sha.update(piece)
+                progress(len(piece))
+    return dict(
+        file=place.name,
+        path=str(place),
+        bytes=sum(s.st_size for s in stats),
+        sha256=sha.hexdigest(),
+        mtime_ns=max(s.st_mtime_ns for s in stats),
+        layout=layout,
+    )
+
+
+def _check_encoding(encoding):
+    """ Raises CorpusError for an encoding that is no Python codec of text. """
+    if encoding is None:
+        return
+    try:
+        codecs.lookup(encoding)
+        b'a'.decode(encoding)  # a codec such as hex is none of text
+    except (LookupError, ValueError) as e:
+        if isinstance(e, UnicodeDecodeError):
+            return  # utf-16 has no text of one byte
+        raise CorpusError(f"--encoding={ascii(encoding)[1:-1]} is no text encoding that Python "
+                          "knows; give one such as utf-8, gbk, cp1252 or shift_jis.") from None
+
+
+def folder_name(source):
+    """
+    NAME-1a2b3c by place, size and time: MOSI's and MOSEI's files share a name; hashing is slow.
+    """
+    name, _, paths = find_source(source)
+    stats = [os.stat(p) for p in paths.values()]
+    size = sum(s.st_size for s in stats)
+    newest = max(s.st_mtime_ns for s in stats)
+    key = f'{os.path.abspath(source)}:{size}:{newest}'
+    return f'{name}-{hashlib.sha256(key.encode()).hexdigest()[:6]}'
+
+
+def command_line(argv):
+    """
+    python data.py SOURCE [--name=NAME] [--dtype=float32|float16] [--label_range=LOW,HIGH]
+    [--padding=left|right] [--encoding=CODEC]
+    """
+    flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
+    sources = [a for a in argv if not a.startswith('--')]
+    usage = ' '.join(command_line.__doc__.split())
+    if {'compare', 'subsets'} & set(flags):
+        raise CorpusError("comparing corpora is python tools/language.py --compare A B now.")
+    unknown = sorted(set(flags) - {'name', 'dtype', 'label_range', 'padding', 'encoding'})
+    if unknown:
+        raise CorpusError(f"There is no flag --{unknown[0]}; the usage is {usage}.")
+    if len(sources) != 1:
+        raise CorpusError(f"Give one source, not {len(sources)}; the usage is {usage}.")
+    label_range = None
+    if 'label_range' in flags:
+        try:
+            low, high = label_range = [float(v) for v in flags['label_range'].split(',')]
+        except ValueError:
+            raise CorpusError("--label_range wants LOW,HIGH, not "
+                              f"{flags['label_range']!r}.") from None
+    folder = os.path.join('data', flags.get('name') or folder_name(sources[0]))
+    meta = convert(sources[0], folder, flags.get('dtype', 'float32'), label_range,
+                   flags.get('padding'), flags.get('encoding'))
+    print(describe(meta))
+    print(f"train on it with --corpus={folder}")

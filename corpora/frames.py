@@ -1,0 +1,220 @@
+"""
+The frames of one stream of one split, whatever the source keeps them in.
+
+Axis letters: N clips of a split, n clips of a chunk, L frames of the longest clip, d features.
+"""
+import math
+
+import numpy as np
+
+from corpora.lazy import LazyArray
+from corpora.unpickle import CorpusError
+
+SIDE_SAMPLE = 2000  # clips of a stream and split that are read to find the padding side
+CHUNK_BYTES = 32 << 20  # of a stream, read at once
+MAX_WIDTH = 1 << 16  # features of a frame; the widest known corpus has 2048
+
+
+def column_of(column, n, where):
+    """ A list or array of n entries (n None: however many) as a list. """
+    size = math.prod(column.shape) if type(column) is LazyArray else len(column)
+    if n not in (None, size):
+        raise CorpusError(f"{where} has {size} entries for {n} clips; mend the source.")
+    return column.all().ravel().tolist() if type(column) is LazyArray else list(column)
+
+
+def is_missing(value):
+    """ True for None and for NaN, which is pandas' None. """
+    return value is None or type(value) is float and math.isnan(value)
+
+
+def numbers_of(column, n, where, optional=False):
+    """
+    A list or array of n numbers, bare or each in an array or list of one, as float64 [N]; NaN for a
+    missing one if they are optional.
+    """
+    values = column_of(column, n, where)
+    for i, v in enumerate(values):
+        if type(v) is LazyArray and math.prod(v.shape) == 1:
+            v = v.all().item()
+        if type(v) is list and len(v) == 1:
+            v = v[0]
+        if optional and is_missing(v):
+            v = math.nan
+        if type(v) not in (int, float, bool):
+            raise CorpusError(f"Entry {i} of {where} is a {type(v).__name__}, not a number; mend "
+                              "the source.")
+        values[i] = v
+    return np.array(values, np.float64)
+
+
+def _clip_array(value):
+    """ One clip's entry of a list of arrays: None where it holds nothing. """
+    if type(value) is LazyArray:
+        if value.dtype == object and value.shape == ():
+            return _clip_array(value.all().item())
+        return value if math.prod(value.shape) else None
+    if is_missing(value) or type(value) in (list, tuple) and not value:
+        return None
+    return value
+
+
+def finite(x, counts=None):
+    """ An array as float32, with 0 for all that is not finite, which `counts` counts. """
+    with np.errstate(over='ignore', invalid='ignore'):
+        x = x.astype(np.float32)  # too big becomes inf
+    finite = np.isfinite(x)
+    if not finite.all():
+        for name, bad in (('nan', np.isnan), ('+inf', np.isposinf), ('-inf', np.isneginf)):
+            if counts:
+                counts[name] += int(bad(x).sum())
+        x[~finite] = 0
+    return x
+
+
+def all_zero(array):
+    """ True if an array is zero but for what is not finite; read in pieces. """
+    step = max(1, CHUNK_BYTES // (8 * max(1, math.prod(array.shape[1:]))))
+    return not any(finite(array.rows(i, i + step)).any() for i in range(0, array.shape[0], step))
+
+
+def zero_runs(live, size):
+    """
+    How many frames are zero at the head and at the tail, [n] each, of clips of `size` [n] frames.
+    """
+    if not live.shape[1]:
+        return size, size
+    some = live.any(1)  # [n]
+    # behind the last frame that is not zero
+    end = live.shape[1] - live[:, ::-1].argmax(1)  # [n]
+    return np.where(some, live.argmax(1), size), np.where(some, size - end, size)
+
+
+class Frames:
+    """
+    One stream of one split as the source has it: N clips of at most L frames of d features. From
+    one array [N, L, d] or [N, d], or from a list of N arrays [L_i, d] or [d], some of them None.
+    n_rows [N] is how many frames the source holds of each clip, 0 for a clip without this stream;
+    lengths [N] is what it states, -1 where it does not. Ragged arrays have different n_rows, so
+    that those are their lengths.
+    """
+
+    def __init__(self, source, lengths, n, where):
+        if type(source) is LazyArray and source.dtype == object:
+            values = source.all()
+            source = (values.ravel() if values.size == n else values).tolist()
+        self.one = type(source) is LazyArray
+        self.N = n
+        self.where = where
+        self.scanned = None
+        if not self.one and type(source) is not list:
+            raise CorpusError(f"{where} is neither an array nor a list of arrays; mend the source.")
+        sizes = source.shape[:1] if self.one else (len(source),)
+        if sizes != (n,):
+            raise CorpusError(f"{where} is not for the {n} clips of its split; mend the source.")
+        self.arrays = [source] if self.one else [_clip_array(a) for a in source]
+        there = [a for a in self.arrays if a is not None]
+        if any(type(a) is not LazyArray for a in there):
+            raise CorpusError(f"{where} is neither an array nor a list of arrays; mend the source.")
+        shapes = [a.shape[1:] if self.one else a.shape for a in there]  # (L,d) or (d,)
+        first = shapes[0] if there else (0, 1)
+        self.empty = not there
+        self.flat = len(first) == 1
+        self.d = first[-1] if first else 0
+        numbers = all(a.dtype.kind in 'fiub' for a in there)
+        same = all(len(s) == len(first) and s[-1] == self.d for s in shapes)
+        if not numbers or len(first) not in (1, 2) or not same or not 0 < self.d <= MAX_WIDTH:
+            raise CorpusError(f"{where} is not numbers [clips, frames, features] of one width, 1 "
+                              f"to {MAX_WIDTH}; mend the source.")
+        if self.one:
+            rows = [1 if self.flat else first[0]] * n  # a vector a clip is one frame
+        else:
+            rows = [0 if a is None else 1 if self.flat else a.shape[0] for a in self.arrays]
+        self.n_rows = np.array(rows, np.int64)  # [N]
+        self.missing = np.zeros(n, bool) if self.one else self.n_rows == 0  # [N]
+        self.ragged = not self.one and not self.flat and len(set(rows) - {0}) > 1
+        self.lengths, self.states = np.full(n, -1), False  # [N]
+        if lengths is not None and not self.flat:
+            stated = numbers_of(lengths, n, f"The lengths of {where}", optional=True)  # [N]
+            ok = (stated >= 0) & (stated <= self.n_rows) & (stated == np.floor(stated))  # [N]
+            self.lengths = np.where(ok, stated, -1).astype(np.int64)  # -1: to be repaired
+            self.states = not np.isnan(stated).all()
+        self.lengths[self.missing] = 0
+
+    @property
+    def L(self):
+        """ Frames of the longest clip. """
+        return int(self.n_rows.max(initial=0))
+
+    @property
+    def step(self):
+        """ Clips of a chunk, as if of float64, the widest number. """
+        return max(1, CHUNK_BYTES // (8 * max(1, self.L) * self.d))
+
+    @property
+    def unknown(self):
+        """ The clips whose length nobody states, so that their frames must tell, [N]. """
+        return (self.lengths < 0) & (not self.flat and not self.ragged)  # [N]
+
+    def drop(self, i):
+        """ Makes clip i one without this stream. """
+        self.arrays[i] = None
+        self.n_rows[i] = 0
+        self.lengths[i] = 0
+        self.missing[i] = True
+
+    def rows(self, i, j, counts=None):
+        """
+        Clips i:j as float32 [n, L, d], with 0 for all that is not finite, which `counts` counts.
+        """
+        j = min(j, self.N)
+        if self.one:
+            x = self.arrays[0].rows(i, j).reshape(j - i, self.L, self.d)  # [n,L,d]
+            return finite(x, counts)
+        x = np.zeros((j - i, self.L, self.d), np.float32)  # [n,L,d]
+        for k in range(i, j):
+            if self.n_rows[k]:
+                x[k - i, :self.n_rows[k]] = finite(self.arrays[k].all(), counts)
+        return x
+
+    def edge_zeros(self):
+        """
+        What the padding side is decided by: numbers of clips [n], and how many of their frames are
+        zero at the head and at the tail, [n] each. Of the clips without a stated length, and those
+        whose stated length is below what the source holds, it takes all, or SIDE_SAMPLE evenly
+        spaced ones where they are more.
+        """
+        if self.scanned is None:
+            open_end = self.unknown | (self.lengths > 0) & (self.lengths < self.n_rows)  # [N]
+            at = np.flatnonzero(open_end & ~self.missing)  # [n]
+            if len(at) > SIDE_SAMPLE:
+                at = at[np.linspace(0, len(at) - 1, SIDE_SAMPLE).astype(int)]  # [n]
+            head, tail = np.zeros((2, len(at)), np.int64)  # [n]
+            for i in range(0, self.N, self.step):
+                here = np.flatnonzero((at >= i) & (at < i + self.step))
+                if 4 * len(here) > self.step:
+                    live = self.rows(i, i + self.step).any(-1)[at[here] - i]  # [n,L]
+                elif len(here):
+                    live = np.concatenate([self.rows(k, k + 1).any(-1) for k in at[here]])  # [n,L]
+                else:
+                    continue
+                head[here], tail[here] = zero_runs(live, self.n_rows[at[here]])
+            self.scanned = at, head, tail
+        return self.scanned
+
+    def own(self, live, i, side, text_lengths=None):
+        """
+        The frames that are the clips' own, [n, L], for clips i.. whose frames are not zero at live
+        [n, L]. An unknown length ends where the zeros on the padding side begin, or where the
+        aligned text ends if that is later.
+        """
+        here = slice(i, i + len(live))
+        size, stated, unknown = self.n_rows[here], self.lengths[here], self.unknown[here]  # [n]
+        head, tail = zero_runs(live, size)
+        found = size - (head if side == 'left' else tail)  # [n]
+        if text_lengths is not None:
+            found = np.maximum(found, np.minimum(text_lengths[here], size))
+        length = np.where(unknown, found, np.where(stated < 0, size, stated))  # [n]
+        start = (size - length if side == 'left' else 0 * size)[:, None]  # [n,1]
+        frame = np.arange(live.shape[1])  # [L]
+        return (frame >= start) & (frame < start + length[:, None])

@@ -1,0 +1,194 @@
+"""
+Payloads and arrays that stay in a stranger's pickle until someone wants them.
+"""
+import codecs
+import io
+import math
+import re
+import tempfile
+
+import numpy as np
+
+
+class Refused(Exception):
+    """ A file asks for what no corpus needs. """
+
+
+class Py2Str(str):
+    """ A Python 2 str, read as latin1 so that no byte is lost: text, or an array's bytes. """
+
+
+class Lazy:
+    """
+    Bytes or text left in the file: n_bytes at offset, encoded by a codec (None: bytes as they are).
+    """
+    __slots__ = ('file', 'offset', 'n_bytes', 'codec', 'is_text')
+
+    def __init__(self, file, offset, n_bytes, codec=None, is_text=False):
+        self.file = file
+        self.offset = offset
+        self.n_bytes = n_bytes
+        self.codec = codec
+        self.is_text = is_text
+
+    def chunks(self, size=4 << 20):
+        """
+        The payload as bytes, piece by piece. Up to protocol 2 each byte is written as a character.
+        """
+        done = 0
+        carry = b''
+        if self.codec not in (None, 'py2 repr'):
+            decoder = codecs.getincrementaldecoder(self.codec)()
+        while done < self.n_bytes:
+            self.file.seek(self.offset + done)
+            piece = self.file.read(min(size, self.n_bytes - done))
+            if not piece:
+                raise EOFError
+            done += len(piece)
+            if self.codec == 'py2 repr':
+                piece = carry + piece
+                # up to the last whole escape; what is left waits for the next piece
+                whole = re.match(rb'(?:[^\\]+|\\x..|\\[^x])*', piece, re.DOTALL).end()
+                if done == self.n_bytes:
+                    whole = len(piece)
+                piece, carry = codecs.escape_decode(piece[:whole])[0], piece[whole:]
+            elif self.codec:
+                piece = decoder.decode(piece, done == self.n_bytes).encode('latin1')
+            yield piece
+
+    def value(self):
+        """ All of it, as str or bytes. """
+        if not self.is_text:
+            return b''.join(self.chunks())
+        self.file.seek(self.offset)
+        return decode(self.file.read(self.n_bytes), self.codec)
+
+
+def decode(b, codec):
+    return b.decode(codec, 'surrogatepass' if codec == 'utf-8' else 'strict')
+
+
+class Dtype:
+    """
+    A numpy dtype of a plain kind, from what the file says of it. Numpy is not asked to unpickle.
+    """
+    __slots__ = ('np',)
+
+    def __init__(self, code, *_):
+        code = code.decode('latin1') if type(code) is bytes else code
+        if not re.fullmatch(r'b1|[iu][1248]|f[248]|[SU][1-9]\d{0,8}|O[48]?', code):
+            raise Refused(f"holds an array of dtype {ascii(code)[:40]}; only plain numbers and "
+                          "text are read")
+        self.np = np.dtype('O' if code[0] == 'O' else '<' + code)
+
+    def build(self, state):
+        # (version, byte order, subdtype, names, fields, itemsize, alignment, flags[, metadata])
+        order, parts, itemsize = state[1], state[2:5], state[5]
+        if any(p is not None for p in parts):
+            raise Refused("holds an array of a structured dtype, and only plain numbers and text "
+                          "are read")
+        contradicts = self.np.kind != 'O' and itemsize not in (-1, self.np.itemsize)
+        if order not in ('<', '>', '|', '=') or contradicts:
+            raise ValueError("a dtype that contradicts itself")
+        if order == '>':
+            self.np = self.np.newbyteorder('>')
+
+
+class LazyArray:
+    """ An array still in the file: shape, dtype, and rows(i, j) on demand. """
+    __slots__ = ('shape', 'dtype', 'fortran', 'payload', 'scratch', '_where', '_map')
+
+    def __init__(self, scratch):
+        self.shape = None
+        self.scratch = scratch
+        self._where = None
+        self._map = None
+
+    def build(self, state):
+        # a version number comes first, but for numpy < 1.0
+        shape, dtype, fortran, payload = state[-4:]
+        # sizes are looked at before they are multiplied: a product of thousand-digit numbers takes
+        # hours
+        if self.shape is not None or type(shape) is not tuple or len(shape) > 32:
+            raise ValueError("an array whose shape is not a tuple of sizes")
+        if any(type(n) is not int or not 0 <= n < 2 ** 48 for n in shape):
+            raise ValueError("an array whose shape is not a tuple of sizes")
+        self.dtype = dtype.np
+        self.fortran = bool(fortran) and len(shape) > 1
+        n = math.prod(shape)
+        if type(payload) in (str, Py2Str):
+            payload = payload.encode('latin1')
+        if self.dtype == object:
+            fills = type(payload) is list and len(payload) == n
+        elif type(payload) is Lazy:
+            # text is longer than the bytes that it stands for; by how much, _open sees
+            spare = payload.n_bytes - n * self.dtype.itemsize
+            fills = spare >= 0 if payload.codec else spare == 0
+        else:
+            fills = type(payload) in (bytes, bytearray) and len(payload) == n * self.dtype.itemsize
+        if not fills:
+            raise ValueError(f"an array of shape {shape} that its data does not fill")
+        self.shape = shape
+        self.payload = payload
+
+    def _open(self):
+        """
+        (file, offset) of the array's bytes in one piece: the source, or a decoded scratch copy.
+        """
+        p = self.payload
+        if self._where:
+            pass
+        elif type(p) is not Lazy:
+            self._where = io.BytesIO(p), 0
+        elif p.codec is None:
+            self._where = p.file, p.offset
+        else:
+            copy = tempfile.TemporaryFile(dir=self.scratch)
+            for piece in p.chunks():
+                copy.write(piece)
+            if copy.tell() != math.prod(self.shape) * self.dtype.itemsize:
+                raise ValueError(f"an array of shape {self.shape} that its data does not fill")
+            copy.flush()
+            self._where = copy, 0
+        return self._where
+
+    def rows(self, i, j):
+        """
+        Rows i:j as an ndarray [j-i, ...], by reading: the pages of a map would count as our memory.
+        """
+        j = min(j, self.shape[0])
+        rest = self.shape[1:]
+        n = math.prod(rest)
+        if self.dtype == object:  # a list in C order, whatever the array's own order
+            out = np.empty((j - i) * n, object)
+            for k in range(len(out)):
+                out[k] = self.payload[i * n + k]
+            return out.reshape(j - i, *rest)
+        f, offset = self._open()
+        if self.fortran:  # a row lies all over the array, so here a map it is
+            if self._map is None:
+                if isinstance(f, io.BytesIO):
+                    flat = np.frombuffer(f.getvalue(), self.dtype)
+                else:
+                    flat = np.memmap(f, self.dtype, 'r', offset, (math.prod(self.shape),))
+                self._map = flat.reshape(self.shape, order='F')
+            return np.array(self._map[i:j], order='C')
+        raw = np.empty((j - i) * n * self.dtype.itemsize, np.uint8)
+        f.seek(offset + i * n * self.dtype.itemsize)
+        if f.readinto(raw) != len(raw):
+            raise EOFError
+        return raw.view(self.dtype).reshape(j - i, *rest)
+
+    def all(self):
+        """ The whole array. """
+        if self.shape:
+            return self.rows(0, self.shape[0])
+        one = LazyArray(self.scratch)
+        one.shape = (1,)
+        one.dtype = self.dtype
+        one.fortran = False
+        one.payload = self.payload
+        return one.rows(0, 1).reshape(())
+
+    def close(self):
+        self._where = self._map = None  # and a scratch copy is gone

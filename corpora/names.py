@@ -1,0 +1,159 @@
+"""
+The names that sources give to fields: which key holds what, and what was read, not read or filled
+in.
+"""
+import re
+
+from corpora.lazy import Lazy, LazyArray
+from corpora.unpickle import CorpusError
+
+SPLITS = ('train', 'valid', 'test')
+STREAMS = ('audio', 'vision')
+N_NAMED = 5  # clips or keys that a message or the summary names
+
+
+def _name_table(**fields):
+    """ {known name: field}, from the known names of each field. """
+    return {name: field for field, names in fields.items() for name in names.split()}
+
+
+def _stream_names():
+    """ The known names of the streams and of their lengths, for _name_table. """
+    names = dict(
+        audio='audio audios acoustic acoustics covarep speech voice '
+              'audio_features audio_feature audio_feat acoustic_features',
+        vision='vision video videos visual visuals facet facet_4_1 facet_4_2 openface openface_2 '
+               'openface_2_0 vision_features video_features visual_features vision_feature '
+               'video_feature visual_feature vision_feat video_feat visual_feat')
+    lengths = {}
+    for m in names:
+        ends = ('lengths', 'length', 'lens', 'len')
+        lengths[m + '_lengths'] = ' '.join(f'{n}_{end}' for n in names[m].split() for end in ends)
+    return names | lengths
+
+
+def _label_names():
+    """ The known names of the scores: CH-SIMS has one of the clip and one of each modality. """
+    names = ('regression_labels', 'regression_label', 'labels', 'label', 'sentiment', 'sentiments',
+             'scores', 'score')
+    ends = ('', '_T', '_A', '_V')
+    return {'label' + end: ' '.join(n + end.lower() for n in names) for end in ends}
+
+
+TEXT_NAMES = ('raw_text raw_texts rawtext text_raw text texts transcript transcripts transcription '
+              'utterance utterances sentence sentences')
+OTHER_NAMES = dict(
+    id='id ids clip_id clip_ids segment_id utterance_id',
+    speaker='speaker speakers speaker_id',
+    dialogue='dialogue dialogues dialogue_id dialog dialog_id conversation conversation_id',
+)
+MSENA_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names(), **_label_names(), **OTHER_NAMES)
+# a clip of a list has two dicts: itself and its features
+CLIP_FIELDS = _name_table(emotion='label labels emotion emotions', **OTHER_NAMES)
+FEATURE_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names())
+SPLIT_FIELDS = _name_table(
+    train='train training', valid='valid validation val dev', test='test testing')
+# the names that a layout itself has, where they are not the field's
+MSENA_OWN = {'text': 'raw_text', 'label': 'regression_labels', 'label_T': 'regression_labels_T',
+             'label_A': 'regression_labels_A', 'label_V': 'regression_labels_V'}
+LISTS_OWN = {'emotion': 'label', 'vision': 'video', 'audio_lengths': 'audio_len',
+             'vision_lengths': 'video_len'}
+# arrays with a row a token: BERT's ids, mask and types [N,3,L], or features [N,L,d]
+TEXT_MASKS = ('text_bert', 'bert', 'bert_tokens')
+TEXT_FEATURES = ('text', 'text_features', 'text_feature', 'text_feat', 'glove', 'language')
+
+
+def key_name(key):
+    """ A key in the form that the tables of names have. """
+    key = key.decode('latin1') if type(key) is bytes else str(key)
+    return re.sub('[^a-z0-9]+', '_', key.lower()).strip('_')
+
+
+def printed(key):
+    """ A key as it is printed, without what could break a line. """
+    key = key.decode('latin1') if type(key) is bytes else str(key)
+    return ascii(key)[1:-1][:60]
+
+
+def _holds_text(value):
+    """ True for text, and for a list or array whose first entry is text. """
+    if type(value) is LazyArray:
+        if value.dtype != object:
+            return value.dtype.kind in 'US'
+        value = value.payload
+    if type(value) in (list, tuple):
+        value = next((v for v in value if v is not None), None)
+    return isinstance(value, (str, bytes, bytearray, Lazy))
+
+
+def find_fields(holder, table, own, where):
+    """
+    {field: key} of the fields of a table of names that a dict holds. Keys with the value None do
+    not count. A text must be text, and streams, lengths and scores must not be, so that 'text' may
+    be BERT features and 'video' a path. `own` has the layout's own names where the field's is not
+    it. Raises CorpusError where two keys would do, but for ids and the like, where the layout's own
+    name goes first.
+    """
+    named = {}
+    for key, value in holder.items():
+        field = table.get(key_name(key))
+        if field and value is not None:
+            named.setdefault(field, []).append(key)
+    found = {}
+    for field, keys in named.items():
+        fits = keys
+        if field == 'text':
+            fits = [k for k in keys if _holds_text(holder[k])]
+        elif field.startswith((*STREAMS, 'label')):
+            fits = [k for k in keys if not _holds_text(holder[k])]
+        if len(fits) > 1 and field in OTHER_NAMES:  # 'id' beside 'clip_id': the layout's own counts
+            fits = [k for k in fits if printed(k) == own.get(field, field)] or fits
+        if len(fits) > 1:
+            one, two = map(printed, fits[:2])
+            raise CorpusError(f"The keys '{one}' and '{two}' {where} both name the {field}; remove "
+                              "one of them from the source.")
+        if not fits:  # the layout's own key stays, so that what it holds is refused by name later
+            fits = [k for k in keys if k == own.get(field, field)]
+        if fits:
+            found[field] = fits[0]
+    return found
+
+
+class Summary:
+    """
+    What was read under another name, what was not read, and what got a default: for meta.json.
+    """
+
+    def __init__(self, encoding=None):
+        self.encoding = encoding
+        self.renamed = {}
+        self.unread = {}
+        self.defaults = {}
+        self.text = {}
+
+    def note_fields(self, holder, found, own):
+        """ Notes the keys that were read under another name, and those that were not read. """
+        for field, key in found.items():
+            if printed(key) != own.get(field, field):
+                self.renamed[printed(key)] = field
+        for key, value in holder.items():
+            if value is None or key in found.values():
+                continue
+            entry = self.unread.setdefault(printed(key), dict(shape=_shape(value), count=0))
+            entry['count'] += 1
+
+    def note_default(self, field, split, i, name=None):
+        entry = self.defaults.setdefault(field, dict(count=0, first=[]))
+        entry['count'] += 1
+        if len(entry['first']) < N_NAMED:
+            entry['first'].append(name or f'entry {i} of {split}')
+
+    def count_text(self, what):
+        self.text[what] = self.text.get(what, 0) + 1
+
+
+def _shape(value):
+    """ The shape of an array, [entries] of a list, None for what has no shape. """
+    if type(value) is LazyArray:
+        return list(value.shape)
+    return [len(value)] if type(value) in (list, tuple) else None

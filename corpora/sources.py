@@ -1,0 +1,298 @@
+"""
+Strangers' pickles in one form: texts, ids, labels and frames, per split. M-SENA's dict, or three
+lists of clips.
+"""
+import re
+from collections import Counter
+
+from corpora.frames import MAX_WIDTH, Frames, all_zero, column_of, is_missing, numbers_of
+from corpora.lazy import Lazy, LazyArray, Py2Str
+from corpora.names import (
+    CLIP_FIELDS,
+    FEATURE_FIELDS,
+    LISTS_OWN,
+    MSENA_FIELDS,
+    MSENA_OWN,
+    SPLIT_FIELDS,
+    SPLITS,
+    STREAMS,
+    TEXT_FEATURES,
+    TEXT_MASKS,
+    find_fields,
+    key_name,
+    printed,
+)
+from corpora.unpickle import CorpusError, read_pickle
+
+C1_CONTROLS = re.compile('[\x80-\x9f]')
+
+
+def _decode_bytes(raw, where, encoding):
+    """ Text from bytes, by the encoding that the user named or else UTF-8. """
+    try:
+        if not encoding and b'\0' in raw:  # UTF-16, of which much is UTF-8 with NUL characters
+            raise ValueError
+        return raw.decode(encoding or 'utf-8')
+    except (UnicodeError, ValueError):
+        begin = ascii(raw[:24])
+        if encoding:
+            raise CorpusError(f"{where} holds bytes that are not {encoding} ({begin}); convert it "
+                              "with the encoding that the texts are in.") from None
+        raise CorpusError(f"{where} holds bytes that are not UTF-8 ({begin}); convert it with "
+                          "python data.py SOURCE and the encoding that the texts are in, for "
+                          "example --encoding=gbk or --encoding=cp1252.") from None
+
+
+def _repair_controls(text, summary):
+    """
+    A text with C1 control characters, which no transcript has: they are bytes that someone read as
+    Latin-1. Where all of the text is UTF-8 read as Latin-1, or ASCII for the most part with
+    characters that cp1252 has, only one reading makes sense and the text is repaired. Else (it may
+    be GBK) it stays. All are counted.
+    """
+    try:
+        repaired = text.encode('latin1').decode('utf-8')
+        summary.count_text('utf8_read_as_latin1')
+        return repaired
+    except UnicodeError:
+        pass
+    n_ascii = sum(c.isascii() for c in text)
+    try:
+        repaired = C1_CONTROLS.sub(lambda c: c[0].encode('latin1').decode('cp1252'), text)
+    except UnicodeError:
+        repaired = None
+    if repaired is None or n_ascii < 0.5 * len(text):
+        summary.count_text('control_characters')
+        return text
+    summary.count_text('cp1252_read_as_latin1')
+    return repaired
+
+
+def clip_text(x, where, summary):
+    """ One clip's text as a str that any tokenizer takes. """
+    if type(x) is int:
+        x = str(x)  # some ids
+    if type(x) is Lazy:
+        x = x.value()
+    if type(x) is Py2Str:
+        x = x.encode('latin1')  # its bytes
+    if isinstance(x, (bytes, bytearray)):
+        x = _decode_bytes(bytes(x), where, summary.encoding)
+    if not isinstance(x, str):
+        raise CorpusError(f"{where} is a {type(x).__name__} where text belongs; mend the source.")
+    if '\0' in x:
+        summary.count_text('control_characters')
+    elif C1_CONTROLS.search(x):
+        x = _repair_controls(x, summary)
+    try:
+        x.encode('utf-8')
+    except UnicodeEncodeError:  # half a surrogate pair, which would crash a tokenizer
+        summary.count_text('half_characters')
+        x = x.encode('utf-8', 'replace').decode('utf-8')
+    return x
+
+
+def _texts(column, n, where, summary, ids=None):
+    """ A column of n texts as a list of str. """
+    values = column_of(column, n, where)
+    names = [f" (clip {i})" for i in ids] if ids else [''] * len(values)
+    return [clip_text(v, f"Entry {i} of {where}{names[i]}", summary) for i, v in enumerate(values)]
+
+
+def _optional_texts(field, column, split, n, where, summary, ids=None):
+    """
+    A column of n texts where a missing one gets a default: '' or, for an id, its split and number.
+    """
+    texts = []
+    for i, value in enumerate(column_of(column, n, where)):
+        if is_missing(value):
+            summary.note_default(field, split, i, ids and ids[i])
+            texts.append(f'{split}_{i}' if field == 'id' else '')
+        else:
+            texts.append(clip_text(value, f"Entry {i} of {where}", summary))
+    return texts
+
+
+def _keys(x):
+    """ What a container has instead of what we look for. """
+    if type(x) is not dict:
+        return f"a {type(x).__name__}"
+    return ', '.join(map(printed, x))[:300]
+
+
+def read_msena(paths, scratch, files, summary):
+    """ The dict pickle of M-SENA / MMSA: {split: {key: N of something}}. """
+    path = paths['all']
+    tree = read_pickle(files.enter_context(open(path, 'rb')), scratch)
+    keys = find_fields(tree, SPLIT_FIELDS, {}, f"of {path}") if type(tree) is dict else {}
+    if len(keys) < len(SPLITS):
+        raise CorpusError(f"{path} holds {_keys(tree)}, and needs the keys train, valid and test; "
+                          "a corpus of three files with lists is given by its folder.")
+    summary.note_fields(tree, keys, {})
+    return {split: _read_msena_split(tree[keys[split]], split, path, summary) for split in SPLITS}
+
+
+def _read_msena_split(clips, split, path, summary):
+    where = f"of the split {split} in {path}"
+    found = find_fields(clips, MSENA_FIELDS, MSENA_OWN, where) if type(clips) is dict else {}
+    if 'text' not in found or 'label' not in found:
+        raise CorpusError(f"The split {split} in {path} holds {_keys(clips)}, and needs raw_text "
+                          "and regression_labels.")
+    has = {field: clips[key] for field, key in found.items()}
+    label = {field: f"{printed(key)} {where}" for field, key in found.items()}
+    n = len(column_of(has['text'], None, label['text']))
+    s = dict(labels={}, streams={}, aligned_text=_aligned_text(clips, n))
+    ids = None
+    if 'id' in has:
+        ids = s['id'] = _optional_texts('id', has['id'], split, n, label['id'], summary)
+    s['text'] = _texts(has['text'], n, label['text'], summary, ids)
+    for field in ('speaker', 'dialogue'):
+        if field in has:
+            s[field] = _optional_texts(field, has[field], split, n, label[field], summary, ids)
+    for field in [f for f in has if f.startswith('label')]:
+        s['labels'][field] = numbers_of(has[field], n, label[field])
+    s['labels'] = {f: s['labels'][f] for f in sorted(s['labels'], key=list(MSENA_OWN).index)}
+    for m in STREAMS:
+        if m not in has:
+            found.pop(m + '_lengths', None)  # lengths of nothing are not read
+        else:
+            s['streams'][m] = Frames(has[m], has.get(m + '_lengths'), n, label[m])
+    summary.note_fields(clips, found, MSENA_OWN)
+    return s
+
+
+def _aligned_text(clips, n):
+    """
+    (key, array, is_mask) of the arrays of an M-SENA split that may hold its text one token a frame.
+    """
+    arrays = []
+    for key, a in clips.items():
+        if type(a) is not LazyArray or len(a.shape) != 3:
+            continue
+        if a.shape[0] == n and a.dtype.kind in 'fiub' and 0 < a.shape[2] <= MAX_WIDTH:
+            if key_name(key) in TEXT_MASKS and a.shape[1] == 3:
+                arrays.append((key, a, True))
+            elif key_name(key) in TEXT_FEATURES:
+                arrays.append((key, a, False))
+    return arrays
+
+
+def read_lists(paths, scratch, files, summary):
+    """
+    Three pickles, each a list of {label, features: {text, audio, video, audio_len, video_len}}.
+    """
+    splits = {}
+    for split, path in paths.items():
+        clips = read_pickle(files.enter_context(open(path, 'rb')), scratch)
+        if type(clips) is not list:
+            raise CorpusError(f"{path} holds {_keys(clips)}, not a list of clips.")
+        splits[split] = _read_list(clips, split, path, summary)
+    return splits
+
+
+def _read_list(clips, split, path, summary):
+    where, rows = f"of the split {split} in {path}", []
+    for i, clip in enumerate(clips):
+        features = clip.get('features') if type(clip) is dict else None
+        if type(features) is dict:
+            clip = {k: v for k, v in clip.items() if k != 'features'}
+            outer = find_fields(clip, CLIP_FIELDS, LISTS_OWN, f"of clip {i} {where}")
+            inner = find_fields(features, FEATURE_FIELDS, LISTS_OWN, f"of clip {i} {where}")
+        if type(features) is not dict or 'emotion' not in outer or 'text' not in inner:
+            raise CorpusError(f"Clip {i} {where} holds {_keys(clips[i])}, and needs label and "
+                              "features with a text in them.")
+        summary.note_fields(clip, outer, LISTS_OWN)
+        summary.note_fields(features, inner, LISTS_OWN)
+        own = {field: clip[key] for field, key in outer.items()}
+        rows.append(own | {field: features[key] for field, key in inner.items()})
+
+    def column(field):
+        """
+        The field of all clips, None where it is missing; and None if it is missing from all.
+        """
+        values = [row.get(field) for row in rows]
+        return None if all(is_missing(v) for v in values) else values
+
+    n, s = len(rows), dict(streams={}, aligned_text=[])
+    ids = column('id')
+    if ids:
+        ids = s['id'] = _optional_texts('id', ids, split, n, f"id {where}", summary)
+    for m in STREAMS if n else ():
+        source = [row.get(m) for row in rows]
+        key = LISTS_OWN.get(m, m)
+        s['streams'][m] = Frames(source, column(m + '_lengths'), n, f"{key} {where}")
+    s['text'] = _texts([row['text'] for row in rows], n, f"text {where}", summary, ids)
+    emotions = [row['emotion'] for row in rows]
+    s['labels'] = dict(emotion=_texts(emotions, n, f"label {where}", summary, ids))
+    for field in ('speaker', 'dialogue'):
+        values = column(field)
+        if values:
+            s[field] = _optional_texts(field, values, split, n, f"{field} {where}", summary, ids)
+    return s
+
+
+def check_splits(splits, source):
+    """
+    Fills in ids. Raises CorpusError where a split is empty or the splits do not fit each other.
+    """
+    train = splits['train']
+    for split, s in splits.items():
+        s.setdefault('id', [f'{split}_{i}' for i in range(len(s['text']))])
+        if not s['text']:
+            raise CorpusError(f"The split {split} of {source} has no clips; mend the source.")
+    for m in STREAMS:
+        if all(m not in s['streams'] or s['streams'][m].empty for s in splits.values()):
+            for s in splits.values():
+                s['streams'].pop(m, None)
+    for split, s in splits.items():
+        for what in ('labels', 'streams'):
+            if set(s[what]) != set(train[what]):
+                ours = ', '.join(train[what]) or 'none'
+                theirs = ', '.join(s[what]) or 'none'
+                raise CorpusError(f"The {what} of {source} are {ours} in train but {theirs} in "
+                                  f"{split}; mend the source.")
+    for m in train['streams']:
+        frames = {split: s['streams'][m] for split, s in splits.items()}
+        _check_widths(m, frames, source)
+        _drop_shared_zeros(m, splits)
+        if any(f.ragged for f in frames.values()):  # a split of one clip cannot show that it is
+            for f in frames.values():
+                f.ragged = not f.one and not f.flat
+
+
+def _check_widths(m, frames, source):
+    """
+    Gives a split without any clip of this stream the width of the others. Raises CorpusError.
+    """
+    first = next(split for split, f in frames.items() if not f.empty)
+    for split, f in frames.items():
+        if f.empty:
+            f.d, f.flat = frames[first].d, frames[first].flat
+        if f.d != frames[first].d:
+            raise CorpusError(f"The {m} of {source} has {frames[first].d} features in {first} but "
+                              f"{f.d} in {split}; mend the source.")
+
+
+def _drop_shared_zeros(m, splits):
+    """
+    Clips that share one array are clips without this stream if it is all zero. Else it is refused:
+    a small file could fill a disk with one array.
+    """
+    lists = {split: s['streams'][m] for split, s in splits.items() if not s['streams'][m].one}
+    uses = Counter(id(a) for f in lists.values() for a in f.arrays if a is not None)
+    is_zero = {}
+    for split, f in lists.items():
+        seen = {}
+        for i, a in enumerate(f.arrays):
+            if a is None or uses[id(a)] == 1:
+                continue
+            if id(a) not in is_zero:
+                is_zero[id(a)] = all_zero(a)
+            if not is_zero[id(a)] and id(a) in seen:
+                ids = splits[split]['id']
+                raise CorpusError(f"{f.where} has one array for many clips ({ids[seen[id(a)]]} and "
+                                  f"{ids[i]} share it), and it is not all zeros; give each clip "
+                                  "its own frames, or None where it has none.")
+            seen[id(a)] = i
+        for i in [i for i, a in enumerate(f.arrays) if is_zero.get(id(a))]:
+            f.drop(i)

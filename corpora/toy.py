@@ -1,0 +1,214 @@
+"""
+The toy corpus: what the field is about, with the answer known.
+
+    python -c "from corpora import toy; print(toy.toy_ceilings())"
+                                    what a perfect reader of each modality can reach
+    python train.py                 trains on it (made on first use, in data/toy)
+    python tools/adding.py out/RUN [out/RUN-seed1 ..]
+                                    does it beat the best that adding can do, on the same clips?
+
+English sentences whose words carry valence; a voice whose movement over time (not its mean) carries
+arousal; a face with a short expression at a random moment; and sarcasm. The latents of a clip are
+few and discrete, so the best that anyone can do with text, with audio and video, with both added
+up, and with everything, is computed by enumeration.
+"""
+import json
+import os
+import pickle
+
+import numpy as np
+
+from corpora.convert import convert
+
+VERSION = 1  # of the corpus that this file makes: raise it when a clip would change
+
+# The latents of a clip. Sarcasm: a flat voice with a smile flips what the words say; it is made
+# common (SARCASM of the 8 + SARCASM parts that the nine pairs of voice and face share), or additive
+# fusion would come close to the best.
+VALENCE = (-1.6, -0.8, 0.0, 0.8, 1.6)                 # v, in the words
+AROUSAL = {'flat': -0.4, 'mid': 0.0, 'high': 0.6}     # a, in how the voice moves, not in its mean
+FACE = {'frown': -0.8, 'neutral': 0.0, 'smile': 0.8}  # e, in a short expression at a random moment
+NOISE = (-1.0,) + (-0.5,) * 4 + (0.0,) * 6 + (0.5,) * 4 + (1.0,)  # n, in nothing: the annotators
+SARCASM = 3
+PAIRS = [(a, e) for a in AROUSAL for e in FACE
+         for _ in range(SARCASM if (a, e) == ('flat', 'smile') else 1)]
+EMOTIONS = ['anger', 'sadness', 'neutral', 'contentment', 'joy']
+
+# Sentences: opening, subject, valence word, then an ending that follows from it. Without such an
+# ending nothing in the LM's pretraining rewards carrying the valence past the next token, and then
+# there is nothing to fuse.
+OPENINGS = ['well', 'so', 'honestly', 'i have to say', 'you know', 'in the end', 'as for me',
+            'last night']
+SUBJECTS = ['the film was', 'the story felt', 'the acting was', 'the music sounded',
+            'the ending felt', 'the hero was', 'the plot seemed', 'the whole thing was',
+            'the first half was', 'the camera work looked']
+WORDS = [['awful', 'terrible', 'horrible', 'dreadful'],
+         ['weak', 'dull', 'boring', 'clumsy'],
+         ['ordinary', 'average', 'usual', 'plain'],
+         ['nice', 'good', 'pleasant', 'solid'],
+         ['wonderful', 'brilliant', 'superb', 'amazing']]
+ENDINGS = [['and i hated every minute', 'and we left early', 'so never watch it'],
+           ['and i lost interest', 'and it dragged on', 'so maybe skip it'],
+           ['and that is that', 'and it was two hours long', 'so make up your own mind'],
+           ['and i liked it', 'and time went by fast', 'so give it a try'],
+           ['and i loved every minute', 'and we saw it twice', 'so go and see it now']]
+
+
+def toy_label(v, n, arousal, face):
+    """ The label in [-3, 3] of a clip's latents, and its emotion: both from s v + a + e + n, s = -1
+    iff flat and smile. """
+    s = -1 if arousal == 'flat' and face == 'smile' else 1
+    y = s * v + AROUSAL[arousal] + FACE[face] + n
+    strong = arousal == 'high'
+    if abs(y) <= 0.7:
+        emotion = 2
+    elif y > 0:
+        emotion = 4 if strong else 3
+    else:
+        emotion = 0 if strong else 1
+    return min(3.0, max(-3.0, round(y, 6))), emotion
+
+
+def toy_table():
+    """ Every equally likely case: (text state, audiovisual state, label, emotion), 5 valences x 11
+    pairs x 16 noises. """
+    states = sorted(set(PAIRS))
+    rows = [(t, states.index(pair), *toy_label(v, n, *pair))
+            for t, v in enumerate(VALENCE) for pair in PAIRS for n in NOISE]
+    return np.array(rows)  # [880,4]
+
+
+def one_hot_pairs(t, av):
+    """ The text state t [n] and the audiovisual state av [n], each one-hot, side by side. """
+    X = np.zeros((len(t), t.max() + av.max() + 2))
+    X[np.arange(len(t)), t] = 1
+    X[np.arange(len(t)), t.max() + 1 + av] = 1
+    return X  # [n,14]
+
+
+def additive_fit(t, av, y, n_steps=2000):
+    """ The f, g that make the mean |y - f(t) - g(av)| least, by iteratively reweighted least
+    squares: the best that any late fusion by addition can do. Smoothing halves until it no longer
+    matters. -> f(t) + g(av) as a table [5,9], and that mean. """
+    X = one_hot_pairs(t, av)  # [n,14]
+    residual, eps = y - np.median(y), 1.0
+    best, at_best = np.inf, None
+    for _ in range(n_steps):
+        w = np.sqrt(1 / np.maximum(np.abs(residual), eps))  # [n]
+        beta = np.linalg.lstsq(X * w[:, None], y * w, rcond=None)[0]  # [14]
+        residual = y - X @ beta  # [n]
+        eps = max(eps * 0.97, 1e-9)
+        mean = np.abs(residual).mean()
+        if mean < best:
+            best, at_best = mean, beta
+    n = t.max() + 1
+    return at_best[:n, None] + at_best[n:], best  # [5,9], []
+
+
+def additive_accuracy(t, av, c, n_classes, n_steps=20000):
+    """ Accuracy of the most likely model log p(c) = f_c(t) + g_c(av) + const, by gradient ascent on
+    a concave likelihood: late fusion by adding logits. (The best accuracy over all such f and g is
+    a harder problem and could be a little higher.) """
+    X = one_hot_pairs(t, av)  # [n,14]
+    W = np.zeros((X.shape[1], n_classes))  # [14,K]
+    Y = np.eye(n_classes)[c]  # [n,K]
+    for _ in range(n_steps):
+        logits = X @ W  # [n,K]
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        W += 4 * X.T @ (Y - p) / len(c)
+    return float((np.argmax(X @ W, 1) == c).mean())
+
+
+def toy_ceilings():
+    """
+    What a perfect reader of each modality can reach, by enumeration: the lowest mae and the highest
+    emotion acc, from nothing (majority), text, audio+video, their additive late fusion, and
+    everything.
+    """
+    rows = toy_table()
+    t, av, c = (rows[:, i].astype(int) for i in (0, 1, 3))  # [880] each
+    y = rows[:, 2]  # [880]
+
+    def best(state):
+        mae = acc = 0.0
+        for s in np.unique(state):
+            ys, cs = y[state == s], c[state == s]
+            mae += np.abs(ys - np.median(ys)).sum()  # the median is the best guess under L1
+            acc += np.bincount(cs).max()
+        return dict(mae=float(mae / len(y)), acc=float(acc / len(y)))
+
+    late = dict(mae=float(additive_fit(t, av, y)[1]),
+                acc=additive_accuracy(t, av, c, len(EMOTIONS)))
+    return dict(majority=best(0 * t), text=best(t), av=best(av), full=best(100 * t + av), late=late)
+
+
+def draw(n_clips=(4000, 500, 1000), seed=0):
+    """
+    The clips of the toy corpus -> an M-SENA tree, emotions of each split, and what they were made
+    from: (text state, audiovisual state) as in toy_table, [N,2] of each split. Audio [<=24, 12]: a
+    sine of period 7 whose amplitude is the arousal, at a random phase, on a speaker's own offset,
+    in noise. Video [<=16, 16]: 8 frames of an expression from a random onset, in noise.
+    """
+    rng = np.random.default_rng(seed)
+    d_a, d_v, S_a, S_v = 12, 16, 24, 16
+    axis_a = rng.normal(size=d_a)  # [d_a]
+    smile, frown = rng.normal(size=(2, d_v))  # [d_v] each
+    expression = dict(smile=smile, frown=frown, neutral=0 * smile)
+    amplitude = dict(flat=0.2, mid=0.8, high=1.6)
+    source, emotions, states = {}, {}, {}
+    pairs = sorted(set(PAIRS))
+    for split, N in zip(('train', 'valid', 'test'), n_clips):
+        texts, labels, emotions[split], states[split] = [], [], [], []
+        audio = np.zeros((N, S_a, d_a), np.float32)
+        vision = np.zeros((N, S_v, d_v), np.float32)
+        n_a = rng.integers(14, S_a + 1, N)  # [N]
+        n_v = rng.integers(10, S_v + 1, N)  # [N]
+        for i in range(N):
+            v = rng.integers(5)
+            arousal, face = PAIRS[rng.integers(len(PAIRS))]
+            y, emotion = toy_label(VALENCE[v], rng.choice(NOISE), arousal, face)
+            parts = (OPENINGS, SUBJECTS, WORDS[v], ENDINGS[v])
+            texts.append(' '.join(rng.choice(part) for part in parts))
+            labels.append(y)
+            emotions[split].append(emotion)
+            states[split].append((v, pairs.index((arousal, face))))
+
+            phase = rng.uniform(0, 2 * np.pi)
+            wave = amplitude[arousal] * np.sin(2 * np.pi * np.arange(n_a[i]) / 7 + phase)  # [S]
+            wave = wave[:, None] * axis_a + rng.normal(size=d_a)  # [S,d_a], a speaker's own offset
+            audio[i, :n_a[i]] = wave + 0.5 * rng.normal(size=(n_a[i], d_a))
+
+            vision[i, :n_v[i]] = 0.5 * rng.normal(size=(n_v[i], d_v))
+            onset = rng.integers(n_v[i] - 8 + 1)
+            vision[i, onset:onset + 8] += expression[face]
+        source[split] = dict(
+            raw_text=texts, audio=audio, vision=vision,
+            audio_lengths=n_a.tolist(), vision_lengths=n_v.tolist(),
+            regression_labels=np.float32(labels), id=[f'{split}$_${i}' for i in range(N)])
+    return source, emotions, {split: np.array(s) for split, s in states.items()}
+
+
+def make_toy(folder, n_clips=(4000, 500, 1000), seed=0):
+    """ The toy corpus as a corpus folder: written as an M-SENA pickle first and converted from
+    there, so that it is converted in the same way as MOSEI is. """
+    source, emotions, _ = draw(n_clips, seed)
+    pickled = folder + '.pkl'
+    try:
+        with open(pickled, 'wb') as f:
+            pickle.dump(source, f, protocol=4)
+        convert(pickled, folder, label_range=(-3.0, 3.0))
+    finally:
+        if os.path.exists(pickled):
+            os.remove(pickled)
+    for split in source:
+        np.save(os.path.join(folder, split, 'emotion.npy'), np.int64(emotions[split]))
+
+    path = os.path.join(folder, 'meta.json')
+    with open(path, encoding='utf-8') as f:
+        meta = json.load(f)
+    meta['labels']['emotion'] = dict(kind='classes', names=EMOTIONS)
+    meta['ceilings'] = toy_ceilings()
+    meta['toy'] = VERSION
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(meta, f, indent=1)

@@ -1,0 +1,306 @@
+"""
+A reader for strangers' pickles.
+
+    tree = read_pickle(open('unaligned_50.pkl', 'rb'))
+
+A corpus comes as a pickle, and from strangers. A pickle is a program, and Python's own loader runs
+it. This reader builds plain containers and descriptions of arrays, calls nothing that the file
+names, and leaves big payloads in the file until someone wants rows of them (corpora/lazy.py). So it
+is safe, and small too: most of an M-SENA file is BERT features that nobody here reads.
+"""
+import codecs
+import os
+import pickle
+from contextlib import contextmanager
+
+from corpora.lazy import Dtype, Lazy, LazyArray, Py2Str, Refused, decode
+
+LAZY_BYTES = 4096  # a payload longer than this stays in the file
+
+
+class CorpusError(Exception):
+    """
+    What is wrong with a corpus, where, and what to do: one sentence for the person at the keyboard.
+    """
+
+
+@contextmanager
+def strangers_file(path, f=None):
+    """
+    Whatever a stranger's file makes us trip over comes out as one sentence with the file's name.
+    """
+    try:
+        yield
+    except (CorpusError, OSError):
+        raise
+    except Refused as e:
+        raise CorpusError(f"{path} was refused: it {e}.") from None
+    except Exception as e:
+        what = f"{type(e).__name__}: {ascii(str(e))[1:-1][:120]}"
+        if f and f.tell() >= os.path.getsize(path):
+            what = "it ends in the middle of its data"
+        raise CorpusError(f"{path} is damaged or not a corpus ({what}); compare its SHA-256 with "
+                          "the publisher's.") from e
+
+
+class Name:
+    """ What a file gets for a global that it names: a function of ours, which REDUCE may call. """
+    __slots__ = ('call',)
+
+    def __init__(self, call=None):
+        self.call = call
+
+
+def _plain(keys):
+    """ Keys of a dict or set. Raises TypeError where one is not plain. """
+    # hashing nested tuples can take exponential time, long numbers can be made to share one hash,
+    # and no real file has such keys
+    if any(type(k) not in (str, Py2Str, bytes, int, float, bool, type(None)) for k in keys):
+        raise TypeError("a key that is not plain")
+    if any(type(k) is int and not -2 ** 60 < k < 2 ** 60 for k in keys):
+        raise TypeError("a key that is not plain")
+    return keys
+
+
+def _array(u, state):
+    array = LazyArray(u.scratch)
+    if state:
+        array.build(state)
+    return array
+
+
+def _reconstruct(u, cls, *_):
+    if cls is not NDARRAY:
+        raise TypeError("an array that is not an ndarray")
+    return _array(u, None)  # BUILD fills it
+
+
+def _scalar(u, dtype, raw):
+    here = u.f.tell()  # a long np.str_ is read from the file, and we are in the middle of that
+    value = _array(u, ((1,), dtype, False, raw)).all().item()
+    u.f.seek(here)
+    return value
+
+
+def _encode(u, text, codec):
+    if codec not in ('latin1', 'latin-1'):
+        raise TypeError("_codecs.encode with another codec than latin1")
+    if type(text) is Lazy and text.is_text:
+        return Lazy(text.file, text.offset, text.n_bytes, text.codec)
+    return text.encode('latin1')
+
+
+def _bytes(u, *args):
+    # what picklers write: bytes() for none, bytearray(b'..'), bytearray('..', 'latin-1'); but no
+    # bytearray(n)
+    if len(args) == 2:
+        return _encode(u, *args)
+    if args and type(args[0]) not in (bytes, bytearray, Lazy):
+        raise TypeError("bytes of something else")
+    return args[0] if args else b''
+
+
+def _dtype(u, *args):
+    return Dtype(*args)
+
+
+def _ordered_dict(u, pairs=()):
+    return {_plain([k])[0]: v for k, v in pairs}
+
+
+def _frombuffer(u, buffer, dtype, shape, order):
+    return _array(u, (shape, dtype, order == 'F', buffer))
+
+
+def _set(u, items=()):
+    return set(_plain(items))
+
+
+def _frozenset(u, items=()):
+    return frozenset(_plain(items))
+
+
+NDARRAY = Name()
+NAMES = {
+    ('numpy', 'ndarray'): NDARRAY,
+    ('numpy', 'dtype'): Name(_dtype),
+    ('_codecs', 'encode'): Name(_encode),
+    ('collections', 'OrderedDict'): Name(_ordered_dict),
+}
+for core in ('numpy.core', 'numpy._core'):  # numpy < 2 and numpy 2
+    NAMES[core + '.multiarray', '_reconstruct'] = Name(_reconstruct)
+    NAMES[core + '.multiarray', 'scalar'] = Name(_scalar)
+    NAMES[core + '.numeric', '_frombuffer'] = Name(_frombuffer)
+for module in ('builtins', '__builtin__'):  # Python 3 and 2
+    NAMES[module, 'bytes'] = Name(_bytes)
+    NAMES[module, 'bytearray'] = Name(_bytes)
+    NAMES[module, 'set'] = Name(_set)
+    NAMES[module, 'frozenset'] = Name(_frozenset)
+
+
+class Unpickler(pickle._Unpickler):
+    """
+    The standard library's own unpickler (the one in Python) less all that reaches outside: a global
+    is looked up in NAMES and nowhere else, REDUCE calls only what is there, BUILD fills only our
+    own Dtype and LazyArray.
+    """
+
+    def __init__(self, f, scratch=None):
+        super().__init__(f, encoding='latin1')
+        self.f = f
+        self.scratch = scratch
+        self.size = os.fstat(f.fileno()).st_size
+        self._file_readline = self._line
+
+    def _line(self):
+        line = self.f.readline(1 << 16)
+        if line[-1:] != b'\n':
+            raise EOFError
+        return line
+
+    def find_class(self, module, name):
+        if (module, name) in NAMES:
+            return NAMES[module, name]
+        what = ascii(f'{module}.{name}')[1:-1][:120]
+        raise Refused(f"names {what}, which no array or plain container needs")
+
+    def _refuse(self):
+        self.f.seek(-1, os.SEEK_CUR)
+        code = self.f.read(1)
+        name = next((k for k, v in vars(pickle).items() if k.isupper() and v == code), repr(code))
+        raise Refused(f"uses the pickle opcode {name}, which no array or plain container needs")
+
+    def _payload(self, n, codec=None, is_text=False):
+        """ n bytes of the file: read when few, else left where they are. """
+        if self.f.tell() + n > self.size:
+            self.f.seek(self.size)
+            raise EOFError
+        if n <= LAZY_BYTES:
+            return self.f.read(n)
+        self.f.seek(n, os.SEEK_CUR)
+        return Lazy(self.f, self.f.tell() - n, n, codec, is_text)
+
+    def _rest_of_line(self, codec, quotes=0):
+        """
+        The rest of a line, which in protocol 0 may be a whole array: read when short, else Lazy.
+        """
+        start = self.f.tell()
+        line = self.f.readline(LAZY_BYTES)
+        n = len(line)
+        while line[-1:] != b'\n':
+            line = self.f.readline(1 << 20)
+            if not line:
+                raise EOFError
+            n += len(line)
+        self.f.seek(start)
+        if n < 1 + 2 * quotes or self.f.read(quotes) not in (b'', b"'", b'"'):
+            raise ValueError("an unquoted string")
+        payload = self._payload(n - 1 - 2 * quotes, codec, not quotes)
+        self.f.seek(start + n)
+        return payload
+
+    def load_unicode(self):
+        text = self._rest_of_line('raw-unicode-escape')
+        self.append(text if type(text) is Lazy else decode(text, 'raw-unicode-escape'))
+
+    def load_string(self):
+        text = self._rest_of_line('py2 repr', quotes=1)
+        self.append(text if type(text) is Lazy else Py2Str(codecs.escape_decode(text)[0], 'latin1'))
+
+    def load_frame(self):
+        # frames are there for buffering; without them an offset is an offset in the file
+        self.read(8)
+
+    def load_setitem(self):
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self._last(dict)[_plain([key])[0]] = value
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        self._last(dict).update(zip(_plain(items[::2]), items[1::2], strict=True))
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append(dict(zip(_plain(items[::2]), items[1::2], strict=True)))
+
+    def load_additems(self):
+        items = self.pop_mark()
+        self._last(set).update(_plain(items))
+
+    def load_frozenset(self):
+        items = self.pop_mark()  # changes self.append, so it comes first
+        self.append(frozenset(_plain(items)))
+
+    def _last(self, *kinds):
+        if type(self.stack[-1]) in kinds:
+            return self.stack[-1]
+        wanted = ' or '.join(k.__name__ for k in kinds)
+        raise TypeError(f"a {type(self.stack[-1]).__name__} where {wanted} belongs")
+
+    def load_reduce(self):
+        args = self.stack.pop()
+        call = self._last(Name).call
+        if type(args) is not tuple or not call:
+            raise TypeError("a call of what is not a function")
+        self.stack[-1] = call(self, *args)
+
+    def load_build(self):
+        state = self.stack.pop()
+        ours = self._last(Dtype, LazyArray)
+        if type(state) is not tuple:
+            raise TypeError("an object's state that is not a tuple")
+        ours.build(state)
+
+
+def _loader(width, wrap, codec=None):
+    """ Loads what has its length before it in `width` bytes, be it gigabytes. """
+    def load(u):
+        head = u.read(width)
+        if len(head) < width:
+            raise EOFError
+        payload = u._payload(int.from_bytes(head, 'little'), codec, codec is not None)
+        u.append(payload if type(payload) is Lazy else wrap(payload))
+    return load
+
+
+def _utf8(b):
+    return decode(b, 'utf-8')
+
+
+def _py2(b):
+    return Py2Str(b, 'latin1')
+
+
+# A table of our own, so that an opcode of some future Python is refused until someone has thought
+# about it.
+AS_THEY_ARE = '''
+    PROTO STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1
+    FLOAT BINFLOAT SHORT_BINBYTES SHORT_BINUNICODE TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3
+    EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT EMPTY_SET GLOBAL STACK_GLOBAL GET BINGET LONG_BINGET
+    PUT BINPUT LONG_BINPUT MEMOIZE
+'''.split()
+OUR_OWN = 'UNICODE STRING FRAME SETITEM SETITEMS DICT ADDITEMS FROZENSET REDUCE BUILD'.split()
+TABLE = {op: pickle._Unpickler.dispatch[getattr(pickle, op)[0]] for op in AS_THEY_ARE}
+TABLE |= {op: vars(Unpickler)['load_' + op.lower()] for op in OUR_OWN}
+TABLE |= dict(
+    BINBYTES=_loader(4, bytes),
+    BINBYTES8=_loader(8, bytes),
+    BYTEARRAY8=_loader(8, bytearray),
+    BINUNICODE=_loader(4, _utf8, 'utf-8'),
+    BINUNICODE8=_loader(8, _utf8, 'utf-8'),
+    SHORT_BINSTRING=_loader(1, _py2),
+    BINSTRING=_loader(4, _py2),
+)
+Unpickler.dispatch = dict.fromkeys(range(256), Unpickler._refuse)
+Unpickler.dispatch |= {getattr(pickle, op)[0]: load for op, load in TABLE.items()}
+
+
+def read_pickle(f, scratch=None):
+    """
+    What the pickle in f (an open binary file; keep it open) holds, with a LazyArray for each numpy
+    array. `scratch` is a folder for decoded copies. Raises CorpusError for all but plain containers
+    and arrays of plain dtypes, and OSError where the file cannot be read.
+    """
+    with strangers_file(f.name, f):
+        return Unpickler(f, scratch).load()

@@ -1,0 +1,461 @@
+"""
+LMs, text encoders and tokenizers: read from their files, or made from nothing.
+
+Axis letters: B texts of a batch, T text tokens, N texts, n tokens of all texts, D LM width.
+"""
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from lm import FrozenLM, ModelError, TextEncoder, fingerprint
+from run.lm_checks import (
+    ALLOW_CODE,
+    SAFE_WEIGHTS,
+    hub_file,
+    hub_has_answered,
+    read_json,
+    refuse_folder,
+    refuse_hub_adapter,
+    refuse_hub_code,
+    refuse_what_is_no_lm,
+)
+
+# -------------------------------------------------------------------------------------------------
+# What transformers prints and raises
+
+def hush():
+    """
+    No progress bars of Hugging Face's, for weights that take a second; and no request to the hub to
+    convert somebody's weights to safetensors, which transformers would send from a thread of its
+    own.
+    """
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    os.environ.setdefault('DISABLE_SAFETENSORS_CONVERSION', '1')
+
+
+@contextmanager
+def quiet():
+    """
+    No warnings of transformers': what they say of weights that were not found is a ModelError here.
+    """
+    from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def loading(name):
+    """
+    Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError).
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as e:  # of any kind: the LM may have brought code of its own
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if 'trust_remote_code' in str(e):
+            reason = f"it asks to run its author's code: {ALLOW_CODE}"
+        raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes the "
+                         "Hugging Face name of a causal LM (for CrossSent, of an encoder) that the "
+                         "hub or the local cache has, or a folder with config.json, weights and "
+                         "tokenizer.") from None
+
+
+# -------------------------------------------------------------------------------------------------
+# Configurations
+
+def hub_config(name, remote):
+    """
+    The configuration of a hub LM. Raises ModelError where it is an adapter, or what transformers
+    raises.
+    """
+    from huggingface_hub.utils import validate_repo_id
+    from transformers import AutoConfig
+    validate_repo_id(name)  # or older transformers would take a URL
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=remote)
+    except (OSError, ValueError) as e:  # an adapter alone has no config.json
+        refuse_hub_adapter(name, local=not hub_has_answered(e))
+        raise
+
+
+def lm_config(name, remote=False, as_data=False):
+    """
+    The configuration of an LM, and the name or folder that it came from (a run's LM is in its
+    folder hf). `remote` lets the LM's authors run their own code on this machine. `as_data` is for
+    an LM that somebody else's folder names: its files are read as data, from safetensors, and what
+    asks to run code is refused, whatever `remote` says. Raises ModelError.
+    """
+    from transformers import AutoConfig
+    hush()
+    if os.path.isdir(os.path.join(name, 'hf')):
+        name = os.path.join(name, 'hf')
+        if as_data and os.path.islink(name):
+            raise ModelError(f"{name} is a link, and an LM that a received folder names is read "
+                             "from its own files alone: put the folder itself there.")
+    if os.path.exists(name) and not os.path.isdir(name):
+        raise ModelError(f"the LM {name!r} is no folder: --lm= takes the folder that has "
+                         "config.json, weights and tokenizer.")
+    remote = remote and not as_data
+    with loading(name):
+        if os.path.isdir(name):
+            refuse_folder(name, as_data)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=remote)
+        else:
+            config = hub_config(name, remote)
+            if as_data:
+                refuse_hub_code(name, config)
+    if as_data:
+        refuse_what_is_no_lm(config, name)
+    way = getattr(config, '_attn_implementation_internal', None)
+    if isinstance(way, str) and '/' in way and not remote:
+        raise ModelError(f"the LM {name!r} asks for a kernel from the hub (attn_implementation: "
+                         f"{way}), which is code: {ALLOW_CODE}.")
+    return config, name
+
+
+def width_of(config):
+    """
+    The width of an LM's hidden states, or ModelError: some have several, or project them behind the
+    last layer.
+    """
+    width = getattr(config, 'hidden_size', None)
+    if not width or getattr(config, 'word_embed_proj_dim', width) != width:
+        raise ModelError(f"the LM family {config.model_type!r} does not say how wide its hidden "
+                         "states are: take another --lm=.")
+    return width
+
+
+# -------------------------------------------------------------------------------------------------
+# Tokenizers
+
+class SentencePiece:
+    """
+    A tokenizer that is sentencepiece's tokenizer.model and nothing else (Hugging Face would want
+    protobuf for it).
+    """
+
+    def __init__(self, folder):
+        import sentencepiece
+        model_file = os.path.join(folder, 'tokenizer.model')
+        self.sp = sentencepiece.SentencePieceProcessor(model_file=model_file)
+        c = {}
+        path = os.path.join(folder, 'tokenizer_config.json')
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as f:
+                c = json.load(f)
+
+        def known(i):
+            return i if i >= 0 else None  # -1: it has none
+
+        self.bos_token_id = known(self.sp.bos_id())
+        self.eos_token_id = known(self.sp.eos_id())
+        self.pad_token_id = known(self.sp.pad_id())
+        self.unk_token_id = known(self.sp.unk_id())
+        self.before = []
+        if self.bos_token_id is not None and c.get('add_bos_token', True):
+            self.before = [self.bos_token_id]
+        self.after = []
+        if self.eos_token_id is not None and c.get('add_eos_token', False):
+            self.after = [self.eos_token_id]
+
+    def __call__(self, texts, add_special_tokens=True, truncation=False, max_length=None):
+        before, after = (self.before, self.after) if add_special_tokens else ([], [])
+        room = max(0, max_length - len(before) - len(after)) if truncation else None
+        return {'input_ids': [before + ids[:room] + after for ids in self.sp.encode(list(texts))]}
+
+    def decode(self, ids):
+        return self.sp.decode(list(ids))
+
+
+def load_tokenizer(name, remote=False, as_data=False):
+    """ An LM's tokenizer, by Hugging Face name or by folder. Raises ModelError. """
+    from transformers import AutoTokenizer
+    _, name = lm_config(name, remote, as_data)
+    model_alone = (os.path.exists(os.path.join(name, 'tokenizer.model'))
+                   and not os.path.exists(os.path.join(name, 'tokenizer.json')))
+    with loading(name):
+        if model_alone:
+            return SentencePiece(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=remote and not as_data)
+
+
+def specials(tokenizer):
+    """
+    The tokens that a tokenizer puts before and behind a text by itself: (<s>, [CLS], [gMASK] <sop>
+    .., </s>, [SEP] ..).
+    """
+    full = list(tokenizer(['a'], add_special_tokens=True)['input_ids'][0])
+    bare = list(tokenizer(['a'], add_special_tokens=False)['input_ids'][0])
+    for i in range(len(full)):
+        if full[i:i + len(bare)] == bare:
+            return full[:i], full[i + len(bare):]
+    return [], []
+
+
+def tokenizer_fingerprint(tokenizer):
+    """
+    16 hex digits of the token ids that a tokenizer makes of a few texts, as fingerprint is for
+    weights.
+    """
+    texts = [
+        "The film was GREAT, wasn't it? I'd say 7/10 (+0.6, -1.5).",
+        ' two  spaces\n',
+        'na\u00efve \u6211\u4e0d\u559c\u6b22 \U0001f642',
+    ]
+    ids = tokenizer(texts, add_special_tokens=True)['input_ids']
+    ids = [[int(t) for t in text] for text in ids]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
+def refuse_unknown_tokens(lists, rows, what):
+    """
+    Raises ModelError where a token id of `lists` (of ids) has no row in an embedding of `rows`
+    rows.
+    """
+    highest = max((max(ids, default=0) for ids in lists), default=0)
+    if rows is not None and highest >= rows:
+        raise ModelError(f"the tokenizer's ids reach {highest} in {what}, and the embedding of the "
+                         f"LM has {rows} rows: tokens were added to the tokenizer alone, so call "
+                         "the LM's resize_token_embeddings and train them, or take the tokenizer "
+                         "that belongs to it.")
+
+
+# -------------------------------------------------------------------------------------------------
+# Weights
+
+def is_adapter_weight(key):
+    """ Whether a weight of this name is of an adapter of peft's: LoRA, its kin, or what it saved. """
+    kinds = ('.lora_', '.hada_', '.lokr_', '.ia3_', '.modules_to_save.')
+    return any(kind in key for kind in kinds)
+
+
+def weight_file(name, file, config):
+    """ The path of a weight file of an LM, in its folder or from the hub; or None. """
+    if not os.path.isdir(name):
+        return hub_file(name, file, config)
+    path = os.path.join(name, file)
+    return path if os.path.isfile(path) else None
+
+
+def missing_from_shards(folder):
+    """
+    Names of tensors that the index of a folder's shards has and the shards themselves do not: older
+    transformers believe the index, and leave such a weight random without a word.
+    """
+    from safetensors import safe_open
+    index = os.path.join(folder, SAFE_WEIGHTS[1])
+    if not os.path.isfile(index) or os.path.isfile(os.path.join(folder, SAFE_WEIGHTS[0])):
+        return []
+    names = read_json(index)['weight_map']
+    found = set()
+    for shard in sorted(set(names.values())):
+        with safe_open(os.path.join(folder, shard), 'pt') as f:
+            found |= set(f.keys())
+    return sorted(set(names) - found)
+
+
+def missing_weights(model, report, unused=()):
+    """
+    Names of a model's weights that transformers did not find in its files, by its loading report:
+    without those that it computes by itself, that share the tensor of one that was found, or that
+    begin with `unused`.
+    """
+    missing = set(report['missing_keys'])
+    computed = {k for k, b in model.named_buffers()
+                if not b.is_floating_point() or k.endswith('inv_freq')}
+    shared = {}  # tensor -> its names: a tied head is in the files once
+    for k, p in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(p), []).append(k)
+    found = {k for names in shared.values() if not missing.issuperset(names) for k in names}
+    return sorted(k for k in missing - computed - found if not k.startswith(unused))
+
+
+def load_weights(auto, name, config, remote=False, as_data=False, unused=(), instead='', **more):
+    """
+    The pretrained model of class `auto`, an Auto class of transformers. Raises ModelError where a
+    weight of it was not in the files, which transformers would draw at random, but for names that
+    begin with one of `unused`. instead: what the user may do.
+    """
+    local = os.path.isdir(name)
+    remote = remote and not as_data
+    if as_data:
+        if not any(weight_file(name, file, config) for file in SAFE_WEIGHTS):
+            raise ModelError(f"the LM {name!r} has no {SAFE_WEIGHTS[0]}, and one that a received "
+                             "folder names is read from safetensors alone, as other weight files "
+                             "are pickles: save it by save_pretrained of transformers.")
+        more['use_safetensors'] = True
+    if not local:
+        refuse_hub_adapter(name, config)
+    with loading(name), quiet():
+        # a tensor of another shape is an error of ours below, which says both shapes
+        model, report = auto.from_pretrained(
+            name,
+            trust_remote_code=remote,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **more,
+        )
+        missing = missing_weights(model, report, unused)
+        if local and not missing:
+            missing = missing_from_shards(name)
+
+    other = [f"{k} is {list(theirs)} in the file and {list(ours)} by config.json"
+             for k, theirs, ours in sorted(report['mismatched_keys']) if not k.startswith(unused)]
+    inside = sorted(key for key in report['unexpected_keys'] if is_adapter_weight(key))
+    if inside:
+        raise ModelError(f"the weight files of the LM {name!r} hold {len(inside)} weights of an "
+                         f"adapter that was not merged ({', '.join(inside[:3])}), and without them "
+                         "it is another model: load it with peft, call merge_and_unload, and save "
+                         "that.")
+    total = len(dict(model.named_parameters(remove_duplicate=False)))
+    if other:
+        raise ModelError(f"{len(other)} of the {total} weights of the LM {name!r} have another "
+                         f"shape than its config.json says ({'; '.join(other[:3])}) and would be "
+                         f"random numbers: get the config.json that belongs to them{instead}.")
+    if missing:
+        names = ', '.join(missing[:3]) + (' ..' if len(missing) > 3 else '')
+        raise ModelError(f"{len(missing)} of the {total} weights of the LM {name!r} are not in its "
+                         f"files ({names}) and would be random numbers: get all of its files "
+                         f"again, or save it again from the class that it was trained as{instead}.")
+    return model
+
+
+def empty_lm(name, remote=False, as_data=False):
+    """
+    The LM without a weight in memory, on the meta device, from its configuration alone. Raises
+    ModelError.
+    """
+    from transformers import AutoModelForCausalLM
+    config, name = lm_config(name, remote, as_data)
+    with loading(name), torch.device('meta'):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=remote and not as_data)
+
+
+def with_rows(tokenizer, hf):
+    """
+    The tokenizer, which from now on says how many rows the embedding of its model has
+    (embedding_rows).
+    """
+    tokenizer.embedding_rows = len(hf.get_input_embeddings().weight)
+    return tokenizer
+
+
+def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=False):
+    """
+    A pretrained causal LM and its tokenizer, by Hugging Face name or by folder (a run of
+    system='lm' is one too). random_init keeps the shape and throws the weights away, for the
+    control that every reader asks for. Raises ModelError where neither the hub, nor the local
+    cache, nor a folder has it.
+    """
+    from transformers import AutoModelForCausalLM, __version__
+    renamed = [int(n) for n in __version__.split('.')[:2]] >= [4, 56]
+    dtype_argument = {'dtype' if renamed else 'torch_dtype': dtype}
+    config, name = lm_config(name, remote, as_data)
+    if random_init:
+        with loading(name):
+            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote and not as_data)
+            hf = hf.to(dtype)
+    else:
+        hf = load_weights(AutoModelForCausalLM, name, config, remote, as_data, **dtype_argument,
+                          instead="; --lm_init=random is for an LM that shall be random")
+    lm = FrozenLM(hf)
+    return lm, with_rows(load_tokenizer(name, remote, as_data), lm.hf)
+
+
+def load_encoder(name, remote=False, as_data=False):
+    """
+    A pretrained encoder and its tokenizer, by Hugging Face name or by folder. Raises ModelError.
+    """
+    from transformers import AutoModel
+    config, name = lm_config(name, remote, as_data)
+    # TextEncoder leaves the pooler out
+    hf = load_weights(AutoModel, name, config, remote, as_data, unused=('pooler.',),
+                      instead="; --lm=new is for an encoder that shall be random")
+    encoder = TextEncoder(hf.float())
+    return encoder, with_rows(load_tokenizer(name, remote, as_data), encoder.hf)
+
+
+# -------------------------------------------------------------------------------------------------
+# Hidden states of a corpus, computed once
+
+def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64, as_data=False):
+    """
+    The last hidden states of any Hugging Face model for texts (lists of token ids), end to end, and
+    the model's fingerprint. Computed once, and kept in `folder` as float16 [n, D], mapped and never
+    read whole; n is all tokens of all texts. What they are kept under changes with the texts and
+    with the model's files (or its revision on the hub). Raises ModelError.
+    """
+    config, name = lm_config(name, remote, as_data)
+    files = []
+    if os.path.isdir(name):
+        for entry in os.scandir(name):
+            stat = entry.stat()
+            files.append((entry.name, stat.st_size, stat.st_mtime_ns))
+    place = os.path.abspath(name) if files else name
+    which = json.dumps([place, sorted(files), getattr(config, '_commit_hash', None), tokens])
+    path = os.path.join(folder, hashlib.sha256(which.encode()).hexdigest()[:16])
+    if not os.path.exists(path + '.json'):
+        _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as_data)
+    with open(path + '.json', encoding='utf-8') as f:
+        made = json.load(f)
+    return np.load(path + '.npy', mmap_mode='r'), made['fingerprint']  # [n,D]
+
+
+@torch.no_grad()
+def _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as_data):
+    """ Writes the hidden states to path.npy, and then to path.json which model they are of. """
+    from transformers import AutoModel
+    longest = max(map(len, tokens))
+    if longest > getattr(config, 'max_position_embeddings', longest):
+        raise ModelError(f"a text of {longest} tokens is past the {config.max_position_embeddings} "
+                         f"positions of {name!r}: lower max_text_len.")
+    model = load_weights(AutoModel, name, config, remote, as_data, unused=('pooler.',))
+    model = model.float().eval().to(device)
+    rows = len(model.get_input_embeddings().weight)
+    refuse_unknown_tokens(tokens, rows, "the corpus's texts")
+
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    # two runs may make the same file: each its own, and the last name stays
+    new = f'{path}.{os.getpid()}.new'
+    start = np.cumsum([0] + [len(t) for t in tokens])  # [N+1]
+    try:
+        shape = int(start[-1]), width_of(config)
+        out = np.lib.format.open_memmap(new, 'w+', np.float16, shape)  # [n,D]
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        for i in range(0, len(order), batch_size):
+            index = order[i:i + batch_size]
+            texts = [torch.tensor(tokens[k]) for k in index]
+            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)  # [B,T]
+            lengths = torch.tensor([len(tokens[k]) for k in index], device=device)  # [B]
+            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # [B,T]
+            hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            hidden = hidden.half().cpu()  # [B,T,D]
+            if not hidden[mask.cpu()].isfinite().all():
+                raise ModelError(f"hidden states of {name!r} are past what float16 holds: take "
+                                 "another LM for text_features='frozen'.")
+            for k, x in zip(index, hidden):
+                out[start[k]:start[k + 1]] = x[:len(tokens[k])]
+        out.flush()
+        os.replace(new, path + '.npy')
+    finally:
+        if os.path.exists(new):
+            os.remove(new)
+    with open(new, 'w', encoding='utf-8') as f:
+        json.dump(dict(model=name, fingerprint=fingerprint(model)), f)
+    os.replace(new, path + '.json')
+
+
+# -------------------------------------------------------------------------------------------------
+# Made from nothing

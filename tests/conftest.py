@@ -1,0 +1,89 @@
+""" What more than one test file stands on. """
+
+import os
+
+import pytest
+
+from corpora import toy
+from data import open_corpus
+from fakes import TINY, deepmlf, knobs_of_system, train
+from model import LanguageModel
+from prompts import PROMPTS, rated
+from run.load_lm import SentencePiece
+from run.new_lm import new_lm
+
+
+@pytest.fixture(scope='session')
+def corpora(tmp_path_factory):
+    """ A data_dir with a small toy corpus in it: 120 / 32 / 32 clips, made as the real one is. """
+    folder = tmp_path_factory.mktemp('data')
+    toy.make_toy(str(folder / 'toy'), n_clips=(120, 32, 32))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def curriculum(corpora, tmp_path_factory):
+    """
+    LM -> AV encoder -> DeepMLF, 11 steps each, never interrupted: what the killed runs are compared
+    with.
+    """
+    out = tmp_path_factory.mktemp('out')
+    train(
+        'config/lm_toy.py',
+        f'--data_dir={corpora}',
+        f'--out_dir={out}/lm_toy',
+        *TINY,
+        '--lm_vocab=60',
+    )
+    train('config/av_toy.py', f'--data_dir={corpora}', f'--out_dir={out}/av_toy', *TINY)
+    train(*deepmlf(corpora, out, 'whole'))
+    return out
+
+
+@pytest.fixture(scope='session')
+def tokenizers(corpora, tmp_path_factory):
+    """
+    Byte-level BPE as GPT-2 and Qwen have it, and a bare sentencepiece model as old Llamas have it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    corpus = open_corpus('toy', corpora)
+    classes = ', '.join(f'{name}:{i}' for i, name in enumerate(corpus.labels['emotion']['names']))
+    asked = [
+        PROMPTS['en'][kind].format(low='-3.0', high='3.0', classes=classes)
+        for kind in ('regression', 'classes')
+    ]
+    texts = rated(corpus, 'train')
+    for question in asked:
+        for i in range(-30, 31):
+            texts.append(f'<Multimodal> </Multimodal>{question} {i / 10:+.1f} {i / 10:.1f}')
+
+    bpe = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, in_bytes])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=['<|end|>'],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(texts, trainer)
+
+    folder = tmp_path_factory.mktemp('sp')
+    k = knobs_of_system(
+        LanguageModel,
+        lm_positions=64,
+        max_text_len=32,
+        lm_width=8,
+        lm_heads=2,
+        lm_vocab=200,
+        lm_layers=1,
+        dropout=0.0,
+    )
+    new_lm(texts, k, str(folder))
+    os.remove(folder / 'tokenizer.json')
+    (folder / 'tokenizer_config.json').write_text('{"add_bos_token": true}')
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<|end|>')
+    return dict(bpe=fast, sentencepiece=SentencePiece(str(folder)))

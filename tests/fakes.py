@@ -1,0 +1,466 @@
+"""
+What more than one test file stands on: tiny random models, small corpora, and commands run in this
+process.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import runpy
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+# before anything imports huggingface_hub: it would retry for half a minute
+os.environ['HF_HUB_OFFLINE'] = '1'
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
+
+from adapters import AVEncoder
+from configurator import class_knobs, configure, knobs_of
+from corpora.convert import convert
+from corpora.unpickle import CorpusError
+from data import Feed, open_corpus
+from lm import FrozenLM
+from model import CMPTALM, SYSTEMS, DeepMLF, MSEAdapterLM
+from run.folder import load_checkpoint, save_checkpoint
+
+HERE = Path(__file__).resolve().parent.parent  # the repository
+PARENT = HERE.parent
+
+
+def tiny_lm(family='gpt2', seed=0):
+    """
+    A random Hugging Face LM: width 32, 3 layers, 60 tokens. Norms and biases are moved off 1 and 0,
+    or they would hide.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if family == 'gpt2':
+        size = dict(n_embd=32, n_layer=3, n_head=4, n_positions=128)
+    else:
+        size = dict(
+            hidden_size=32,
+            intermediate_size=56,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        )
+    if family == 'glm':
+        size['head_dim'] = 8  # its own default is 128
+    try:
+        config = AutoConfig.for_model(
+            family, vocab_size=60, bos_token_id=1, eos_token_id=2, pad_token_id=None, **size
+        )
+    except ValueError:
+        pytest.skip(f"this transformers has no {family}")
+    torch.manual_seed(seed)
+    hf = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in hf.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return hf
+
+
+def knobs_of_system(cls, **changes):
+    """ The knobs of a run: the defaults of train.py and of a system's class, and changes. """
+    known = knobs_of(HERE / 'train.py') | class_knobs(cls)
+    assert set(changes) <= set(known), set(changes) - set(known)
+    return known | changes
+
+
+KNOBS = knobs_of_system(
+    DeepMLF,
+    mm_layers=[2, 3],
+    max_text_len=20,
+    n_fusion=4,
+    mm_heads=4,
+    lora_rank=4,
+    lora_alpha=8.0,
+    lora_dropout=0.0,
+    dropout=0.0,
+    head_width=8,
+    text_reg='none',
+    text_reg_rate=0.1,
+    text_reg_prob=0.5,
+)
+
+
+def tiny_deepmlf(family='gpt2', **knobs):
+    return DeepMLF(
+        FrozenLM(tiny_lm(family)),
+        AVEncoder(dict(audio=5, vision=7), 12, 2, 3, av_len=9, dropout=0.0, seqaug_rate=0.0),
+        KNOBS | knobs,
+    )
+
+
+def tiny_batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = dict(
+        tokens=torch.tensor([9, 4, 1]),
+        audio=torch.tensor([20, 0, 3]),
+        vision=torch.tensor([6, 11, 0]),
+    )
+    real = {k: torch.arange(int(n.max())) < n[:, None] for k, n in lengths.items()}
+    batch = dict(
+        tokens=torch.randint(3, 60, (3, 9), generator=g),
+        text_len=lengths['tokens'],
+        text_mask=real['tokens'],
+        targets=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11]),
+        label=torch.randn(3, generator=g),
+        index=torch.arange(3),
+    )
+    for stream, width in dict(audio=5, vision=7).items():
+        x = torch.randn(3, int(lengths[stream].max()), width, generator=g) * real[stream][..., None]
+        batch |= {stream: x, f'{stream}_len': lengths[stream], f'{stream}_mask': real[stream]}
+    return batch
+
+
+def fingerprint(module):
+    whole = hashlib.sha256()
+    for t in module.state_dict().values():
+        whole.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+ENV = os.environ | {'HF_HUB_OFFLINE': '1'}  # test_smoke sets it for this process
+
+
+def train(*argv):
+    """
+    train.py in this process, as the command line would run it. Returns its globals, or raises
+    SystemExit.
+    """
+    before = sys.argv, signal.getsignal(signal.SIGINT)
+    sys.argv = ['train.py', *map(str, argv)]
+    try:
+        return runpy.run_path(str(HERE / 'train.py'), run_name='__main__')
+    finally:
+        sys.argv = before[0]
+        signal.signal(signal.SIGINT, before[1])
+
+
+TINY = ['--batch_size=16', '--log_interval=3', '--max_steps=11', '--device=cpu']
+
+
+def deepmlf(corpora, out, name, *more):
+    return [
+        'config/deepmlf_toy.py',
+        f'--data_dir={corpora}',
+        f'--out_dir={out}/{name}',
+        f'--lm={out}/lm_toy',
+        f'--av_from={out}/av_toy',
+        *TINY,
+        *more,
+    ]
+
+
+def forge(folder, knobs=None, header=True, **about):
+    """
+    Changes knobs and other entries of `about` in result.json and (header) in the checkpoint, with a
+    right checksum.
+    """
+    path = folder / 'result.json'
+    result = json.loads(path.read_text())
+    result['about'] |= about
+    result['about']['knobs'] |= knobs or {}
+    path.write_text(json.dumps(result))
+    if header:
+        tensors, info = load_checkpoint(str(folder / 'best.safetensors'))
+        save_checkpoint(
+            str(folder / 'best.safetensors'), tensors, info | dict(about=result['about'])
+        )
+
+
+class Killed(BaseException):
+    """ Like kill -9, nobody expects it: it goes past every except Exception. """
+
+
+def a_corpus(tmp_path, name, **change):
+    """
+    A small M-SENA pickle with real sentences; `change` maps a key to a function of (split, value).
+    """
+    rng, source = np.random.default_rng(0), {}
+    for split, n in (('train', 40), ('valid', 16), ('test', 16)):
+        audio = rng.normal(size=(n, 6, 5)).astype('f4')
+        vision = rng.normal(size=(n, 4, 3)).astype('f4')
+        n_a = rng.integers(1, 7, n)
+        for i in range(n):
+            audio[i, n_a[i] :] = 0
+        source[split] = dict(
+            raw_text=['THE FILM WAS GOOD'] * n,
+            audio=audio,
+            vision=vision,
+            audio_lengths=n_a.tolist(),
+            vision_lengths=[4] * n,
+            regression_labels=rng.uniform(-3, 3, n).astype('f4'),
+            id=[f'{split}{i}' for i in range(n)],
+        )
+        for key, f in change.items():
+            source[split][key] = f(split, source[split][key])
+            if source[split][key] is None:
+                del source[split][key]
+    pickle.dump(source, open(tmp_path / f'{name}.pkl', 'wb'), protocol=4)
+    return f'--corpus={tmp_path}/{name}.pkl'
+
+
+def wide(d):
+    """ A change of a_corpus: streams of width d, 6 frames a clip. """
+
+    def change(split, x):
+        return np.random.default_rng(1).normal(size=(len(x), 6, d)).astype('f4')
+
+    return change
+
+
+def at(index, value):
+    def change(split, x):
+        if split == 'train':
+            x[index] = value
+        return x
+
+    return change
+
+
+def same_run(a, b):
+    for kind in ('best', 'last'):
+        x, y = load_file(a / f'{kind}.safetensors'), load_file(b / f'{kind}.safetensors')
+        assert x.keys() == y.keys()
+        for k in x:
+            assert torch.equal(x[k], y[k]), (kind, k)
+    assert log_without_times(a) == log_without_times(b)
+    assert json.load(open(a / 'result.json'))['test'] == json.load(open(b / 'result.json'))['test']
+
+
+def log_without_times(folder):
+    lines = [json.loads(line) for line in open(folder / 'log.jsonl')]
+    return [
+        {k: v for k, v in line.items() if k not in ('seconds', 'samples_per_s')} for line in lines
+    ]
+
+
+def command(script, *argv):
+    """ A script as its command line would run it; raises SystemExit with its sentence. """
+    before, sys.argv = sys.argv, [script, *map(str, argv)]
+    try:
+        runpy.run_path(str(HERE / script), run_name='__main__')
+    finally:
+        sys.argv = before
+
+
+class Ends:
+    """ A tokenizer that puts 2 in front of a text and 3 behind it. """
+
+    eos_token_id, bos_token_id, pad_token_id = 3, 2, 0
+
+    def __call__(self, texts, add_special_tokens=True, **_):
+        return {
+            'input_ids': [[2] * add_special_tokens + [9] + [3] * add_special_tokens for t in texts]
+        }
+
+
+def tiny_bert(family='bert', seed=0):
+    """ A random encoder of width 32, 3 layers, 60 tokens. """
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        pad_token_id=1 if family in ('roberta', 'camembert') else 0,
+    )
+    torch.manual_seed(seed)
+    hf = AutoModel.from_config(config).eval()
+    with torch.no_grad():
+        for p in hf.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return hf
+
+
+GOLDEN = PARENT / 'shared' / 'golden'
+TOLERANCE = 2e-5
+
+
+def golden(name, prefix):
+    """ The arrays of one case and those that all cases share: name -> tensor. """
+    z = np.load(GOLDEN / name)
+
+    def arrays(prefix):
+        own = [k for k in z.files if k.startswith(prefix)]
+        return {k.removeprefix(prefix): torch.tensor(z[k]) for k in own}
+
+    return arrays(prefix), arrays('meta.')
+
+
+needs_golden = pytest.mark.skipif(
+    not GOLDEN.exists(),
+    reason="../shared/golden is not here: these arrays belong to the developers' house",
+)
+
+
+rng = np.random.default_rng(0)
+
+
+def msena(n=(6, 3, 2), L=7, d_a=5, d_v=2, lengths=True):
+    """ A small dict in M-SENA's layout; clip i has 1 + i % L valid frames of audio and vision. """
+    source = {}
+    for split, N in zip(('train', 'valid', 'test'), n):
+        length = 1 + np.arange(N) % L
+        pad = (np.arange(L) < length[:, None])[..., None]
+        source[split] = dict(
+            raw_text=[f'text {i} of {split}' for i in range(N)],
+            id=[f'{split}$_${i}' for i in range(N)],
+            audio=(rng.normal(size=(N, L, d_a)) * pad).astype(np.float32),
+            vision=(rng.normal(size=(N, L, d_v)) * pad).astype(np.float64),
+            text=np.zeros((N, 50, 768), np.float32),
+            annotations=np.array(['Neutral'] * N),
+            regression_labels=np.linspace(-2.5, 2.5, N).astype(np.float32),
+        )
+        if lengths:
+            source[split].update(audio_lengths=length.tolist(), vision_lengths=length)
+    return source
+
+
+def save(tree, path, protocol=4):
+    with open(path, 'wb') as f:
+        pickle.dump(tree, f, protocol)
+    return str(path)
+
+
+MSE_KNOBS = knobs_of_system(
+    MSEAdapterLM,
+    system='mse',
+    lm='tiny',
+    max_text_len=48,
+    mse_width=8,
+    lstm_audio=6,
+    lstm_vision=5,
+    msf_scales=[1, 2, 4],
+    head_width=8,
+    batch_size=16,
+)
+CMPTA_KNOBS = knobs_of_system(
+    CMPTALM,
+    system='cmpta',
+    lm='tiny',
+    max_text_len=48,
+    cmpta_width=8,
+    cmpta_heads=2,
+    dropout=0.0,
+    head_width=8,
+    batch_size=16,
+)
+
+
+def prompted(
+    corpora,
+    tokenizers,
+    kind='bpe',
+    family='gpt2',
+    split='test',
+    clips=(0, 1, 2),
+    base=MSE_KNOBS,
+    **changes,
+):
+    """
+    A system of pseudo tokens on a tiny random LM, its Feed of the small toy corpus, and a batch of
+    three clips. kind: which of `tokenizers`. base and changes: the knobs.
+    """
+    assert set(changes) <= set(base), set(changes) - set(base)
+    k, tokenizer, corpus = base | changes, tokenizers[kind], open_corpus('toy', corpora)
+    own = tokenizer.sp.vocab_size() if kind == 'sentencepiece' else len(tokenizer)
+    hf = tiny_lm(family)
+    hf.resize_token_embeddings(own, mean_resizing=False)
+    hf.eval()
+    hf.config.max_position_embeddings = hf.config.n_positions = 256
+    if family == 'gpt2':
+        hf.transformer.wpe = nn.Embedding(256, 32)
+    lm = FrozenLM(hf)
+    torch.manual_seed(1)
+    model = SYSTEMS[k['system']].assemble(k, corpus, lm, tokenizer).eval()
+    feed = Feed(corpus, k, tokenizer, 'cpu', model)
+    return model, feed, feed(split, np.array(clips))
+
+
+def mutate_pickles(tmp_path, n, seed=1):
+    """
+    n damaged pickles: each either converts or stops with a CorpusError, wherever the damage is ->
+    how many did either.
+    """
+    r, outcomes = random.Random(seed), {True: 0, False: 0}
+    for trial in range(n):
+        if trial % 100 == 0:
+            tree = msena(n=(3, 2, 2), L=3)
+            for s in tree.values():
+                del s['text']
+            originals = [pickle.dumps(tree, p) for p in range(6)]
+        raw = bytearray(originals[trial % 6])
+        for _ in range(r.choice([1, 1, 2, 5])):
+            i = r.randrange(len(raw))
+            how = r.randrange(3)
+            if how == 0:
+                raw[i] = r.randrange(256)
+            elif how == 1:
+                del raw[i : i + r.choice([1, 4, 40])]
+            else:
+                raw[i:i] = raw[r.randrange(len(raw)) :][: r.choice([1, 8, 80])]
+        (tmp_path / 'x.pkl').write_bytes(raw)
+        try:
+            convert(str(tmp_path / 'x.pkl'), str(tmp_path / str(trial)))
+        except CorpusError as e:
+            outcomes[False] += 1
+            assert str(e) and '\n' not in str(e)
+        else:
+            outcomes[True] += 1
+            shutil.rmtree(tmp_path / str(trial))
+    return outcomes
+
+
+def script_knobs():
+    """ The globals of a script like SCRIPT, at the call of configure. """
+    return dict(
+        out_dir='out',
+        learning_rate=1e-3,
+        dropout=0.1,
+        batch_size=32,
+        compile=False,
+        maybe=None,
+        mm_layers=[2, 3],
+        needs=[],
+        scales=(0.5, 1.0),
+        mark='#',
+        _hidden=3,
+        math=math,
+        __name__='__main__',
+    )
+
+
+def random_flags(n, seed=0):
+    """ A flag of any text either sets a value of the knob's own type or stops with a sentence. """
+    rng = random.Random(seed)
+    for _ in range(n):
+        key = rng.choice(list(configure(script_knobs(), [])))
+        text = ''.join(
+            rng.choices("0123456789eE.,+-_[](){}'\"#=\\ nNoTrueainf\0", k=rng.randrange(8))
+        )
+        try:
+            value = configure(script_knobs(), [f'--{key}={text}'], echo=False)[key]
+        except SystemExit as e:
+            assert str(e).startswith('config: ') and '\n' not in str(e)
+            continue
+        default = script_knobs()[key]
+        assert default is None or type(value) is type(default), (key, text, value)
+        assert value == value

@@ -1,0 +1,240 @@
+"""
+Clips of one's own, exported runs, and damaged modalities.
+
+    python -m pytest -q tests/test_clips.py
+"""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+from corpora.convert import convert
+from fakes import command, msena, save, train
+from run import clips
+from run.report import read_predictions
+from tools import damage
+
+
+@pytest.fixture(scope='module')
+def run(curriculum, tmp_path_factory):
+    """A copy of the whole run: clips' pictures are written into it, and other tests list its files."""
+    copy = tmp_path_factory.mktemp('clips') / 'whole'
+    shutil.copytree(curriculum / 'whole', copy)
+    return copy
+
+
+def mine(run, tmp_path, n=0, **changes):
+    """
+    Test clip n of the toy corpus as a .npz of one's own -> its path and what the run said of it in
+    training.
+    """
+    corpus = evaluation.revive(str(run)).corpus
+    clip = dict(text=corpus.text('test')[n]) | {
+        m: np.array(corpus.frames('test', m, n)) for m in corpus.widths
+    }
+    np.savez(tmp_path / 'mine.npz', **{k: v for k, v in (clip | changes).items() if v is not None})
+    ids, p = read_predictions(str(run))
+    return tmp_path / 'mine.npz', float(p['pred'][n])
+
+
+def test_a_clip_from_outside_is_read_as_the_same_clip_of_the_corpus(run, tmp_path):
+    bare = evaluation.revive(str(run), without_corpus=True)
+    for n in range(3):
+        path, said = mine(run, tmp_path, n)
+        rows, mended = clips.read_clips(str(path), bare.facts)
+        report, pred = clips.opinions(bare, rows)
+        assert pred[0] == pytest.approx(said, abs=1e-5) and not mended
+        assert [line.split(':')[0].strip() for line in report.splitlines()] == [
+            'mine.npz',
+            'without audio',
+            'without vision',
+            'without text',
+        ]
+
+
+def test_an_export_needs_no_corpus_no_lm_and_no_other_folder(
+    run, curriculum, tmp_path, monkeypatch, capsys
+):
+    path, said = mine(run, tmp_path)
+    command('eval.py', run, f'--export={tmp_path}/away')
+    capsys.readouterr()
+    shutil.move(curriculum / 'lm_toy', curriculum / 'hidden')
+    try:
+        monkeypatch.chdir(tmp_path)
+        command('eval.py', 'away', f'--clip={path}')
+    finally:
+        shutil.move(curriculum / 'hidden', curriculum / 'lm_toy')
+    assert f'mine.npz: {said:+.2f} in [-3, 3]' in capsys.readouterr().out
+    assert (tmp_path / 'away' / 'clips' / 'mine.png').stat().st_size > 5000
+    readme = (tmp_path / 'away' / 'README.md').read_text()
+    assert readme.startswith('---\nlibrary_name: nanomsa')
+    assert 'audio 12, vision 16' in readme and 'base_model' not in readme
+    with pytest.raises(SystemExit, match='is there already'):
+        command('eval.py', run, f'--export={tmp_path}/away')
+
+
+def test_a_jsonl_of_clips_with_modalities_left_out(run, tmp_path, capsys):
+    rows = [
+        dict(id='a', text='the film was awful', audio=None),
+        dict(text='', audio=[[0.0] * 12] * 4),
+        dict(vision=[[float('nan')] * 16] * 3),
+    ]
+    (tmp_path / 'many.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    command('eval.py', run, f'--clip={tmp_path}/many.jsonl')
+    said = capsys.readouterr().out
+    assert 'a: ' in said
+    assert 'many.jsonl, clip 2: 48 values of vision were NaN or inf, and are 0' in said
+    assert 'clip 1: vision is not there' in said
+
+
+@pytest.mark.parametrize(
+    'changes, says',
+    [
+        (
+            dict(audio=np.zeros((5, 33), 'f4')),
+            r"\[5, 33\] \(librosa\), and this run was trained on frames 12 wide",
+        ),
+        (dict(vision=np.zeros(16, 'f4')), r'an array \[16\]: give its frames one a row'),
+        (
+            dict(text=' ', audio=np.zeros((0, 12), 'f4'), vision=None),
+            'is empty: it has nothing that this run looks at',
+        ),
+        (dict(audio=np.array(['x'])), 'no array of numbers'),
+        (dict(smell=np.zeros(3)), 'nothing else'),
+        (dict(text=None, audio=None, vision=None, id='x'), 'neither text'),
+    ],
+)
+def test_a_wrong_clip_gets_a_sentence(changes, says, run, tmp_path):
+    path, _ = mine(run, tmp_path, **changes)
+    with pytest.raises(SystemExit, match=says):
+        command('eval.py', run, f'--clip={path}')
+
+
+def test_files_that_are_no_clips_get_a_sentence(run, tmp_path):
+    (tmp_path / 'broken.npz').write_bytes(b'PK\x03\x04 no')
+    (tmp_path / 'broken.jsonl').write_text('{')
+    (tmp_path / 'empty.jsonl').write_text('\n')
+    np.savez(tmp_path / 'pickled.npz', text=np.array([{}], dtype=object))
+    np.savez(tmp_path / 'many.npz', text=np.array(['two', 'texts']))
+    np.save(tmp_path / 'array.npy', np.zeros(3))
+    shutil.move(tmp_path / 'array.npy', tmp_path / 'array.npz')
+    (tmp_path / 'surrogate.jsonl').write_text('{"text": "\\ud800"}')
+    (tmp_path / 'huge.jsonl').write_text('{"text": "a", "audio": [[' + '9' * 400 + ']]}')
+    for name in (
+        'broken.npz',
+        'broken.jsonl',
+        'empty.jsonl',
+        'pickled.npz',
+        'gone.npz',
+        'clip.txt',
+        'many.npz',
+        'array.npz',
+        'surrogate.jsonl',
+        'huge.jsonl',
+    ):
+        with pytest.raises(SystemExit, match='eval: '):
+            command('eval.py', run, f'--clip={tmp_path / name}')
+
+
+def test_what_is_no_system_and_what_cannot_be_written_get_a_sentence(run, curriculum, tmp_path):
+    (tmp_path / 'one.jsonl').write_text('{"text": "a"}')
+    for flag, says in (
+        (f'--clip={tmp_path}/one.jsonl', 'says no score'),
+        (f'--export={tmp_path}/x', 'says no score'),
+    ):
+        with pytest.raises(SystemExit, match=says):
+            command('eval.py', curriculum / 'lm_toy', flag)
+    for flags, says in (
+        (['--export='], 'wants a folder'),
+        (['--export=/proc/x'], 'cannot write'),
+        ([f'--clip={tmp_path}/one.jsonl', '--modalities=text'], 'alone'),
+    ):
+        with pytest.raises(SystemExit, match=says):
+            command('eval.py', run, *flags)
+
+
+def test_a_clip_of_a_corpus_that_was_stored_standardised(corpora, tmp_path):
+    """A float16 folder holds standardised frames; clips of one's own are raw all the same."""
+    rng = np.random.default_rng(0)
+    tree = msena(n=(40, 20, 20), L=6)
+    for split in tree.values():
+        split['audio'] = (50 + 20 * rng.normal(size=split['audio'].shape)).astype('f4')
+    source = save(tree, tmp_path / 'raw.pkl')
+    convert(source, str(tmp_path / 'half'), dtype='float16')
+    train(
+        'config/av_toy.py',
+        f'--corpus={tmp_path}/half',
+        f'--out_dir={tmp_path}/r',
+        '--max_steps=3',
+        '--device=cpu',
+    )
+    half, n = data.open_corpus(str(tmp_path / 'half')), 4
+    length = half.lengths('test', 'audio')[n], half.lengths('test', 'vision')[n]
+    np.savez(
+        tmp_path / 'mine.npz',
+        audio=tree['test']['audio'][n][: length[0]],
+        vision=tree['test']['vision'][n][: length[1]],
+    )
+    bare = evaluation.revive(str(tmp_path / 'r'), without_corpus=True)
+    rows, _ = clips.read_clips(str(tmp_path / 'mine.npz'), bare.facts)
+    _, p = read_predictions(str(tmp_path / 'r'))
+    assert clips.opinions(bare, rows)[1][0] == pytest.approx(float(p['pred'][n]), abs=2e-3)
+
+
+def test_each_condition_damages_what_it_names_and_nothing_else(run):
+    back, feed = evaluation.revive_and_feed(str(run))
+    batch = feed('test', np.arange(8))
+    ways = damage.conditions(dict(audio=1.0, vision=np.ones(16)))
+    assert len(ways) == 15
+    whole = back.predict(batch)['pred']
+    for name, way in ways.items():
+        variant = way(batch, np.linspace(0, 0.99, 8), np.random.default_rng(0))
+        pred = back.predict(batch | variant)['pred']
+        assert torch.equal(pred, whole) == (name == damage.WHOLE), name
+        both = name.startswith(('noise', 'frames'))
+        for m in ('audio', 'vision'):
+            named = m in name or both
+            assert (m in variant) == named, (name, m)
+            assert named != torch.equal(batch[m], variant.get(m, batch[m])), (name, m)
+        assert all(key.startswith(('audio', 'vision')) for key in variant), name
+
+
+def test_damage_as_a_table(run, capsys):
+    command('tools/damage.py', run)
+    said = capsys.readouterr().out
+    as_it_is = json.load(open(run / 'result.json'))['test']['mae']
+    assert re.search(rf'as it is +\| {as_it_is:.3f} \(n=1\)', said)
+    assert 'no audio nor vision for 100%' in said
+
+
+def test_no_frames_at_all_is_what_training_calls_no_modalities(run):
+    """Dropping both streams of every clip is the same as a feed without modalities."""
+    metrics = damage.damaged(str(run))['no audio nor vision for 100%']
+    back = evaluation.revive(str(run))
+    without, _ = back.test(back.corpus, back.knobs | dict(modalities=[]))
+    assert metrics['mae'] == pytest.approx(without['mae'], abs=1e-5)
+
+
+def test_other_systems_have_opinions_and_fall_too(corpora, tmp_path, capsys):
+    """Classes with probabilities (MSE-Adapter), an encoder made from nothing (CrossSent)."""
+    short = [f'--data_dir={corpora}', '--max_steps=2', '--device=cpu']
+    train('config/mse_toy_emotion.py', f'--out_dir={tmp_path}/e', *short)
+    train('config/crosssent_toy.py', f'--out_dir={tmp_path}/c', *short)
+    clip = dict(text='the film was superb', audio=[[0.1] * 12] * 9, vision=[[0.2] * 16] * 7)
+    (tmp_path / 'one.jsonl').write_text(json.dumps(clip))
+    for name in 'ec':
+        command('eval.py', tmp_path / name, f'--export={tmp_path}/{name}x')
+        capsys.readouterr()
+        command('eval.py', tmp_path / f'{name}x', f'--clip={tmp_path}/one.jsonl')
+        said = capsys.readouterr().out
+        assert 'without text' in said and (', probability of ' in said) == (name == 'e')
+        command('tools/damage.py', tmp_path / name)
+        assert 'frames in random order' in capsys.readouterr().out
+    assert os.path.isdir(tmp_path / 'ex' / 'lm') and os.path.isdir(tmp_path / 'cx' / 'hf')

@@ -1,0 +1,525 @@
+"""
+CrossSent: the fine-tuned encoder, GMRA, the ordinal losses, alignment of frames to tokens,
+zero-shot evaluation.
+
+    python -m pytest -q tests/test_crosssent.py
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import eval as evaluation
+from adapters import GMRA, frames_on_tokens, to_tokens
+from data import Feed
+from fakes import (
+    KNOBS,
+    TINY,
+    Ends,
+    Killed,
+    a_corpus,
+    knobs_of_system,
+    same_run,
+    tiny_batch,
+    tiny_bert,
+    tiny_deepmlf,
+    tiny_lm,
+    train,
+    wide,
+)
+from lm import ModelError, TextEncoder
+from losses import eioi_loss, mpr_loss, ordinal_loss
+from model import AVModel, CrossSent
+
+CROSS_KNOBS = knobs_of_system(
+    CrossSent,
+    system='crosssent',
+    gmra_layer=2,
+    gmra_mult=2.0,
+    gmra_start='random',
+    lr_encoder=0.5,
+    dropout=0.0,
+    max_text_len=20,
+    weight_mpr=0.1,
+    weight_eioi=0.1,
+    eioi_band=0.1,
+)
+
+
+def tiny_crosssent(family='bert', widths=dict(audio=5, vision=7), **knobs):
+    torch.manual_seed(1)
+    return CrossSent(TextEncoder(tiny_bert(family)), Ends(), widths, CROSS_KNOBS | knobs)
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('family', ['bert', 'roberta'])
+def test_the_encoder_is_hugging_faces(family):
+    """
+    Layer by layer equals their forward on real tokens, padding at the end; and nothing ever looks
+    at padding.
+    """
+    hf = tiny_bert(family)
+    tokens = torch.randint(4, 60, (3, 11), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(11) < torch.tensor([11, 7, 3])[:, None]
+    with torch.no_grad():
+        theirs = hf(tokens, attention_mask=mask.long()).last_hidden_state
+        encoder = TextEncoder(hf).eval()
+        ours = encoder(tokens, mask)
+        torch.testing.assert_close(ours[mask], theirs[mask], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            encoder(tokens.where(mask, 0), mask)[mask], ours[mask], rtol=0, atol=1e-6
+        )
+
+
+def test_what_is_no_encoder_is_refused():
+    with pytest.raises(ModelError, match="'gpt2' is no encoder of the BERT or RoBERTa family"):
+        TextEncoder(tiny_lm())
+    for knobs, sentence in (
+        (dict(gmra_layer=4), 'from 1 to 3'),
+        (dict(max_text_len=41), 'past the 40 positions'),
+        (dict(gmra_concat='features', resample='none'), "take another resample"),
+    ):
+        with pytest.raises(ModelError, match=sentence):
+            tiny_crosssent(**knobs)
+    for family in ('roberta', 'camembert'):  # both count positions from behind their padding
+        with pytest.raises(ModelError, match='past the 38 positions'):
+            tiny_crosssent(family, max_text_len=39)
+    # a BERT's parts, and other arithmetic
+    for family in ('roformer', 'megatron-bert', 'roberta-prelayernorm'):
+        with pytest.raises(ModelError, match='computes something else'):
+            TextEncoder(tiny_bert(family))
+
+
+def test_gmra_has_the_papers_weights():
+    """
+    8.89 M of Table 4: width 768, audio and video as codes of 16 clusters and padding, a four-fold
+    adapter.
+    """
+    with torch.device('meta'):
+        gmra = GMRA(dict(audio=17, vision=17), 768, 768)
+    assert sum(p.numel() for p in gmra.parameters()) == 8_888_064
+
+
+def test_an_identity_start_is_the_encoder_alone():
+    batch = tiny_batch()
+    with_it = tiny_crosssent(gmra_start='identity').eval()
+    without = tiny_crosssent(gmra_layer=0).eval()
+    without.head.load_state_dict(with_it.head.state_dict())
+    assert torch.equal(with_it.predict(batch)['pred'], without.predict(batch)['pred'])
+    random_start = tiny_crosssent().eval()
+    assert not torch.equal(random_start.predict(batch)['pred'], without.predict(batch)['pred'])
+
+
+@pytest.mark.parametrize(
+    'knobs',
+    [
+        dict(),
+        dict(resample='mean'),
+        dict(resample='none'),
+        dict(gmra_concat='features'),
+        dict(text_pool='mean'),
+        dict(gmra_width=16, gmra_heads=2),
+        dict(gmra_layer=0),
+        dict(gmra_start='identity'),
+    ],
+)
+def test_every_weight_moves_and_padding_is_never_seen(knobs):
+    """
+    Evaluation, then two steps; a clip without audio, one without video; a clip alone gives what it
+    gives in company.
+    """
+    model, batch = tiny_crosssent(**knobs), tiny_batch()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        together = model.eval().predict({k: v for k, v in batch.items() if k != 'label'})['pred']
+        for i in range(3):
+            n = int(batch['text_len'][i])
+            a = max(1, int(batch['audio_len'][i]))
+            v = max(1, int(batch['vision_len'][i]))
+            one = {k: t[i : i + 1] for k, t in batch.items()}
+            one |= dict(
+                tokens=one['tokens'][:, :n],
+                text_mask=one['text_mask'][:, :n],
+                audio=one['audio'][:, :a],
+                vision=one['vision'][:, :v],
+                audio_mask=one['audio_mask'][:, :a],
+                vision_mask=one['vision_mask'][:, :v],
+            )
+            torch.testing.assert_close(
+                model.predict(one)['pred'][0], together[i], rtol=0, atol=1e-5
+            )
+    model.train()
+    for m in model.encoder.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    groups = model.param_groups()
+    assert sorted(n for g in groups for n in g['names']) == sorted(start)
+    assert {g['lr_scale'] for g in groups} == {0.5, 1.0}
+    assert all(g['lr_scale'] == 0.5 for g in groups for n in g['names'] if n.startswith('encoder.'))
+    optimizer = torch.optim.AdamW([p for g in groups for p in g['params']], lr=1e-2)
+    for seed in range(2):
+        optimizer.zero_grad()
+        model(tiny_batch(seed) | dict(label=torch.tensor([1.0, -1.0, 0.0])))['loss'].backward()
+        optimizer.step()
+    still = [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is None or p.grad.abs().sum() == 0 or torch.equal(p, start[n])
+    ]
+    # softmax does not see a key's bias
+    assert [n for n in still if not n.endswith(('key.bias', 'k_proj.bias'))] == []
+
+
+def test_frames_on_the_texts_time_line_by_hand():
+    """
+    4 frames 0 1 2 3 on 3 words, one special token in front: 0, 1.5, 3; 2 words: 0, 3; one word: the
+    first. No frames: zeros.
+    """
+    x = torch.arange(4.0)[None, :, None].repeat(4, 1, 1)
+    n, words = torch.tensor([4, 4, 4, 0]), torch.tensor([3, 2, 1, 3])
+    assert to_tokens(x, n, words, 1, 5, 'linear')[..., 0].tolist() == [
+        [0, 0, 1.5, 3, 0],
+        [0, 0, 3, 0, 0],
+        [0, 0, 0, 0, 0],
+        [0] * 5,
+    ]
+    assert to_tokens(x, n, words, 1, 5, 'mean')[..., 0].tolist() == [
+        [0, 0.5, 1.5, 2.5, 0],
+        [0, 0.5, 2.5, 0, 0],
+        [0, 1.5, 0, 0, 0],
+        [0] * 5,
+    ]
+
+
+def test_sub_words_have_their_words_frame():
+    model, batch = tiny_crosssent(resample='words'), tiny_batch()
+    batch['word'] = torch.tensor(
+        [[-1, 0, 0, 1, 2, 2, 2, 30, -1], [-1, 0, 1, -1] + [-1] * 5, [-1] * 9]
+    )
+    x, mask = frames_on_tokens(batch, ['audio'], model.ends, model.k['resample'])['audio']
+    # no frame for word 30; none at all for clip 1
+    assert mask[0].tolist() == [False, True, True, True, True, True, True, False, False]
+    assert torch.equal(x[0, 4], batch['audio'][0, 2])
+    assert torch.equal(x[0, 6], batch['audio'][0, 2])
+    assert not mask[1].any()
+    assert (x[1] == 0).all()
+
+
+# -------------------------------------------------------------------------------------------------
+# Ordinal losses
+
+
+def test_mpr_against_all_pairs_one_by_one():
+    torch.manual_seed(0)
+    y, p = torch.tensor([-1.0, 0.4, 0.4, 2.0, 2.6]), torch.randn(5, requires_grad=True)
+    terms = []
+    for i in range(5):
+        for j in range(5):
+            if abs(y[i] - y[j]) > 0.7:
+                dy, dp = y[i] - y[j], p[i] - p[j]
+                terms.append((0.1 + 0.5 * abs(dy) - torch.sign(dy) * dp).clamp(min=0))
+    torch.testing.assert_close(mpr_loss(p, y, 0.7, 0.1, 0.5), torch.stack(terms).mean())
+    for few in (y[:1], torch.full((5,), 0.3)):  # one clip; all ties: nothing to rank, but a graph
+        loss = mpr_loss(p[: len(few)], few, 0.7, 0.1, 0.5)
+        loss.backward()
+        assert loss.item() == 0
+
+
+@pytest.mark.parametrize(
+    'gap, margin, slope, punished',
+    [(0.5, 0.1, 0.5, False), (0.5, 0.25, 0.5, False), (0.5, 0.5, 0.5, True), (0.5, 0.1, 1.0, True)],
+)
+def test_perfect_predictions_are_punished_just_where_the_warning_says(
+    gap, margin, slope, punished, capsys, corpora, tmp_path
+):
+    """ alpha > (1 - beta) delta, numerically, and in what train.py prints. """
+    y = torch.linspace(-3, 3, 61)
+    assert (float(mpr_loss(y, y, gap, margin, slope)) > 1e-6) == punished
+    assert punished == (margin > (1 - slope) * gap)
+    train(
+        'config/crosssent_toy.py',
+        f'--data_dir={corpora}',
+        f'--out_dir={tmp_path}/run',
+        '--max_steps=1',
+        '--device=cpu',
+        f'--mpr_gap={gap}',
+        f'--mpr_margin={margin}',
+        f'--mpr_slope={slope}',
+    )
+    assert ('MPR will punish even perfect predictions' in capsys.readouterr().out) == punished
+
+
+# up the ramp: the regularisers count half
+HALF_WAY = dict(epoch=torch.tensor(CROSS_KNOBS['ramp_epochs'] / 2))
+
+
+def test_eioi_and_their_sum_by_hand():
+    """
+    y = (0, 1, -2), p = (.1, 2, -3.25), band .25: outside by 0, .75, 1: mean .5833, of squares
+    .5208.
+    """
+    y, p = torch.tensor([0.0, 1.0, -2.0]), torch.tensor([0.1, 2.0, -3.25])
+    assert float(eioi_loss(p, y, 0.25)) == pytest.approx(1.75 / 3)
+    assert float(eioi_loss(p, y, 0.25, 2.0)) == pytest.approx((0.75**2 + 1) / 3)
+    terms, total = ordinal_loss(
+        p, y, CROSS_KNOBS | dict(eioi_band=0.25, weight_mpr=0.2, weight_eioi=0.4), HALF_WAY
+    )
+    assert float(total) == pytest.approx(0.5 * (0.2 * float(terms['mpr']) + 0.4 * 1.75 / 3))
+    off = CROSS_KNOBS | dict(weight_mpr=0.0, weight_eioi=0.0)
+    assert ordinal_loss(p, y, off, HALF_WAY) == ({}, 0.0)
+
+
+# -------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+@pytest.fixture(scope='session')
+def toy_run(corpora, tmp_path_factory):
+    out = tmp_path_factory.mktemp('crosssent')
+    train(
+        'config/crosssent_toy.py',
+        f'--data_dir={corpora}',
+        f'--out_dir={out}/run',
+        *TINY,
+        '--lm_vocab=60',
+    )
+    return out / 'run'
+
+
+def test_runs_end_to_end_and_again_from_its_files(toy_run, corpora):
+    before = json.load(open(toy_run / 'result.json'))
+    assert 'perfect reader' in evaluation.rerun(str(toy_run))
+    assert json.load(open(toy_run / 'result.json'))['test'] == before['test']
+    log = [json.loads(line) for line in open(toy_run / 'log.jsonl')]
+    assert {'task', 'mpr', 'eioi', 'loss'} <= set(log[0]['train'])
+
+
+def test_zero_shot_on_another_corpus(toy_run, corpora, tmp_path):
+    """
+    Itself as another corpus gives its own numbers; other widths are a sentence; text alone can be
+    compared then.
+    """
+    table = evaluation.evaluate_on(str(toy_run), str(corpora / 'toy'))
+
+    def same(table):
+        return len({tuple(line.split('|')[2:]) for line in table.splitlines()[2:]}) == 1
+
+    assert same(table) and same(evaluation.evaluate_on(str(toy_run), str(corpora / 'toy'), []))
+    # as the run standardises, not as the other corpus would: nothing changes
+    shutil.copytree(corpora / 'toy', tmp_path / 'shifted')
+    meta = json.load(open(tmp_path / 'shifted' / 'meta.json'))
+    for m in ('audio', 'vision'):
+        meta['streams'][m]['mean'] = [v + 5 for v in meta['streams'][m]['mean']]
+    json.dump(meta, open(tmp_path / 'shifted' / 'meta.json', 'w'))
+    assert same(evaluation.evaluate_on(str(toy_run), str(tmp_path / 'shifted')))
+    change = dict(audio=wide(5), vision=wide(9), vision_lengths=lambda s, x: [6] * len(x))
+    other = a_corpus(tmp_path, 'other', **change).removeprefix('--corpus=')
+    sentence = 'audio is 12 wide in toy and 5 in other.*leave it out'
+    with pytest.raises(evaluation.EvalError, match=sentence):
+        evaluation.evaluate_on(str(toy_run), other)
+    assert not same(evaluation.evaluate_on(str(toy_run), other, []))
+
+
+def test_other_systems_take_the_regularisers(corpora, tmp_path):
+    """ MPR and EIOI in MSE-Adapter's head and on DeepMLF's prediction. """
+    ordinal = {
+        name: v
+        for name, v in CROSS_KNOBS.items()
+        if name.startswith(('weight_', 'mpr_', 'eioi_')) and name in KNOBS
+    }
+    assert ordinal['weight_mpr'] == ordinal['weight_eioi'] == 0.1
+    out = tiny_deepmlf(**ordinal | dict(weight_lm=0.0))(tiny_batch() | HALF_WAY)
+    terms = out['terms']
+    rest = sum(terms[k] for k in ('task', 'av', 'text', 'fusion'))
+    torch.testing.assert_close(out['loss'], rest + 0.5 * 0.1 * (terms['mpr'] + terms['eioi']))
+    train(
+        'config/mse_toy.py',
+        f'--data_dir={corpora}',
+        f'--out_dir={tmp_path}/run',
+        '--max_steps=2',
+        '--device=cpu',
+        '--readout=head',
+        '--weight_mpr=0.1',
+        '--weight_eioi=0.1',
+        '--ramp_epochs=0',
+        '--log_interval=1',
+    )
+    log = json.loads(open(tmp_path / 'run' / 'log.jsonl').readline())['train']
+    assert log['loss'] == pytest.approx(
+        log['task'] + 0.1 * log['mpr'] + 0.1 * log['eioi'], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize('config', ['crosssent_mosi', 'crosssent_mosei', 'crosssent_sims'])
+@pytest.mark.parametrize('resample', ['linear', 'words'])
+def test_real_configs_run_on_files_of_their_layout(config, resample, tmp_path):
+    """
+    At their widths, with a tiny BERT of a WordPiece vocabulary in the place of the real encoder.
+    """
+    from transformers import BertTokenizerFast
+
+    words = '[PAD] [UNK] [CLS] [SEP] [MASK] the film was go ##od'.split()
+    words += [f'w{i}' for i in range(50)]
+    (tmp_path / 'vocab.txt').write_text('\n'.join(words))
+    tiny_bert().save_pretrained(tmp_path / 'bert')
+    BertTokenizerFast(vocab_file=str(tmp_path / 'vocab.txt')).save_pretrained(tmp_path / 'bert')
+    layouts = dict(mosi=(5, 20, 3), mosei=(74, 35, 3), sims=(33, 709, 1))
+    d_a, d_v, limit = layouts[config.split('_')[1]]
+    n = 4 if resample == 'words' else 6  # words of THE FILM WAS GOOD
+    change = dict(
+        audio=wide(d_a),
+        vision=wide(d_v),
+        audio_lengths=lambda s, x: [n] * len(x),
+        vision_lengths=lambda s, x: [n] * len(x),
+        regression_labels=lambda s, y: y * limit / 3,
+    )
+    train(
+        f'config/{config}.py',
+        a_corpus(tmp_path, 'unaligned_50', **change),
+        f'--lm={tmp_path}/bert',
+        f'--resample={resample}',
+        '--max_text_len=30',
+        f'--out_dir={tmp_path}/run',
+        f'--data_dir={tmp_path}/data',
+        '--max_steps=2',
+        '--device=cpu',
+    )
+    assert np.isfinite(json.load(open(tmp_path / 'run' / 'result.json'))['test']['mae'])
+
+
+@pytest.mark.parametrize(
+    'flags, sentence',
+    [
+        (['--gmra_layer=9'], 'from 1 to 3'),
+        (['--gmra_heads=5'], 'does not divide gmra_width'),
+        (['--lm=no/such'], 'could not be loaded'),
+        (['--label=emotion', '--select=wf1'], 'is one of classes'),
+        (['--resample=nearest'], 'is none of linear'),
+        (['--mpr_gap=-1'], 'at least 0'),
+        (['--eioi_power=0'], 'must be at least 1'),
+        (['--batch_size=1'], 'needs pairs of clips'),
+        (['--resample=words'], 'is for sources with one frame a word'),
+    ],
+)
+def test_bad_knobs_get_a_sentence(flags, sentence, corpora, tmp_path):
+    with pytest.raises(SystemExit, match=sentence):
+        train(
+            'config/crosssent_toy.py',
+            f'--data_dir={corpora}',
+            f'--out_dir={tmp_path}/run',
+            *TINY,
+            '--lm_vocab=60',
+            *flags,
+        )
+
+
+def test_words_of_byte_level_tokens(corpora):
+    """
+    RoBERTa's and GPT-2's tokens begin with their space; the tokens are those of the plain text, and
+    each knows its word.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        ['the film was good'] * 9,
+        trainers.BpeTrainer(vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    feed = type('F', (), dict(streams=(), k=dict(max_text_len=50), corpus=None))
+    text = 'the  film was goods'
+    words = Feed._words(feed, tokenizer, 'train', [text])[0]
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer([text])['input_ids'][0])
+    spelt = {}
+    for w, piece in zip(words, pieces):
+        spelt[w] = spelt.get(w, '') + piece.replace('\u0120', '')
+    assert len(words) == len(pieces)
+    assert [spelt[w] for w in range(4)] == ['the', 'film', 'was', 'goods']
+
+
+def test_shuffled_streams_are_another_clips(corpora):
+    """
+    The text and the label stay; audio and video come, both, from one other clip; nobody keeps its
+    own; each seed another way.
+    """
+    corpus, feeds = data.open_corpus(str(corpora / 'toy')), []
+    for on, seed in ((False, 0), (True, 0), (True, 0), (True, 1)):
+        k = knobs_of_system(AVModel, system='av', shuffle_streams=on, seed=seed)
+        feeds.append(Feed(corpus, k, None, 'cpu', AVModel.build(k, corpus, folder='')[0]))
+    own, other, again, third = (f('test', np.arange(32)) for f in feeds)
+    assert torch.equal(own['label'], other['label'])
+    assert torch.equal(other['audio'], again['audio'])
+    assert not torch.equal(other['audio'], third['audio'])
+
+    def frames(b, m, i):
+        return b[m][i, : b[m + '_len'][i]]
+
+    def same(m, i, j):
+        a, b = frames(own, m, i), frames(other, m, j)
+        return a.shape == b.shape and torch.equal(a, b)
+
+    came_from = [[i for i in range(32) if same('audio', i, j)] for j in range(32)]
+    assert all(
+        len(i) == 1 and i[0] != j and same('vision', i[0], j) for j, i in enumerate(came_from)
+    )
+    assert len({i[0] for i in came_from}) == 32
+
+
+def test_killed_and_resumed_is_the_run_that_was_not_and_eval_leaves_the_tokenizer(
+    corpora, tmp_path, monkeypatch
+):
+    real = data.get_batch
+    left = [0]
+    flags = [f'--data_dir={corpora}', *TINY, '--lm_vocab=60', '--save_interval=2']
+    train('config/crosssent_toy.py', *flags, f'--out_dir={tmp_path}/whole', '--fresh=True')
+    before = (tmp_path / 'whole' / 'hf' / 'tokenizer.json').stat().st_mtime_ns
+    evaluation.rerun(str(tmp_path / 'whole'))
+    assert (tmp_path / 'whole' / 'hf' / 'tokenizer.json').stat().st_mtime_ns == before
+
+    def dying(*a, **k):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return real(*a, **k)
+
+    monkeypatch.setattr(data, 'get_batch', dying)
+    left[0] = 6
+    with pytest.raises(Killed):
+        train('config/crosssent_toy.py', *flags, f'--out_dir={tmp_path}/killed')
+    left[0] = -1
+    train('config/crosssent_toy.py', *flags, f'--out_dir={tmp_path}/killed', '--resume=True')
+    same_run(tmp_path / 'whole', tmp_path / 'killed')
+
+
+def test_the_encoder_learns_at_its_share_of_the_rate_and_the_ramp_rises(corpora, tmp_path):
+    """
+    lr_encoder=0: the encoder stays to the bit (no decay), what is new moves. Epoch 0 of the ramp
+    counts nothing.
+    """
+    for share in (0.0, 1.0):
+        train(
+            'config/crosssent_toy.py',
+            f'--data_dir={corpora}',
+            f'--out_dir={tmp_path}/{share}',
+            '--max_steps=1',
+            '--device=cpu',
+            f'--lr_encoder={share}',
+            '--warmup_epochs=0',
+            '--log_interval=1',
+        )
+    a, b = (load_file(tmp_path / str(share) / 'last.safetensors') for share in (0.0, 1.0))
+    # in another order of the weights clipping's norm is another in its last bit; a step is 1e-3
+    moved = {k for k in a if k.startswith('model.') and (a[k] - b[k]).abs().max() > 1e-6}
+    assert moved and all(k.startswith('model.encoder.') for k in moved)
+    log = json.loads(open(tmp_path / '0.0' / 'log.jsonl').readline())['train']
+    assert log['loss'] == log['task'] and log['mpr'] > 0

@@ -1,0 +1,1542 @@
+"""
+data.py and corpora/: strangers' pickles, conversion, batches, ceilings (under 40 s).
+
+    python -m pytest -q tests/test_data.py
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from corpora import convert as conversion
+from corpora import frames, padding, streams, toy
+from corpora.convert import convert
+from corpora.describe import describe
+from corpora.lazy import Lazy, LazyArray
+from corpora.names import SPLITS, STREAMS, Summary
+from corpora.sources import clip_text
+from corpora.unpickle import CorpusError, read_pickle
+from data import epoch_order, get_batch, open_corpus
+from fakes import HERE, KNOBS, msena, mutate_pickles, save
+from run.report import FORMAT, EvalError
+from tools.adding import adding
+
+MOSI = HERE.parent / 'shared' / 'data' / 'mosi_official.pkl'
+rng = np.random.default_rng(0)
+
+
+def converted(tree, tmp_path, **kw):
+    """ The tree through a pickle into an open corpus. """
+    convert(save(tree, tmp_path / 'source.pkl'), str(tmp_path / 'corpus'), **kw)
+    return data.Corpus(tmp_path / 'corpus')
+
+
+def refused(tree, tmp_path, *words, **kw):
+    """ Conversion stops with one sentence that has these words, and leaves nothing behind. """
+    with pytest.raises(CorpusError) as e:
+        converted(tree, tmp_path, **kw)
+    for word in words:
+        assert word in str(e.value), str(e.value)
+    assert '\n' not in str(e.value)
+    assert not [p for p in os.listdir(tmp_path) if p.startswith('corpus')]
+
+
+def read_bytes(raw, tmp_path):
+    (tmp_path / 'x.pkl').write_bytes(raw)
+    with open(tmp_path / 'x.pkl', 'rb') as f:
+        return values(read_pickle(f, str(tmp_path)))
+
+
+def values(x):
+    """ A read tree with its arrays and payloads in place. """
+    if isinstance(x, LazyArray):
+        a = x.all()
+        if a.dtype == object:
+            for i in np.ndindex(a.shape):
+                a[i] = values(a[i])
+        return a
+    if isinstance(x, Lazy):
+        return x.value()
+    if isinstance(x, dict):
+        return {k: values(v) for k, v in x.items()}
+    return type(x)(map(values, x)) if type(x) in (list, tuple) else x
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading
+
+
+@pytest.mark.parametrize('protocol', range(6))
+def test_every_protocol_reads_as_numpy_reads(protocol, tmp_path):
+    fortran = np.asfortranarray
+    tree = dict(
+        f4=rng.normal(size=(9, 30, 5)).astype('f4'),
+        big_endian=np.arange(3000, dtype='>i4'),
+        f2=np.float16([1, 2]),
+        fortran=fortran(rng.normal(size=(7, 30, 5))),
+        small_fortran=fortran(np.eye(3)[:2]),
+        text=np.array(['naïve 中' * 300, '']),
+        byte=np.array([b'ab', b'c']),
+        flag=np.array([True, False]),
+        objects=np.array(['x' * 9000, None, 3.5, 'y'], object),
+        grid=fortran([[1, 'a'], [2, 'b']], object),
+        no_rows=np.zeros((0, 4)),
+        zero_d=np.array(3.5),
+        scalar=np.float32(2.5),
+        long_scalar=np.str_('y' * 3000),
+        ints=[1, -1, 300, 2**70],
+        rest=(1.5, True, None, (1, (2,))),
+        long_text='中' * 4000,
+        bytes=bytes(range(256)) * 40,
+        empty=b'',
+        array=bytearray(b'hi'),
+        set={1, 'a'},
+        frozen=frozenset([2]),
+        order=OrderedDict(a=1),
+    )
+    got = read_bytes(pickle.dumps(tree, protocol), tmp_path)
+    assert list(got) == list(tree)
+    for key, want in tree.items():
+        if isinstance(want, np.ndarray):
+            assert got[key].dtype == want.dtype and np.array_equal(got[key], want), key
+        else:
+            assert got[key] == want, key
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 4, 5])
+def test_rows_are_rows(protocol, tmp_path):
+    a = rng.normal(size=(50, 40, 3))
+    for tree in (a, np.asfortranarray(a)):
+        with open(save(tree, tmp_path / 'x.pkl', protocol), 'rb') as f:
+            lazy = read_pickle(f)
+            assert np.array_equal(lazy.rows(10, 20), a[10:20]) and np.array_equal(
+                lazy.rows(48, 99), a[48:]
+            )
+
+
+def py2_array(payload, shape, code=b'f4', core=b'numpy.core'):
+    """ The opcodes that Python 2 and an old numpy write for an array in protocol 2. """
+    def short(s):
+        return b'U' + bytes([len(s)]) + s
+
+    return (
+        b'c'
+        + core
+        + b'.multiarray\n_reconstruct\n'
+        + b'cnumpy\nndarray\n'
+        + b'K\x00\x85'
+        + short(b'b')
+        + b'\x87R'
+        + b'(K\x01'
+        + b'('
+        + b''.join(b'\x8a\xfe' + n.to_bytes(254, 'little') for n in shape)
+        + b't'
+        + b'cnumpy\ndtype\n'
+        + short(code)
+        + b'K\x00K\x01\x87R(K\x03'
+        + short(b'<')
+        + b'NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb'
+        + b'\x89'
+        + b'T'
+        + struct.pack('<i', len(payload))
+        + payload
+        + b'tb'
+    )
+
+
+@pytest.mark.parametrize('core', [b'numpy.core', b'numpy._core'])
+def test_python_2(core, tmp_path):
+    small, large = np.float32([[1, 2], [3, 4]]), rng.normal(size=(50, 40)).astype('f4')
+    raw = (
+        b'\x80\x02]('
+        + py2_array(small.tobytes(), (2, 2), core=core)
+        + py2_array(large.tobytes(), (50, 40), core=core)
+        + b'T\x05\x00\x00\x00caf\xc3\xa9'
+        + b"S'it\\'s \\xe4\\n'\n"
+        + b'e.'
+    )
+    a, b, utf8, latin1 = read_bytes(raw, tmp_path)
+    assert np.array_equal(a, small) and np.array_equal(b, large)
+    assert clip_text(utf8, '', Summary()) == 'café'
+    assert clip_text(latin1, '', Summary('latin1')) == "it's ä\n"
+    with pytest.raises(CorpusError, match='--encoding'):
+        clip_text(latin1, '', Summary())  # nobody said that it is Latin-1
+
+
+def test_python_2_protocol_0(tmp_path):
+    """ Whole arrays as escaped strings on one line: decoded in pieces, escapes on the seam too. """
+    payload = bytes(range(256)) * 100
+    written = ''.join(
+        {9: '\\t', 65: 'A', 39: "\\'", 92: '\\\\'}.get(b, f'\\x{b:02x}') for b in payload
+    )
+    raw = b"S'" + written.encode() + b"'\n."
+    (tmp_path / 'x.pkl').write_bytes(raw)
+    with open(tmp_path / 'x.pkl', 'rb') as f:
+        lazy = read_pickle(f)
+        assert isinstance(lazy, Lazy) and b''.join(lazy.chunks(size=7)) == payload
+
+
+class Evil:
+    """ Pickles as a call of func(*args). """
+
+    def __init__(self, func, *args):
+        self.how = func, args
+
+    def __reduce__(self):
+        return self.how
+
+
+def evil_pickles(canary):
+    """ (what the refusal must name, pickle) of attempts at making the file `canary`, or as bad. """
+    touch = f'open({canary!r},"w")'
+    for protocol in (0, 2, 4):
+        yield 'posix.system', pickle.dumps(Evil(os.system, f'touch {canary}'), protocol)
+        yield 'eval', pickle.dumps({'train': [np.zeros(3), Evil(eval, touch)]}, protocol)
+        yield 'getattr', pickle.dumps(Evil(getattr, 'x', 'upper'), protocol)
+        yield 'numpy', pickle.dumps(Evil(np.load, canary), protocol)
+        yield 'Popen', pickle.dumps(Evil(subprocess.Popen, ['touch', canary]), protocol)
+        yield 'eval', pickle.dumps(Evil(np.dtype, Evil(eval, touch)), protocol)
+        yield 'exec', pickle.dumps(OrderedDict(a=Evil(exec, touch)), protocol)
+        yield (
+            'numpy.matrix',
+            pickle.dumps(np.array([1]), 0).replace(b'cnumpy\nndarray', b'cnumpy\nmatrix'),
+        )
+    yield 'os.system', b'cos\nsystem\n(S"touch ' + canary.encode() + b'"\ntR.'
+    yield 'os.system', b'\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.'
+    yield 'builtins.getattr', b'\x80\x04\x8c\x08builtins\x8c\x07getattr\x93.'
+    yield 'numpy.core.multiarray.__dict__', b'cnumpy.core.multiarray\n__dict__\n.'
+    yield 'numpy.dtype.__class__', b'\x80\x04\x8c\x05numpy\x8c\x0fdtype.__class__\x93.'
+    yield (
+        'numpy.testing._private.utils.runstring',
+        b'cnumpy.testing._private.utils\nrunstring\n(S"x"\ntR.',
+    )
+    yield 'INST', b'(S"x"\nios\nsystem\n.'
+    yield 'OBJ', b'(cnumpy\ndtype\nS"f4"\no.'
+    yield 'NEWOBJ', b'cnumpy\ndtype\n)\x81.'
+    yield 'EXT1', b'\x82\x01.'
+    yield 'PERSID', b'Pabc\n.'
+    yield 'BINPERSID', b'K\x01Q.'
+    yield 'NEXT_BUFFER', b'\x80\x05\x97.'
+    yield 'f4,O', b'cnumpy\ndtype\n(S"f4,O"\ntR.'
+    yield 'M8', pickle.dumps(np.zeros(3, 'M8[s]'))
+    yield 'V8', pickle.dumps(np.zeros(3, [('a', 'f8')]))
+    yield 'latin1', b'c_codecs\nencode\n(S"x"\nS"rot13"\ntR.'  # any other codec of Python's
+    yield 'Dtype', b'cnumpy\ndtype\n}S"__class__"\nNsb.'  # BUILD on a name
+    yield 'dict', b'}S"x"\nNs}S"__setstate__"\nNsb.'  # BUILD on a dict
+    yield 'tuple', b'cnumpy\ndtype\n(S"f4"\ntR}S"np"\nNsb.'  # a state that sets attributes
+    yield 'ndarray', b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(K\x00tS"b"\ntR.'
+    yield 'fill', py2_array(b'12345678', (3,)) + b'.'  # too few bytes
+    yield 'fill', py2_array(b'12345678', (1,)) + b'.'  # too many
+    yield 'fill', py2_array(b'12345678', (1,), b'O8') + b'.'  # pointers, from bytes
+    yield 'fill', py2_array(b'', (60000,) * 9) + b'.'
+    yield 'sizes', py2_array(b'', (2**1000,) * 200) + b'.'  # whose product takes hours, if longer
+    yield 'sizes', py2_array(b'', (0,) * 1000) + b'.'
+    yield (
+        'plain',
+        b'}\x8a\x09' + (2**61 - 1).to_bytes(9, 'little') + b'K\x01s.',
+    )  # one of millions with one hash
+    yield 'plain', b'}](e' + b'K\x01s.'  # a list as a key
+    yield 'plain', b'}K\x01\x85' + b'2\x86' * 60 + b'K\x01s.'  # a key whose hash takes 2^60 steps
+
+
+def test_malice_is_refused_by_name(tmp_path):
+    canary = str(tmp_path / 'canary')
+    for name, raw in evil_pickles(canary):
+        with pytest.raises(CorpusError) as e:
+            read_bytes(raw, tmp_path)
+        said = str(e.value)
+        assert name in said and 'x.pkl' in said and '\n' not in said, (name, said)
+        assert not os.path.exists(canary), name
+
+
+def test_truncated_anywhere(tmp_path):
+    raw = pickle.dumps(msena(), 4)
+    for cut in random.Random(0).sample(range(len(raw)), 40):
+        with pytest.raises(CorpusError, match='x.pkl'):
+            read_bytes(raw[:cut], tmp_path)
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 5])
+def test_a_lying_length_allocates_nothing(protocol, tmp_path):
+    for opcode, width in zip(
+        (b'B', b'X', b'T', b'\x8b', b'\x8d', b'\x8e', b'\x96'), (4, 4, 4, 4, 8, 8, 8)
+    ):
+        head = opcode + b'\xff' * (width - 1) + b'\x7f'
+        with pytest.raises(CorpusError):
+            read_bytes(bytes([0x80, protocol]) + head + b'abc', tmp_path)
+
+
+def test_500_mutations_never_surprise(tmp_path):
+    assert min(mutate_pickles(tmp_path, 500).values()) > 20
+    assert not [p for p in os.listdir(tmp_path) if '.tmp-' in p]
+
+
+# -------------------------------------------------------------------------------------------------
+# Converting
+
+
+@pytest.mark.parametrize('lengths', [True, False])
+@pytest.mark.parametrize('protocol', [0, 2, 5])
+def test_what_goes_in_comes_out(lengths, protocol, tmp_path):
+    tree = msena(lengths=lengths)
+    tree['train']['vision'] = np.asfortranarray(tree['train']['vision'])
+    tree['train']['raw_text'] = np.array(tree['train']['raw_text'])
+    tree['valid']['raw_text'] = np.array([t.encode() for t in tree['valid']['raw_text']], object)
+    convert(save(tree, tmp_path / 'source.pkl', protocol), str(tmp_path / 'corpus'))
+    corpus = data.Corpus(tmp_path / 'corpus')
+    assert corpus.widths == {'audio': 5, 'vision': 2} and corpus.n_clips == dict(
+        train=6, valid=3, test=2
+    )
+    assert corpus.meta['labels']['label']['range'] == [-3, 3]
+    assert corpus.meta['streams']['audio']['padding'] == 'right'
+    for split, s in tree.items():
+        assert corpus.id(split) == s['id']
+        assert corpus.text(split) == [f'text {i} of {split}' for i in range(len(s['id']))]
+        assert np.array_equal(corpus.label(split), s['regression_labels'])
+        for m in STREAMS:
+            assert corpus.lengths(split, m).tolist() == [1 + i % 7 for i in range(len(s['id']))]
+            for i, n in enumerate(corpus.lengths(split, m)):
+                assert np.array_equal(corpus.frames(split, m, i), s[m][i, :n].astype(np.float32))
+    frames = np.concatenate([tree['train']['audio'][i, : i + 1] for i in range(6)])
+    assert np.allclose(corpus.meta['streams']['audio']['mean'], frames.mean(0), atol=1e-6)
+    assert np.allclose(corpus.meta['streams']['audio']['std'], frames.std(0), atol=1e-6)
+
+
+def test_left_padding_takes_the_last_frames(tmp_path):
+    for lengths in (True, False):
+        tree = msena(lengths=lengths)
+        want = [s['audio'][1, :2].copy() for s in tree.values()]
+        for s in tree.values():
+            for m in STREAMS:
+                for i in range(len(s['id'])):
+                    s[m][i] = np.roll(s[m][i], 7 - (1 + i % 7), axis=0)
+        (tmp_path / str(lengths)).mkdir()
+        corpus = converted(tree, tmp_path / str(lengths))
+        assert corpus.meta['streams']['audio']['padding'] == 'left'
+        for split, w in zip(SPLITS, want):
+            assert np.array_equal(corpus.frames(split, 'audio', 1), w)
+
+
+def test_cleaning_is_counted(tmp_path):
+    """
+    nan and inf to 0, impossible lengths from the last non-zero frame, empty and all-zero clips
+    kept.
+    """
+    tree = msena()
+    t = tree['train']
+    t['audio'][3, 0, 0], t['audio'][3, 1, 1], t['audio'][3, 2, :2] = np.nan, np.inf, -np.inf
+    t['audio_lengths'][4], t['audio_lengths'][5], t['audio_lengths'][0] = 99, -1, 0
+    t['vision'][2] = 0
+    t['raw_text'][1] = '  '
+    corpus = converted(tree, tmp_path)
+    audio, vision = corpus.meta['streams']['audio'], corpus.meta['streams']['vision']
+    assert audio['cleaned'] == {'nan': 1, '+inf': 1, '-inf': 2}
+    assert audio['lengths_repaired'] == 2 and audio['clips_empty'] == 1
+    assert vision['clips_all_zero'] == 1 and corpus.meta['text'] == dict(empty=1, upper_case=False)
+    assert corpus.lengths('train', 'audio').tolist() == [0, 2, 3, 4, 5, 6]
+    x = corpus.frames('train', 'audio', 3)
+    assert np.isfinite(x).all() and x[0, 0] == 0
+
+
+def test_labels(tmp_path):
+    tree = msena()
+    tree['valid']['regression_labels'][1] = 4.0
+    refused(tree, tmp_path, 'valid$_$1', '4.0', '--label_range')
+    tree['valid']['regression_labels'][1] = np.nan
+    refused(tree, tmp_path, 'valid$_$1', 'nan')
+    tree['valid']['regression_labels'][1] = 4.0
+    assert converted(tree, tmp_path, label_range=(-5, 5)).meta['labels']['label']['range'] == [
+        -5,
+        5,
+    ]
+
+
+def test_sims_has_four_labels_in_one(tmp_path):
+    tree = msena()
+    for s in tree.values():
+        s['regression_labels'] /= 3
+        for t in 'TAV':
+            s['regression_labels_' + t] = (s['regression_labels'] / 2).tolist()
+    corpus = converted(tree, tmp_path)
+    assert list(corpus.meta['labels']) == ['label', 'label_T', 'label_A', 'label_V']
+    assert all(y['range'] == [-1, 1] for y in corpus.meta['labels'].values())
+    assert np.allclose(corpus.label('train', 'label_A') * 2, corpus.label('train'))
+    with pytest.raises(CorpusError, match='emotion'):
+        corpus.label('train', 'emotion')
+
+
+def test_what_is_missing_is_named(tmp_path):
+    tree = msena()
+    del tree['valid']['regression_labels']
+    refused(tree, tmp_path, 'valid', 'regression_labels', 'annotations')
+    tree = msena()
+    del tree['test']
+    refused(tree, tmp_path, 'test', 'train, valid')
+    tree = msena()
+    del tree['test']['audio']
+    refused(tree, tmp_path, 'audio', 'test')
+    tree = msena()
+    tree['train']['audio'] = tree['train']['audio'][:-1]
+    refused(tree, tmp_path, 'audio', '6 clips')
+    tree = msena()
+    tree['test']['vision'] = tree['test']['vision'][..., :1]
+    refused(tree, tmp_path, 'vision', '2 features', '1 in test')
+    refused([1, 2], tmp_path, 'list', 'train')
+    with pytest.raises(CorpusError, match="'nowhere'.*'toy'.*folder.*pkl"):
+        open_corpus('nowhere', tmp_path)
+
+
+def test_text_alone_and_one_stream_alone(tmp_path):
+    tree = msena()
+    for s in tree.values():
+        del s['vision']
+    corpus = converted(tree, tmp_path)
+    assert corpus.widths == {'audio': 5} and 'vision' not in get_batch(corpus, 'train', [0])
+    for s in tree.values():
+        del s['audio']
+    (tmp_path / 'b').mkdir()
+    corpus = converted(tree, tmp_path / 'b')
+    assert corpus.widths == {} and 'neither' in describe(corpus.meta)
+
+
+def test_utterance_vectors_are_one_frame(tmp_path):
+    tree = msena()
+    for s in tree.values():
+        s['audio'] = s['audio'][:, 0]
+    corpus = converted(tree, tmp_path)
+    assert set(corpus.lengths('train', 'audio')) == {1}
+    assert np.array_equal(corpus.frames('train', 'audio', 2)[0], tree['train']['audio'][2])
+
+
+def lists(folder, labels='neutral surprise joy'.split()):
+    folder.mkdir()
+    for split in SPLITS:
+        features = [
+            dict(
+                text=f'{split} {i}',
+                audio=rng.normal(size=(4 + i, 3)),
+                audio_len=4 + i,
+                video=np.ones((5, 2)),
+                video_len=2,
+            )
+            for i in range(len(labels))
+        ]
+        save(
+            [dict(label=y, features=f) for y, f in zip(labels, features)],
+            folder / f'TINY_{split}.pkl',
+        )
+    return str(folder)
+
+
+def test_a_folder_of_lists(tmp_path):
+    corpus = open_corpus(lists(tmp_path / 'TINY'), tmp_path / 'data')
+    names = corpus.meta['labels']['emotion']['names']
+    assert names == ['neutral', 'surprise', 'joy']  # in MELD's order
+    assert corpus.label('test', 'emotion').tolist() == [0, 1, 2]
+    assert corpus.label('test', 'emotion').dtype == np.int64
+    assert corpus.lengths('train', 'audio').tolist() == [4, 5, 6]
+    assert corpus.lengths('train', 'vision').tolist() == [2, 2, 2]
+    assert get_batch(corpus, 'train', [2, 0], label='emotion')['label'].tolist() == [2, 0]
+    again = open_corpus(tmp_path / 'TINY', tmp_path / 'data')  # is not made again
+    assert again.folder == corpus.folder and len(os.listdir(tmp_path / 'data')) == 1
+
+
+def test_an_unknown_class_is_named(tmp_path):
+    source = lists(tmp_path / 'TINY', ['b', 'a', 'a'])
+    clips = pickle.load(open(tmp_path / 'TINY' / 'TINY_test.pkl', 'rb'))
+    clips[1]['label'] = 'rage'
+    save(clips, tmp_path / 'TINY' / 'TINY_test.pkl')
+    with pytest.raises(CorpusError, match="test is rage.*a, b"):
+        convert(source, str(tmp_path / 'out'))
+
+
+def test_float16_is_standardised_or_refused(tmp_path):
+    tree = msena(n=(70, 3, 2))
+    corpus = converted(tree, tmp_path, dtype='float16')
+    info = corpus.meta['streams']['audio']
+    want = (tree['train']['audio'][3, :4] - info['mean']) / info['std']
+    assert info['standardised'] and corpus.frames('train', 'audio', 3).dtype == np.float16
+    assert np.allclose(get_batch(corpus, 'train', [3])['audio'][0], want, atol=2e-3)
+    with pytest.raises(CorpusError, match='float32'):
+        get_batch(corpus, 'train', [3], standardise=False)
+    tree['test']['audio'][1, 0, 0] = 1e6
+    (tmp_path / 'b').mkdir()
+    refused(tree, tmp_path / 'b', 'audio', 'once standardised', '65504', dtype='float16')
+
+
+def test_killed_in_the_middle_leaves_nothing_that_opens(tmp_path):
+    source = save(msena(n=(50, 3, 2)), tmp_path / 'source.pkl')
+    program = f"""import os, signal
+from corpora import convert
+convert.halve = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+convert.convert({source!r}, {str(tmp_path / 'corpus')!r}, dtype='float16')"""
+    died = subprocess.run([sys.executable, '-c', program], cwd=HERE)
+    assert died.returncode == -signal.SIGKILL
+    left = [p for p in os.listdir(tmp_path) if p.startswith('corpus')]
+    assert len(left) == 1 and '.tmp-' in left[0]  # half a corpus
+    for folder in [tmp_path / left[0], tmp_path / left[0] / 'corpus', tmp_path / 'corpus']:
+        with pytest.raises(CorpusError):
+            open_corpus(folder, tmp_path)
+    convert(source, str(tmp_path / 'corpus'))
+    assert sorted(os.listdir(tmp_path)) == ['corpus', 'source.pkl']  # the next sweeps it
+
+
+def test_two_at_once(tmp_path):
+    source = save(msena(), tmp_path / 'source.pkl')
+    program = (
+        f"import data; print(data.open_corpus({source!r}, {str(tmp_path / 'data')!r}).n_clips)"
+    )
+    command, here = [sys.executable, '-c', program], HERE
+    both = [subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE) for _ in range(2)]
+    assert all(b"'train': 6" in p.communicate()[0] and p.returncode == 0 for p in both)
+    assert len(os.listdir(tmp_path / 'data')) == 1
+
+
+def test_full_disk_is_a_sentence(tmp_path, monkeypatch):
+    def full(*a):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(conversion, 'write_stream', full)
+    refused(msena(), tmp_path, 'No space left')
+
+
+def test_damaged_corpus_is_named(tmp_path):
+    corpus = converted(msena(), tmp_path)
+    path = Path(corpus.folder) / 'train' / 'audio.npy'
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CorpusError, match='train/audio.npy'):
+        get_batch(corpus, 'train', [0])
+    (Path(corpus.folder) / 'train' / 'text.jsonl').unlink()
+    with pytest.raises(CorpusError, match='text.jsonl'):
+        data.Corpus(corpus.folder).text('train')
+    (Path(corpus.folder) / 'meta.json').write_text('{')
+    with pytest.raises(CorpusError, match='meta.json'):
+        open_corpus(corpus.folder)
+
+
+@pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')
+def test_mosi(tmp_path):
+    corpus = open_corpus(MOSI, tmp_path)
+    assert list(corpus.n_clips.values()) == [1284, 229, 686] and corpus.meta['text']['upper_case']
+    assert corpus.meta['streams']['vision']['clips_empty'] == 2
+    assert corpus.widths == {'audio': 73, 'vision': 3}
+    assert data.lower_if_shouting(corpus.text('train'), corpus)[0] == 'anyhow it was really good'
+    want = pickle.loads(MOSI.read_bytes())['test']
+    assert np.array_equal(
+        corpus.frames('test', 'audio', 7), want['audio'][7, : want['audio_lengths'][7]]
+    )
+
+
+def test_command_line(tmp_path):
+    def run(*argv):
+        command = [sys.executable, os.path.abspath(data.__file__), *argv]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    source = save(msena(), tmp_path / 'source.pkl')
+    done = run(source, '--name=tiny', '--dtype=float16', '--label_range=-5,5')
+    assert done.returncode == 0 and all(
+        w in done.stdout for w in ('6 train', '[-5.0, 5.0]', 'float16')
+    )
+    for argv in (
+        ['--nam=x', source],
+        ['nowhere'],
+        [source, '--label_range=3'],
+        [source, '--name=tiny'],
+    ):
+        failed = run(*argv)
+        assert failed.returncode == 1 and failed.stderr.startswith('data.py: '), failed.stderr
+        assert failed.stderr.count('\n') == 1
+
+
+# -------------------------------------------------------------------------------------------------
+# Padding, lengths, names, classes and encodings: right values are known from how a source is made
+
+
+def clip_frames(r, n, d, lead=0, trail=0, hole=0):
+    """ n frames without a zero, but for `lead` at the head, `trail` at the tail, a hole inside. """
+    x = r.uniform(0.5, 2.0, (n, d)).astype(np.float32)
+    x[:lead] = 0
+    x[n - trail :] = 0
+    x[n // 2 : n // 2 + hole] = 0
+    return x
+
+
+def padded(lengths, L, d, side, dtype=np.float32, seed=0, **zeros):
+    """ Clips of known lengths [N] as one array [N,L,d] with zeros for padding at `side`. """
+    r, x = np.random.default_rng(seed), np.zeros((len(lengths), L, d), dtype)
+    for i, n in enumerate(lengths):
+        at = slice(L - n, L) if side == 'left' else slice(0, n)
+        x[i, at] = clip_frames(r, n, d, **zeros)
+    return x
+
+
+def aligned(side, n=(40, 16, 16), L=20, full=2, dtype=np.float32, **zeros):
+    """ An aligned source without lengths, and those {split: [N]}; `full` clips a split fill L. """
+    tree, lengths = {}, {}
+    for k, (split, N) in enumerate(zip(SPLITS, n)):
+        own = np.random.default_rng(k).integers(5, L - 4, N)
+        own[:full] = L
+        tree[split] = dict(
+            raw_text=[f'text {i}' for i in range(N)],
+            id=[f'{split}$_${i}' for i in range(N)],
+            regression_labels=np.linspace(-2, 2, N).astype(np.float32),
+            audio=padded(own, L, 3, side, dtype, k, **zeros),
+            vision=padded(own, L, 2, side, dtype, k + 9, **zeros),
+        )
+        lengths[split] = own
+    return tree, lengths
+
+
+def assert_lengths(corpus, lengths, less=0, streams=STREAMS):
+    for split, own in lengths.items():
+        for m in streams:
+            assert corpus.lengths(split, m).tolist() == (own - less).tolist(), (split, m)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, np.float16])
+@pytest.mark.parametrize('protocol', [2, 4])
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_zeros_opposite_the_padding_belong_to_the_clip(side, protocol, dtype, tmp_path):
+    """ A zero row that stands for [CLS] (or its mirror image), and clips that fill the length. """
+    edge = 'lead' if side == 'right' else 'trail'
+    tree, lengths = aligned(side, dtype=dtype, **{edge: 1})
+    convert(save(tree, tmp_path / 'source.pkl', protocol), str(tmp_path / 'corpus'))
+    corpus = data.Corpus(tmp_path / 'corpus')
+    assert_lengths(corpus, lengths)
+    for i in (0, 3):
+        n, x = lengths['test'][i], tree['test']['vision'][i]
+        want = x[-n:] if side == 'left' else x[:n]
+        assert np.array_equal(corpus.frames('test', 'vision', i), want)
+    info = corpus.meta['streams']['audio']
+    shorter = sum(int((own < 20).sum()) for own in lengths.values())
+    assert info['padding'] == side and info['clips_cut'] == info['clips_cut_with_zeros'] == shorter
+    assert info['padding_found']['by'] == 'zero frames'
+    assert info['padding_found'][side] == 2 * shorter  # of audio and of vision
+    assert f'{shorter} clips were found by cutting zero frames' in describe(corpus.meta)
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+@pytest.mark.parametrize('full', [1, 12, 15, 16])
+def test_clips_that_fill_the_length_do_not_decide(side, full, tmp_path):
+    """ Up to all clips of valid and test fill the length: their one zero row is no padding. """
+    edge = 'lead' if side == 'right' else 'trail'
+    tree, lengths = aligned(side, full=full, **{edge: 1})
+    assert_lengths(converted(tree, tmp_path), lengths)
+
+
+def test_zeros_at_the_padding_are_padding_unless_the_text_says_otherwise(tmp_path):
+    """ A zero row for [SEP] is cut; with BERT's mask, or vectors of the same frames, it stays. """
+    tree, lengths = aligned('right', lead=1, trail=1)
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths, less=1)
+    assert corpus.meta['streams']['audio']['padding'] == 'right'
+    for name in ('mask', 'vectors', 'bert'):
+        for split, s in tree.items():
+            live = np.arange(20) < lengths[split][:, None]  # [N,L]
+            s.pop('text_bert', None)
+            s.pop('text', None)
+            if name == 'mask':
+                s['text_bert'] = np.stack([live * 101, live, 0 * live], 1)  # [N,3,L]
+            if name == 'vectors':
+                s['text'] = live[..., None] * np.ones(4)  # [N,L,4]
+            if name == 'bert':
+                s['text'] = np.ones((len(live), 20, 4))  # BERT's features show no lengths
+        (tmp_path / name).mkdir()
+        corpus = converted(tree, tmp_path / name)
+        assert_lengths(corpus, lengths, less=int(name == 'bert'))
+        info, said = corpus.meta['streams']['audio'], describe(corpus.meta)
+        if name == 'bert':
+            assert 'not read text [40, 20, 4]' in said and info['clips_cut'] == 72
+        else:
+            assert info['clips_cut'] == 0 and 'lengths go at least as far as text' in said
+            assert 'not read' not in said
+
+
+def test_a_text_that_is_not_aligned_is_not_believed(tmp_path):
+    """ Masks shorter than the frames, padded at the other side, or of another frame count. """
+    tree, lengths = aligned('right')
+    for name in ('shorter', 'other side', 'other count', 'no mask'):
+        for split, s in tree.items():
+            own = lengths[split][:, None]
+            live = np.arange(20) < (own // 2 if name == 'shorter' else own)  # [N,L]
+            if name == 'other side':
+                live = live[:, ::-1]
+            if name == 'other count':
+                live = np.ones((len(own), 30), bool)
+            mask = live * (7 if name == 'no mask' else 1)
+            s['text_bert'] = np.stack([live, mask, live], 1).astype(np.int64)  # [N,3,L]
+        (tmp_path / name).mkdir()
+        corpus = converted(tree, tmp_path / name)
+        assert_lengths(corpus, lengths)
+        said = describe(corpus.meta)
+        assert f"not read text_bert [40, 3, {30 if name == 'other count' else 20}]" in said
+        assert ('text_bert is not used for lengths' in said) == (name in ('shorter', 'other side'))
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_faces_that_are_missing_do_not_turn_the_side(side, tmp_path):
+    """ Vision has zero frames at the head and at the tail of every third clip; audio has not. """
+    tree, lengths = aligned(side, full=3)
+    want = {}
+    for split, s in tree.items():
+        want[split] = lengths[split].copy()
+        for i in range(0, len(s['id']), 3):
+            first = 20 - lengths[split][i] if side == 'left' else 0
+            end = first + lengths[split][i]
+            s['vision'][i, first : first + 2] = 0
+            s['vision'][i, end - 2 : end] = 0
+            want[split][i] -= 2  # the two at the padding are not to be told from it
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths, streams=['audio'])
+    assert_lengths(corpus, want, streams=['vision'])
+    assert corpus.meta['streams']['vision']['padding'] == side
+
+
+def without_clip(k, lengths):
+    """ The lengths {split: [N]} where clip k of each split is empty. """
+    return {split: np.where(np.arange(len(own)) == k, 0, own) for split, own in lengths.items()}
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_clips_of_one_length_with_silence_opposite_the_padding(side, tmp_path):
+    tree, lengths = aligned('right')
+    for split, s in tree.items():
+        for m in STREAMS:
+            s[m][:] = 0
+            s[m][:, :10] = 1
+            s[m][::4, :3] = 0
+            s[m] = s[m][:, ::-1].copy() if side == 'left' else s[m]
+        lengths[split][:] = 10
+    assert_lengths(converted(tree, tmp_path), lengths)
+
+
+def test_keys_as_bytes(tmp_path):
+    """ As a Python 2 file has them that was loaded with encoding='bytes' and saved again. """
+    plain = msena()
+    tree = {split.encode(): {k.encode(): v for k, v in s.items()} for split, s in plain.items()}
+    corpus = converted(tree, tmp_path)
+    assert corpus.id('test') == plain['test']['id'] and corpus.meta['renamed'] == {}
+    assert corpus.widths == {'audio': 5, 'vision': 2}
+
+
+def test_silence_inside_and_a_clip_of_zeros(tmp_path):
+    for name, zeros in dict(hole=dict(hole=2), lead=dict(lead=3)).items():
+        tree, lengths = aligned('right', **zeros)
+        for s in tree.values():
+            s['audio'][5] = 0
+        (tmp_path / name).mkdir()
+        corpus = converted(tree, tmp_path / name)
+        assert_lengths(corpus, lengths, streams=['vision'])
+        assert_lengths(corpus, without_clip(5, lengths), streams=['audio'])
+        info = corpus.meta['streams']['audio']
+        assert info['clips_empty'] == 3 and info['clips_missing'] == 0
+        assert info['empty_ids'][1] == 'valid$_$5 (valid)'
+
+
+@pytest.mark.parametrize('lead', [0, 1])
+def test_no_padding_at_all(lead, tmp_path):
+    """ All clips fill the length, also where all of them begin with a zero row. """
+    tree, lengths = aligned('right', full=99, lead=lead)
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths)
+    assert corpus.meta['streams']['audio']['padding'] == 'none'
+    assert 'padding side' not in describe(corpus.meta)
+
+
+def test_mixed_evidence_stops_and_the_user_decides(tmp_path):
+    """ Half the clips, one split (even of 4 %), or one stream is padded on the other side. """
+
+    def half():
+        tree = aligned('right')[0]
+        for c in tree.values():
+            for m in STREAMS:
+                c[m][::2] = c[m][::2, ::-1].copy()
+        return tree
+
+    def split():
+        left = aligned('left', full=0)[0]
+        return aligned('right', n=(200, 8, 8), full=0)[0] | {'valid': left['valid']}
+
+    def stream():
+        left = aligned('left')[0]
+        return {s: c | {'vision': left[s]['vision']} for s, c in aligned('right')[0].items()}
+
+    for make in (half, split, stream):
+        refused(make(), tmp_path, '--padding=left or --padding=right', 'audio', 'head', 'tail')
+    tree, own = aligned('right')
+    for side in ('left', 'right'):
+        (tmp_path / side).mkdir()
+        corpus = converted(half(), tmp_path / side, padding=side)
+        n = np.arange(40)
+        turned = (n % 2 == 0) == (side == 'right')  # padded at the other end, they fill the length
+        want = np.where(turned, 20, own['train'])
+        assert corpus.lengths('train', 'audio').tolist() == want.tolist()
+        assert 'given by --padding' in describe(corpus.meta)
+    refused(tree, tmp_path, 'left or right', padding='up')
+
+
+def test_stated_lengths_decide_and_a_missing_one_is_found(tmp_path):
+    """ Stated lengths keep true zeros on both sides; None and impossible ones are found. """
+    for side in ('left', 'right'):
+        tree, lengths = aligned(side, lead=1, trail=1)
+        want = {}
+        for split, s in tree.items():
+            want[split] = lengths[split].copy()
+            stated = lengths[split].tolist()
+            stated[4], stated[5] = None, 99
+            want[split][4:6] -= 1  # their zero frame at the padding is taken for padding
+            s['audio_lengths'], s['vision_lengths'] = stated, np.array(stated, object)
+        (tmp_path / side).mkdir()
+        corpus = converted(tree, tmp_path / side)
+        assert_lengths(corpus, want)
+        info = corpus.meta['streams']['vision']
+        assert info['padding'] == side and info['lengths_repaired'] == 6 and info['clips_cut'] == 6
+        assert info['padding_found']['by'] == 'stated lengths'
+
+
+def test_a_large_corpus_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(frames, 'SIDE_SAMPLE', 7)
+    tree, lengths = aligned('left', trail=1)
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths)
+    assert corpus.meta['streams']['audio']['padding_found']['read'] == 2 * 3 * 7
+
+
+def test_small_chunks_give_the_same(tmp_path, monkeypatch):
+    tree, lengths = aligned('left', trail=1)
+    for split, s in tree.items():
+        live = np.arange(20) >= 20 - lengths[split][:, None]
+        s['text_bert'] = np.stack([live, live, live], 1).astype(np.float32)
+    for module in (frames, padding, streams):
+        monkeypatch.setattr(module, 'CHUNK_BYTES', 2000)
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths)
+    assert corpus.meta['streams']['audio']['aligned_text'] == 'text_bert'
+
+
+@pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')
+def test_mosi_stays_as_it_was(tmp_path):
+    """ SHA-256 of all arrays, by the version before lengths were found by all this. """
+    convert(str(MOSI), str(tmp_path / 'corpus'))
+    whole = hashlib.sha256()
+    for path in sorted((tmp_path / 'corpus').rglob('*.npy')):
+        whole.update(hashlib.sha256(path.read_bytes()).digest())
+    assert whole.hexdigest() == '9ca61511f87c3989d6a1df1a3512b205a506cbe43e6683f6e44bf7bfc9c1b73a'
+
+
+@pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_mosi_aligned_again_has_its_true_lengths(side, tmp_path):
+    """ Its words' timings in 50 rows behind (or before) a row of zeros, without lengths. """
+    tree, lengths = pickle.loads(MOSI.read_bytes()), {}
+    for split, s in tree.items():
+        N = len(s['id'])
+        words = np.minimum(np.array(s['vision_lengths']), 49)  # [N]
+        words[s['vision'][np.arange(N), words - 1].any(-1) == 0] = 0  # two have none
+        lengths[split] = words + 1
+        x = np.zeros((N, 50, 3), np.float32)
+        sound = s['audio'][np.arange(N), np.array(s['audio_lengths']) - 1]  # [N,73]
+        y = np.zeros((N, 50, 73), np.float32)
+        for i, k in enumerate(words):
+            x[i, 1 : k + 1], y[i, 1 : k + 1] = s['vision'][i, :k], sound[i]
+        for m, a in (('vision', x), ('audio', y)):
+            s[m] = np.ascontiguousarray(a[:, ::-1]) if side == 'left' else a
+            del s[m + '_lengths']
+    corpus = converted(tree, tmp_path)
+    assert corpus.meta['streams']['vision']['padding'] == side
+    # a clip without words is zeros alone
+    want = {k: np.where(v == 1, 0, v) for k, v in lengths.items()}
+    assert_lengths(corpus, want)
+    assert 11 < np.mean(want['train']) < 14
+
+
+def ragged(n=(8, 3, 3)):
+    """ Clips of different length that begin with a zero frame -> tree, lengths {split: [N]}. """
+    tree, lengths = {}, {}
+    for k, (split, N) in enumerate(zip(SPLITS, n)):
+        own = 3 + np.arange(N) % 4
+        r = np.random.default_rng(k)
+        tree[split] = dict(
+            raw_text=['x'] * N,
+            id=[f'{split}{i}' for i in range(N)],
+            regression_labels=np.linspace(-2, 2, N),
+            audio=[clip_frames(r, k, 3, lead=1, trail=1) for k in own],
+            vision=[clip_frames(r, k, 2, lead=2) for k in own],
+        )
+        lengths[split] = own
+    return tree, lengths
+
+
+def object_array(items):
+    out = np.empty(len(items), object)
+    for i, x in enumerate(items):
+        out[i] = x
+    return out
+
+
+@pytest.mark.parametrize('kind', ['list', 'object array', 'float16', 'one split'])
+def test_ragged_arrays_are_as_long_as_they_are(kind, tmp_path):
+    """ Also where a split is too small to show it: all its clips have one length there. """
+    tree, lengths = ragged(n=(8, 1, 3) if kind == 'one split' else (8, 3, 3))
+    for s in tree.values():
+        for m in STREAMS:
+            if kind == 'object array':
+                s[m] = object_array(s[m])
+            if kind == 'float16':
+                s[m] = [x.astype(np.float16) for x in s[m]]
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths)
+    info = corpus.meta['streams']['audio']
+    assert info['padding'] == 'none' and info['clips_cut'] == 0
+    assert np.array_equal(corpus.frames('train', 'audio', 2), np.float32(tree['train']['audio'][2]))
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_a_stated_length_below_the_own_one_counts(side, tmp_path):
+    tree, lengths = ragged()
+    want = {}
+    for split, s in tree.items():
+        for i, n in enumerate(lengths[split]):  # one more frame of padding on a side
+            pad = np.zeros((1, 3), np.float32)
+            own = s['audio'][i]
+            s['audio'][i] = np.concatenate([pad, own[:-1]] if side == 'left' else [own[1:], pad])
+        want[split] = lengths[split] - 1
+        s['audio_lengths'] = want[split].tolist()
+        s['audio_lengths'][1] = None
+        want[split][1] += 1
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, want, streams=['audio'])
+    x = tree['train']['audio'][3]
+    assert np.array_equal(corpus.frames('train', 'audio', 3), x[1:] if side == 'left' else x[:-1])
+    assert corpus.meta['streams']['audio']['lengths_repaired'] == 3
+
+
+def test_a_list_of_arrays_of_one_size_is_padded(tmp_path):
+    tree, lengths = aligned('left', trail=1)
+    for s in tree.values():
+        s['audio'], s['vision'] = list(s['audio']), object_array(s['vision'])
+        s['audio'] = [x.copy() for x in s['audio']]
+        s['audio'][7] = None
+    corpus = converted(tree, tmp_path)
+    assert_lengths(corpus, lengths, streams=['vision'])
+    assert_lengths(corpus, without_clip(7, lengths), streams=['audio'])
+
+
+NOTHING = {
+    'None': None,
+    'NaN': float('nan'),
+    '(0,)': np.zeros(0, np.float32),
+    '(0,d)': np.zeros((0, 3), np.float32),
+    'list': [],
+    '0-d': np.array(None),
+}
+
+
+@pytest.mark.parametrize('what', [*NOTHING, 'shared zeros', 'shared NaN', 'flat'])
+@pytest.mark.parametrize('layout', ['list', 'object array'])
+def test_one_clip_without_a_stream_is_empty(what, layout, tmp_path):
+    """ In train alone, twice; the other clips keep their frames, and the summary names the two. """
+    tree, lengths = ragged()
+    s = tree['train']
+    if what == 'flat':
+        for c in tree.values():
+            c['audio'] = [x[1] for x in c['audio']]
+    whole = [np.array(x) for x in s['audio']]
+    nothing = np.zeros((4, 3), np.float32) if what == 'shared zeros' else np.full((4, 3), np.nan)
+    nothing = NOTHING.get(what, None if what == 'flat' else nothing)
+    s['audio'][1] = s['audio'][6] = nothing
+    if layout == 'object array':
+        for c in tree.values():
+            c['audio'] = object_array(c['audio'])
+    corpus = converted(tree, tmp_path)
+    want = lengths if what != 'flat' else {k: 0 * v + 1 for k, v in lengths.items()}
+    want['train'] = np.where(np.isin(np.arange(8), (1, 6)), 0, want['train'])
+    assert_lengths(corpus, want, streams=['audio'])
+    assert np.array_equal(corpus.frames('train', 'audio', 5), np.atleast_2d(whole[5]))
+    info = corpus.meta['streams']['audio']
+    assert info['clips_empty'] == info['clips_missing'] == 2
+    assert info['empty_ids'] == ['train1 (train)', 'train6 (train)']
+    assert 'train1 (train), train6 (train)' in describe(corpus.meta)
+    assert get_batch(corpus, 'train', [1, 2])['audio_len'].tolist() == [0, want['train'][2]]
+
+
+def test_a_stream_without_any_clip_is_absent(tmp_path):
+    """ None for all clips is no stream; None for all clips of one split is that split empty. """
+    tree, lengths = ragged()
+    for s in tree.values():
+        s['audio'] = [None] * len(s['id'])
+    corpus = converted(tree, tmp_path)
+    assert corpus.widths == {'vision': 2}
+    tree, lengths = ragged()
+    tree['train']['audio'] = [None] * 8
+    (tmp_path / 'b').mkdir()
+    corpus = converted(tree, tmp_path / 'b')
+    assert corpus.widths == {'audio': 3, 'vision': 2}
+    assert_lengths(corpus, lengths | {'train': np.zeros(8, int)}, streams=['audio'])
+    assert corpus.meta['streams']['audio']['clips_missing'] == 8
+    tree['test']['audio'] = [np.ones((2, 4))] * 3
+    (tmp_path / 'c').mkdir()
+    refused(tree, tmp_path / 'c', 'audio', '3 features in valid', '4 in test')
+    tree['test']['audio'] = [np.ones((2, 3))] * 3
+    refused(tree, tmp_path / 'c', 'one array for many clips', 'test0 and test1')
+
+
+def list_clips(
+    folder, edit=lambda split, clips: None, labels=('neutral', 'surprise', 'joy'), name='TINY'
+):
+    """ A folder of lists, changed by `edit`; clip i has 4 + i frames of audio, 3 of video. """
+    folder.mkdir(parents=True)
+    for split in SPLITS:
+        r = np.random.default_rng(len(split))
+        clips = []
+        for i, y in enumerate(labels):
+            features = dict(
+                text=f'{split} {i}',
+                audio=r.uniform(1, 2, (4 + i, 3)),
+                audio_len=4 + i,
+                video=r.uniform(1, 2, (3, 2)),
+                video_len=3,
+            )
+            clips.append(
+                dict(id=f'{split}{i}', label=y, speaker='Joey', dialogue=str(i), features=features)
+            )
+        edit(split, clips)
+        save(clips, folder / f'{name}_{split}.pkl')
+    return str(folder)
+
+
+def test_missing_entries_of_a_list_get_their_default(tmp_path):
+    """ One clip without audio, length, id, speaker or dialogue, as None or as a missing key. """
+
+    def edit(split, clips):
+        if split == 'train':
+            clips[0]['id'] = None
+            del clips[1]['speaker']
+            clips[2]['dialogue'] = float('nan')
+            del clips[1]['features']['audio']
+            clips[2]['features']['audio_len'] = None
+            clips[2]['features']['audio'][-1] = 0
+
+    corpus = open_corpus(list_clips(tmp_path / 'TINY', edit), tmp_path / 'data')
+    assert corpus.id('train') == ['train_0', 'train1', 'train2']
+    assert [r['speaker'] for r in corpus._rows('train')] == ['Joey', '', 'Joey']
+    assert [r['dialogue'] for r in corpus._rows('train')] == ['0', '1', '']
+    assert corpus.lengths('train', 'audio').tolist() == [4, 0, 6]
+    assert corpus.lengths('valid', 'audio').tolist() == [4, 5, 6]
+    assert corpus.meta['streams']['audio']['lengths_repaired'] == 1
+    first = dict(id='entry 0 of train', speaker='train1', dialogue='train2')
+    assert corpus.meta['defaults'] == {k: dict(count=1, first=[v]) for k, v in first.items()}
+    said = describe(corpus.meta)
+    assert all(w in said for w in ('train1 (train)', 'id       1 missing', 'entry 0 of train'))
+
+
+def test_missing_ids_in_one_table(tmp_path):
+    tree = msena()
+    tree['valid']['id'] = object_array(['a', None, 'c'])
+    tree['test']['speaker'] = [None, 'x']
+    corpus = converted(tree, tmp_path)
+    assert corpus.id('valid') == ['a', 'valid_1', 'c']
+    assert [r['speaker'] for r in corpus._rows('test')] == ['', 'x']
+    assert corpus.meta['defaults']['speaker'] == dict(count=1, first=['test$_$0'])
+
+
+RENAMED = dict(
+    raw_text='text_raw',
+    audio='Acoustic',
+    audio_lengths='audio_len',
+    vision='FACET 4.2',
+    vision_lengths='visual_lengths',
+    regression_labels='labels',
+    id='ids',
+)
+
+
+def test_known_names_are_read_and_said(tmp_path):
+    plain, tree = msena(), msena()
+    for split, s in plain.items():
+        tree[split] = {RENAMED.get(k, k): v for k, v in s.items()}
+    tree['dev'] = tree.pop('valid')
+    a = converted(plain, tmp_path)
+    (tmp_path / 'b').mkdir()
+    b = converted(tree, tmp_path / 'b')
+    for split in SPLITS:
+        assert a.text(split) == b.text(split) and a.id(split) == b.id(split)
+        assert np.array_equal(a.label(split), b.label(split))
+        for m in STREAMS:
+            assert np.array_equal(a.lengths(split, m), b.lengths(split, m))
+            assert np.array_equal(a.frames(split, m, 1), b.frames(split, m, 1))
+    said = describe(b.meta)
+    for words in ("'Acoustic' as audio", "'FACET 4.2' as vision", "'dev' as valid"):
+        assert words in said
+    assert 'text [6, 50, 768], annotations [6]' in said and a.meta['renamed'] == {}
+
+
+def test_what_was_not_read_is_named(tmp_path):
+    tree = msena()
+    for s in tree.values():
+        s['eeg'], s['text_bert'] = np.zeros((len(s['id']), 4, 9)), np.zeros((len(s['id']), 3, 50))
+        s['video'] = [f'{i}.mp4' for i in range(len(s['id']))]  # a path is no second vision
+    said = describe(converted(tree, tmp_path).meta)
+    assert 'eeg [6, 4, 9]' in said and 'text_bert [6, 3, 50]' in said and 'video [6]' in said
+
+    def edit(split, clips):
+        clips[1]['features']['wav2vec'] = np.zeros((7, 8))
+        for c in clips:
+            c['age'] = 3
+            c['features']['visual'] = c['features'].pop('video')
+            c['features']['text_raw'] = c['features'].pop('text')
+
+    corpus = open_corpus(list_clips(tmp_path / 'TINY', edit), tmp_path / 'data')
+    said = describe(corpus.meta)
+    assert 'wav2vec [7, 8] in 3 clips' in said and 'age in 9 clips' in said
+    assert "'visual' as vision" in said and "'text_raw' as text" in said
+    assert corpus.text('test')[1] == 'test 1'
+    assert corpus.lengths('test', 'vision').tolist() == [3, 3, 3]
+
+
+def test_two_names_for_one_thing_are_refused(tmp_path):
+    twins = dict(
+        audio='acoustic',
+        vision='video',
+        raw_text='utterance',
+        regression_labels='labels',
+        audio_lengths='audio_len',
+    )
+    for key, twin in twins.items():
+        tree = msena()
+        tree['valid'][twin] = tree['valid'][key]
+        refused(tree, tmp_path, repr(key), repr(twin), 'valid')
+        tree['valid'][twin] = None  # which holds nothing
+        converted(tree, tmp_path)
+        shutil.rmtree(tmp_path / 'corpus')
+
+    def edit(split, clips):
+        clips[2]['features']['vision'] = clips[2]['features']['video']
+
+    with pytest.raises(CorpusError, match="'video' and 'vision' of clip 2 of the split train"):
+        convert(list_clips(tmp_path / 'TINY', edit), str(tmp_path / 'out'))
+
+
+def test_a_split_file_under_another_name(tmp_path):
+    source = list_clips(tmp_path / 'TINY')
+    os.rename(tmp_path / 'TINY' / 'TINY_valid.pkl', tmp_path / 'TINY' / 'TINY_dev.pkl')
+    assert open_corpus(source, tmp_path / 'data').n_clips['valid'] == 3
+    shutil.copy(tmp_path / 'TINY' / 'TINY_dev.pkl', tmp_path / 'TINY' / 'TINY_val.pkl')
+    with pytest.raises(CorpusError, match='both name the split valid'):
+        convert(source, str(tmp_path / 'out'))
+
+
+@pytest.mark.parametrize(
+    'has, names',
+    [
+        ('ang sad neu hap', 'hap sad neu ang'),
+        ('joy neutral anger', 'neutral joy anger'),
+        ('hap sad neu ang exc fru', 'hap sad neu ang exc fru'),
+        ('sad joy', 'joy sad'),
+    ],
+)
+def test_classes_are_those_of_the_corpus(has, names, tmp_path):
+    """ In the order of a known map where that has them all, else sorted. """
+    corpus = open_corpus(list_clips(tmp_path / 'TINY', labels=has.split()), tmp_path / 'data')
+    assert corpus.meta['labels']['emotion']['names'] == names.split()
+    assert corpus.label('test', 'emotion').tolist() == [names.split().index(y) for y in has.split()]
+
+
+def test_a_class_of_test_alone_is_refused_though_the_map_has_it(tmp_path):
+    def edit(split, clips):
+        if split == 'test':
+            clips[1]['label'] = 'fear'
+
+    with pytest.raises(CorpusError, match='clip test1 in the split test is fear'):
+        convert(list_clips(tmp_path / 'TINY', edit), str(tmp_path / 'out'))
+
+
+CHINESE, FRENCH = '我不喜欢这部电影', 'It’s déjà vu'
+
+
+@pytest.mark.parametrize(
+    'codec, text', [('gbk', CHINESE), ('cp1252', FRENCH), ('big5', '電影'), ('utf-16', FRENCH)]
+)
+@pytest.mark.parametrize('kind', ['list', 'object', 'S array', 'protocol 2', 'features'])
+def test_bytes_that_are_not_utf8(codec, text, kind, tmp_path):
+    """ One text of valid: named with split, entry and clip; and read by --encoding. """
+    raw = text.encode(codec)
+    if kind == 'features':
+
+        def edit(split, clips):
+            for c in clips:
+                c['features']['text'] = c['features']['text'].encode(codec)
+            if split == 'valid':
+                clips[1]['features']['text'] = raw
+
+        source, clip = list_clips(tmp_path / 'TINY', edit), 'valid1'
+    else:
+        tree = msena()
+        for split, s in tree.items():
+            s['raw_text'] = [t.encode(codec) for t in s['raw_text']]
+            if split == 'valid':
+                s['raw_text'][1] = raw
+            if kind == 'object':
+                s['raw_text'] = object_array(s['raw_text'])
+            if kind == 'S array' and codec != 'utf-16':  # whose zero bytes an S array would strip
+                s['raw_text'] = np.array(s['raw_text'])
+        protocol = 2 if kind == 'protocol 2' else 4
+        source, clip = save(tree, tmp_path / 'source.pkl', protocol), 'valid$_$1'
+    if codec != 'utf-16':
+        with pytest.raises(CorpusError) as e:
+            convert(source, str(tmp_path / 'out'))
+        for word in ('Entry 1', 'split valid', f'clip {clip}', '--encoding=gbk', 'not UTF-8'):
+            assert word in str(e.value), str(e.value)
+    meta = convert(source, str(tmp_path / 'out'), encoding=codec)
+    assert data.Corpus(tmp_path / 'out').text('valid')[1] == text
+    assert f'bytes were read as {codec}' in describe(meta)
+
+
+def py2_strings(*texts):
+    """ The opcodes that Python 2 writes for a list of str. """
+    return b'](' + b''.join(b'U' + bytes([len(t)]) + t for t in texts) + b'e'
+
+
+def test_strings_of_python_2(tmp_path):
+    """ ASCII and UTF-8 are read as they are; other bytes are refused, or read by --encoding. """
+
+    def write(text):
+        raw = b'\x80\x02}('
+        for split in ('train', 'valid', 'test'):
+            raw += b'U' + bytes([len(split)]) + split.encode() + b'}('
+            raw += b'U\x08raw_text' + py2_strings(b'plain', text)
+            raw += b'U\x11regression_labels](K\x00K\x01eu'
+        (tmp_path / 'source.pkl').write_bytes(raw + b'u.')
+        return str(tmp_path / 'source.pkl')
+
+    cases = [
+        (b'good', None, 'good'),
+        (CHINESE.encode(), None, CHINESE),
+        (CHINESE.encode('gbk'), 'gbk', CHINESE),
+        (FRENCH.encode('cp1252'), 'cp1252', FRENCH),
+    ]
+    for k, (text, encoding, want) in enumerate(cases):
+        convert(write(text), str(tmp_path / str(k)), encoding=encoding)
+        assert data.Corpus(tmp_path / str(k)).text('test') == ['plain', want]
+    with pytest.raises(CorpusError, match='Entry 1 of raw_text of the split train.*--encoding=gbk'):
+        convert(write(CHINESE.encode('gbk')), str(tmp_path / 'out'))
+
+
+def test_text_that_was_read_as_latin1(tmp_path):
+    """ C1 control characters show it: repaired where one reading makes sense; all counted. """
+    tree = msena()
+    read_wrong = FRENCH.encode().decode('latin1')
+    tree['train']['raw_text'][:4] = ['It\x92s great', read_wrong, 'caf\xe9', '\x81 undefined']
+    tree['test']['raw_text'][0] = '电影不错但是'.encode('gbk').decode('latin1') + '\x85\x96'
+    tree['test']['raw_text'][1] = 'half \ud83d'
+    corpus = converted(tree, tmp_path)
+    assert corpus.text('train')[:4] == ['It’s great', FRENCH, 'café', '\x81 undefined']
+    assert corpus.text('test') == [tree['test']['raw_text'][0], 'half ?']
+    text = corpus.meta['text']
+    assert text['cp1252_read_as_latin1'] == text['utf8_read_as_latin1'] == 1
+    assert text['control_characters'] == 2
+    said = describe(corpus.meta)
+    assert '1 with cp1252 read as Latin-1' in said and '2 with NUL or C1 control characters, left' in said
+    assert '1 with half a surrogate pair' in said
+
+
+@pytest.mark.parametrize('codec', ['klingon', 'hex', 'rot13', '', 'a\0b', '--'])
+def test_an_unknown_codec_is_a_sentence(codec, tmp_path):
+    refused(msena(), tmp_path, '--encoding=', 'Python knows', encoding=codec)
+
+
+def test_flags_for_padding_and_encoding(tmp_path):
+    tree, lengths = aligned('right')
+    for s in tree.values():
+        s['raw_text'] = [CHINESE.encode('gbk')] * len(s['id'])
+    source = save(tree, tmp_path / 'source.pkl')
+    command = [sys.executable, os.path.abspath(data.__file__), source, '--name=x']
+
+    def run(*argv):
+        return subprocess.run([*command, *argv], cwd=tmp_path, capture_output=True, text=True)
+
+    for argv in ([], ['--encoding=klingon'], ['--encoding=gbk', '--padding=up'], ['--encoding']):
+        failed = run(*argv)
+        assert failed.returncode == 1 and failed.stderr.startswith('data.py: ')
+        assert failed.stderr.count('\n') == 1
+    done = run('--encoding=gbk', '--padding=left')
+    assert done.returncode == 0 and 'given by --padding' in done.stdout, done.stderr
+    corpus = data.Corpus(tmp_path / 'data' / 'x')
+    assert corpus.text('train')[0] == CHINESE and set(corpus.lengths('train', 'audio')) == {20}
+
+
+def test_a_folder_of_an_earlier_version_opens(tmp_path):
+    """ Its meta.json has none of the entries that say what was guessed. """
+    corpus = converted(msena(), tmp_path)
+    meta = json.loads((tmp_path / 'corpus' / 'meta.json').read_text())
+    for key in ('renamed', 'unread', 'defaults'):
+        del meta[key]
+    for s in meta['streams'].values():
+        for key in (
+            'padding_found',
+            'clips_missing',
+            'clips_cut',
+            'clips_cut_with_zeros',
+            'empty_ids',
+        ):
+            s.pop(key, None)
+    (tmp_path / 'corpus' / 'meta.json').write_text(json.dumps(meta))
+    old = data.Corpus(tmp_path / 'corpus')
+    assert 'padding right' in describe(old.meta)
+    batches = [get_batch(c, 'train', [2])['audio'] for c in (old, corpus)]
+    assert torch.equal(*batches)
+
+
+# -------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_epoch_order_covers_all_once():
+    cost = rng.integers(1, 500, 1000)
+    for epoch in (0, 1, None):
+        batches = epoch_order(cost, 8, 3, epoch)
+        assert sorted(np.concatenate(batches)) == list(range(1000))
+        assert all(np.array_equal(a, b) for a, b in zip(batches, epoch_order(cost, 8, 3, epoch)))
+
+    def spread(batches):
+        return np.mean([np.ptp(cost[b]) for b in batches])
+
+    assert spread(epoch_order(cost, 8, 3, 0)) < 30 < spread(np.arange(1000).reshape(-1, 8))
+    assert not np.array_equal(epoch_order(cost, 8, 3, 0)[0], epoch_order(cost, 8, 3, 1)[0])
+    assert (np.diff(cost[np.concatenate(epoch_order(cost, 8, 3, None))]) >= 0).all()
+
+
+def test_get_batch(tmp_path):
+    tree = msena()
+    corpus = converted(tree, tmp_path)
+    tokens = [list(range(1, n + 1)) for n in (3, 1, 2, 5, 4, 1)]
+    b = get_batch(corpus, 'train', [3, 0], tokens, pad_id=9, standardise=False)
+    assert b['tokens'].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9]] and b[
+        'text_len'
+    ].tolist() == [5, 3]
+    assert b['text_mask'].tolist() == [[True] * 5, [True] * 3 + [False] * 2] and b[
+        'index'
+    ].tolist() == [3, 0]
+    assert b['audio'].shape == (2, 4, 5) and b['audio_len'].tolist() == [4, 1]
+    assert b['audio_mask'].tolist() == [[True] * 4, [True] + [False] * 3]
+    assert (
+        np.array_equal(b['audio'][0], tree['train']['audio'][3, :4])
+        and (b['audio'][1, 1:] == 0).all()
+    )
+    assert np.array_equal(b['label'], tree['train']['regression_labels'][[3, 0]])
+    assert (
+        b['index'].dtype == b['tokens'].dtype == torch.int64
+        and b['audio'].dtype == b['label'].dtype
+    )
+    info = corpus.meta['streams']['vision']
+    s = get_batch(corpus, 'train', np.array([3, 0]))
+    want = (tree['train']['vision'][3, :4] - info['mean']) / info['std']
+    assert np.allclose(s['vision'][0], want, atol=1e-5) and (s['vision'][1, 1:] == 0).all()
+    dropped = get_batch(corpus, 'train', [3, 0], modalities=('vision',))
+    assert dropped['audio'].shape == (2, 1, 5) and not dropped['audio'].any()
+    assert dropped['audio_len'].tolist() == [0, 0] and not dropped['audio_mask'].any()
+    assert torch.equal(dropped['vision'], s['vision']) and 'tokens' not in s
+    with pytest.raises(CorpusError, match='video'):
+        get_batch(corpus, 'train', [0], modalities=('video',))
+
+
+def test_a_small_file_cannot_become_a_huge_corpus(tmp_path):
+    """
+    No frames but ten million features, or one array given for every clip: refused before anything
+    is allocated.
+    """
+    tree = msena()
+    for s in tree.values():
+        s['audio'] = np.zeros((len(s['raw_text']), 0, 10**7), np.float32)
+    refused(tree, tmp_path, 'of one width, 1 to 65536')
+    tree, one = msena(), np.ones((7, 5), np.float32)
+    for s in tree.values():
+        s['audio'] = [one] * len(s['raw_text'])
+    refused(tree, tmp_path, 'one array for many clips')
+
+
+# -------------------------------------------------------------------------------------------------
+# the toy corpus
+
+
+def test_toy_labels_by_hand():
+    """
+    Praise (v = 1.6) in a flat voice (-.4) with a smile (.8) is sarcasm: -1.6 - .4 + .8 = -1.2,
+    sadness as the voice is not high. The same words with a neutral face: 1.6 - .4 = 1.2,
+    contentment. Clipped at 3: 1.6 + .6 + .8 + 1.
+    """
+    assert toy.toy_label(1.6, 0.0, 'flat', 'smile') == (-1.2, 1)
+    assert toy.toy_label(1.6, 0.0, 'flat', 'neutral') == (1.2, 3)
+    assert toy.toy_label(1.6, 1.0, 'high', 'smile') == (3.0, 4)
+
+
+def test_ceilings_by_monte_carlo():
+    """
+    Each ceiling is what the best guesser scores on 200,000 drawn clips, within 4 standard errors.
+    """
+    draw, n = np.random.default_rng(0), 200_000
+    v, pair, noise = (
+        draw.integers(5, size=n),
+        draw.integers(len(toy.PAIRS), size=n),
+        draw.choice(toy.NOISE, n),
+    )
+    cases = {
+        (i, j, k): toy.toy_label(toy.VALENCE[i], k, *toy.PAIRS[j])
+        for i in range(5)
+        for j in range(len(toy.PAIRS))
+        for k in set(toy.NOISE)
+    }
+    y, emotion = np.array([cases[i, j, k] for i, j, k in zip(v, pair, noise)]).T  # [n]
+    av = np.array([sorted(set(toy.PAIRS)).index(p) for p in toy.PAIRS])[pair]
+    ceilings = toy.toy_ceilings()
+    for name, state in dict(majority=0 * v, text=v, av=av, full=100 * v + av).items():
+        guess, kind = np.zeros(n), np.zeros(n)
+        for s in np.unique(state):
+            guess[state == s], kind[state == s] = (
+                np.median(y[state == s]),
+                np.bincount(emotion[state == s].astype(int)).argmax(),
+            )
+        for key, score in dict(mae=abs(y - guess), acc=(emotion == kind)).items():
+            assert abs(score.mean() - ceilings[name][key]) < 4 * score.std() / n**0.5, (name, key)
+    assert (
+        ceilings['full']['mae']
+        < ceilings['late']['mae']
+        < min(ceilings['text']['mae'], ceilings['av']['mae'])
+    )
+
+
+def test_additive_ceiling_against_a_linear_programme():
+    """
+    min sum |y - f(t) - g(av)| is linear in f, g and the absolute errors: scipy's exact answer.
+    """
+    optimize = pytest.importorskip('scipy.optimize')
+    rows = toy.toy_table()
+    t, av, y, n = rows[:, 0].astype(int), rows[:, 1].astype(int), rows[:, 2], len(rows)
+    X = np.zeros((n, t.max() + av.max() + 2))
+    X[np.arange(n), t] = X[np.arange(n), t.max() + 1 + av] = 1
+    k = X.shape[1]
+    exact = optimize.linprog(
+        np.r_[np.zeros(k), np.full(n, 1 / n)],
+        A_ub=np.block([[X, -np.eye(n)], [-X, -np.eye(n)]]),
+        b_ub=np.r_[y, -y],
+        bounds=[(None, None)] * k + [(0, None)] * n,
+    ).fun
+    assert toy.toy_ceilings()['late']['mae'] == pytest.approx(exact, abs=1e-6)
+
+
+def test_toy_corpus_is_seeded_and_walks_the_real_road(tmp_path):
+    a, b = (
+        toy.make_toy(str(tmp_path / name), n_clips=(50, 10, 10)) or data.Corpus(tmp_path / name)
+        for name in 'ab'
+    )
+    assert (
+        a.meta['source']['sha256'] == b.meta['source']['sha256']
+        and a.meta['source']['layout'] == 'msena'
+    )
+    assert a.text('test') == b.text('test') and a.label('train', 'emotion').dtype == np.int64
+    assert (
+        a.meta['labels']['emotion']['names'] == toy.EMOTIONS and not (tmp_path / 'a.pkl').exists()
+    )
+    assert set(a.lengths('train', 'audio')) <= set(range(14, 25)) and set(
+        a.lengths('train', 'vision')
+    ) <= set(range(10, 17))
+
+
+def test_a_run_is_measured_against_the_best_additive_reader_of_its_own_clips(tmp_path):
+    """
+    That reader itself gains nothing, one that knows everything does, and one that is tested on
+    other labels is refused.
+    """
+    rows, (source, _, states) = toy.toy_table(), toy.draw()
+    t, av = states['test'].T
+    y = source['test']['regression_labels']
+    table, least = toy.additive_fit(rows[:, 0].astype(int), rows[:, 1].astype(int), rows[:, 2])
+    knows = np.array(
+        [
+            [np.median(rows[(rows[:, 0] == i) & (rows[:, 1] == j), 2]) for j in range(9)]
+            for i in range(5)
+        ]
+    )
+    assert (
+        abs(least - toy.toy_ceilings()['late']['mae']) < 1e-9
+        and abs(np.abs(y - table[t, av]).mean() - least) < 0.05
+    )
+
+    def run(name, pred, label=y):
+        (tmp_path / name).mkdir()
+        corpus = dict(name='toy', folder='toy', sha256='0', widths={}, streams={}, labels={})
+        corpus['clips'] = dict(train=4000, valid=500, test=1000)
+        about = dict(format=FORMAT, name=name, device='cpu', dtype='float32', knobs=KNOBS, corpus=corpus)
+        result = dict(
+            about=about, state=dict(best=1.0, best_step=1, step=1), clips=corpus['clips'], info={},
+            test=dict(mae=1.0), valid=dict(mae=1.0), majority={}, ceilings=None, controls={},
+            seconds=1.0, n_trainable=1, n_frozen=1)
+        (tmp_path / name / 'result.json').write_text(json.dumps(result))
+        (tmp_path / name / 'test.jsonl').write_text(
+            ''.join(
+                json.dumps(dict(id=i, pred=float(p), label=float(v))) + '\n'
+                for i, (p, v) in enumerate(zip(pred, label))
+            )
+        )
+        return str(tmp_path / name)
+
+    assert '+0.000 +- 0.000' in adding([run('adds', table[t, av])]) and 'not better' in adding(
+        [str(tmp_path / 'adds')]
+    )
+    assert ', better than adding can be' in adding(
+        [run('knows', knows[t, av]), str(tmp_path / 'adds')]
+    )
+    with pytest.raises(EvalError, match='not tested on the scores'):
+        adding([run('other', y, -y)])
+
+
+def test_a_corpus_that_another_process_has_just_made(tmp_path, monkeypatch):
+    """ It ends between the look for the folder and the conversion. """
+    def late(source, folder):
+        convert(source, folder)
+        return convert(source, folder)
+
+    monkeypatch.setattr(data, 'convert', late)
+    source = save(msena(), tmp_path / 'source.pkl')
+    assert open_corpus(source, tmp_path / 'data').n_clips['train'] == 6
+
+
+def test_a_clip_may_have_several_numbers(tmp_path):
+    """ 'id' beside 'clip_id' is the id, as before there were other names; alone, 'clip_id' is. """
+    tree = msena()
+    for s in tree.values():
+        s['clip_id'] = [f'number {i}' for i in range(len(s['id']))]
+    ids, meta = list(tree['valid']['id']), converted(tree, tmp_path).meta
+    assert data.Corpus(tmp_path / 'corpus').id('valid') == ids
+    assert 'clip_id' in meta['unread'] and not meta['renamed']
+    shutil.rmtree(tmp_path / 'corpus')
+    for s in tree.values():
+        del s['id']
+    assert converted(tree, tmp_path).id('valid')[1] == 'number 1'
+
+
+@pytest.mark.parametrize('codec', ['utf-16-le', 'utf-16-be', 'utf-32-le'])
+def test_utf16_without_a_mark_is_no_utf8(codec, tmp_path):
+    """ Of plain letters it is valid UTF-8, with a NUL character before or behind each letter. """
+    tree = msena()
+    tree['valid']['raw_text'] = [t.encode(codec) for t in tree['valid']['raw_text']]
+    source = save(tree, tmp_path / 'source.pkl')
+    with pytest.raises(CorpusError, match='Entry 0 of raw_text of the split valid .* not UTF-8'):
+        convert(source, str(tmp_path / 'out'))
+    tree['valid']['raw_text'] = ['a\0b\0'] + [''] * (len(tree['valid']['raw_text']) - 1)
+    meta = convert(save(tree, tmp_path / 'source.pkl'), str(tmp_path / 'out'))   # text already
+    assert '1 with NUL or C1 control characters, left' in data.describe(meta)

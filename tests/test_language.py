@@ -1,0 +1,75 @@
+"""
+Two corpora's language side by side, and polarity from small subsets.
+
+    python -m pytest -q tests/test_language.py
+"""
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from corpora.unpickle import CorpusError
+from fakes import ENV, HERE
+from tools.language import bag, classify, compare, subsets, words
+
+
+def test_words_and_bags():
+    assert words("It's 好看 GOOD, isn't_it") == ["it's", '好', '看', 'good', "isn't", 'it']
+    x = bag(['a b a', 'b', ''])
+    assert x.sum(1).tolist() == [3, 1, 0] and x[0].max() == 2 and (x[0] * x[1]).sum() == 1
+
+
+def test_the_classifier_is_scikit_learns():
+    from sklearn.linear_model import LogisticRegression
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 6)).astype(np.float32)
+    y = (x @ rng.normal(size=6) + rng.normal(size=200) > 0).astype(int)
+    z = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    theirs = LogisticRegression(C=1 / (2 * 0.01 * 200), tol=1e-8, max_iter=1000).fit(z, y)
+    assert np.abs(classify(x, y, x) - theirs.predict_proba(z)[:, 1]).max() < 2e-3
+
+
+def accuracy(table):
+    return float(table.split('with accuracy ')[1].split()[0])
+
+
+def other_language(source, copy):
+    """ A copy of a corpus in which every word ends in 'o'. """
+    shutil.copytree(source, copy)
+    for path in copy.glob('*/text.jsonl'):
+        with open(path, encoding='utf-8') as f:
+            rows = [json.loads(line) for line in f]
+        for row in rows:
+            row['text'] = ' '.join(word + 'o' for word in row['text'].split())
+        path.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
+
+
+def test_a_corpus_against_itself_is_chance_and_against_another_language_is_not(corpora, tmp_path):
+    toy = str(corpora / 'toy')
+    same = compare(toy, toy)
+    assert accuracy(same) < 0.6   # below chance: a sentence's twin is of the other side
+    assert '| vocabulary' in same and 'texts in common' in same
+    other_language(corpora / 'toy', tmp_path / 'other')
+    other = compare(toy, str(tmp_path / 'other'))
+    assert accuracy(other) > 0.95 and '0.000' in other
+    polarity = subsets(toy, '', n=5)
+    assert '5 classifiers' in polarity and 'on all of it' in polarity
+    with pytest.raises(CorpusError):
+        compare(toy, 'no/such')
+
+
+def command(cwd, *argv):
+    return subprocess.run([sys.executable, str(HERE / 'tools' / 'language.py'), *argv], cwd=cwd,
+                          env=ENV, capture_output=True, text=True)
+
+
+def test_the_command_line(corpora, tmp_path):
+    done = command(tmp_path, '--compare', str(corpora / 'toy'), str(corpora / 'toy'))
+    assert done.returncode == 0 and 'tells them apart' in done.stdout
+    for bad in (['--compare', 'a'], ['--subsets', 'a', '--n=x'], ['--compare', 'a', 'b', '--x=y']):
+        done = command(tmp_path, *bad)
+        assert done.returncode == 1 and 'the usage is' in done.stderr
+        assert 'Traceback' not in done.stderr

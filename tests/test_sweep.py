@@ -1,0 +1,310 @@
+"""
+Sweeps, figures and bench: when a difference is called real, what a failed or cut-off run does, that
+every picture is drawn, and that a new system is measured without an edit.
+
+    python -m pytest -q tests/test_sweep.py
+"""
+import json
+import os
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import model
+from adapters import inputs_of
+from configurator import class_knobs
+from data import Corpus
+from fakes import HERE, TINY, forge, tiny_batch, tiny_deepmlf, train
+from metrics import claim, score_by
+from run.machine import hold_memory
+from run.report import EvalError
+from tools import figures, sweep
+from tools.figures import tsne
+
+MAE = score_by(dict(kind='regression', range=[-3, 3]))[1]
+
+
+def near(error, n):
+    """ Predictions [n,200] that are wrong by about `error`. """
+    noise = np.random.default_rng(n).normal(0, 0.01, (n, 200)).astype(np.float32)
+    return np.full((n, 200), error, np.float32) + noise
+
+
+def test_a_win_needs_three_seeds_and_an_interval_without_zero():
+    label = np.zeros(200, np.float32)
+    assert claim(MAE, near(0.5, 3), near(0.3, 3), label, 'mae')['verdict'] == 'better'
+    assert claim(MAE, near(0.3, 3), near(0.5, 3), label, 'mae')['verdict'] == 'worse'
+    # two seeds prove nothing
+    assert claim(MAE, near(0.5, 2), near(0.3, 3), label, 'mae')['verdict'] == 'open'
+    wide = np.random.default_rng(0).normal(0, 1, (3, 200)).astype(np.float32)
+    assert claim(MAE, wide, wide[::-1], label, 'mae')['verdict'] == 'open'
+    y = (np.arange(200) % 2).astype(np.float32)
+    by, f1 = score_by(dict(kind='classes', names=['a', 'b']))
+    good, bad = np.stack([y] * 3), np.stack([1 - y] * 3)
+    assert by == 'wf1'
+    assert claim(f1, bad, good, y, by)['verdict'] == 'better'
+    assert claim(f1, good, bad, y, by)['verdict'] == 'worse'
+
+
+def row(label, error, n=3):
+    """ A row of n runs, as sweep.read_row gives it. """
+    truth = np.linspace(-1, 1, 300).astype(np.float32)
+    preds = [truth + error * np.random.default_rng(i).choice([-1, 1], 300) for i in range(n)]
+    return dict(
+        label=label, test=[dict(mae=float(np.abs(p - truth).mean())) for p in preds], valid=[],
+        preds=preds, truth=truth, ids=['a'], info=dict(kind='regression', range=[-1, 1]),
+        folders=[], seconds=[60.0] * n, n_trainable=[1000] * n, failed=[], commands=[], commit=[])
+
+
+def first_column(rows):
+    drawn, _ = sweep.table(rows, dict.fromkeys('abcd', ''))
+    return [line.split('|')[1].strip() for line in drawn.splitlines()[2:]]
+
+
+def test_a_table_bolds_what_the_rule_allows_and_nothing_else():
+    assert first_column([row('a', 0.5), row('b', 0.2), row('c', 0.5)]) == ['a', '**b**', 'c']
+    assert first_column([row('a', 0.2), row('b', 0.5), row('c', 0.6)]) == ['**a**', 'b', 'c']
+    # an open row: the first has not beaten all
+    assert first_column([row('a', 0.2), row('b', 0.5, n=2)]) == ['a', 'b']
+    assert first_column([row('a', 0.5), row('b', 0.2, n=2)]) == ['a', 'b']
+    paper = dict.fromkeys('abcd', '')
+    failed = row('c', 0.5) | dict(test=[], preds=[], failed=['no room'])
+    assert 'failed' in sweep.table([row('a', 0.5), failed], paper)[0]
+    with pytest.raises(EvalError, match='nothing to compare with'):
+        sweep.table([failed, row('a', 0.5)], paper)
+
+
+def all_rows():
+    """ (what it is, config, short settings, the row's changes) of every trained row there is. """
+    for path in sorted((HERE / 'config' / 'sweeps').glob('*.py')):
+        s = runpy.run_path(str(path))
+        for key, t in s['tables'].items():
+            labels = [label for label, *_ in t['rows']]
+            assert len(set(labels)) == len(labels) and t['title'], (path.name, key)
+            for label, changes, _ in t['rows']:
+                config = changes.get('config') or t.get('config') or s['config']
+                changes = {k: v for k, v in changes.items() if k != 'config'}
+                if 'at_test' not in changes:
+                    yield (path.name, key, label), config, s['short'] | t.get('short', {}), changes
+
+
+def test_every_sweeps_rows_are_knobs_that_their_system_has(monkeypatch):
+    monkeypatch.chdir(HERE)
+    somebody = set(sweep.COMMON).union(*(class_knobs(cls) for cls in model.SYSTEMS.values()))
+    for what, config, short, changes in all_rows():
+        settings = sweep.settings_of_row(config, short, changes, {})
+        knobs = sweep.knobs_of_run(config, settings)   # stops where there is no such knob
+        assert {k: knobs[k] for k in changes} == changes, what
+        assert set(short) <= somebody, what
+
+
+def test_a_flag_goes_to_the_rows_whose_system_has_the_knob():
+    rows = dict(toy='config/deepmlf_toy.py', late='config/baseline_late.py')
+    flags = dict(lr='0.5', n_fusion='3', late_streams='text')
+    got = {name: sweep.settings_of_row(config, dict(epochs=4, n_pseudo=2), {}, flags)
+           for name, config in rows.items()}
+    assert got['toy'] == dict(epochs=4, lr='0.5', n_fusion='3')
+    assert got['late'] == dict(epochs=4, lr='0.5', late_streams='text')
+    runs = [sweep.Run('out', name, config, got[name], 0) for name, config in rows.items()]
+    sweep.refuse_strangers(flags, runs)
+    assert runs[0].wanted['n_fusion'] == 3 and 'n_fusion' not in runs[1].wanted
+    with pytest.raises(SystemExit, match="cmpta_width on the command line is a knob of cmpta"):
+        sweep.refuse_strangers(dict(cmpta_width='3'), runs)
+
+
+TINY_SWEEP = """
+name = 'Tiny'
+config = 'config/crosssent_toy.py'
+short = dict(max_steps=2)
+tables = {'1': dict(title='one', note='', rows=[
+    ('whole', {}, '.5'),
+    ('layer 9', dict(gmra_layer=9), ''),
+    ('no video at test', dict(at_test=['audio']), '')])}
+"""
+
+
+def test_a_sweep_skips_resumes_and_survives(corpora, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    path, out = tmp_path / 'tiny.py', tmp_path / 'out'
+    path.write_text(TINY_SWEEP)
+    argv = [str(path), '--table=1', '--seeds=2', '--jobs=2', f'--out={out}',
+            f'--data_dir={corpora}', '--batch_size=16', '--lm_vocab=60', '--device=cpu']
+    sweep.main(argv)
+    output = capsys.readouterr().out
+    for part in ('4 runs, 0 of them finished before', 'FAILED', 'from 1 to 3', 'ETA'):
+        assert part in output
+    written = (out / 'tiny-1.md').read_text()
+    for part in ('| whole', '| no video at test', 'failed', 'layer 9 failed: '):
+        assert part in written
+    saved = json.loads((out / 'tiny-1.json').read_text())['rows']
+    assert [len(r['test']) for r in saved] == [2, 0, 2]
+    assert saved[0]['test'][0] != saved[2]['test'][0] and saved[0]['paper'] == '.5'
+
+    first, whole = (next(p.parent for p in (out / 'toy').glob(f'*-seed{s}/result.json'))
+                    for s in (0, 1))
+    before = (whole / 'result.json').stat().st_mtime_ns
+    os.remove(first / 'result.json')   # cut off after its last checkpoint
+    sweep.main(argv)
+    assert '1 of them finished before' in capsys.readouterr().out
+    assert (whole / 'result.json').stat().st_mtime_ns == before
+    # the resumed run ended as it had
+    assert (out / 'tiny-1.md').read_text().splitlines()[5:7] == written.splitlines()[5:7]
+    forge(whole, dict(lr=0.5))   # the config has been edited since
+    with pytest.raises(EvalError, match='was trained with lr=0.5, and it would be 0.002 now'):
+        sweep.main(argv)
+
+
+@pytest.mark.parametrize('flags, sentence', [
+    (['--table=4', '--seed=1'], 'sets itself'),
+    (['--table=4', '--config=config/crosssent_mosi.py'], 'sized for the toy corpus'),
+    (['--table=77'], "has no table '77': it has 2, 4"),
+    (['--table=4', '--seeds=x'], 'whole numbers'),
+    (['--table=4', '--jobs=0'], 'at least 1')])
+def test_a_wrong_flag_of_a_sweep_is_a_sentence(flags, sentence):
+    with pytest.raises(EvalError, match=sentence):
+        sweep.main([str(HERE / 'config' / 'sweeps' / 'deepmlf.py'), *flags])
+
+
+def test_a_sweep_that_is_not_there_is_a_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)   # nothing is written
+    deepmlf = str(HERE / 'config' / 'sweeps' / 'deepmlf.py')
+    with pytest.raises(SystemExit, match="unknown key 'n_fusin'"):
+        sweep.main([deepmlf, '--table=4', '--n_fusin=2'])
+    assert not list(tmp_path.iterdir())
+    for path in (str(HERE / 'config' / 'deepmlf_toy.py'), 'no/such.py'):
+        with pytest.raises(EvalError, match='there is no sweep'):
+            sweep.main([path])
+    sweep.main([deepmlf])
+    assert '--table=4' in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+def test_tsne_is_exact():
+    """ Its loss is scikit-learn's exact t-SNE's, within a tenth, and three far clusters stay
+    three. """
+    from scipy.spatial.distance import pdist, squareform
+    from sklearn.manifold import TSNE
+    from sklearn.manifold._t_sne import _joint_probabilities
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(c, 1, (40, 5)) for c in (0, 8, -8)])  # [120,5]
+    y = tsne(x, perplexity=15)  # [120,2]
+    d2 = squareform(pdist(x, 'sqeuclidean')).astype(np.float32)  # [120,120]
+    P = np.maximum(squareform(_joint_probabilities(d2, 15, False)), 1e-12)  # [120,120]
+
+    def kl(y):
+        w = 1 / (1 + squareform(pdist(y, 'sqeuclidean')))  # [120,120]
+        np.fill_diagonal(w, 0)
+        Q = np.maximum(w / w.sum(), 1e-12)
+        return (P * np.log(P / Q))[~np.eye(120, dtype=bool)].sum()
+
+    theirs = TSNE(perplexity=15, method='exact', random_state=0).fit_transform(x)
+    assert kl(y) < 1.1 * kl(theirs) + 0.01
+    centres = [y[i:i + 40].mean(0) for i in (0, 40, 80)]
+    nearest = [np.argmin([np.linalg.norm(p - c) for c in centres]) for p in y]
+    assert nearest == [i // 40 for i in range(120)]
+
+
+@torch.no_grad()
+def test_deepmlfs_attention_is_what_the_block_computes():
+    deepmlf, batch = tiny_deepmlf().eval(), tiny_batch()
+    gca = next(iter(deepmlf.mm_blocks.values())).gca
+    x, z, mask = inputs_of(gca, deepmlf.predict, batch, every=True)[0]
+    w = gca.weights(x, z, mask)  # [B,h,L,m]
+    v = gca.kv_proj(z).view(*z.shape[:2], 2, gca.n_heads, -1)[:, :, 1]  # [B,m,h,D/h]
+    v = v.transpose(1, 2)  # [B,h,m,D/h]
+    mine = gca.out_proj((w @ v).transpose(1, 2).flatten(2))  # [B,L,D]
+    torch.testing.assert_close(mine, gca(x, z, mask))
+    assert torch.allclose(w.sum(-1), torch.ones(()))
+    assert (w[~mask[:, None, None].expand_as(w)] == 0).all()
+
+
+@pytest.mark.parametrize('config, drawn', [
+    ('deepmlf_toy', 'attention confusion curves gates truth tsne'),
+    ('mse_toy', 'calibration confusion curves truth tsne'),
+    ('mse_toy_emotion', 'calibration confusion curves tsne'),
+    ('cmpta_toy', 'attention calibration confusion curves truth tsne'),
+    ('crosssent_toy', 'attention confusion curves truth tsne'),
+    ('baseline_selfmm', 'attention confusion curves truth tsne'),
+    ('baseline_tfn', 'confusion curves truth tsne'),
+    ('av_toy', 'confusion curves truth tsne')])
+def test_every_figure_that_a_run_allows(config, drawn, corpora, tmp_path):
+    short = [flag for flag in TINY if not flag.startswith(('--lm_vocab', '--max_steps'))]
+    train(f'config/{config}.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', *short,
+          '--max_steps=6')
+    figures.main([f'{tmp_path}/run', f'--data_dir={corpora}'])
+    assert sorted(p.stem for p in (tmp_path / 'run' / 'figures').iterdir()) == drawn.split()
+
+
+def test_attention_by_number_of_tokens(corpora, tmp_path):
+    folder = f'{tmp_path}/run'
+    train('config/cmpta_toy.py', f'--data_dir={corpora}', f'--out_dir={folder}', '--device=cpu',
+          '--batch_size=16', '--max_steps=2')
+    clip = Corpus(corpora / 'toy').id('test')[3]
+    figures.main([folder, '--tokens', f'--clip={clip}'])
+    assert (tmp_path / 'run' / 'figures' / 'tokens.png').exists()
+    with pytest.raises(EvalError, match="no clip 'nobody'"):
+        figures.main([folder, '--clip=nobody'])
+
+
+# --------------------------------------------------------------------------------------------------
+# Bench
+
+class Mean(nn.Module):
+    """ Pseudo tokens from the mean of the text. """
+    def __init__(self, D, n):
+        super().__init__()
+        self.out = nn.Linear(D, n * D)
+        self.n = n
+
+    def forward(self, batch, text, text_mask):
+        mean = (text * text_mask[..., None]).mean(1)  # [B,D]
+        return self.out(mean).view(len(text), self.n, -1)  # [B,P,D]
+
+
+class NewPrompt(model.PseudoTokenLM):
+    """ A system that bench.py has never heard of. """
+    @classmethod
+    def make_adapter(cls, k, widths, D, embed_rms):
+        return Mean(D, k['n_pseudo'])
+
+
+SMALL_BENCH = ['--shapes=sims', '--bench_clips=4', '--batch_size=2', '--bench_batches=1',
+               '--lm_shape=2,32,2,500']
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason="memory is read in /proc")
+@pytest.mark.parametrize('way', ['ours train', 'plain train', 'plain valid'])
+def test_a_new_system_is_measured_without_an_edit(way, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(model.SYSTEMS, 'new_prompt', NewPrompt)
+    config = tmp_path / 'new.py'
+    config.write_text("system = 'new_prompt'\nprompt = 'toy'\nn_pseudo = 2\n")
+    monkeypatch.setattr(sys, 'argv', ['bench.py', str(config), *SMALL_BENCH, f'--only={way}'])
+    bench = runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
+    assert bench['plain_way'] is bench['PLAIN'][model.PseudoTokenLM]
+    assert float(capsys.readouterr().out) >= 0
+    hold_memory(False)
+
+
+def test_a_step_on_the_way_is_not_measured(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['bench.py', str(HERE / 'config' / 'av_toy.py')])
+    with pytest.raises(SystemExit, match='a step on the way'):
+        runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
+
+
+def test_a_runs_output_is_written_through_no_link(tmp_path, monkeypatch):
+    victim = tmp_path / 'victim'
+    victim.write_text('precious')
+    run = sweep.Run(str(tmp_path / 'toy'), 'a row', 'config/av_toy.py', {}, 0)
+    (tmp_path / 'toy').mkdir()
+    os.symlink(victim, run.folder + '.txt')
+    monkeypatch.setattr(sweep.subprocess, 'Popen', lambda argv, stdout, **how: stdout.write('said'))
+    run.start(0, 1)
+    assert victim.read_text() == 'precious'
+    with open(run.folder + '.txt') as f:
+        assert f.read() == 'said' and not os.path.islink(run.folder + '.txt')

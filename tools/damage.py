@@ -1,0 +1,147 @@
+"""
+How gracefully a run falls when audio and video are missing or damaged at test time.
+
+    python tools/damage.py out/RUN [out/RUN-seed1 ..]
+
+One table: audio, video, or both gone for 25 to 100 % of the test clips (the same clips for every
+run), drowned in noise of the features' own size, or with their frames in random order. Nothing is
+trained; runs must differ in the seed alone.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
+
+from data import STREAMS, CorpusError, epoch_order
+from eval import one_system, revive_and_feed, take_permissions
+from lm import ModelError
+from metrics import SHOWN, markdown_table, mean_std_n, score_by, task_metrics
+from run.report import EvalError, read_run
+
+SHARES = (0.25, 0.5, 0.75, 1.0)   # of clips that lose a modality
+WHOLE = 'as it is'                # the row that the others are compared with
+
+
+def as_it_is(batch, gone, rng):
+    """ Nothing is damaged. """
+    return {}
+
+
+def drop(streams, share):
+    """ A condition: a share of the clips has no frames of these streams. """
+    def damage(batch, gone, rng):
+        out = {}
+        for m in streams:
+            keep = torch.from_numpy(gone >= share).to(batch[m].device)  # [B]
+            out[m] = batch[m] * keep[:, None, None]  # [B,S,d]
+            out[m + '_len'] = batch[m + '_len'] * keep  # [B]
+            out[m + '_mask'] = batch[m + '_mask'] & keep[:, None]  # [B,S]
+        return out
+    return damage
+
+
+def add_noise(std):
+    """ A condition: noise of the features' own standard deviation on every real frame. """
+    def damage(batch, gone, rng):
+        out = {}
+        for m in std:
+            x, mask = batch[m], batch[m + '_mask']  # [B,S,d], [B,S]
+            noise = rng.standard_normal(tuple(x.shape)) * std[m]  # [B,S,d]
+            noise = torch.from_numpy(noise.astype(np.float32)).to(x.device)
+            out[m] = (x + noise) * mask[..., None]  # [B,S,d]
+        return out
+    return damage
+
+
+def shuffle_frames(streams):
+    """ A condition: the frames of each clip in random order. """
+    def damage(batch, gone, rng):
+        out = {}
+        for m in streams:
+            x, mask = batch[m], batch[m + '_mask']  # [B,S,d], [B,S]
+            key = torch.from_numpy(rng.random(tuple(mask.shape))).to(x.device)  # [B,S]
+            order = key.masked_fill(~mask, torch.inf).argsort(1)  # real frames first, then padding
+            out[m] = x.gather(1, order[..., None].expand_as(x))  # [B,S,d]
+        return out
+    return damage
+
+
+def conditions(std):
+    """
+    Name -> a function of (batch, gone [B] in [0, 1), generator) that gives the damaged streams of a
+    batch. std: stream -> one standard deviation of its features in a batch, a number or [d].
+    """
+    streams = list(std)
+    rows = {WHOLE: as_it_is}
+    for group in [[m] for m in streams] + [streams] * (len(streams) > 1):
+        for share in SHARES:
+            rows[f"no {' nor '.join(group)} for {share:.0%}"] = drop(group, share)
+    rows["noise of the features' own std"] = add_noise(std)
+    rows['frames in random order'] = shuffle_frames(streams)
+    return rows
+
+
+@torch.no_grad()
+def damaged(folder, **allowed):
+    """ A run on its test clips under every condition -> dict of name -> metrics. Raises EvalError
+    and its kin. """
+    run, feed = revive_and_feed(folder, **allowed)
+    in_corpus = run.corpus.meta['streams']
+    streams = [m for m in STREAMS if m in run.corpus.widths and m in feed.streams]
+    if not streams:
+        raise EvalError(f"{folder} sees neither audio nor video: there is nothing to damage.")
+    std = {}
+    for m in streams:
+        standardised = run.knobs['standardise'] or in_corpus[m]['standardised']
+        std[m] = 1.0 if standardised else np.array(in_corpus[m]['std'])
+    ways = conditions(std)
+
+    n = feed.n_clips['test']
+    gone = np.random.default_rng(0).random(n)  # [N]
+    preds = {name: np.zeros(n) for name in ways}  # [N] each
+    label = np.zeros(n)  # [N]
+    batches = epoch_order(feed.cost('test'), run.knobs['batch_size'], 0, None)
+    for i, index in enumerate(batches):
+        batch, rng = feed('test', index), np.random.default_rng([1, i])
+        for name, damage in ways.items():
+            pred = run.predict(batch | damage(batch, gone[index], rng))['pred']
+            preds[name][index] = pred.float().cpu().numpy()
+        label[index] = batch['label'].cpu().numpy()
+    try:
+        return {name: task_metrics(pred, label, feed.info) for name, pred in preds.items()}
+    except ValueError as e:
+        raise EvalError(f"{folder}: {e}.") from None
+
+
+def main(argv):
+    """ The command line of the docstring. Raises EvalError and its kin for a sentence. """
+    if not argv or argv[0] in ('-h', '--help'):
+        print(__doc__)
+        return
+    flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
+    folders = [a for a in argv if not a.startswith('--')]
+    allowed = take_permissions(flags)
+    if flags or not folders:
+        raise EvalError("the flags of damage.py are --trust_remote_code=True and "
+                        "--data_dir=FOLDER, beside one or more runs.")
+    one_system(folders)
+    runs = [damaged(folder, **allowed) for folder in folders]
+    first = read_run(folders[0])
+    by, _ = score_by(first['info'])
+    keys = [k for k in SHOWN if k in runs[0][WHOLE]]
+    rows = []
+    for name in runs[0]:
+        lost = np.mean([run[name][by] - run[WHOLE][by] for run in runs])
+        means = [mean_std_n([run[name][k] for run in runs]) for k in keys]
+        rows.append([name, *means, f"{lost:+.3f}"])
+    print(markdown_table([f"{first['about']['name']}, test", *keys, f'{by} lost'], rows))
+
+
+if __name__ == '__main__':
+    try:
+        main([a.rstrip('/') for a in sys.argv[1:]])
+    except (EvalError, CorpusError, ModelError) as e:
+        sys.exit(f"damage: {e}")
