@@ -77,7 +77,7 @@ def test_no_module_imports_itself_through_others():
 # The most lines that a file may have. Files that are not named: 450.
 MOST_LINES = {
     'train.py': 380,
-    'model.py': 900,
+    'model.py': 940,  # 900, and room for the system that docs/fork.md adds
     'adapters.py': 900,
     'baselines.py': 1060,  # the aim is 900
     'lm.py': 650,
