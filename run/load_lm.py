@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from lm import FrozenLM, ModelError, TextEncoder, fingerprint
+from run.folder import replacing, write_text
 from run.lm_checks import (
     ALLOW_CODE,
     SAFE_WEIGHTS,
@@ -427,10 +428,8 @@ def _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as
     refuse_unknown_tokens(tokens, rows, "the corpus's texts")
 
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    # two runs may make the same file: each its own, and the last name stays
-    new = f'{path}.{os.getpid()}.new'
     start = np.cumsum([0] + [len(t) for t in tokens])  # [N+1]
-    try:
+    with replacing(path + '.npy') as new:
         shape = int(start[-1]), width_of(config)
         out = np.lib.format.open_memmap(new, 'w+', np.float16, shape)  # [n,D]
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
@@ -448,13 +447,7 @@ def _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as
             for k, x in zip(index, hidden):
                 out[start[k]:start[k + 1]] = x[:len(tokens[k])]
         out.flush()
-        os.replace(new, path + '.npy')
-    finally:
-        if os.path.exists(new):
-            os.remove(new)
-    with open(new, 'w', encoding='utf-8') as f:
-        json.dump(dict(model=name, fingerprint=fingerprint(model)), f)
-    os.replace(new, path + '.json')
+    write_text(path + '.json', json.dumps(dict(model=name, fingerprint=fingerprint(model))))
 
 
 # -------------------------------------------------------------------------------------------------
