@@ -13,6 +13,7 @@ import runpy
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 # before anything imports huggingface_hub: it would retry for half a minute
@@ -24,6 +25,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
+import data
 from adapters import AVEncoder
 from configurator import class_knobs, configure, knobs_of
 from corpora.convert import convert
@@ -183,6 +185,23 @@ def forge(folder, knobs=None, header=True, **about):
 
 class Killed(BaseException):
     """ Like kill -9, nobody expects it: it goes past every except Exception. """
+
+
+@contextmanager
+def killed_in_batch(n):
+    """ Training in the block is killed when it asks for its n-th batch; it fails if nothing is. """
+    real, left = data.get_batch, n
+
+    def dying(*args, **more):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        return real(*args, **more)
+
+    with pytest.MonkeyPatch.context() as m, pytest.raises(Killed):
+        m.setattr(data, 'get_batch', dying)
+        yield
 
 
 def a_corpus(tmp_path, name, **change):

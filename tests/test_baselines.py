@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import eval as evaluation
 from baselines import (
     ALMT,
@@ -45,8 +44,8 @@ from fakes import (
     TINY,
     TOLERANCE,
     Ends,
-    Killed,
     golden,
+    killed_in_batch,
     needs_golden,
     same_run,
     tiny_batch,
@@ -644,10 +643,9 @@ def test_accumulated_gradients_are_never_dropped(corpora, tmp_path):
 # Through train.py
 
 @pytest.mark.parametrize('system', BASELINES)
-def test_trains_killed_and_resumed_to_the_same_bits(system, corpora, tmp_path, monkeypatch):
+def test_trains_killed_and_resumed_to_the_same_bits(system, corpora, tmp_path):
     """ And eval.py reads it back from its files; the labels that Self-MM and TETFN made are in the
     checkpoint. """
-    real, left = data.get_batch, [0]
     flags = [f'--data_dir={corpora}', *TINY, '--max_steps=10', '--save_interval=2', '--epochs=2',
              '--accumulate=1']
     config = f'config/baseline_{system}.py'
@@ -657,17 +655,8 @@ def test_trains_killed_and_resumed_to_the_same_bits(system, corpora, tmp_path, m
     after = json.loads((tmp_path / 'whole' / 'result.json').read_text())['test']
     assert after == pytest.approx(before, abs=1e-5, nan_ok=True)
 
-    def dying(*args, **more):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        return real(*args, **more)
-
-    monkeypatch.setattr(data, 'get_batch', dying)
-    left[0] = 7
-    with pytest.raises(Killed):
+    with killed_in_batch(7):
         train(config, *flags, f'--out_dir={tmp_path}/killed')
-    left[0] = -1
     train(config, *flags, f'--out_dir={tmp_path}/killed', '--resume=True')
     same_run(tmp_path / 'whole', tmp_path / 'killed')
 

@@ -21,8 +21,8 @@ from fakes import (
     KNOBS,
     TINY,
     Ends,
-    Killed,
     a_corpus,
+    killed_in_batch,
     knobs_of_system,
     same_run,
     tiny_batch,
@@ -476,27 +476,16 @@ def test_shuffled_streams_are_another_clips(corpora):
 
 
 def test_killed_and_resumed_is_the_run_that_was_not_and_eval_leaves_the_tokenizer(
-    corpora, tmp_path, monkeypatch
+    corpora, tmp_path
 ):
-    real = data.get_batch
-    left = [0]
     flags = [f'--data_dir={corpora}', *TINY, '--lm_vocab=60', '--save_interval=2']
     train('config/crosssent_toy.py', *flags, f'--out_dir={tmp_path}/whole', '--fresh=True')
     before = (tmp_path / 'whole' / 'hf' / 'tokenizer.json').stat().st_mtime_ns
     evaluation.rerun(str(tmp_path / 'whole'))
     assert (tmp_path / 'whole' / 'hf' / 'tokenizer.json').stat().st_mtime_ns == before
 
-    def dying(*a, **k):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        return real(*a, **k)
-
-    monkeypatch.setattr(data, 'get_batch', dying)
-    left[0] = 6
-    with pytest.raises(Killed):
+    with killed_in_batch(6):
         train('config/crosssent_toy.py', *flags, f'--out_dir={tmp_path}/killed')
-    left[0] = -1
     train('config/crosssent_toy.py', *flags, f'--out_dir={tmp_path}/killed', '--resume=True')
     same_run(tmp_path / 'whole', tmp_path / 'killed')
 

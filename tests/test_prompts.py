@@ -30,9 +30,9 @@ from fakes import (
     HERE,
     MSE_KNOBS,
     TINY,
-    Killed,
     a_corpus,
     fingerprint,
+    killed_in_batch,
     needs_golden,
     prompted,
     same_run,
@@ -1110,22 +1110,11 @@ def test_real_configs_run_on_files_of_their_layout(config, rated_lm, tmp_path):
 
 
 @pytest.mark.parametrize('config', ['mse_toy', 'cmpta_toy_emotion'])
-def test_killed_and_resumed_is_the_run_that_was_not(config, rated_lm, corpora, monkeypatch):
+def test_killed_and_resumed_is_the_run_that_was_not(config, rated_lm, corpora):
     """ LSTMs, dropout in CMPTA, classes: the same bits after a kill in step 4 and a resume. """
     run(rated_lm, corpora, f'whole_{config}', config, '--save_interval=2')
-    real, left = data.get_batch, [0]
-
-    def dying(*a, **k):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        return real(*a, **k)
-
-    monkeypatch.setattr(data, 'get_batch', dying)
-    left[0] = 4
-    with pytest.raises(Killed):
+    with killed_in_batch(4):
         run(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2')
-    left[0] = -1
     run(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2', '--resume=True')
     same_run(rated_lm / f'whole_{config}', rated_lm / f'killed_{config}')
 

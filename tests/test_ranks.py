@@ -16,9 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
 from configurator import declared_knobs, run_knobs
-from fakes import ENV, HERE, Killed, deepmlf, train
+from fakes import ENV, HERE, deepmlf, killed_in_batch, train
 from model import SYSTEMS
 
 OLD = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 7)
@@ -99,17 +98,8 @@ def test_two_processes_are_one(more, corpora, alone):
     same_within(alone / 'alone', alone / name)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(corpora, alone, monkeypatch):
-    real, left = data.get_batch, [14]
-
-    def dying(*a, **k):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        return real(*a, **k)
-
-    with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(data, 'get_batch', dying)
+def test_a_run_goes_on_with_another_number_of_processes(corpora, alone):
+    with killed_in_batch(14):
         train(*deepmlf(corpora, alone, 'grown', *UNEVEN))
     # POSIX: this process's lock, which a killed one would not hold, is gone with it
     open(alone / 'grown' / '.lock').close()

@@ -37,6 +37,7 @@ from fakes import (
     deepmlf,
     fingerprint,
     forge,
+    killed_in_batch,
     same_run,
     tiny_batch,
     tiny_deepmlf,
@@ -200,30 +201,19 @@ def test_accumulated_micro_batches_are_one_big_batch(corpora, curriculum):
 
 @pytest.mark.parametrize('seed', range(4))
 def test_killed_at_a_random_step_and_resumed_is_the_run_that_was_not(
-    seed, corpora, curriculum, monkeypatch
+    seed, corpora, curriculum
 ):
     """
     Twice killed, at random batches, saving every second step: weights, moments, generator and log
     are bitwise equal.
     """
     rng, name = np.random.default_rng(seed), f'killed{seed}'
-    real, left = data.get_batch, [0]
-
-    def dying(*a, **k):
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        return real(*a, **k)
-
-    monkeypatch.setattr(data, 'get_batch', dying)
     resume = []
     for _ in range(2):
-        left[0] = int(rng.integers(3, 11))
-        with pytest.raises(Killed):
+        with killed_in_batch(int(rng.integers(3, 11))):
             train(*deepmlf(corpora, curriculum, name, '--save_interval=2', *resume))
         saved = (curriculum / name / 'last.safetensors').exists()
         resume = ['--resume=True'] if saved else ['--fresh=True']
-    left[0] = -1
     train(*deepmlf(corpora, curriculum, name, '--save_interval=2', *resume))
     same_run(curriculum / 'whole', curriculum / name)
 
