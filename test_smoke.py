@@ -31,6 +31,7 @@ from fakes import (
     HERE,
     KNOBS,
     PARENT,
+    clip_alone,
     command,
     random_flags,
     script_knobs,
@@ -259,17 +260,7 @@ def test_predictions_do_not_depend_on_the_company_in_a_batch():
     model, batch = tiny_deepmlf('llama').eval(), tiny_batch()
     together = model.predict({k: v for k, v in batch.items() if k != 'label'})
     for i in range(3):
-        n = int(batch['text_len'][i])
-        a = max(1, int(batch['audio_len'][i]))
-        v = max(1, int(batch['vision_len'][i]))
-        one = {k: t[i : i + 1] for k, t in batch.items()}
-        one |= dict(
-            tokens=one['tokens'][:, :n],
-            text_mask=one['text_mask'][:, :n],
-            audio=one['audio'][:, :a],
-            vision=one['vision'][:, :v],
-        )
-        for k, alone in model.predict(one).items():
+        for k, alone in model.predict(clip_alone(batch, i)).items():
             torch.testing.assert_close(alone[0], together[k][i], rtol=0, atol=1e-5)
 
 

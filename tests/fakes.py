@@ -127,6 +127,17 @@ def tiny_batch(seed=0):
     return batch
 
 
+def clip_alone(batch, i):
+    """ Clip i of tiny_batch as a batch of one, without the padding; an absent stream keeps one row. """
+    one = {k: t[i : i + 1] for k, t in batch.items()}
+    cut = {'tokens': 'text_len', 'text_mask': 'text_len'}
+    for stream in ('audio', 'vision'):
+        cut |= {stream: f'{stream}_len', f'{stream}_mask': f'{stream}_len'}
+    for k, length in cut.items():
+        one[k] = one[k][:, : max(1, int(batch[length][i]))]
+    return one
+
+
 def fingerprint(module):
     whole = hashlib.sha256()
     for t in module.state_dict().values():
