@@ -100,10 +100,9 @@ class Baseline(System):
         if 'text' not in cls.seen(k):
             return cls.assemble(k, facts, None, None), None
         if cls.frozen_features(k):  # the feed has the hidden states, so no weights are loaded
-            remote = k['trust_remote_code'] and not as_data
-            config, _ = lm_config(k['lm'], remote, as_data)
+            config, _ = lm_config(k['lm'], k['trust_remote_code'], as_data)
             width = width_of(config)
-            tokenizer = load_tokenizer(k['lm'], remote, as_data)
+            tokenizer = load_tokenizer(k['lm'], k['trust_remote_code'], as_data)
             return cls.assemble(k, facts, None, tokenizer, width), tokenizer
         texts = [] if trained else texts_as_read(facts, cls, k, 'train')
         encoder, tokenizer = load_text_encoder(k, texts, folder, trained, as_data)

@@ -293,8 +293,8 @@ class DeepMLF(System):
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
-        remote = k['trust_remote_code'] and not as_data
-        lm, tokenizer = load_lm(k['lm'], dtype, k['lm_init'] == 'random', remote, as_data)
+        lm, tokenizer = load_lm(
+            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data)
         model = cls.assemble(k, facts, lm, tokenizer)
         if k['av_init'] == 'random':
             return model, tokenizer
@@ -521,10 +521,10 @@ class PseudoTokenLM(System):
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
-        remote = k['trust_remote_code'] and not as_data
         # labels that cannot be told apart get their sentence before gigabytes are loaded
-        Prompt(k, facts.labels[k['label']], load_tokenizer(k['lm'], remote, as_data))
-        lm, tokenizer = load_lm(k['lm'], dtype, k['lm_init'] == 'random', remote, as_data)
+        Prompt(k, facts.labels[k['label']], load_tokenizer(k['lm'], k['trust_remote_code'], as_data))
+        lm, tokenizer = load_lm(
+            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data)
         return cls.assemble(k, facts, lm, tokenizer), tokenizer
 
     @classmethod

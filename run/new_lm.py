@@ -128,4 +128,4 @@ def load_text_encoder(k, texts, folder, trained=False, as_data=False):
     """
     if k['lm'] == 'new':
         return new_encoder(texts, k, os.path.join(folder, 'hf'), again=trained, as_data=as_data)
-    return load_encoder(k['lm'], k['trust_remote_code'] and not as_data, as_data)
+    return load_encoder(k['lm'], k['trust_remote_code'], as_data)
