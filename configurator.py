@@ -201,11 +201,6 @@ def declared_knobs(path):
     return knobs, annotations
 
 
-def knobs_of(path):
-    """ {knob: default} of a script, without running it: its literals up to the first private name. """
-    return dict(declared_knobs(path)[0])
-
-
 def class_knobs(cls):
     """ {knob: default} of a system: the literals of its Knobs class and of the classes before it. """
     return {k: v for c in reversed(cls.Knobs.__mro__) for k, v in vars(c).items()

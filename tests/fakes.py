@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import data
 from adapters import AVEncoder
-from configurator import class_knobs, configure, knobs_of
+from configurator import class_knobs, configure, declared_knobs
 from corpora.convert import convert
 from corpora.unpickle import CorpusError
 from data import Feed, open_corpus
@@ -75,7 +75,7 @@ def tiny_lm(family='gpt2', seed=0):
 
 def knobs_of_system(cls, **changes):
     """ The knobs of a run: the defaults of train.py and of a system's class, and changes. """
-    known = knobs_of(HERE / 'train.py') | class_knobs(cls)
+    known = declared_knobs(HERE / 'train.py')[0] | class_knobs(cls)
     assert set(changes) <= set(known), set(changes) - set(known)
     return known | changes
 

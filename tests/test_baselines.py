@@ -34,7 +34,7 @@ from baselines import (
 from configurator import (
     class_annotations,
     class_knobs,
-    knobs_of,
+    declared_knobs,
     known_knobs,
     run_knobs,
     wrong_values,
@@ -59,7 +59,7 @@ from model import SYSTEMS
 from run.load_lm import frozen_text, width_of
 
 SCRIPT = HERE / 'train.py'
-COMMON = knobs_of(SCRIPT)
+COMMON = declared_knobs(SCRIPT)[0]
 NAMES = {cls: name for name, cls in BASELINES.items()}
 SMALL = dict(
     max_text_len=20, dropout=0.0, sub_widths=[8, 6, 4], sub_dropouts=[0.0] * 3, text_out=5,

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from configurator import class_knobs, declared_knobs, knobs_of, run_knobs
+from configurator import class_knobs, declared_knobs, run_knobs
 from fakes import ENV, HERE, command, forge, same_run, train
 from lm import ModelError
 from losses import l1, mse
@@ -156,7 +156,7 @@ def test_nobody_spells_the_name_of_a_system():
     for file, node in nodes(ast.Constant):
         if node.value in set(SYSTEMS) - OTHER_THINGS:
             spelled.append((file, node.value))
-    assert spelled == [('train.py', knobs_of(HERE / 'train.py')['system'])]
+    assert spelled == [('train.py', declared_knobs(HERE / 'train.py')[0]['system'])]
 
 
 def is_system(node):
@@ -242,7 +242,7 @@ def test_every_knob_is_read():
     for node in ast.walk(SOURCES['train.py']):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             names.add(node.id)
-    unread = [k for k in knobs_of(HERE / 'train.py') if k not in names and not is_read(k)]
+    unread = [k for k in declared_knobs(HERE / 'train.py')[0] if k not in names and not is_read(k)]
     for system in SYSTEMS.values():
         unread += [k for k in class_knobs(system) if not is_read(k)]
     assert unread == []
