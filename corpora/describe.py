@@ -23,8 +23,8 @@ def describe(meta):
         rows.append((m, f"{s['width']} features a frame, {s['longest']} frames at most, {side} in "
                         f"the source, stored as {s['dtype']}"))
         rows.append(('', f"values replaced by 0: {cleaned}"))
-        rows.append(('', f"clips: {s['clips_empty']} without frames, {s['clips_all_zero']} with all "
-                         f"frames zero, {s['lengths_repaired']} with a missing or impossible "
+        rows.append(('', f"clips: {s['clips_empty']} without frames, {s['clips_all_zero']} with "
+                         f"all frames zero, {s['lengths_repaired']} with a missing or impossible "
                          "stated length"))
         rows += [('', row) for row in _describe_lengths(m, s)]
     if not meta['streams']:
@@ -72,14 +72,14 @@ def _describe_lengths(m, s):
 def _describe_text(text):
     """ Rows on repaired texts, and on texts that look wrong. text: meta.json's entry `text`. """
     what = dict(
-        cp1252_read_as_latin1="texts in cp1252 had been decoded as Latin-1 (they had C1 control "
-                              "characters), repaired",
-        utf8_read_as_latin1="texts in UTF-8 had been decoded as Latin-1 (they had C1 control "
-                            "characters), repaired",
-        control_characters="texts have NUL or C1 control characters, a sign of a wrong encoding, "
-                           "left unchanged",
-        half_characters="texts had half a surrogate pair, replaced by ?")
-    rows = [f"{text[key]} {problem}" for key, problem in what.items() if text.get(key)]
+        cp1252_read_as_latin1="cp1252 that had been decoded as Latin-1 (C1 control characters), "
+                              "repaired",
+        utf8_read_as_latin1="UTF-8 that had been decoded as Latin-1 (C1 control characters), "
+                            "repaired",
+        control_characters="NUL or C1 control characters, a sign of a wrong encoding, left "
+                           "unchanged",
+        half_characters="half a surrogate pair, replaced by ?")
+    rows = [f"texts with {what[key]}: {text[key]}" for key in what if text.get(key)]
     if text.get('encoding'):
         rows.append(f"bytes were decoded as {text['encoding']}")
     return rows

@@ -10,7 +10,7 @@ import numpy as np
 from corpora.lazy import LazyArray
 from corpora.unpickle import CorpusError
 
-SIDE_SAMPLE = 2000  # at most so many clips of a stream and split are read to find the padding side
+SIDE_SAMPLE = 2000  # the most clips of a stream and split that the padding side is found from
 CHUNK_BYTES = 32 << 20  # of a stream, read at a time
 MAX_WIDTH = 1 << 16  # features of a frame; the widest known corpus has 2048
 

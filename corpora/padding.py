@@ -1,5 +1,6 @@
 """
-Finds the side of the padding, 'left' (the head of a clip) or 'right' (the tail), of each stream.
+Finds the side of the padding of each stream: 'left' (at the head of a clip) or 'right' (at its
+tail). A zero frame is one whose features are all zero. A zero run is the zero frames at one end.
 
 Axis letters: N clips of a split, n clips of a sample or chunk, L frames of the longest clip, d
 features.
@@ -27,8 +28,8 @@ def _side_of(left, right):
 
 def _excess(head, tail):
     """
-    By how many frames the zero run at a clip's head is longer than that at its tail, or 0, and by
-    how many the run at its tail is longer, or 0, [n] each.
+    How many more zero frames a clip has at its head than at its tail, and how many more at its tail
+    than at its head: two arrays [n], with 0 in place of negative numbers.
     """
     return np.maximum(head - tail, 0), np.maximum(tail - head, 0)
 
@@ -47,10 +48,10 @@ def _side_by_runs(cells):
     """
     varying = []  # the cells without the zero frames that all clips have
     for stream in dict.fromkeys(cell[0] for cell in cells):
-        own = [cell for cell in cells if cell[0] == stream]
-        first = _steady_rows([head for _, _, head, _ in own])
-        last = _steady_rows([tail for _, _, _, tail in own])
-        for _, split, head, tail in own:
+        of_stream = [cell for cell in cells if cell[0] == stream]
+        first = _steady_rows([head for _, _, head, _ in of_stream])
+        last = _steady_rows([tail for _, _, _, tail in of_stream])
+        for _, split, head, tail in of_stream:
             varying.append((stream, split, np.maximum(head - first, 0), np.maximum(tail - last, 0)))
     if not any(_total_excess(varying)):
         return None  # all clips have the same zero frames at both ends, or none

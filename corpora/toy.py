@@ -188,7 +188,8 @@ def draw(n_clips=(4000, 500, 1000), seed=0):
 
             phase = rng.uniform(0, 2 * np.pi)
             wave = amplitude[arousal] * np.sin(2 * np.pi * np.arange(n_a[i]) / 7 + phase)  # [S]
-            wave = wave[:, None] * axis_a + rng.normal(size=d_a)  # [S,d_a]
+            offset = rng.normal(size=d_a)  # [d_a], of the speaker
+            wave = wave[:, None] * axis_a + offset  # [S,d_a]
             audio[i, :n_a[i]] = wave + 0.5 * rng.normal(size=(n_a[i], d_a))
 
             vision[i, :n_v[i]] = 0.5 * rng.normal(size=(n_v[i], d_v))
