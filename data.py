@@ -47,7 +47,7 @@ class Corpus:
 
     @contextmanager
     def _reading(self, file):
-        """ Gives the file's path; an error while it is read becomes a CorpusError. """
+        """ The path of a file. An error of reading it in this context becomes a CorpusError. """
         try:
             yield Path(self.folder) / file
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -197,7 +197,7 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
         mask = torch.arange(max(1, int(length.max()))) < length[:, None]  # [B,T]
         ids = torch.full(mask.shape, pad_id)  # [B,T]
         ids[mask] = torch.tensor([t for i in index for t in tokens[i]], dtype=torch.long)
-        # on the CPU, because a selection of unknown size makes a GPU wait
+        # computed on the CPU: on a GPU, a boolean selection waits until its size is known
         targets = torch.arange(mask.numel()).view(mask.shape)[:, :-1][mask[:, 1:]]  # [n]
         batch |= dict(tokens=ids, text_len=length, text_mask=mask, targets=targets)
     for m, d in corpus.widths.items():
@@ -220,7 +220,7 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
 
 @contextmanager
 def truncate_right(tokenizer):
-    """ In this context a tokenizer truncates long texts at the end, whatever its default side. """
+    """ In this context the tokenizer truncates texts at the end, whatever its default side is. """
     default = getattr(tokenizer, 'truncation_side', None)   # None: not a Hugging Face tokenizer
     if default is not None:
         tokenizer.truncation_side = 'right'
@@ -236,9 +236,9 @@ def tokenize(tokenizer, texts, max_len, special=True):
     Returns the token ids of each text (lists of at most max_len), the number of texts without
     tokens, and the number of truncated texts. special=True adds the tokenizer's own special tokens,
     as the released code does: none for GPT-2 and SmolLM2, [CLS] .. [SEP] for Chinese GPT-2, <s> for
-    Llama. special=False is for a text inside a prompt. A text without tokens becomes one end-of-text
-    token, because models read the last token. Raises ModelError where max_len has no room for the
-    special tokens.
+    Llama. special=False is for a text inside a prompt. A text without tokens becomes one
+    end-of-text token, because models read the last token. Raises ModelError where max_len has no
+    room for the special tokens.
     """
     ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
     long = [i for i, t in enumerate(ids) if len(t) > max_len]

@@ -14,6 +14,8 @@ corpus folders.
     python data.py SOURCE --encoding=gbk            the encoding of texts that are stored as bytes,
                                                     where it is not UTF-8
 
+The corpus folder is data/NAME. Without --name, NAME is the name of the source and a hash.
+
 A corpus folder holds meta.json and, for each split, text.jsonl and label*.npy or emotion.npy. For
 audio and vision it holds the frames of all clips end to end, without padding: audio.npy [sum of
 lengths, d_a], and audio_start.npy [N+1], the row where each clip begins. The conversion repairs
@@ -127,6 +129,7 @@ def staging(folder):
 
 
 def _alive(pid):
+    """ True if a process with this id runs on this machine. """
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

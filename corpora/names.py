@@ -90,9 +90,9 @@ def find_fields(holder, table, own, where):
     """
     {field: key} for the keys of the dict `holder` that name a field in `table`. Keys with the value
     None are ignored. The key of a text must hold text, and the key of a stream, of lengths or of
-    scores must not: 'text' may be BERT features, and 'video' may be a path. own: the layout's names
-    where they differ from the field's. Raises CorpusError if two keys fit a field; of the keys of
-    OTHER_NAMES, such as ids, the layout's own name is taken instead.
+    scores must not: 'text' may be BERT features, and 'video' may be a path. own {field: name} has
+    the layout's names where they differ from the field's. If two keys fit a field of OTHER_NAMES,
+    such as the id, the layout's own name is taken. Raises CorpusError if two keys fit otherwise.
     """
     named = {}
     for key, value in holder.items():

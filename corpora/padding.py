@@ -191,8 +191,8 @@ class AlignedText:
         """
         The lengths of stream m by its text: (key of the text array, lengths {split: [N]}, None), or
         (None, None, the reason why the text is not used), or three times None without a text. The
-        text is used if its padding is not on the other side, and if in at least 95 % of the clips
-        the stream has no nonzero frame beyond the text.
+        text is used if it has no padding or padding on the same side, and if in at least 95 % of
+        the clips the stream has no nonzero frame beyond the text.
         """
         key_runs = self.usable(m)
         if not key_runs:
@@ -210,7 +210,7 @@ class AlignedText:
             beyond += int((found > lengths[split][at])[some].sum())
             read += int(some.sum())
         if not read or beyond > 0.05 * read:
-            why = f"{m} is longer than it in {beyond} of {read} clips"
+            why = f"{m} is longer than the text in {beyond} of {read} clips"
             return None, None, f"{key} is not used for lengths: {why}"
         return key, lengths, None
 

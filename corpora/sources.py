@@ -45,10 +45,10 @@ def _decode_bytes(raw, where, encoding):
 
 def _repair_controls(text, summary):
     """
-    Repairs a text with C1 control characters. No transcript has these: its bytes had been decoded
-    as Latin-1. The text is repaired if all of it is valid UTF-8, or if it is mostly ASCII and its
-    control characters are characters of cp1252. Otherwise, as it may be GBK, it is returned
-    unchanged. `summary` counts each case.
+    Repairs a text with C1 control characters. No transcript has these; they show that bytes in
+    another encoding were decoded as Latin-1. The text is repaired if its bytes are valid UTF-8, or
+    if it is mostly ASCII and its control characters are characters of cp1252. Otherwise it may be
+    GBK, and is returned unchanged. `summary` counts each case.
     """
     try:
         repaired = text.encode('latin1').decode('utf-8')

@@ -29,7 +29,7 @@ class CorpusError(Exception):
 def errors_as_corpus_error(path, f=None):
     """
     Turns any error that an untrusted file causes into a CorpusError of one sentence that names the
-    file. An OSError stays. f: the open file, if it is read in this context.
+    file. A CorpusError and an OSError pass unchanged. f: the open file, to see whether it ended.
     """
     try:
         yield

@@ -57,6 +57,7 @@ def assert_refused(tree, tmp_path, *words, **kw):
 
 
 def read_bytes(raw, tmp_path):
+    """ The content of a pickle, given as bytes, as read_pickle reads it. """
     (tmp_path / 'x.pkl').write_bytes(raw)
     with open(tmp_path / 'x.pkl', 'rb') as f:
         return values(read_pickle(f, str(tmp_path)))
@@ -352,7 +353,7 @@ def test_repairs_are_counted(tmp_path):
     assert np.isfinite(x).all() and x[0, 0] == 0
 
 
-def test_a_label_outside_the_range_is_refused(tmp_path):
+def test_a_label_that_is_nan_or_outside_the_range_is_refused(tmp_path):
     tree = msena()
     tree['valid']['regression_labels'][1] = 4.0
     assert_refused(tree, tmp_path, 'valid$_$1', '4.0', '--label_range')
@@ -1382,7 +1383,7 @@ def test_toy_labels_equal_those_computed_by_hand():
 
 
 def test_upper_bounds_equal_a_monte_carlo_estimate():
-    """ The best prediction for 200,000 drawn clips scores each bound, within 4 standard errors. """
+    """ The best predictions for 200,000 drawn clips reach the bounds within 4 standard errors. """
     draw, n = np.random.default_rng(0), 200_000
     v, pair, noise = (
         draw.integers(5, size=n),
