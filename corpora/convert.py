@@ -78,7 +78,7 @@ def find_source(source):
         what = f"holds several corpora ({', '.join(names)}), and each needs a folder of its own"
     else:
         what = "holds neither meta.json nor a NAME_train.pkl"
-    raise CorpusError(f"The corpus '{source}' {what}; --corpus= takes 'toy', a corpus folder, an "
+    raise CorpusError(f"The corpus '{source}' {what}; a corpus is 'toy', a corpus folder, an "
                       "M-SENA .pkl, or a folder of NAME_train.pkl, NAME_valid.pkl and "
                       "NAME_test.pkl.")
 

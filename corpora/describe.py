@@ -47,12 +47,12 @@ def _describe_lengths(m, s):
         elif found['by'] == 'none':
             how = "assumed, because no clip shows it"
         else:
-            how = f"found by {found['by']}"
+            how = f"found from {found['by']}"
         counted = ''
         if len(found['streams']) > 1:
             counted = f" ({' and '.join(found['streams'])} counted separately)"
-        rows.append(f"padding side {how}: {found['right']} clips show right and {found['left']} "
-                    f"show left, of {found['read']} clips checked{counted}")
+        rows.append(f"padding side {how}: of {found['read']} clips checked{counted}, "
+                    f"{found['right']} indicate right and {found['left']} indicate left")
     if s.get('aligned_text'):
         rows.append(f"no clip is shorter than its text in {s['aligned_text']}")
     if s.get('aligned_text_not_used'):
@@ -64,8 +64,8 @@ def _describe_lengths(m, s):
                     "clips have other all-zero frames too")
     if s.get('empty_ids'):
         more = ', ..' * (s['clips_empty'] > len(s['empty_ids']))
-        rows.append(f"clips without frames: {', '.join(s['empty_ids'])}{more} (of these "
-                    f"{s['clips_empty']}, the source has no {m} at all for {s['clips_missing']})")
+        rows.append(f"clips without frames: {', '.join(s['empty_ids'])}{more}; {m} is missing in "
+                    f"the source for {s['clips_missing']} of these {s['clips_empty']}")
     return rows
 
 
