@@ -54,12 +54,12 @@ class Baseline(System):
     """
 
     class Knobs(EncoderKnobs, OrdinalKnobs):
-        text_features: Literal['tuned', 'frozen'] = 'tuned'  # tuned encoder or frozen states
+        text_features: Literal['tuned', 'frozen'] = 'tuned'  # tuned encoder or stored hidden states
         lr_encoder: AtLeast(0) = 1.0  # learning rate of the encoder, as a multiple of lr
         dropout: Share() = 0.1        # after the fusion, if the paper has it, and in a new encoder
 
     task_loss = staticmethod(l1)
-    needs = ('audio', 'vision')
+    needs = ('audio', 'vision')  # streams that the corpus must have
     lr_parts = ('encoder',)  # parts whose learning rate is lr times the knob lr_<part>
     scorer = None            # name of the module that reads the fused vector, if there is one
 

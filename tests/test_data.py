@@ -1497,7 +1497,7 @@ def test_a_run_is_measured_against_the_best_additive_reader_of_its_own_clips(tmp
     assert '+0.000 +- 0.000' in adding([run('adds', table[t, av])]) and 'not better' in adding(
         [str(tmp_path / 'adds')]
     )
-    assert ', better than adding can be' in adding(
+    assert ': better than late fusion can be' in adding(
         [run('knows', knows[t, av]), str(tmp_path / 'adds')]
     )
     with pytest.raises(EvalError, match='not tested on the scores'):
