@@ -7,7 +7,7 @@ Trains and evaluates all rows of a paper's table with one command.
                     --corpus=unaligned_50.pkl --seeds=5 --jobs=4        on another corpus
 
     --seeds=3           seeds per row
-    --jobs=1            runs at a time; the default is the number of GPUs
+    --jobs=1            runs at a time; by default the number of GPUs, or 1 without GPUs
     --config=CONFIG     trains this config in place of the sweep's
     --out=out/sweeps    the folder of the runs and tables
 
@@ -87,8 +87,8 @@ def knobs_of_run(config, knobs):
 
 def settings_of_row(config, short, changes, flags):
     """ The knobs that a row's runs change in their config. Later ones win: the short settings, the
-    row's changes, the flags. Short settings and flags that the row's system has no knob for are left
-    out. """
+    row's changes, the flags. Short settings and flags that the row's system has no knob for are
+    left out. """
     deciding = {k: v for k, v in flags.items() if k in ('system', 'dataset')}
     known = knobs_of_run(config, changes | deciding)
     short = {k: v for k, v in short.items() if k in known}
@@ -110,8 +110,8 @@ class Run:
         self.folder = os.path.join(folder, f'{stem_of(config)}-{mark}-seed{seed}')
         self.command = ['train.py', config, f'--out_dir={self.folder}', f'--seed={seed}']
         self.command += as_flags(settings)
-        # The run trains its prerequisites before it writes its own config.json. Two runs of one seed
-        # must not train the same prerequisite at the same time.
+        # The run trains its prerequisites before it writes its own config.json. Two runs of one
+        # seed must not train the same prerequisite at the same time.
         self.prerequisites = {(seed, need) for need in self.wanted['needs']}
 
     def has(self, name):
@@ -126,7 +126,8 @@ class Run:
         recorded = read_run(self.folder)['about']['knobs']
         needs = [stem_of(need) for need in self.wanted['needs']]
         for k, v in self.wanted.items():
-            if k in FREE or v in needs:   # train.py replaces the name of a prerequisite by its folder
+            # train.py replaces the name of a prerequisite by its folder
+            if k in FREE or v in needs:
                 continue
             old, new = text(recorded.get(k)), text(v)
             if old != new:
@@ -248,14 +249,15 @@ def table(rows, paper):
     first = rows[0]
     if not first['test']:
         raise EvalError(f"no run of the first row, {first['label']}, has finished, so there is "
-                        "nothing to compare with: look into its output, FOLDER.txt beside each run.")
+                        "nothing to compare with: read its output in the .txt file beside its "
+                        "folder.")
     by, metric = score_by(first['info'])
     for row in rows[1:]:
         same_clips = row['ids'] == first['ids'] and np.array_equal(row['truth'], first['truth'])
         if row['test'] and not same_clips:
-            raise EvalError(f"the rows {first['label']} and {row['label']} were tested on different "
-                            "clips or labels, so their errors cannot be paired: give both rows the "
-                            "same corpus and label.")
+            raise EvalError(f"the rows {first['label']} and {row['label']} were tested on "
+                            "different clips or labels, so their errors cannot be paired: give "
+                            "both rows the same corpus and label.")
 
     claims = [None]
     for row in rows[1:]:
@@ -328,9 +330,9 @@ def write_table(rows, paper, heading, where):
     dict of title, command, note and common, the flags of all rows. """
     drawn, numbers = table(rows, paper)
     commits = ', '.join(sorted({commit for row in rows for commit in row['commit']}))
-    common = f"with `{heading['common']}`" if heading['common'] else "with the knobs of its config"
-    page = (f"# {heading['title']}\n\n`python tools/sweep.py {shlex.join(heading['command'])}`\n\n"
-            f"Each run is trained {common} and the knobs of its row; commit {commits}.\n\n"
+    common = f"`{heading['common']}` and " if heading['common'] else ''
+    page = (f"# {heading['title']}\n\n`python tools/sweep.py {shlex.join(heading['command'])}`; "
+            f"each run has {common}the knobs of its row; commit {commits}.\n\n"
             f"{heading['note']}\n\n{drawn}\n")
     for row in rows:
         for reason in row['failed']:
@@ -350,8 +352,8 @@ def main(argv):
         return
     own = {k: flags.pop(k, v) for k, v in FLAGS.items()}
     if set_here := OWN & set(flags):
-        raise EvalError(f"--{sorted(set_here)[0]} is a knob that the sweep itself sets for each run: "
-                        "leave it out.")
+        raise EvalError(f"--{sorted(set_here)[0]} is a knob that the sweep itself sets for each "
+                        "run: leave it out.")
     sweep = read_sweep(files[0])
     tables = sweep['tables']
     if own['table'] not in tables:
