@@ -1,13 +1,13 @@
 """
-How much accuracy a run loses when audio and video are missing or damaged at test time.
+How much worse the predictions of a run become when audio and video are missing or damaged.
 
     python tools/damage.py out/RUN [out/RUN-seed1 ..]
 
 Prints a table of test metrics under these conditions: audio, video, or both missing for 25 to 100 %
-of the test clips (the same clips for every run), noise with the features' standard deviation added,
+of the test clips (the same clips for every run); noise with the features' standard deviation added;
 frames in random order. Nothing is trained. The runs must differ in the seed only.
 
-    --data_dir=FOLDER           the folder of converted corpora ('data')
+    --data_dir=FOLDER           the folder of converted corpora and computed features ('data')
     --trust_remote_code=True    lets the authors of the run's LM run their own code
 """
 import sys
