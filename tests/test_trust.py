@@ -759,13 +759,7 @@ STANDS_FOR = {
 # the toy LM in the place of a config's own, by config
 SMALL_LM = {
     'config/deepmlf_mosei.py': ['--lm=out/lm_toy-steps2', '--mm_layers=2,4', '--mm_heads=4'],
-    'config/mse_mosei.py': [
-        "--needs=['config/lm_toy_rated.py']",
-        '--lm=lm_toy_rated',
-        '--prompt=toy',
-        '--label_plus=False',
-        '--batch_size=4',
-    ],
+    'config/mse_mosei.py': ['--lm=out/lm_toy_rated-steps2', '--prompt=toy', '--label_plus=False'],
 }
 SMALL_BENCH = """
     --bench_clips=3 --batch_size=2 --repeats=1 --lm_shape=2,32,2,500 --large_shape=2,64,2,500
@@ -783,7 +777,8 @@ def shell_commands(page):
     lines = re.findall(r'^    ((?:python|torchrun|pip|git|cd) .+)$', text, re.M)
     for block in re.findall(r'^```(?:bash|sh)\n(.*?)^```', text, re.M | re.S):
         lines += block.splitlines()
-    return [line for line in lines if line.strip() and not line.startswith('#')]
+    lines = [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    return [line for line in lines if line]
 
 
 def run_script(words, monkeypatch):
@@ -800,7 +795,7 @@ def run_shortened(line, monkeypatch):
     A command of the documents in this folder: training with 2 steps, what cannot be had replaced.
     Installing, cloning and pytest (which is running this) are left out.
     """
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line)
     program, words = words[0], words[1:]
     if program in ('pip', 'git', 'cd') or words[:2] == ['-m', 'pytest']:
         return
@@ -809,6 +804,8 @@ def run_shortened(line, monkeypatch):
         words = words[:at] + [str(HERE / 'train.py')] + words[at + 1 :] + ['--max_steps=2']
         words = [re.sub('nproc_per_node=.*', 'nproc_per_node=2', w) for w in words]
         words += ['--device=cpu', '--out_dir=out/torchrun', *SMALL_LM[words[at + 1]]]
+        if not os.path.exists('out/lm_toy_rated-steps2'):
+            train('config/lm_toy_rated.py', '--max_steps=2', '--device=cpu')
         command = [sys.executable, '-m', 'torch.distributed.run', *words]
         done = subprocess.run(command, env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr[-2000:])
@@ -818,7 +815,9 @@ def run_shortened(line, monkeypatch):
         exec(words[1], {})
     elif words[0] == 'train.py':
         small = next((v for k, v in SMALL_LM.items() if k in words), [])
-        short = [] if '--help' in words else ['--max_steps=2', '--device=cpu', *small]
+        # two commands may name one folder
+        fresh = [] if '--resume=True' in words else ['--fresh=True']
+        short = [] if '--help' in words else ['--max_steps=2', '--device=cpu', *fresh, *small]
         try:
             train(*words[1:], *short)
         except SystemExit as e:  # of --help
@@ -855,9 +854,7 @@ def test_commands_of_the_documents_run(corpora, tmp_path, monkeypatch, capsys):
         for line in shell_commands(page) if page != 'docs/fork.md' else []:
             if line not in ran:
                 ran.append(line)
-                started, cpu = time.time(), sum(os.times()[:4])
                 run_shortened(line, monkeypatch)
-                print(f'{time.time() - started:.1f} s, cpu {sum(os.times()[:4]) - cpu:.1f}, {page}: {line}', file=sys.stderr)
     programs = {line.split()[1] for line in ran}
     assert {'train.py', 'eval.py', 'data.py', '-m', 'tools/bench.py', 'tools/sweep.py'} <= programs
     assert 'train on it with --corpus=data/mosei' in capsys.readouterr().out
