@@ -962,12 +962,12 @@ def test_micro_batches_are_one_big_batch_with_labels_of_unequal_length(
         (
             'mse_toy',
             '--select=wf1',
-            "select='wf1' is no metric of the label 'label': it has acc2_non0",
+            "select='wf1' is no metric of 'label': choose one of acc2_non0",
         ),
         (
             'mse_toy',
             '--label=emotion',
-            "select='mae' is no metric of the label 'emotion': it has acc, wf1",
+            "select='mae' is no metric of 'emotion': choose one of acc, wf1",
         ),
         ('mse_toy', '--train_fraction=0', r'train_fraction=0.0 must be in \(0, 1\]'),
         ('mse_toy', '--max_text_len=126', 'past the 128 positions'),
