@@ -651,7 +651,7 @@ def test_trains_killed_and_resumed_to_the_same_bits(system, corpora, tmp_path):
     config = f'config/baseline_{system}.py'
     train(config, *flags, f'--out_dir={tmp_path}/whole')
     before = json.loads((tmp_path / 'whole' / 'result.json').read_text())['test']
-    evaluation.rerun(str(tmp_path / 'whole'))
+    evaluation.evaluate_again(str(tmp_path / 'whole'))
     after = json.loads((tmp_path / 'whole' / 'result.json').read_text())['test']
     assert after == pytest.approx(before, abs=1e-5, nan_ok=True)
 

@@ -35,7 +35,7 @@ def mine(run, tmp_path, n=0, **changes):
     Test clip n of the toy corpus as a .npz of one's own -> its path and what the run said of it in
     training.
     """
-    corpus = evaluation.revive(str(run)).corpus
+    corpus = evaluation.load_run(str(run)).corpus
     clip = dict(text=corpus.text('test')[n]) | {
         m: np.array(corpus.frames('test', m, n)) for m in corpus.widths
     }
@@ -45,11 +45,11 @@ def mine(run, tmp_path, n=0, **changes):
 
 
 def test_a_clip_from_outside_is_read_as_the_same_clip_of_the_corpus(run, tmp_path):
-    bare = evaluation.revive(str(run), without_corpus=True)
+    bare = evaluation.load_run(str(run), without_corpus=True)
     for n in range(3):
         path, said = mine(run, tmp_path, n)
         rows, mended = clips.read_clips(str(path), bare.facts)
-        report, pred = clips.opinions(bare, rows)
+        report, pred = clips.describe_predictions(bare, rows)
         assert pred[0] == pytest.approx(said, abs=1e-5) and not mended
         assert [line.split(':')[0].strip() for line in report.splitlines()] == [
             'mine.npz',
@@ -182,14 +182,14 @@ def test_a_clip_of_a_corpus_that_was_stored_standardised(corpora, tmp_path):
         audio=tree['test']['audio'][n][: length[0]],
         vision=tree['test']['vision'][n][: length[1]],
     )
-    bare = evaluation.revive(str(tmp_path / 'r'), without_corpus=True)
+    bare = evaluation.load_run(str(tmp_path / 'r'), without_corpus=True)
     rows, _ = clips.read_clips(str(tmp_path / 'mine.npz'), bare.facts)
     _, p = read_predictions(str(tmp_path / 'r'))
-    assert clips.opinions(bare, rows)[1][0] == pytest.approx(float(p['pred'][n]), abs=2e-3)
+    assert clips.describe_predictions(bare, rows)[1][0] == pytest.approx(float(p['pred'][n]), abs=2e-3)
 
 
 def test_each_condition_damages_what_it_names_and_nothing_else(run):
-    back, feed = evaluation.revive_and_feed(str(run))
+    back, feed = evaluation.load_run_and_feed(str(run))
     batch = feed('test', np.arange(8))
     ways = damage.conditions(dict(audio=1.0, vision=np.ones(16)))
     assert len(ways) == 15
@@ -217,7 +217,7 @@ def test_damage_as_a_table(run, capsys):
 def test_no_frames_at_all_is_what_training_calls_no_modalities(run):
     """Dropping both streams of every clip is the same as a feed without modalities."""
     metrics = damage.damaged(str(run))['no audio nor vision for 100%']
-    back = evaluation.revive(str(run))
+    back = evaluation.load_run(str(run))
     without, _ = back.test(back.corpus, back.knobs | dict(modalities=[]))
     assert metrics['mae'] == pytest.approx(without['mae'], abs=1e-5)
 

@@ -283,7 +283,7 @@ def toy_run(corpora, tmp_path_factory):
 
 def test_runs_end_to_end_and_again_from_its_files(toy_run, corpora):
     before = json.load(open(toy_run / 'result.json'))
-    assert 'perfect reader' in evaluation.rerun(str(toy_run))
+    assert 'perfect reader' in evaluation.evaluate_again(str(toy_run))
     assert json.load(open(toy_run / 'result.json'))['test'] == before['test']
     log = [json.loads(line) for line in open(toy_run / 'log.jsonl')]
     assert {'task', 'mpr', 'eioi', 'loss'} <= set(log[0]['train'])
@@ -469,7 +469,7 @@ def test_killed_and_resumed_is_the_run_that_was_not_and_eval_leaves_the_tokenize
     flags = [f'--data_dir={corpora}', *TINY, '--lm_vocab=60', '--save_interval=2']
     train('config/crosssent_toy.py', *flags, f'--out_dir={tmp_path}/whole', '--fresh=True')
     before = (tmp_path / 'whole' / 'hf' / 'tokenizer.json').stat().st_mtime_ns
-    evaluation.rerun(str(tmp_path / 'whole'))
+    evaluation.evaluate_again(str(tmp_path / 'whole'))
     assert (tmp_path / 'whole' / 'hf' / 'tokenizer.json').stat().st_mtime_ns == before
 
     with killed_in_batch(6):

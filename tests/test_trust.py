@@ -446,14 +446,14 @@ def test_eval_rebuilds_the_run_from_its_files(curriculum):
     runs give a paired interval.
     """
     before = read_result(curriculum / 'whole')['test']
-    table = evaluation.rerun(str(curriculum / 'whole'))
+    table = evaluation.evaluate_again(str(curriculum / 'whole'))
     assert read_result(curriculum / 'whole')['test'] == before and 'majority' in table
     shutil.copytree(curriculum / 'whole', curriculum / 'copy', dirs_exist_ok=True)
     assert '(n=2)' in evaluation.compare([str(curriculum / 'whole'), str(curriculum / 'copy')])
     both = evaluation.compare([str(curriculum / 'av_toy'), str(curriculum / 'whole')])
     assert re.search(r'[+-]0\.\d{4} \[[+-]0\.\d{4}, [+-]0\.\d{4}\]', both)
     with pytest.raises(evaluation.EvalError, match='no result.json'):
-        evaluation.rerun(str(curriculum))
+        evaluation.evaluate_again(str(curriculum))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -590,12 +590,12 @@ def test_a_random_lm_is_drawn_again_and_another_lm_is_refused(corpora, curriculu
     """
     train(*deepmlf(corpora, curriculum, 'random_lm', '--lm_init=random'))
     before = read_result(curriculum / 'random_lm')
-    evaluation.rerun(str(curriculum / 'random_lm'))
+    evaluation.evaluate_again(str(curriculum / 'random_lm'))
     assert read_result(curriculum / 'random_lm')['test'] == before['test']
     shutil.copytree(curriculum / 'whole', curriculum / 'other_lm')
     forge(curriculum / 'other_lm', lm_fingerprint='f' * 16)
     with pytest.raises(evaluation.EvalError, match='is not the one that'):
-        evaluation.rerun(str(curriculum / 'other_lm'))
+        evaluation.evaluate_again(str(curriculum / 'other_lm'))
 
 
 def test_other_widths_than_the_checkpoints_get_both_numbers(corpora, curriculum, tmp_path):

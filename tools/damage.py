@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
 from data import STREAMS, CorpusError, epoch_order
-from eval import one_system, revive_and_feed, take_permissions
+from eval import check_same_experiment, load_run_and_feed, take_permissions
 from lm import ModelError
 from metrics import SHOWN, markdown_table, mean_std_n, score_by, task_metrics
 from run.report import EvalError, read_run
@@ -88,7 +88,7 @@ def conditions(std):
 def damaged(folder, **allowed):
     """ A run on its test clips under every condition -> dict of name -> metrics. Raises EvalError
     and its kin. """
-    run, feed = revive_and_feed(folder, **allowed)
+    run, feed = load_run_and_feed(folder, **allowed)
     in_corpus = run.corpus.meta['streams']
     streams = [m for m in STREAMS if m in run.corpus.widths and m in feed.streams]
     if not streams:
@@ -127,7 +127,7 @@ def main(argv):
     if flags or not folders:
         raise EvalError("the flags of damage.py are --trust_remote_code=True and "
                         "--data_dir=FOLDER, beside one or more runs.")
-    one_system(folders)
+    check_same_experiment(folders)
     runs = [damaged(folder, **allowed) for folder in folders]
     first = read_run(folders[0])
     by, _ = score_by(first['info'])
