@@ -6,9 +6,10 @@ Configuration as in nanoGPT: the knobs (settings) of a script are its own global
     config = configure(globals())  # python train.py [config/x.py ...] [--lr=3e-4 ...]
 
 Config files and flags override the defaults, in the order in which they stand on the command line:
-a later one overrides an earlier one. An unknown name, a wrong type, a value outside the knob's range
-or a malformed flag stops the run with one sentence. Otherwise a typo could train for hours and end
-up in a table as an ablation. int -> float is the only silent conversion. --help prints every knob.
+a later one overrides an earlier one. An unknown name, a wrong type, a value outside the knob's
+range or a malformed flag stops the run with one sentence. Otherwise a typo could train for hours
+and end up in a table as an ablation. int -> float is the only silent conversion. --help prints
+every knob.
 
 A knob is a global without a leading underscore that holds a bool, int, float, str, None or a list
 of these. Call configure right after the knobs, before other constants are defined or imported:

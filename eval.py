@@ -3,7 +3,7 @@ Evaluates finished runs from their folders.
 
     python eval.py out/RUN                            test the best checkpoint, write the report
     python eval.py out/RUN out/RUN-seed1 ..           compare runs: mean +- std (n), differences
-    python eval.py out/RUN --corpus=OTHER             test on another corpus (also with --modalities)
+    python eval.py out/RUN --corpus=OTHER             test on another corpus (--modalities too)
     python eval.py out/RUN --modalities=text,vision   test with these modalities alone
     python eval.py out/RUN --clip=mine.npz            predict your own clips (see run/clips.py)
     python eval.py out/RUN --export=FOLDER            copy the run for others, without its corpus
@@ -44,9 +44,9 @@ def evaluate(model, feed, split, autocast=nullcontext, **how):
     """
     Evaluate a model on a whole split -> (metrics, predictions by name in the split's order).
 
-    Each metric is computed once, in float32, on the predictions for all clips; it is not a mean over
-    batches. A model without predictions (an LM) gives {'loss': mean over clips} and {}. `how` goes
-    to model.predict. Raises ValueError if a prediction is NaN or inf.
+    Each metric is computed once, in float32, on the predictions for all clips; it is not a mean
+    over batches. A model without predictions (an LM) gives {'loss': mean over clips} and {}. `how`
+    goes to model.predict. Raises ValueError if a prediction is NaN or inf.
     """
     was_training = model.training
     model.eval()
@@ -155,7 +155,7 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
         model, tokenizer = build_model(folder, k, corpus, dtype, as_data=not trust_remote_code)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
         raise EvalError(f"{folder} is damaged or of another version, as its knobs give no model "
-                        f"({type(e).__name__}: {str(e)[:160]}): restore it or train it again.") from e
+                        f"({type(e).__name__}: {str(e)[:160]}): restore or retrain it.") from e
     check_fingerprints(folder, k, about, model, tokenizer)
     load_tensors(model, load_checkpoint(os.path.join(folder, 'best.safetensors'))[0], folder)
     device = about['device'] if devices()[about['device']] else 'cpu'
@@ -207,7 +207,9 @@ def open_own_corpus(folder, facts):
 
 
 def build_model(folder, k, corpus, dtype, as_data):
-    """ A run's model, before the checkpoint is loaded, and its tokenizer. as_data: see lm_config. """
+    """
+    A run's model, before the checkpoint is loaded, and its tokenizer. as_data: see lm_config.
+    """
     own_lm = os.path.join(folder, 'lm')
     for own in (own_lm, os.path.join(folder, 'hf')):
         if os.path.islink(own):
@@ -306,10 +308,10 @@ def evaluate_without(folder, modalities, **allowed):
 
 def evaluate_on(folder, source, modalities=None, **allowed):
     """
-    Evaluate a run on the test split of another corpus, without training on it (zero-shot; CrossSent,
-    section 4.6). Returns a table. modalities: a list of 'audio', 'vision', or [] for text alone;
-    streams of other widths are other features and must be left out. Features are standardised with
-    the run's own mean and std. Raises EvalError, ModelError, CorpusError.
+    Evaluate a run on the test split of another corpus, without training on it (zero-shot;
+    CrossSent, section 4.6). Returns a table. modalities: a list of 'audio', 'vision', or [] for
+    text alone; streams of other widths are other features and must be left out. Features are
+    standardised with the run's own mean and std. Raises EvalError, ModelError, CorpusError.
     """
     run = load_run(folder, **allowed)
     r, home, k = run.result, run.corpus, run.knobs
@@ -406,7 +408,7 @@ def main(argv):
                         "--data_dir=FOLDER go with every command (python eval.py --help).")
     only = flags['modalities'].split(',') if 'modalities' in flags else None
     if set(only or ()) - {'text', 'audio', 'vision'}:
-        raise EvalError(f"--modalities={flags['modalities']} must list some of text, audio, vision.")
+        raise EvalError(f"--modalities={flags['modalities']} must list text, audio or vision.")
     run = folders[0]
     if 'clip' in flags:
         print(evaluate_clips(run, flags['clip'], **allowed))

@@ -53,15 +53,15 @@ def class_metrics(pred, label, names):
     for what, x in (('predictions', pred), ('labels', label)):
         if (x != np.round(x)).any():
             raise ValueError(
-                f"{what} of classes must be whole numbers, but one is {x[x != np.round(x)][0]:g}; "
+                f"{what} of classes must be whole numbers, got {x[x != np.round(x)][0]:g}; "
                 f"map answers to class numbers first"
             )
     # clip, because 1e20 does not fit into int64; -1 and len(names) are no classes
     pred, label = np.clip(pred, -1, len(names)).astype(np.int64), label.astype(np.int64)
     if label.min() < 0 or label.max() >= len(names):
         raise ValueError(
-            f"labels range from {label.min()} to {label.max()}, but there are only the "
-            f"{len(names)} classes {', '.join(names)}; correct the corpus's class names"
+            f"labels run from {label.min()} to {label.max()}, but the {len(names)} classes are "
+            f"{', '.join(names)}; correct the corpus's class names"
         )
     f1, wf1 = class_f1(pred, label, len(names))
     each = {f'f1_{k}': float(v) for k, v in zip(names, f1)}
@@ -308,8 +308,8 @@ def paired_bootstrap(metric_fn, preds_a, preds_b, label, n_resamples=2000, seed=
     for name, x in zip('AB', preds):
         if x.shape[1:] != label.shape or not len(label) or not len(x):
             raise ValueError(
-                f"system {name} has predictions of shape {list(x.shape)} for labels of shape "
-                f"{list(label.shape)}; pass [runs, clips], with the clips in the labels' order"
+                f"system {name} has predictions {list(x.shape)} for {list(label.shape)} labels; "
+                f"pass [runs, clips], with the clips of both systems in the labels' order"
             )
 
     def scores(clips):

@@ -48,7 +48,7 @@ from system import checked_loss
 # The knobs of every run. The knobs of one system are in its class, in model.py or baselines.py.
 # Data and task
 system = 'deepmlf'            # a name in SYSTEMS (model.py)
-dataset = ''                  # of a config with settings for several data sets: which one, as 'mosi'
+dataset = ''                  # in a config with settings for several data sets: the one to use
 needs = []                    # prerequisite configs; unfinished ones are trained first
 corpus = 'toy'                # 'toy', a corpus folder, an M-SENA .pkl, a folder of NAME_train.pkl
 data_dir = 'data'             # folder of the converted corpora
@@ -240,7 +240,7 @@ print(f"{name}: training {system} on {n_train} clips of {clips.name}; {device}, 
 print(f"  {n_trainable:,} trainable and {n_frozen:,} frozen weights")
 print(f"  {n_steps} steps of {batch_size} x {accumulate} clips, {steps_per_epoch} steps per epoch")
 if ranks.N_RANKS > accumulate:
-    feed.notes.append(f"{ranks.N_RANKS} processes, {accumulate} micro-batches a step: some are idle")
+    feed.notes.append(f"{ranks.N_RANKS} processes for {accumulate} micro-batches: some are idle")
 last_epoch = (n_steps - 1) // steps_per_epoch
 feed.notes += System.run_notes(config, clips.label('train', label), last_epoch)
 for note in feed.notes:
@@ -287,8 +287,8 @@ while state['step'] < n_steps and not state['done']:
     if state['step'] == 0:
         idle = [n for n, p in named.items() if p.grad is None]
         if idle:
-            stop(f"{len(idle)} trainable weights get no gradient ({idle[0]} is one): freeze them, or "
-                 "change the knob that cuts them off from the loss.")
+            stop(f"{len(idle)} trainable weights, such as {idle[0]}, get no gradient: freeze them, "
+                 "or change the knob that cuts them off from the loss.")
     for p in named.values() if loss_scale != 1 else ():
         p.grad /= loss_scale
     grad_norm = torch.nn.utils.clip_grad_norm_(named.values(), clip or math.inf)
@@ -320,8 +320,8 @@ while state['step'] < n_steps and not state['done']:
             gates=model.gates(), samples_per_s=round(rate, 1), seconds=round(state['seconds'], 2))
         eta = int((n_steps - step) * state['seconds'] / step)
         losses = '  '.join(f'{k} {v:.3f}' for k, v in terms.items())
-        line = (f"  step {step:5d}/{n_steps}  epoch {step / steps_per_epoch:6.2f}  {losses}  "
-                f"grad_norm {float(grad_norm):.2f}  {rate:5.0f} clips/s  ETA {eta // 60}:{eta % 60:02d}")
+        line = (f"  step {step:5d}/{n_steps}  epoch {step / steps_per_epoch:6.2f}  {losses}"
+                f"  grad_norm {grad_norm:.2f}  {rate:5.0f} clips/s  ETA {eta // 60}:{eta % 60:02d}")
     if validating:
         valid, _ = score('valid')
         value, best = valid[select], state['best']

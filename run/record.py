@@ -16,7 +16,7 @@ import transformers
 
 from lm import ModelError
 from run import ranks
-from run.clips import facts_of
+from run.clips import corpus_facts
 from run.folder import (
     load_checkpoint,
     load_tensors,
@@ -41,7 +41,7 @@ def describe_run(name, knobs, corpus, model, tokenizer, device, dtype, lm_finger
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                       transformers=transformers.__version__),
         device=device, dtype=dtype, threads=torch.get_num_threads(), processes=ranks.N_RANKS,
-        matmul_gflops=round(matmul_rate(), 1), corpus=facts_of(corpus), lm_fingerprint=lm_fingerprint,
+        matmul_gflops=round(matmul_rate(), 1), corpus=corpus_facts(corpus), lm_fingerprint=lm_fingerprint,
         lm_answer=model.lm.answer() if model.lm else None,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None)
 
