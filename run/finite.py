@@ -33,5 +33,5 @@ class FirstBad:
         first = min(bad.values())
         names = ', '.join(name for name in sorted(bad) if bad[name] == first)
         return (f"{names} became NaN or inf in step {first}, and nothing was saved since: look for "
-                "the clip that causes it, or lower --lr or --clip; --resume=True continues from the "
-                "last checkpoint.")
+                "the clip that causes it, or lower --lr or --clip; --resume=True continues from "
+                "the last checkpoint.")

@@ -211,7 +211,7 @@ def _opened_checkpoint(path):
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         reason = getattr(e, 'strerror', None) or str(e)
         raise ModelError(f"{path} is damaged or not a checkpoint of nanoMSA ({reason[:120]}): "
-                         "restore it from a copy, or train the run again with --fresh=True.") from None
+                         "restore a copy, or train the run again with --fresh=True.") from None
 
 
 def own_tensors(model):

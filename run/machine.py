@@ -32,7 +32,8 @@ def choose_device(device, dtype, float32_bytes, k):
     if float32_bytes(k) <= 0.8 * memory(device):
         return device, 'float32'
     dtype = 'float16' if device == 'cuda' else 'bfloat16'
-    print(f"  the LM {k['lm']} in float32 is too large for the memory of this machine: {dtype} is used")
+    print(f"  the LM {k['lm']} in float32 is too large for the memory of this machine: {dtype} is "
+          "used")
     return device, dtype
 
 

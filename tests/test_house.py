@@ -305,7 +305,7 @@ def test_kill_9_of_the_parent_alone_ends_its_child_and_loses_nothing(corpora, cu
     since = time.time()
     said, _ = process.communicate(timeout=60)  # the child has this pipe too: it ends with both
     assert time.time() - since < 20
-    assert 'training a prerequisite first, child' in said
+    assert 'training the prerequisite child first' in said
     assert not (killed / 'child' / 'result.json').exists()
     assert lock(killed / 'child') is not None
     assert not (killed / 'parent').exists()

@@ -111,7 +111,7 @@ def test_a_run_goes_on_with_another_number_of_processes(corpora, alone):
 def commands_to_run_first(said):
     """The arguments of train.py for each prerequisite that the sentence of a run names."""
     assert 'train.py", line' not in said, said[-8000:]  # a traceback of ours
-    refused = 'under torchrun, prerequisites are not trained: run first '
+    refused = 'prerequisites are not trained under torchrun: run first '
     name, sentence = re.search(rf'^(\w+: ){refused}(.+)', said, re.M).groups()
     sentence = sentence.split(name + refused)[0]  # two processes can write into one line
     commands = [shlex.split(command) for command in sentence.split(' and ')]
@@ -135,7 +135,7 @@ def test_prerequisites_are_trained_first_each_by_a_command_of_its_own(tmp_path):
     assert read_result(tmp_path / 'out' / 'lm_toy_rated-steps2')['about']['processes'] == 2
     status, said = torchrun(*mse)
     assert status == 0, said[-8000:]
-    assert 'some of them wait' in said and 'uses the finished run' in said
+    assert 'some are idle' in said and 'using the finished prerequisite' in said
 
 
 def test_every_unfinished_prerequisite_is_named_with_its_command(corpora, tmp_path):
@@ -189,6 +189,6 @@ def test_what_several_processes_cannot_do_gets_a_sentence(corpora, tmp_path):
         '--max_steps=1',
         '--device=cpu',
     )
-    assert status and 'train it in one' in said
-    with pytest.raises(SystemExit, match='start it with torchrun'):
+    assert status and 'train it in one process' in said
+    with pytest.raises(SystemExit, match='start with torchrun'):
         train('config/mse_toy.py', '--shard_lm=all', f'--out_dir={tmp_path}/t')

@@ -690,8 +690,8 @@ def test_plain_train_py_is_the_whole_curriculum(corpora, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for word in (
-        'training a prerequisite first, lm_toy',
-        'training a prerequisite first, av_toy',
+        'training the prerequisite lm_toy first',
+        'training the prerequisite av_toy first',
         '| majority',
         '| text only',
         '| audio+video only',
