@@ -45,7 +45,7 @@ def make_prerequisites(k, script, systems, suffix):
     prerequisite exists with other knobs or cannot be trained here, SystemExit if its training
     fails.
     """
-    root, folders, missing = os.path.dirname(script), [], []
+    root, folders, commands = os.path.dirname(script), [], []
     for need in k['needs']:
         if not os.path.isfile(os.path.join(root, need)):
             raise EvalError(f"needs lists {need}, but there is no such config: correct its name.")
@@ -61,18 +61,18 @@ def make_prerequisites(k, script, systems, suffix):
         k[used[child]] = folder
         folders.append(folder)
         if ranks.agreed(os.path.exists(os.path.join(folder, 'result.json'))):
-            take_finished(folder, wanted)
+            check_finished(folder, wanted)
             continue
         argv = [config, f'--out_dir={folder}', *flags]
         if ranks.agreed(os.path.exists(os.path.join(folder, 'last.safetensors'))):
             argv.append('--resume=True')
-        missing.append(shlex.join(['python', 'train.py', *argv]))
+        commands.append(shlex.join(['python', 'train.py', *argv]))
         if ranks.N_RANKS == 1:
             print(f"training the prerequisite {child} first, in {folder}", flush=True)
             train_in_child([script, *argv])
-    if missing and ranks.N_RANKS > 1:
+    if commands and ranks.N_RANKS > 1:
         raise EvalError("prerequisites are not trained under torchrun: run first "
-                        + ' and '.join(missing))
+                        + ' and '.join(commands))
     return folders
 
 
@@ -107,7 +107,7 @@ def wanted_knobs(k, config, script, systems):
     return plain | shared, flags, f'-{digest}' if changed else ''
 
 
-def take_finished(folder, wanted):
+def check_finished(folder, wanted):
     """
     Print that a finished prerequisite is used. Raises EvalError if its knobs are not `wanted`.
     """

@@ -695,8 +695,8 @@ def test_plain_train_py_is_the_whole_curriculum(corpora, tmp_path):
         '| majority',
         '| text only',
         '| audio+video only',
-        '| best late fusion',
-        'perfect reader',
+        '| late-fusion bound',
+        'best possible mae',
         'ETA',
     ):
         assert word in done.stdout, word
