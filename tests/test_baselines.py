@@ -43,7 +43,7 @@ from fakes import (
     HERE,
     TINY,
     TOLERANCE,
-    Ends,
+    TinyTokenizer,
     golden,
     killed_in_batch,
     needs_golden,
@@ -95,8 +95,8 @@ def tiny_baseline(cls, corpus=None, **knobs):
     if 'text' not in cls.seen(k):
         return cls.assemble(k, corpus, None, None)
     if cls.frozen_features(k):
-        return cls.assemble(k, corpus, None, Ends(), 32)
-    return cls.assemble(k, corpus, TextEncoder(tiny_bert()), Ends())
+        return cls.assemble(k, corpus, None, TinyTokenizer(), 32)
+    return cls.assemble(k, corpus, TextEncoder(tiny_bert()), TinyTokenizer())
 
 
 def alone(batch, i):
@@ -159,7 +159,7 @@ def test_every_knob_is_read(cls):
     read = set()
     k = Reads(tiny_knobs(cls))
     cls.frozen_features(k)
-    model = cls.assemble(k, TinyCorpus(), TextEncoder(tiny_bert()), Ends()).train()
+    model = cls.assemble(k, TinyCorpus(), TextEncoder(tiny_bert()), TinyTokenizer()).train()
     model.param_groups()
     model(tiny_batch() | dict(epoch=torch.tensor(0)))
     parts = [*EncoderKnobs.__mro__, *OrdinalKnobs.__mro__]
@@ -366,7 +366,7 @@ def read_frames(z):
 def load_port(cls, w, **knobs):
     """ The system on hidden states of width 8, with the weights of a port. """
     k = tiny_knobs(cls, text_features='frozen', **knobs)
-    model = cls.assemble(k, TinyCorpus(), None, Ends(), 8).eval()
+    model = cls.assemble(k, TinyCorpus(), None, TinyTokenizer(), 8).eval()
     own = model.state_dict()
     counts = {n: t for n, t in own.items() if n.endswith('num_batches_tracked')}
     model.load_state_dict({n: w[n] for n in own if n in w} | counts)

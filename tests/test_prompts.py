@@ -30,15 +30,15 @@ from fakes import (
     HERE,
     MSE_KNOBS,
     TINY,
-    a_corpus,
     fingerprint,
     killed_in_batch,
+    make_corpus,
     needs_golden,
+    of_width,
     prompted,
     same_run,
     tiny_lm,
     train,
-    wide,
 )
 from lm import FrozenLM, ModelError
 from losses import label_loss
@@ -1074,12 +1074,12 @@ def test_real_configs_run_on_files_of_their_layout(config, rated_lm, tmp_path):
     else:
         d_a, d_v, limit = (74, 35, 3) if 'mosei' in config else (25, 177, 1)
         change = dict(
-            audio=wide(d_a),
-            vision=wide(d_v),
+            audio=of_width(d_a),
+            vision=of_width(d_v),
             vision_lengths=lambda s, x: [6] * len(x),
             regression_labels=lambda s, y: y * limit / 3,
         )
-        corpus = a_corpus(tmp_path, 'unaligned_50', **change)
+        corpus = make_corpus(tmp_path, 'unaligned_50', **change)
     train(
         f'config/{config}.py',
         corpus,

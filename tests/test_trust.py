@@ -32,17 +32,17 @@ from fakes import (
     PARENT,
     TINY,
     Killed,
-    a_corpus,
-    at,
     deepmlf,
     fingerprint,
     forge,
     killed_in_batch,
+    make_corpus,
     same_run,
     tiny_batch,
     tiny_deepmlf,
     tiny_lm,
     train,
+    with_value_at,
 )
 from lm import ModelError
 from run import machine
@@ -59,7 +59,7 @@ def read_result(folder):
 
 
 def of_width(d):
-    """For a_corpus: a stream of this width, 6 frames a clip."""
+    """For make_corpus: a stream of this width, 6 frames a clip."""
 
     def change(split, x):
         return np.random.default_rng(1).normal(size=(len(x), 6, d)).astype('f4')
@@ -599,7 +599,7 @@ def test_a_random_lm_is_drawn_again_and_another_lm_is_refused(corpora, curriculu
 
 
 def test_other_widths_than_the_checkpoints_get_both_numbers(corpora, curriculum, tmp_path):
-    other = a_corpus(tmp_path, 'other', audio=of_width(9), audio_lengths=six_frames)
+    other = make_corpus(tmp_path, 'other', audio=of_width(9), audio_lengths=six_frames)
     with pytest.raises(SystemExit, match=r'is \[30, 12\] in the file and \[30, 9\] here'):
         train(*deepmlf(corpora, curriculum, 'widths', other))
 
@@ -649,16 +649,16 @@ def test_nan_stops_with_the_step_and_the_term(corpora, curriculum, monkeypatch):
 @pytest.mark.parametrize(
     'name, change',
     [
-        ('zero-length audio', dict(audio_lengths=at(3, 0))),
-        ('all-zero video', dict(vision=at(3, 0.0))),
-        ('empty text', dict(raw_text=at(3, ''))),
-        ('nan and inf', dict(audio=at((3, 0), np.inf), vision=at((5, 1), np.nan))),
+        ('zero-length audio', dict(audio_lengths=with_value_at(3, 0))),
+        ('all-zero video', dict(vision=with_value_at(3, 0.0))),
+        ('empty text', dict(raw_text=with_value_at(3, ''))),
+        ('nan and inf', dict(audio=with_value_at((3, 0), np.inf), vision=with_value_at((5, 1), np.nan))),
         ('no vision at all', dict(vision=left_out, vision_lengths=left_out)),
     ],
 )
 def test_damaged_but_repairable_corpora_train(name, change, curriculum, tmp_path):
     flags = [
-        a_corpus(tmp_path, 'repairable', **change),
+        make_corpus(tmp_path, 'repairable', **change),
         f'--out_dir={tmp_path}/run',
         f'--data_dir={tmp_path}/data',
         f'--lm={curriculum}/lm_toy',
@@ -722,7 +722,7 @@ def test_real_configs_run_on_files_of_their_layout(config, curriculum, tmp_path)
         return y * limit / 3
 
     change = dict(audio=of_width(d_a), vision=of_width(d_v), vision_lengths=six_frames)
-    source = a_corpus(tmp_path, 'unaligned_50', regression_labels=in_range, **change)
+    source = make_corpus(tmp_path, 'unaligned_50', regression_labels=in_range, **change)
     places = [f'--out_dir={tmp_path}/out/run', f'--data_dir={tmp_path}/data']
     small = ['--mm_layers=[2,4]', '--mm_heads=4', '--lora_rank=4', '--max_steps=2', '--device=cpu']
     train(f'config/{config}', source, f'--lm={curriculum}/lm_toy', *places, *small)
@@ -777,7 +777,7 @@ def test_readme_commands_run(corpora, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(corpora / 'toy', tmp_path / 'data' / 'toy')
     change = dict(audio=of_width(74), vision=of_width(35), vision_lengths=six_frames)
-    a_corpus(tmp_path, 'unaligned_50', **change)
+    make_corpus(tmp_path, 'unaligned_50', **change)
     clip = dict(audio=np.zeros((4, 12), 'f4'), vision=np.zeros((3, 16), 'f4'))
     np.savez('mine.npz', text='it was superb', **clip)
     # in the place of GPT-2-large
