@@ -1,8 +1,8 @@
 """
 Records the results of twelve short training runs exactly, and compares a later checkout with them.
 
-    python tests/record_results.py --write FILE      train, and write hashes and metrics to FILE (JSON)
-    python tests/record_results.py --compare FILE    train again, and say per run what is equal
+    python tests/record_results.py --write FILE     train, and write hashes and metrics to FILE
+    python tests/record_results.py --compare FILE   train again, and print for each run what differs
 
 To check that a change of the code changes no result, run --write before it and --compare after it.
 --compare exits with status 1 if anything differs. Both need the same machine, the same versions of
@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # The config of each run; '' is plain `python train.py`, which trains deepmlf_toy. The prerequisites
-# lm_toy, av_toy and lm_toy_rated are trained once, by the first run that needs them, and recorded too.
+# lm_toy, av_toy and lm_toy_rated are trained once, by the first run that needs them, and recorded.
 COMMANDS = [
     '', 'mse_toy', 'mse_toy_emotion', 'cmpta_toy', 'cmpta_toy_emotion', 'crosssent_toy',
     'baseline_tfn', 'baseline_mult', 'baseline_misa',
@@ -49,9 +49,10 @@ def run_command(config, out_dir, data_dir, steps):
     if config:
         argv.append(os.path.join(ROOT, 'config', config + '.py'))
     name = config or 'deepmlf_toy'
-    argv += [f'--out_dir={os.path.join(out_dir, name)}', f'--data_dir={data_dir}', f'--max_steps={steps}']
-    one_thread = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    done = subprocess.run(argv, cwd=ROOT, env=os.environ | one_thread, capture_output=True, text=True)
+    argv += [f'--out_dir={os.path.join(out_dir, name)}', f'--data_dir={data_dir}']
+    argv += [f'--max_steps={steps}']
+    env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
