@@ -632,7 +632,10 @@ def test_nan_stops_the_run_and_names_the_step_and_the_terms(corpora, curriculum,
         ('zero-length audio', dict(audio_lengths=with_value_at(3, 0))),
         ('all-zero video', dict(vision=with_value_at(3, 0.0))),
         ('empty text', dict(raw_text=with_value_at(3, ''))),
-        ('nan and inf', dict(audio=with_value_at((3, 0), np.inf), vision=with_value_at((5, 1), np.nan))),
+        (
+            'nan and inf',
+            dict(audio=with_value_at((3, 0), np.inf), vision=with_value_at((5, 1), np.nan)),
+        ),
         ('no vision at all', dict(vision=left_out, vision_lengths=left_out)),
     ],
 )
