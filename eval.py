@@ -196,8 +196,8 @@ def open_own_corpus(folder, facts):
     """
     if not os.path.isfile(os.path.join(facts['folder'], 'meta.json')):
         raise EvalError(f"the corpus folder {facts['folder']} that {folder} was trained on is not "
-                        "here: convert its source file into that folder again, or name another "
-                        "corpus with --corpus= or clips with --clip=.")
+                        "here: convert its source file into that folder again, or predict clips "
+                        "with --clip=, which needs no corpus.")
     corpus = Corpus(facts['folder'])
     if corpus.sha256 != facts['sha256']:
         raise EvalError(f"{corpus.folder} was made from another source file than the one that "
@@ -221,7 +221,7 @@ def build_model(folder, k, corpus, dtype, as_data):
     elif k.get('lm', 'new') != 'new' and 'text' in system.seen(k):
         how = 'is read as data' if as_data else 'may run its own code'
         print(f"  {folder} names the LM {k['lm']}, which {how}")
-    torch.manual_seed(k['seed'])   # a random LM (lm_init) is not in the checkpoint
+    torch.manual_seed(k['seed'])   # gives a random LM (lm_init) again, which no checkpoint holds
     return system.build(k, corpus, folder, dtype, trained=True, as_data=as_data)
 
 

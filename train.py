@@ -53,7 +53,7 @@ needs = []                    # prerequisite configs; unfinished ones are traine
 corpus = 'toy'                # 'toy', a corpus folder, an M-SENA .pkl, a folder of NAME_train.pkl
 data_dir = 'data'             # folder of the converted corpora
 label = 'label'               # the label of the corpus to predict: a score, or classes ('emotion')
-train_fraction: Share(with_one=True, with_zero=False) = 1.0   # few-shot: share of each class used
+train_fraction: Share(with_one=True, with_zero=False) = 1.0   # train on this share of each class
 modalities: Literal['audio', 'vision'] = ['audio', 'vision']  # streams used; others are empty
 shuffle_streams = False       # control: each clip gets the audio and video of another clip
 standardise = True            # standardise each feature with the train split's mean and std

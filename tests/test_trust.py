@@ -101,8 +101,8 @@ def test_training_changes_all_trainable_weights_and_no_bit_of_the_lm(family, kno
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW([p for g in model.param_groups() for p in g['params']], lr=1e-2)
 
-    # one context per forward pass, as in train.py: within one, autocast reuses its bfloat16 copies of
-    # the weights
+    # one context per forward pass, as in train.py: within one, autocast reuses its bfloat16 copies
+    # of the weights
     def autocast():
         return torch.autocast('cpu', torch.bfloat16, enabled=dtype is torch.bfloat16)
 
