@@ -29,7 +29,7 @@ from run.lm_checks import (
 # -------------------------------------------------------------------------------------------------
 # What transformers prints and raises
 
-def hush():
+def silence_transformers():
     """
     No progress bars of Hugging Face's, for weights that take a second; and no request to the hub to
     convert somebody's weights to safetensors, which transformers would send from a thread of its
@@ -99,7 +99,7 @@ def lm_config(name, remote=False, as_data=False):
     asks to run code is refused, whatever `remote` says. Raises ModelError.
     """
     from transformers import AutoConfig
-    hush()
+    silence_transformers()
     if os.path.isdir(os.path.join(name, 'hf')):
         name = os.path.join(name, 'hf')
         if as_data and os.path.islink(name):
