@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from adapters import AVEncoder, LoRA, MMBlock, masked_mean, pool_frames, regularise, seqaug
+from adapters import AVEncoder, LoRA, MMBlock, augment_embeddings, masked_mean, pool_frames, seqaug
 from configurator import (
     AtLeast,
     Share,
@@ -129,9 +129,9 @@ def test_seqaug_permutes_real_steps_of_chosen_dimensions():
 
 def test_regularise_alternatives():
     x, n = torch.ones(4, 5, 200), torch.full((4,), 5)
-    assert torch.equal(regularise(x, n, 'none', 0.3, 1, 'fixed'), x)
-    assert 0.08 < float((regularise(x, n, 'noise', 0.1, 1, 'fixed') - x).std()) < 0.12
-    assert 0.2 < float((regularise(x, n, 'dropout', 0.3, 1, 'fixed') == 0).float().mean()) < 0.4
+    assert torch.equal(augment_embeddings(x, n, 'none', 0.3, 1, 'fixed'), x)
+    assert 0.08 < float((augment_embeddings(x, n, 'noise', 0.1, 1, 'fixed') - x).std()) < 0.12
+    assert 0.2 < float((augment_embeddings(x, n, 'dropout', 0.3, 1, 'fixed') == 0).float().mean()) < 0.4
 
 
 def test_pool_frames_by_hand():

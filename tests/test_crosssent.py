@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import data
 import eval as evaluation
-from adapters import GMRA, frames_on_tokens, to_tokens
+from adapters import GMRA, frames_on_tokens, resample_to_tokens
 from data import Feed
 from fakes import (
     KNOBS,
@@ -172,13 +172,13 @@ def test_frames_on_the_texts_time_line_by_hand():
     """
     x = torch.arange(4.0)[None, :, None].repeat(4, 1, 1)
     n, words = torch.tensor([4, 4, 4, 0]), torch.tensor([3, 2, 1, 3])
-    assert to_tokens(x, n, words, 1, 5, 'linear')[..., 0].tolist() == [
+    assert resample_to_tokens(x, n, words, 1, 5, 'linear')[..., 0].tolist() == [
         [0, 0, 1.5, 3, 0],
         [0, 0, 3, 0, 0],
         [0, 0, 0, 0, 0],
         [0] * 5,
     ]
-    assert to_tokens(x, n, words, 1, 5, 'mean')[..., 0].tolist() == [
+    assert resample_to_tokens(x, n, words, 1, 5, 'mean')[..., 0].tolist() == [
         [0, 0.5, 1.5, 2.5, 0],
         [0, 0.5, 2.5, 0, 0],
         [0, 1.5, 0, 0, 0],

@@ -209,7 +209,7 @@ def test_directed_attention_is_that_of_torch(pool, n_heads):
     y = torch.randn(2, 4, 6)
     x_mask = torch.arange(5) < torch.tensor([[5], [3]])
     y_mask = torch.arange(4) < torch.tensor([[2], [4]])
-    weights = a.looks(x, x_mask, y, y_mask).mean(1)
+    weights = a.attention_weights(x, x_mask, y, y_mask).mean(1)
     torch.testing.assert_close(weights.sum(1), torch.ones(2))
     assert (weights[~y_mask] == 0).all()
     theirs = nn.MultiheadAttention(6, n_heads, batch_first=True)
@@ -425,7 +425,7 @@ def test_a_sentencepiece_model_without_bos_and_eos_has_none(tmp_path):
 )
 def test_generated_numbers(text, number):
     p = Prompt(MSE_KNOBS, dict(kind='regression', range=[-3, 3]), Letters())
-    assert p.understand([ord(ch) for ch in text]) == number
+    assert p.parse_answer([ord(ch) for ch in text]) == number
 
 
 def test_generated_classes():
@@ -436,7 +436,7 @@ def test_generated_classes():
     )
 
     def say(text):
-        return p.understand([ord(ch) for ch in text])
+        return p.parse_answer([ord(ch) for ch in text])
 
     assert [say('joy\7anger'), say('joyful'), say(' anger.'), say('fear')] == [0, 1, 2, None]
 
