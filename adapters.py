@@ -435,7 +435,7 @@ def masked_mean(x, mask):
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1)  # [B,d]
 
 
-def sentence(x, mask, pool):
+def text_vector(x, mask, pool):
     """ One vector per text: its first token ('first') or the mean of its real tokens ('mean'). x
     [B,T,D], mask [B,T] -> [B,D]. """
     return x[:, 0] if pool == 'first' else masked_mean(x, mask)

@@ -219,7 +219,7 @@ def revived_model(folder, k, corpus, dtype, as_data):
     system = SYSTEMS[k['system']]
     if k.get('lm') == 'lm' and os.path.isdir(own_lm):
         k['lm'] = own_lm   # an export has its LM beside its checkpoint
-    elif k.get('lm', 'new') != 'new' and 'text' in system.seen(k):
+    elif k.get('lm', 'new') != 'new' and 'text' in system.modalities_read(k):
         print(f"  {folder} names the LM {k['lm']}: read as data")
     torch.manual_seed(k['seed'])   # a random LM (lm_init) is in no checkpoint: it is drawn again as it was
     return system.build(k, corpus, folder, dtype, trained=True, as_data=as_data)
@@ -263,7 +263,7 @@ def evaluate_clips(folder, path, **allowed):
     run = revive(folder, without_corpus=True, **allowed)
     if not run.system.predicts:
         raise EvalError(f"{folder} is a language model: it says no score of a clip.")
-    rows, repaired = read_clips(path, run.facts, run.system.seen(run.knobs))
+    rows, repaired = read_clips(path, run.facts, run.system.modalities_read(run.knobs))
     with tempfile.TemporaryDirectory() as scratch:   # for hidden states of these texts
         run.knobs |= dict(train_fraction=1.0, shuffle_streams=False, data_dir=scratch)
         text, _ = opinions(run, rows)

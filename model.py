@@ -34,7 +34,7 @@ from adapters import (
     frames_on_tokens,
     inputs_of,
     masked_mean,
-    sentence,
+    text_vector,
 )
 from baselines import BASELINES
 from configurator import AtLeast, Share
@@ -48,11 +48,11 @@ from lm import (
     attention_of_last_layer,
 )
 from losses import OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
-from prompts import Prompt, PromptKnobs, rated
+from prompts import Prompt, PromptKnobs, rated_texts
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
 from run.load_lm import empty_lm, load_lm, load_tokenizer, refuse_unknown_tokens, specials
 from run.new_lm import load_text_encoder, new_lm
-from system import System, grouped
+from system import System, weight_groups
 
 # --------------------------------------------------------------------------------------------------
 # The two prerequisites of DeepMLF: an LM, and an audiovisual encoder
@@ -69,7 +69,7 @@ class LanguageModel(System):
 
     label_kinds = ('regression', 'classes')   # either, because it reads no label
     predicts = False
-    passes_on = (
+    inherited_knobs = (
         'corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype',
         'max_steps', 'deterministic')
 
@@ -87,7 +87,7 @@ class LanguageModel(System):
         return cls(hf), tokenizer
 
     @classmethod
-    def stands_on(cls, k):
+    def prerequisite_knobs(cls, k):
         return []
 
     @classmethod
@@ -96,7 +96,7 @@ class LanguageModel(System):
 
     @classmethod
     def texts(cls, k, corpus, split):
-        return rated(corpus, split) if k['lm_text'] == 'rated' else corpus.text(split)
+        return rated_texts(corpus, split) if k['lm_text'] == 'rated' else corpus.text(split)
 
     @classmethod
     def makes_files(cls, k):
@@ -140,7 +140,7 @@ class AVModel(System):
         pass
 
     reads_text = False
-    passes_on = (
+    inherited_knobs = (
         'corpus', 'data_dir', 'train_fraction', 'label', 'modalities', 'shuffle_streams',
         'standardise', 'seed', 'device', 'dtype', 'max_steps', 'deterministic',
         'av_width', 'av_layers', 'av_heads', 'av_len')
@@ -269,7 +269,7 @@ class DeepMLF(System):
         return errors
 
     @classmethod
-    def rehearse(cls, k, pending):
+    def refuse_impossible_model(cls, k, pending):
         if k['av_init'] != 'random' and not k['av_from']:
             raise ModelError(f"av_init={k['av_init']!r} needs a pretrained AV encoder: give "
                              "--av_from=FOLDER of its run, or --av_init=random.")
@@ -287,7 +287,7 @@ class DeepMLF(System):
         return float32_bytes_of_lm(k)
 
     @classmethod
-    def stands_on(cls, k):
+    def prerequisite_knobs(cls, k):
         return ['lm'] + ['av_from'] * (k['av_init'] != 'random')
 
     @classmethod
@@ -868,7 +868,8 @@ class CrossSent(System):
                 x = self.gmra(x, cues)
             x = self.encoder.layer(l, x, mask)
         with torch.autocast(x.device.type, enabled=False):
-            return dict(pred=self.head(sentence(x.float(), mask, self.k['text_pool']))[:, 0])  # [B]
+            y = text_vector(x.float(), mask, self.k['text_pool'])  # [B,D]
+            return dict(pred=self.head(y)[:, 0])  # [B]
 
     def forward(self, batch):
         pred, label = self.predict(batch)['pred'], batch['label']  # [B], [B]
@@ -878,7 +879,7 @@ class CrossSent(System):
 
     def param_groups(self):
         """ As System.param_groups, with the factor lr_encoder for the encoder's own weights. """
-        return grouped(self, dict(encoder=self.k['lr_encoder']))
+        return weight_groups(self, dict(encoder=self.k['lr_encoder']))
 
     def views(self, batch, predict):
         return attention_of_last_layer(self.encoder, predict, batch)

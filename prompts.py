@@ -235,7 +235,7 @@ class Prompt:
         return min(max(float(number[0].replace(' ', '')), self.values[0]), self.values[-1])
 
 
-def rated(corpus, split, prompt='toy'):
+def rated_texts(corpus, split, prompt='toy'):
     """
     The texts of a split, each followed by a rating: in turn a score and an emotion, as far as the
     corpus has both. lm_text='rated' trains the toy LM on them, because it lacks what a pretrained

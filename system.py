@@ -35,7 +35,7 @@ class System(nn.Module):
     predicts = True                 # False: it has a loss, but does not predict a label
     text_first = False              # batches group clips by text length first, then by frame cost
     one_process = False             # it keeps statistics of clips, so torchrun cannot train it
-    passes_on = ()                  # knobs that a prerequisite run takes from the run that needs it
+    inherited_knobs = ()            # knobs that a prerequisite run takes from the run that needs it
 
     def __init__(self):
         super().__init__()
@@ -63,7 +63,7 @@ class System(nn.Module):
         return errors
 
     @classmethod
-    def rehearse(cls, k, pending):
+    def refuse_impossible_model(cls, k, pending):
         """
         Raises ModelError where the knobs describe no possible model. Called before prerequisites
         are trained, so it reads configurations only. pending: the knobs that name a run that is not
@@ -71,7 +71,7 @@ class System(nn.Module):
         """
 
     @classmethod
-    def stands_on(cls, k):
+    def prerequisite_knobs(cls, k):
         """ The knobs that may name a prerequisite in k['needs'], such as lm='lm_toy'. """
         return [knob for knob in ('lm',) if knob in k]
 
@@ -114,7 +114,7 @@ class System(nn.Module):
         return tuple(k['modalities'])
 
     @classmethod
-    def seen(cls, k):
+    def modalities_read(cls, k):
         """ Those of 'text', 'audio' and 'vision' that a run with these knobs reads. """
         return (['text'] if cls.reads_text else []) + list(cls.streams(k))
 
@@ -185,7 +185,7 @@ class System(nn.Module):
 
     def param_groups(self):
         """ Every trainable weight once: a list of dict(names, params, decay, lr_scale). """
-        return grouped(self)
+        return weight_groups(self)
 
     # ---------------------------------------------------------------------------------------------
     # What reports and figures show
@@ -257,7 +257,7 @@ def checked_prediction(model, out, n_clips):
     return out
 
 
-def grouped(model, lr_scales=None):
+def weight_groups(model, lr_scales=None):
     """
     The trainable weights of a model in groups, each weight once. Matrices get weight decay; biases,
     norms, gates and learnable tokens do not. (The release of DeepMLF means to do this, but its rule

@@ -149,7 +149,7 @@ def read_clips(path, facts, seen=('text', *STREAMS)):
     """
     A .npz or .jsonl as rows of id, text, audio and vision (float32 [S,d], [0,d] where left out; NaN
     and inf become 0), and sentences about what was repaired or is not used; `seen` is what the run
-    looks at (System.seen). Raises ClipError.
+    looks at (System.modalities_read). Raises ClipError.
     """
     rows = read_rows(path)
     if not rows:
@@ -236,7 +236,7 @@ def opinions(run, clips):
     interval or probabilities where it has them, and how that changes when a modality is taken away.
     Returns the report and the prediction of each clip [N].
     """
-    k, seen = run.knobs, run.system.seen(run.knobs)
+    k, seen = run.knobs, run.system.modalities_read(run.knobs)
     whole, without = predict_clips(run, clips), {}
     for m in k['modalities']:
         if m in run.facts['widths'] and m in run.system.streams(k):
@@ -343,7 +343,7 @@ def fill_export(folder, result, new):
     """
     about, k = result['about'], result['about']['knobs']
     copied, left_out = '', []
-    if 'text' in SYSTEMS[k['system']].seen(k):
+    if 'text' in SYSTEMS[k['system']].modalities_read(k):
         # an encoder from nothing has its weights in the checkpoint and its tokenizer in hf/
         from_nothing = k['lm'] == 'new'
         source = text_model_folder(folder, k)
@@ -397,7 +397,7 @@ def copy_regular_files(source, target):
 def card_of(result, lm_copied):
     """ README.md of an exported run, with the header that the Hugging Face hub reads. """
     about, k = result['about'], result['about']['knobs']
-    seen = SYSTEMS[k['system']].seen(k)
+    seen = SYSTEMS[k['system']].modalities_read(k)
     reads_text = 'text' in seen
     widths = ', '.join(f"{m} {w}{extractor(m, w)}"
                        for m, w in about['corpus']['widths'].items() if m in seen)

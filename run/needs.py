@@ -39,15 +39,15 @@ def make_prerequisites(k, script, systems, suffix):
     """
     Trains what is missing of the runs that k['needs'] lists, beside k['out_dir']. The knobs that
     named them (such as lm) then hold their folders. Returns the folders. Raises ModelError where the
-    run itself could not be built (System.rehearse), EvalError where a prerequisite is there that was
-    trained otherwise, or cannot be trained here; SystemExit where its training stops.
+    run itself could not be built (System.refuse_impossible_model), EvalError where a prerequisite is
+    there that was trained otherwise, or cannot be trained here; SystemExit where its training stops.
     """
     root, folders, missing = os.path.dirname(script), [], []
     for need in k['needs']:
         if not os.path.isfile(os.path.join(root, need)):
             raise EvalError(f"needs lists {need}, and there is no such config file: correct its name.")
     pending = pending_knobs(k, systems)
-    systems[k['system']].rehearse(k, pending)   # before hours of training
+    systems[k['system']].refuse_impossible_model(k, pending)   # before hours of training
     used = {k[knob]: knob for knob in pending}   # name of a run -> the knob that names it
     for need in k['needs']:
         child, config = os.path.splitext(os.path.basename(need))[0], os.path.join(root, need)
@@ -84,7 +84,7 @@ def folder_suffix(k):
 def pending_knobs(k, systems):
     """ The knobs of a run that name a prerequisite, which may not be trained yet. """
     children = {os.path.splitext(os.path.basename(need))[0] for need in k['needs']}
-    return [knob for knob in systems[k['system']].stands_on(k) if k[knob] in children]
+    return [knob for knob in systems[k['system']].prerequisite_knobs(k) if k[knob] in children]
 
 
 def wanted_knobs(k, config, script, systems):
@@ -93,7 +93,7 @@ def wanted_knobs(k, config, script, systems):
     folder's name.
     """
     _, plain = run_knobs([config], *declared_knobs(script), systems)
-    shared = {knob: k[knob] for knob in systems[plain['system']].passes_on if knob in k}
+    shared = {knob: k[knob] for knob in systems[plain['system']].inherited_knobs if knob in k}
     flags = [f'--{knob}={value}' for knob, value in shared.items()]
     # one with other knobs than its config's is another run, and gets another folder
     free = RUN_KNOBS | IN_THE_NAME

@@ -232,7 +232,7 @@ def prerequisite_runs(about):
     corpus.
     """
     k, runs = about['knobs'], {}
-    for knob in SYSTEMS[k['system']].stands_on(k):
+    for knob in SYSTEMS[k['system']].prerequisite_knobs(k):
         try:
             r = read_run(k[knob])
         except (EvalError, ModelError):   # no run, or none that is there

@@ -482,7 +482,7 @@ def text_model():
 
 def build(corpus, knobs):
     """ Our model of these knobs on a random text model, and its tokenizer; None without text. """
-    if 'text' not in cls.seen(knobs):
+    if 'text' not in cls.modalities_read(knobs):
         return cls.assemble(knobs, corpus, None, None), None
     tokenizer = Words(shape[-1])
     if cls.frozen_features(knobs):
