@@ -184,7 +184,7 @@ def check_mpr_by_loops(ns, answer=mpr_by_loops):
         assert close(answer(pred, label, 0.5, 0.1, 0.5), mpr_loss(pred, label, 0.5, 0.1, 0.5)), (
             f"{n} clips"
         )
-    assert answer(torch.ones(3), torch.zeros(3), 0.5, 0.1, 0.5) == 0, "clips of one label are no pair"
+    assert answer(torch.ones(3), torch.zeros(3), 0.5, 0.1, 0.5) == 0, "equal labels make no pair"
 
 
 def largest_margin(gap, slope):

@@ -153,8 +153,8 @@ def draw_trie(ax, prompt, tokenizer, label):
             ax.plot([x - 1, x], [height[node[:-1]], y], color=color(node), lw=1, zorder=0)
         ax.text(x, y, name, ha='center', va='center', fontsize=11,
                 bbox=dict(facecolor='white', edgecolor=color(node), pad=3))
-        ends = sorted((label, ids) for label, ids in zip(prompt.labels, answers) if ids[:-1] == node)
-        for n, (_, ids) in enumerate(ends):
+        ends = [(name, ids) for name, ids in zip(prompt.labels, answers) if ids[:-1] == node]
+        for n, (_, ids) in enumerate(sorted(ends)):
             ax.text(x + 0.35 + 0.18 * n, y, tokenizer.convert_ids_to_tokens(ids[-1]), fontsize=11,
                     va='center', ha='center', color='C3' if ids == path else '0.2')
     ax.set(xlim=(-0.4, max(map(len, inner)) + 2.2), ylim=(-len(last) + 0.4, 0.6))

@@ -253,7 +253,7 @@ def seconds_per_frame(corpus, column):
     """
     for stream in STREAMS:
         rate = corpus.meta['streams'].get(stream, {}).get('frames_per_second')
-        if column == f'{stream} frame' and rate:
+        if column == f'{stream} frame' and isinstance(rate, (int, float)) and rate > 0:
             return 1 / rate
     return None
 
