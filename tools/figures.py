@@ -134,7 +134,7 @@ def draw_sweep(path):
     ns = sorted(set(map(len, y)))
     n = f"n = {ns[0]}" if len(ns) == 1 else f"n = {ns[0]} to {ns[-1]}"
     better = 'lower' if BETTER[by] == 'low' else 'higher'
-    score = f"test {by} ({better} is better), {n}"
+    score = f"test {by} ({better} is better)"
 
     numbers = numbers_of(labels)
     if numbers:
@@ -152,7 +152,7 @@ def draw_sweep(path):
         ax.set_yticks(at, labels, parse_math=False)
         ax.invert_yaxis()
         ax.set(xlabel=score)
-    set_title(fig, sweep['title'])
+    set_title(fig, f"{sweep['title']}\nmean and std, {n}")
     save(fig, os.path.dirname(path) or '.', Path(path).stem)
 
 
