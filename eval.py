@@ -28,11 +28,11 @@ from lm import ModelError, same_answer
 from metrics import SHOWN, check_finite, claim, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run import ranks
-from run.attention import draw_attention
 from run.clips import ClipError, Clips, Transferred, describe_predictions, export, read_clips
 from run.folder import load_checkpoint, load_tensors, write_text
 from run.load_lm import tokenizer_fingerprint
 from run.machine import devices, hold_memory
+from run.pictures import draw_attention
 from run.report import RUN_KNOBS, EvalError, read_predictions, read_run, report, write_predictions
 from system import checked_prediction
 

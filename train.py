@@ -371,7 +371,7 @@ try:
         if predictions:
             write_predictions(out_dir, clips, predictions)
         write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
-        curve_picture(out_dir, select)
+        curve_picture(out_dir)
         print(report(out_dir))
 except (EvalError, ModelError) as e:
     stop(str(e))
