@@ -35,7 +35,7 @@ HEADERS = {
     'valid mae': 'valid_mae',
     'weighted f1': 'wf1',
     'accuracy': 'acc',
-    'mae less the best additive reader': 'gap',
+    'mae less the late-fusion bound': 'gap',
     'mae less text only': 'difference',
     'mmsa mae': 'mmsa_mae',
     'mmsa corr': 'mmsa_corr',
