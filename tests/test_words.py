@@ -40,7 +40,7 @@ HEADERS = {
     'mmsa mae': 'mmsa_mae',
     'mmsa corr': 'mmsa_corr',
     'lm or encoder': 'lm',
-    'its memory': 'training_memory',
+    'memory of training': 'training_memory',
     'memory of evaluation': 'evaluation_memory',
     'matmul peak': 'peak',
 }
