@@ -262,8 +262,8 @@ def summary(folder, r):
     best = 'acc' if classes else 'mae'   # the metric of the bounds
     keys = list(r['test']) if classes else [key for key in SHOWN if key in r['test']]
 
-    def cell(metrics, key):
-        return f'{metrics[key]:.3f}' if key in metrics else '-'
+    def cell(metrics, key):   # the correlation of a constant is NaN
+        return f'{metrics[key]:.3f}' if np.isfinite(metrics.get(key, np.nan)) else '-'
 
     table = []
     for row, metrics, bound in rows:
