@@ -91,7 +91,7 @@ def evaluate_controls(model, feed, autocast=nullcontext):
     return found
 
 
-def constant(corpus, label='label', train_clips=slice(None)):
+def majority_metrics(corpus, label='label', train_clips=slice(None)):
     """
     Test metrics of the majority baseline, which predicts a constant: the largest class, or the
     median label (the best constant under L1), of the train split.
@@ -265,8 +265,8 @@ def evaluate_clips(folder, path, **allowed):
         run.knobs |= dict(train_fraction=1.0, shuffle_streams=False, data_dir=scratch)
         text, _ = describe_predictions(run, rows)
         feed = run.feed(Clips(run.facts, rows), run.knobs)
-        # Feed's note on texts that were cut
-        notes += [n for n in feed.notes if n.startswith('test text') and ', 0 cut' not in n]
+        # Feed's note on truncated texts
+        notes += [n for n in feed.notes if n.startswith('test text') and ', 0 truncated' not in n]
         stem = os.path.splitext(os.path.basename(path))[0]
         for i in range(len(rows)):
             name = stem + (f'-{i}' if len(rows) > 1 else '')
