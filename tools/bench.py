@@ -329,7 +329,7 @@ class PlainPseudoTokens(Plain):
             # Hugging Face's needs autocast on meta, which torch 2.6 does not have
             return angles, angles
 
-        def read(batch):
+        def embed_prompt(batch):
             # in place of the adapter: constant pseudo tokens that require a gradient
             x = lm.embed(batch['tokens'])  # [B,L,D]
             before, after = x[:, :first], x[:, first + k['n_pseudo']:]
@@ -337,7 +337,7 @@ class PlainPseudoTokens(Plain):
             return x, batch['text_len']
 
         lm.parts['rope'] = rope
-        big.read = read
+        big.embed_prompt = embed_prompt
         with FlopCounterMode(display=False) as counter:
             for index in batches:
                 batch = {name: v.to('meta') for name, v in feed('train', index).items()}
