@@ -577,8 +577,8 @@ class MAGBERT(Pooled):
         return notes
 
     def text(self, batch):
-        cues = frames_on_tokens(batch, self.mag.values, self.ends, self.k['resample'])
-        frames = {m: y for m, (y, _) in cues.items()}  # [B,T,d_m] each
+        with_masks = frames_on_tokens(batch, self.mag.values, self.ends, self.k['resample'])
+        frames = {m: y for m, (y, _) in with_masks.items()}  # [B,T,d_m] each
         x = self.mag(self.encoder.embed(batch['tokens']), frames)  # [B,T,D]
         for l in range(self.encoder.n_layers):
             x = self.encoder.layer(l, x, batch['text_mask'])

@@ -325,8 +325,8 @@ class DeepMLF(System):
     def streams_through_lm(self, batch, whole=True):
         """
         The text and the fusion tokens through the LM -> x_t [B,T,D] and x_f [B,F,D] after the final
-        norm, the AV encoder's z [B,m,d] and its mask [B,m]. With whole=False, the last layer
-        computes only the last real text token, if no other is needed: x_t [B,1,D].
+        norm, the AV encoder's z [B,m,d] and its mask [B,m]. With whole=False, where no
+        other text token is needed, the last layer computes only the last real one: x_t [B,1,D].
         """
         k, lm, (B, T) = self.k, self.lm, batch['tokens'].shape
         n_f, device, text_len = k['n_fusion'], batch['tokens'].device, batch['text_len']
