@@ -57,15 +57,15 @@ train_fraction: Share(with_one=True, with_zero=False) = 1.0   # train on this sh
 modalities: Literal['audio', 'vision'] = ['audio', 'vision']  # streams used; others are empty
 shuffle_streams = False       # control: each clip gets the audio and video of another clip
 standardise = True            # standardise each feature with the train split's mean and std
-lowercase: Literal['auto', 'never'] = 'auto'   # 'auto': if the text is all capitals (CMU-MOSI)
-max_text_len: AtLeast(1) = 50  # most tokens of a clip's text, prompt not counted; the rest is cut
+lowercase: Literal['auto', 'never'] = 'auto'   # 'auto': lower-case a corpus in capitals (CMU-MOSI)
+max_text_len: AtLeast(1) = 50  # most tokens of a clip's text without its prompt; the rest is cut
 # The run
 out_dir = ''                  # '': out/<config>, with suffixes such as -seed1 (run/needs.py)
-seed: AtLeast(0, bits=63) = 0   # of everything random, except the toy corpus, which is fixed
+seed: AtLeast(0, bits=63) = 0   # of all random numbers; the toy corpus is the same for all seeds
 resume = False                # continue the run in out_dir from its last checkpoint, bit for bit
 fresh = False                 # delete the run in out_dir and start over; its prerequisites are kept
 device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'   # 'auto': cuda, else mps, else cpu
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # of frozen LM and autocast
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # of the frozen LM and autocast
 compile = False               # torch.compile the model
 deterministic = False         # slower, deterministic GPU kernels; CPU runs are deterministic anyway
 shard_lm: Literal['off', 'node', 'all'] = 'off'   # torchrun: shard the frozen LM over processes
