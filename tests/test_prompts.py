@@ -455,7 +455,7 @@ def brute_force(model, batch, k):
     log p of label k after each clip's prompt -> [B], with teacher forcing through Hugging Face's
     own forward, one clip at a time.
     """
-    x, n = model.read(batch)
+    x, n = model.embed_prompt(batch)
     ids, out = model.prompt.answers[k], []
     for b in range(len(x)):
         embeds = torch.cat([x[b, : n[b]], model.lm.embed(torch.tensor(ids))])[None]
@@ -489,7 +489,7 @@ def test_label_scores_equal_brute_force_log_probabilities(
 ):
     """ One pass over the label trie equals one pass of Hugging Face's forward for each label. """
     model, _, batch = prompted(corpora, tokenizers, kind, family, **knobs)
-    scores = model.label_scores(*model.read(batch))
+    scores = model.label_scores(*model.embed_prompt(batch))
     wanted = torch.stack([brute_force(model, batch, k) for k in range(len(model.prompt.labels))], 1)
     torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=2e-4)
     out = model.predict({k: v for k, v in batch.items() if k != 'label'})
@@ -520,7 +520,7 @@ def test_generated_answers_equal_hugging_faces(kind, family, corpora, tokenizers
     included.
     """
     model, _, batch = prompted(corpora, tokenizers, kind, family, readout='generate')
-    x, n = model.read(batch)
+    x, n = model.embed_prompt(batch)
     ours = model.lm.go_on(x[:, :-1], n - 1, model.trie_token[:1].expand(3), 4)
     for b in range(3):
         theirs = model.lm.hf.generate(
@@ -549,7 +549,7 @@ def test_label_loss_equals_hugging_faces_on_label_tokens(corpora, tokenizers):
     The gradients are the same with checkpoint_lm.
     """
     model, _, batch = prompted(corpora, tokenizers, 'bpe', 'llama')
-    x, n = model.read(batch)
+    x, n = model.embed_prompt(batch)
     total, count = 0.0, 0
     for b, k in enumerate(model.prompt.index(batch['label'])):
         ids = torch.tensor(model.prompt.answers[k])
@@ -602,7 +602,7 @@ def test_predictions_do_not_depend_on_the_batch(knobs, corpora, tokenizers):
 
         def answers(batch):
             """ The token ids, because an untrained LM's answers all parse to the same default. """
-            x, n = model.read(batch)
+            x, n = model.embed_prompt(batch)
             first = model.trie_token[:1].expand(len(x))  # [B]
             return dict(answer=model.lm.go_on(x[:, :-1], n - 1, first, 4))
 
@@ -676,7 +676,7 @@ def test_tgm_pool_padded_counts_padding_in_the_text_mean(corpora, tokenizers):
         return torch.zeros(3, 4, 32)
 
     model.adapter.forward = adapter
-    model.read(batch)
+    model.embed_prompt(batch)
     (text, mask), first = inputs[0], len(model.prompt.before) + 4
     assert text.shape[1] == 48 and mask.all()
     for b in range(3):
