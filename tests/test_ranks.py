@@ -192,5 +192,5 @@ def test_wrong_numbers_of_processes_stop_with_a_sentence(corpora, tmp_path):
         '--device=cpu',
     )
     assert status and 'train it in one process' in printed
-    with pytest.raises(SystemExit, match='start with torchrun'):
+    with pytest.raises(SystemExit, match='use torchrun'):
         train('config/mse_toy.py', '--shard_lm=all', f'--out_dir={tmp_path}/t')
