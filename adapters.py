@@ -57,7 +57,7 @@ class LoRA(nn.Module):
 def weight_of(layer):
     """ [n_out, n_in] of an LM's linear layer. GPT-2 keeps its own as Conv1D, weight
     [n_in, n_out]. """
-    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+    return layer.weight.T if type(layer).__name__ == 'Conv1D' else layer.weight
 
 
 def linear_like(layer, init):
@@ -189,29 +189,36 @@ class MMBlock(nn.Module):
     in the first step only the gates learn) or 'none' (1). ffw: 'full', 'lora', 'none'. query: who
     looks at Z, 'fusion', 'text+fusion' or 'text' (paper's Table 10; with 'text' the fusion tokens
     stay, and read Z through the text: the release drops them there). norm_2 and the full FFW start
-    as the LM block's own.
+    as the LM block's own; so do, in the families that have them, a norm behind the FFW and a factor
+    of what it adds.
+
+    norms: the LM block's (norm before its FFW or None, norm behind it or None); norm_offset: 1 where
+    these multiply by 1 + weight, else 0; scale: the LM's factor of what an FFW adds.
     """
-    def __init__(self, D, d, norm, lm_ffw, n_heads=16, query='fusion', gate='sigmoid',
+    def __init__(self, D, d, norms, lm_ffw, n_heads=16, query='fusion', gate='sigmoid',
                  ffw='full', ffw_init='lm', lora_rank=512, lora_alpha=8192, lora_dropout=0.05,
-                 dropout=0.1):
+                 dropout=0.1, norm_offset=0, scale=1.0):
         super().__init__()
         self.query = query
         self.gate = gate
+        self.scale = scale
         # a copy of the LM's norm is of the right kind (LayerNorm or RMSNorm, eps and all) in every
         # family
-        self.norm_1 = copy.deepcopy(norm).float().requires_grad_(True)
-        self.norm_2 = copy.deepcopy(self.norm_1)
-        nn.init.ones_(self.norm_1.weight)
+        before, behind = (copy.deepcopy(norm).float().requires_grad_(True) if norm is not None
+                          else None for norm in norms)
+        self.norm_1 = copy.deepcopy(before if before is not None else behind)
+        if getattr(self.norm_1, 'weight', None) is not None:  # OLMo's norms have no weights
+            nn.init.constant_(self.norm_1.weight, 1.0 - norm_offset)
         if getattr(self.norm_1, 'bias', None) is not None:
             nn.init.zeros_(self.norm_1.bias)
         self.gca = CrossAttention(D, d, n_heads, dropout)
+        self.ffw = None
         if ffw == 'full':
             self.ffw = FFW(lm_ffw, ffw_init, dropout)
-        elif ffw == 'lora':
+        if ffw == 'lora':
             self.ffw = LoRAFFW(lm_ffw, lora_rank, lora_alpha, lora_dropout)
-        else:
-            self.ffw = None
-            self.norm_2 = None
+        self.norm_2 = before if ffw != 'none' else None
+        self.post_2 = behind if ffw != 'none' else None
         gated = gate != 'none'
         self.a_1 = nn.Parameter(torch.zeros(1)) if gated else None
         self.a_2 = nn.Parameter(torch.zeros(1)) if gated and ffw != 'none' else None
@@ -227,7 +234,11 @@ class MMBlock(nn.Module):
 
     def project(self, x, lm_ffw, gate):
         """ x [B,L,D] and the FFW of it, added -> [B,L,D]. """
-        return x + (gate * self.ffw(self.norm_2(x), lm_ffw)).to(x.dtype)
+        y = x if self.norm_2 is None else self.norm_2(x)  # [B,L,D]
+        y = self.ffw(y, lm_ffw)  # [B,L,D]
+        if self.post_2 is not None:
+            y = self.post_2(y)  # [B,L,D]
+        return x + (gate * self.scale * y).to(x.dtype)
 
     def forward(self, x_t, x_f, z, z_mask, lm_ffw):
         """ x_t [B,T,D], x_f [B,F,D], z [B,m,d], z_mask [B,m], lm_ffw of the LM block before

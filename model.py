@@ -41,7 +41,6 @@ from configurator import AtLeast, Share
 from data import texts_as_read
 from lm import (
     EncoderKnobs,
-    FrozenLM,
     LMKnobs,
     ModelError,
     NewModelKnobs,
@@ -50,6 +49,7 @@ from lm import (
 from losses import OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
 from prompts import Prompt, PromptKnobs, rated
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
+from run.lm_compare import known_lm
 from run.load_lm import empty_lm, load_lm, load_tokenizer, refuse_unknown_tokens, specials
 from run.new_lm import load_text_encoder, new_lm
 from system import System, grouped
@@ -242,17 +242,15 @@ class DeepMLF(System):
         if not layers or layers[0] < 1 or layers[-1] > lm.n_layers or len(set(layers)) < len(layers):
             raise ModelError(f"mm_layers={k['mm_layers']} must be different numbers from 1 to "
                              f"{lm.n_layers}, the layers of this LM.")
-        longest = k['max_text_len'] + k['n_fusion']
-        if longest > lm.max_positions:
-            raise ModelError(f"max_text_len + n_fusion = {longest} is past the {lm.max_positions} "
-                             "positions of this LM: lower max_text_len.")
-        self.fusion_tokens = nn.Parameter(0.02 * torch.randn(k['n_fusion'], D))  # [F,D]
+        lm.refuse_longer(k['max_text_len'] + k['n_fusion'], 'max_text_len + n_fusion')
+        std = 0.02 * lm.embed_scale  # a usual start of an embedding's weights
+        self.fusion_tokens = nn.Parameter(std * torch.randn(k['n_fusion'], D))  # [F,D]
         self.mm_blocks = nn.ModuleDict()
         for n in layers:
             self.mm_blocks[str(n)] = MMBlock(
-                D, d, lm.part(n - 1, 'norm_2'), lm.ffw(n - 1), k['mm_heads'], k['mm_query'],
+                D, d, lm.norms_of_ffw(n - 1), lm.ffw(n - 1), k['mm_heads'], k['mm_query'],
                 k['mm_gate'], k['mm_ffw'], k['mm_ffw_init'], k['lora_rank'], k['lora_alpha'],
-                k['lora_dropout'], k['dropout'])
+                k['lora_dropout'], k['dropout'], lm.row.get('norm_offset', 0), lm.residual_scale)
         self.task_head = nn.Sequential(
             nn.Linear(d + 2 * D, k['head_width']), nn.ReLU(), nn.Linear(k['head_width'], 1))
         self.av_head, self.text_head, self.fusion_head = nn.Linear(d, 1), nn.Linear(D, 1), nn.Linear(D, 1)
@@ -279,7 +277,7 @@ class DeepMLF(System):
         hf = empty_lm(k['lm'], k['trust_remote_code'])
         with torch.device('meta'):
             try:
-                cls(FrozenLM(hf), AVEncoder({'audio': 1}, k['av_width'], 1, k['av_heads']), k)
+                cls(known_lm(hf), AVEncoder({'audio': 1}, k['av_width'], 1, k['av_heads']), k)
             except ValueError as e:
                 raise ModelError(str(e)) from None
 
@@ -294,7 +292,7 @@ class DeepMLF(System):
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
         lm, tokenizer = load_lm(
-            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data)
+            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data, k['data_dir'])
         model = cls.assemble(k, facts, lm, tokenizer)
         if k['av_init'] == 'random':
             return model, tokenizer
@@ -478,15 +476,9 @@ class PseudoTokenLM(System):
         """ lm FrozenLM; prompt Prompt; k: the knobs as a dict; widths: stream -> width. """
         super().__init__()
         self.lm, self.prompt, self.k = lm, prompt, k
-        embed = lm.parts['embed'].weight  # [V,D]
-        # of 4096 tokens at most; on the meta device there are no numbers
-        embed_rms = 1.0 if embed.is_meta else float(embed[:4096].float().pow(2).mean().sqrt())
-        self.adapter = self.make_adapter(k, widths, lm.width, embed_rms)
+        self.adapter = self.make_adapter(k, widths, lm.width, lm.embed_rms())
         longest = prompt.longest() + k['n_pseudo'] + k['max_text_len']
-        if longest > lm.max_positions:
-            raise ModelError(f"prompt, pseudo tokens, max_text_len and label make {longest} tokens, "
-                             f"past the {lm.max_positions} positions of this LM: lower "
-                             "max_text_len.")
+        lm.refuse_longer(longest, 'prompt, pseudo tokens, max_text_len and label')
         self.refuse_unknown_tokens()
         for name, tensor in prompt.trie().items():
             self.register_buffer('trie_' + name, tensor, persistent=False)
@@ -494,7 +486,8 @@ class PseudoTokenLM(System):
         self.register_buffer('values', values, persistent=False)  # [K]
         if k['readout'] == 'head':
             n_out = 1 if prompt.kind == 'regression' else len(prompt.labels)
-            self.query_tokens = nn.Parameter(0.02 * torch.randn(1, lm.width))  # [1,D]
+            std = 0.02 * lm.embed_scale  # a usual start of an embedding's weights
+            self.query_tokens = nn.Parameter(std * torch.randn(1, lm.width))  # [1,D]
             self.head = nn.Sequential(
                 nn.Linear(lm.width, k['head_width']), nn.ReLU(), nn.Linear(k['head_width'], n_out))
 
@@ -524,7 +517,7 @@ class PseudoTokenLM(System):
         # labels that cannot be told apart get their sentence before gigabytes are loaded
         Prompt(k, facts.labels[k['label']], load_tokenizer(k['lm'], k['trust_remote_code'], as_data))
         lm, tokenizer = load_lm(
-            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data)
+            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data, k['data_dir'])
         return cls.assemble(k, facts, lm, tokenizer), tokenizer
 
     @classmethod

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from lm import FrozenLM, ModelError, TextEncoder, fingerprint
+from lm import ModelError, TextEncoder, fingerprint
 from run.folder import replacing, write_text
 from run.lm_checks import (
     ALLOW_CODE,
@@ -25,6 +25,7 @@ from run.lm_checks import (
     refuse_hub_code,
     refuse_what_is_no_lm,
 )
+from run.lm_compare import compare_once, known_lm
 
 # -------------------------------------------------------------------------------------------------
 # What transformers prints and raises
@@ -353,12 +354,13 @@ def with_rows(tokenizer, hf):
     return tokenizer
 
 
-def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=False):
+def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=False, data_dir=None):
     """
     A pretrained causal LM and its tokenizer, by Hugging Face name or by folder (a run of
     system='lm' is one too). random_init keeps the shape and throws the weights away, for the
-    control that every reader asks for. Raises ModelError where neither the hub, nor the local
-    cache, nor a folder has it.
+    control that every reader asks for. The LM is compared with transformers' own forward
+    (run/lm_compare.py), once for each `data_dir`. Raises ModelError where neither the hub, nor the
+    local cache, nor a folder has it.
     """
     from transformers import AutoModelForCausalLM, __version__
     renamed = [int(n) for n in __version__.split('.')[:2]] >= [4, 56]
@@ -371,7 +373,9 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=
     else:
         hf = load_weights(AutoModelForCausalLM, name, config, remote, as_data, **dtype_argument,
                           instead="; --lm_init=random is for an LM that shall be random")
-    lm = FrozenLM(hf)
+    lm = known_lm(hf)
+    folder = None if data_dir is None or random_init else os.path.join(data_dir, 'lm_checks')
+    compare_once(lm, name, folder)
     return lm, with_rows(load_tokenizer(name, remote, as_data), lm.hf)
 
 

@@ -343,17 +343,6 @@ def test_frozen_text_of_a_causal_lm_needs_no_head(tmp_path):
     )
 
 
-@pytest.mark.parametrize('family', ['nemotron', 'arcee'])
-def test_an_ffw_without_a_gate_is_a_sentence(family):
-    if family not in transformers.CONFIG_MAPPING:
-        pytest.skip('this transformers is older than that family')
-    with pytest.raises(
-        ModelError, match=f"the FFW of the LM family '{family}' lacks a part .*gate_proj"
-    ) as error:
-        FrozenLM(small(family)).ffw(0)
-    one_sentence(error)
-
-
 # -------------------------------------------------------------------------------------------------
 # Adapters beside the weights
 
