@@ -567,9 +567,12 @@ def submodule(module, path):
 
 
 def unknown_family(family):
-    """ The ModelError for an LM without a row. """
+    """
+    The ModelError for an LM without a row: encoder-decoders, state-space and hybrid models, and
+    those with several position indices a token have none.
+    """
     return ModelError(f"the LM family {family!r} is not known here: known are "
-                      f"{', '.join(FAMILIES)}; a new one is a row in FAMILIES (lm.py).")
+                      f"{', '.join(FAMILIES)}, and a new one is a row in FAMILIES (lm.py).")
 
 
 def refuse_variants(c):

@@ -33,7 +33,7 @@ from run import ranks
 from run.finite import FirstBad
 from run.folder import load_checkpoint, load_info, load_tensors, write_text
 from run.interrupt import Interrupt
-from run.machine import choose_device, hold_memory
+from run.machine import check_compiler, choose_device, hold_memory
 from run.needs import (
     end_with_parent,
     folder_suffix,
@@ -139,6 +139,8 @@ try:
         refuse_other_knobs(out_dir, load_info(last_path)['about'], config, pending_knobs(config, SYSTEMS))
     prerequisites = make_prerequisites(config, os.path.join(_here, 'train.py'), SYSTEMS, suffix)
     device, dtype = choose_device(device, dtype, System.float32_bytes, config)
+    if compile:
+        check_compiler(device)
     with ranks.first():
         clips = open_corpus(corpus, data_dir)
     refuse_other_corpus(prerequisites, clips)

@@ -254,3 +254,28 @@ def refuse_what_is_no_lm(config, name):
         raise ModelError(f"the LM {name!r} that a received folder names is of the kind "
                          f"{config.model_type!r}, which is no language model that transformers "
                          "knows: nothing of it is read.")
+
+
+def refuse_encoder_decoder(config, name):
+    """ Raises ModelError where a model's hidden states of a text are not those of one stack. """
+    if getattr(config, 'is_encoder_decoder', False):
+        raise ModelError(f"{name!r} is an encoder-decoder ({config.model_type}), whose hidden states "
+                         "of a text are not those of one stack of layers: take a causal LM or an "
+                         "encoder such as bert-base-uncased or roberta-base.")
+
+
+def refuse_gguf(name):
+    """ Raises ModelError with the commands that dequantise it: --lm= names a GGUF file or folder. """
+    files = [name] if str(name).endswith('.gguf') else []
+    if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, f)) for f in WEIGHTS):
+        files = sorted(f for f in os.listdir(name) if f.endswith('.gguf'))
+    if files:
+        folder, file = os.path.split(files[0]) if files == [name] else (name, files[0])
+        code = ('import torch, transformers as t; '
+                f'a = dict(pretrained_model_name_or_path={json.dumps(folder or ".")}, '
+                f'gguf_file={json.dumps(file)}); '
+                'm = t.AutoModelForCausalLM.from_pretrained(**a, dtype=torch.float32); '
+                'm.save_pretrained("lm"); t.AutoTokenizer.from_pretrained(**a).save_pretrained("lm")')
+        raise ModelError(f"{os.path.join(folder, file)} is a GGUF file, in which the weights are "
+                         "quantised: write them as a folder of safetensors by "
+                         f"python -c {shlex.quote(code)} (needs pip install gguf) and take --lm=lm.")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from lm import ModelError, TextEncoder, fingerprint
+from lm import ModelError, TextEncoder, fingerprint, unknown_family
 from run.folder import replacing, write_text
 from run.lm_checks import (
     ALLOW_CODE,
@@ -20,12 +20,18 @@ from run.lm_checks import (
     hub_file,
     hub_has_answered,
     read_json,
+    refuse_encoder_decoder,
     refuse_folder,
+    refuse_gguf,
     refuse_hub_adapter,
     refuse_hub_code,
     refuse_what_is_no_lm,
 )
 from run.lm_compare import compare_once, known_lm
+
+# families whose positions start at pad_token_id + 1
+COUNT_FROM_PADDING = ('roberta', 'xlm-roberta', 'xlm-roberta-xl', 'camembert', 'longformer', 'mpnet',
+                      'esm', 'data2vec-text', 'ibert', 'luke')
 
 # -------------------------------------------------------------------------------------------------
 # What transformers prints and raises
@@ -106,6 +112,7 @@ def lm_config(name, remote=False, as_data=False):
         if as_data and os.path.islink(name):
             raise ModelError(f"{name} is a link, and an LM that a received folder names is read "
                              "from its own files alone: put the folder itself there.")
+    refuse_gguf(name)
     if os.path.exists(name) and not os.path.isdir(name):
         raise ModelError(f"the LM {name!r} is no folder: --lm= takes the folder that has "
                          "config.json, weights and tokenizer.")
@@ -137,6 +144,17 @@ def width_of(config):
         raise ModelError(f"the LM family {config.model_type!r} does not say how wide its hidden "
                          "states are: take another --lm=.")
     return width
+
+
+def positions_of(config):
+    """
+    The longest text in tokens that a model's configuration allows, or None where it does not say.
+    RoBERTa and its kin count positions from behind their padding id.
+    """
+    n_positions = getattr(config, 'max_position_embeddings', None)
+    if n_positions is None or config.model_type not in COUNT_FROM_PADDING:
+        return n_positions
+    return n_positions - config.pad_token_id - 1
 
 
 # -------------------------------------------------------------------------------------------------
@@ -341,6 +359,8 @@ def empty_lm(name, remote=False, as_data=False):
     """
     from transformers import AutoModelForCausalLM
     config, name = lm_config(name, remote, as_data)
+    if getattr(config, 'is_encoder_decoder', False):
+        raise unknown_family(config.model_type)
     with loading(name), torch.device('meta'):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=remote and not as_data)
 
@@ -366,6 +386,7 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=
     renamed = [int(n) for n in __version__.split('.')[:2]] >= [4, 56]
     dtype_argument = {'dtype' if renamed else 'torch_dtype': dtype}
     config, name = lm_config(name, remote, as_data)
+    known_lm(empty_lm(name, remote, as_data))  # refuses what is no known LM before its weights are read
     if random_init:
         with loading(name):
             hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote and not as_data)
@@ -422,10 +443,12 @@ def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64,
 def _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as_data):
     """ Writes the hidden states to path.npy, and then to path.json which model they are of. """
     from transformers import AutoModel
+    refuse_encoder_decoder(config, name)
     longest = max(map(len, tokens))
-    if longest > getattr(config, 'max_position_embeddings', longest):
-        raise ModelError(f"a text of {longest} tokens is past the {config.max_position_embeddings} "
-                         f"positions of {name!r}: lower max_text_len.")
+    n_positions = positions_of(config)
+    if n_positions is not None and longest > n_positions:
+        raise ModelError(f"a text of {longest} tokens is past the {n_positions} positions of "
+                         f"{name!r}: lower max_text_len.")
     model = load_weights(AutoModel, name, config, remote, as_data, unused=('pooler.',))
     model = model.float().eval().to(device)
     rows = len(model.get_input_embeddings().weight)

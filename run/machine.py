@@ -3,6 +3,8 @@ The machine: its devices, their memory, and how freed memory is kept.
 """
 import ctypes
 import os
+import shutil
+import sys
 
 import torch
 
@@ -34,6 +36,21 @@ def choose_device(device, dtype, float32_bytes, k):
     dtype = 'float16' if device == 'cuda' else 'bfloat16'
     print(f"  {k['lm']} in float32 is too large for the memory of this machine: {dtype}")
     return device, dtype
+
+
+def check_compiler(device):
+    """
+    Raises ModelError where torch.compile would not find the compiler that it needs: C++ for the
+    CPU, C for CUDA's Triton. Environment variables CXX and CC name another one, as for torch.
+    """
+    variable, language = ('CC', 'C') if device == 'cuda' else ('CXX', 'C++')
+    usual = dict(C=['gcc', 'clang', 'cc'], **{'C++': ['clang++' if sys.platform == 'darwin' else 'g++']})
+    if sys.platform == 'win32':
+        usual = dict(C=['cl'], **{'C++': ['cl']})
+    names = [os.environ[variable]] if os.environ.get(variable) else usual[language]
+    if not any(shutil.which(name) for name in names):
+        raise ModelError(f"--compile=True needs a {language} compiler ({' or '.join(names)}) and none is "
+                         f"on the PATH: install one, set {variable} to it, or leave --compile out.")
 
 
 def memory(device):

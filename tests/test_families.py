@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn as nn
 import transformers
-from fakes import EVERY_LM, tiny_batch, tiny_deepmlf, tiny_lm
 
 import run.lm_compare as lm_compare
 from adapters import MMBlock
+from fakes import EVERY_LM, tiny_batch, tiny_deepmlf, tiny_lm
 from lm import FAMILIES, FrozenLM, ModelError
 from run.lm_compare import compare, compare_once, known_lm
+from run.load_lm import frozen_text, load_lm
+from run.machine import check_compiler
 
 WITH_FFW = [family for family in EVERY_LM if family != 'qwen3_moe']
 
@@ -221,3 +223,63 @@ def test_an_opt_350m_is_refused_with_a_sentence(change, says):
         **(dict(word_embed_proj_dim=32) | change))
     with pytest.raises(ModelError, match=says):
         FrozenLM(transformers.OPTForCausalLM(config))
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused, in one sentence
+
+
+def saved(tmp_path, hf):
+    hf.save_pretrained(tmp_path / 'lm')
+    return str(tmp_path / 'lm')
+
+
+@pytest.mark.parametrize('family', ['t5', 'bart', 'mamba', 'bloom', 'bert'])
+def test_what_has_no_row_is_refused_before_its_weights_are_read(family, tmp_path):
+    """Encoder-decoder, state-space, ALiBi, encoder: the sentence lists the families that work."""
+    config = transformers.AutoConfig.for_model(family)
+    config.save_pretrained(tmp_path / 'lm')  # and no weights
+    with pytest.raises(ModelError) as error:
+        load_lm(str(tmp_path / 'lm'))
+    said = str(error.value)
+    assert f"the LM family '{family}' is not known here: known are gpt2, opt, " in said
+    assert '\n' not in said
+
+
+@pytest.mark.parametrize('family', ['t5', 'bart'])
+def test_frozen_text_of_an_encoder_decoder_is_refused(family, tmp_path):
+    transformers.AutoConfig.for_model(family).save_pretrained(tmp_path / 'lm')
+    with pytest.raises(ModelError, match=f'is an encoder-decoder .{family}., whose hidden states'):
+        frozen_text(str(tmp_path / 'lm'), [[3, 4, 5]], str(tmp_path / 'features'))
+
+
+def test_frozen_text_knows_that_roberta_counts_positions_from_behind_its_padding(tmp_path):
+    config = transformers.RobertaConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=40, max_position_embeddings=12)  # 10 tokens: padding is id 1
+    name = saved(tmp_path, transformers.RobertaModel(config))
+    hidden, _ = frozen_text(name, [list(range(3, 13))], str(tmp_path / 'features'))
+    assert hidden.shape == (10, 32)
+    with pytest.raises(ModelError, match='a text of 11 tokens is past the 10 positions of'):
+        frozen_text(name, [list(range(3, 14))], str(tmp_path / 'features'))
+
+
+@pytest.mark.parametrize('place', ['file', 'folder'])
+def test_a_gguf_gets_the_command_that_dequantises_it(place, tmp_path):
+    (tmp_path / 'small.gguf').write_bytes(b'GGUF' + bytes(60))
+    name = tmp_path / 'small.gguf' if place == 'file' else tmp_path
+    with pytest.raises(ModelError, match=r'small.gguf is a GGUF file.*gguf_file.*take --lm=lm') as e:
+        load_lm(str(name))
+    assert '\n' not in str(e.value)
+
+
+def test_compiling_without_a_compiler_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.delenv('CXX', raising=False)
+    with pytest.raises(ModelError, match=r'--compile=True needs a C\+\+ compiler .*leave --compile out'):
+        check_compiler('cpu')
+    compiler = tmp_path / 'my-c++'
+    compiler.write_text('#!/bin/sh\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv('CXX', 'my-c++')
+    check_compiler('cpu')
