@@ -507,6 +507,11 @@ class FrozenLM(nn.Module):
         logits = self.hf.get_output_embeddings()(x)  # [..,V]
         return soft_cap(logits * self.logit_scale, self.logit_cap)
 
+    def logits_of(self, x, tokens):
+        """ The logits of these tokens [C] alone: x [..,D] after the final norm -> [..,C]. """
+        logits = Rows(self.hf.get_output_embeddings(), tokens)(x)  # [..,C]
+        return soft_cap(logits * self.logit_scale, self.logit_cap)
+
     def forward(self, tokens):
         """ Text alone: tokens [B,T] -> hidden states after the final norm [B,T,D]. """
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1,T]

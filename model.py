@@ -449,6 +449,7 @@ class PseudoTokenKnobs(LMKnobs, PromptKnobs, OrdinalKnobs):
     pseudo_projection: Literal['released', 'full'] = 'released'   # 'full': full rank, at the embeddings' scale
     readout: Literal['score', 'generate', 'head'] = 'score'   # how the answer is read
     score_estimate: Literal['expected', 'mode', 'median'] = 'expected'   # the score from the labels' probabilities
+    score_over: Literal['vocabulary', 'labels'] = 'vocabulary'   # what an answer token's probability sums to 1 over
     head_width: AtLeast(1) = 64   # hidden width of the head of readout='head'
     checkpoint_lm = False         # compute the LM's layers again in the backward pass, to save memory
 
@@ -596,19 +597,40 @@ class PseudoTokenLM(System):
 
     def label_scores(self, x, n):
         """
-        Log-probabilities of every label string, exact to the LM's dtype, by one pass over their
-        trie -> [B,K].
+        Log-probabilities of every label string, by one pass over their trie -> [B,K]. With
+        score_over='vocabulary' they are exact to the LM's dtype. With 'labels' each token's
+        probability is over the tokens that continue a label at its place: no logits of the whole
+        vocabulary are computed, and a label is likelier where the LM would have said something
+        that is no label.
         """
         y = self.lm.embed(self.trie_token).expand(len(x), -1, -1)  # [B,N,D]
         h = self.tail(x, n, y, self.trie_depth, self.trie_sees)  # [B,N,D]
-        at_once = max(1, 2 ** 22 // (h.shape[1] * self.lm.vocabulary))   # clips whose logits are 16 MB, about
-        scores = []
+        if self.k['score_over'] == 'labels':
+            log_p = self.log_p_over_labels(h)  # [B,K,n]
+        else:
+            log_p = self.log_p_over_vocabulary(h)  # [B,K,n]
+        return torch.where(self.trie_real, log_p, 0.0).sum(-1)  # [B,K]
+
+    def log_p_over_vocabulary(self, h):
+        """ Log-probability of each token of each label, h [B,N,D] -> [B,K,n]. """
+        N = h.shape[1]
+        # clips at once: logits of 16 MB, but at least 128 rows, for which the head's weights are read
+        at_once = max(2 ** 22 // (N * self.lm.vocabulary), 128 // N, 1)
+        pieces = []
         for part in h.split(at_once):
             logits = self.lm.lm_head(part).float()  # [b,N,V]
             total = logits.logsumexp(-1)[:, self.trie_node]  # [b,K,n]
-            log_p = logits[:, self.trie_node, self.trie_answer] - total  # [b,K,n]
-            scores.append(torch.where(self.trie_real, log_p, 0.0).sum(-1))  # [b,K]
-        return torch.cat(scores)  # [B,K]
+            pieces.append(logits[:, self.trie_node, self.trie_answer] - total)  # [b,K,n]
+        return torch.cat(pieces)  # [B,K,n]
+
+    def log_p_over_labels(self, h):
+        """ As log_p_over_vocabulary, among the tokens that continue a label alone. """
+        tokens, column = self.trie_answer.unique(return_inverse=True)  # [C], [K,n]
+        allowed = torch.zeros(h.shape[1], len(tokens), dtype=torch.bool, device=h.device)  # [N,C]
+        allowed[self.trie_node[self.trie_real], column[self.trie_real]] = True
+        logits = self.lm.logits_of(h, tokens).float()  # [B,N,C]
+        logits = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)  # [B,N,C]
+        return logits[:, self.trie_node, column]  # [B,K,n]
 
     def head_out(self, x, n):
         """

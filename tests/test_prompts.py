@@ -510,6 +510,32 @@ def test_scores_are_brute_force_log_probabilities_on_every_family(family, corpor
         torch.testing.assert_close(scores[:, k], wanted, rtol=1e-4, atol=3e-4)
 
 
+@pytest.mark.parametrize('family', ['gpt2', 'gemma2', 'granite'])
+@torch.no_grad()
+def test_scores_over_labels_alone_are_constrained_decoding(family, corpora, tokenizers):
+    """
+    With score_over='labels' each token is chosen among those that continue a label, so the
+    probabilities of all labels sum to 1 by themselves.
+    """
+    model, _, batch = prompted(corpora, tokenizers, 'bpe', family, score_over='labels', label_eos=True)
+    x, n = model.read(batch)
+    scores = model.label_scores(x, n)  # [B,K]
+    torch.testing.assert_close(scores.exp().sum(1), torch.ones(len(x)), rtol=0, atol=1e-4)
+
+    answers, k = [tuple(ids) for ids in model.prompt.answers], 17
+    wanted = 0.0
+    for j, token in enumerate(answers[k]):
+        prefix = answers[k][:j]
+        choices = sorted({ids[j] for ids in answers if ids[:j] == prefix and len(ids) > j})
+        embeds = torch.cat([x[0, : n[0]], model.lm.embed(torch.tensor(prefix, dtype=torch.long))])
+        place, rope = model.lm.place(embeds[None], torch.arange(len(embeds))[None])
+        for l in range(model.lm.n_layers):
+            place, _ = model.lm.block(l, place, rope)
+        logits = model.lm.lm_head(model.lm.final_norm(place))[0, -1, choices]
+        wanted += logits.log_softmax(-1)[choices.index(token)]
+    torch.testing.assert_close(scores[0, k], wanted, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_score_estimates(corpora, tokenizers):
     model, _, batch = prompted(corpora, tokenizers)
