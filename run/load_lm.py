@@ -382,9 +382,7 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=
     (run/lm_compare.py), once for each `data_dir`. Raises ModelError where neither the hub, nor the
     local cache, nor a folder has it.
     """
-    from transformers import AutoModelForCausalLM, __version__
-    renamed = [int(n) for n in __version__.split('.')[:2]] >= [4, 56]
-    dtype_argument = {'dtype' if renamed else 'torch_dtype': dtype}
+    from transformers import AutoModelForCausalLM
     config, name = lm_config(name, remote, as_data)
     known_lm(empty_lm(name, remote, as_data))  # refuses what is no known LM before its weights are read
     if random_init:
@@ -392,7 +390,7 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=
             hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote and not as_data)
             hf = hf.to(dtype)
     else:
-        hf = load_weights(AutoModelForCausalLM, name, config, remote, as_data, **dtype_argument,
+        hf = load_weights(AutoModelForCausalLM, name, config, remote, as_data, dtype=dtype,
                           instead="; --lm_init=random is for an LM that shall be random")
     lm = known_lm(hf)
     folder = None if data_dir is None or random_init else os.path.join(data_dir, 'lm_checks')

@@ -130,7 +130,12 @@ def tiny_lm(family='gpt2', seed=0):
     except ValueError:
         pytest.skip(f"this transformers has no {family}")
     torch.manual_seed(seed)
-    hf = AutoModelForCausalLM.from_config(config).eval()
+    try:
+        hf = AutoModelForCausalLM.from_config(config).eval()
+    except AttributeError:  # transformers 4 gives norms without bias a bias's start
+        if family != 'stablelm:norms':
+            raise
+        pytest.skip('this transformers cannot make a StableLM with norms of q and k')
     with torch.no_grad():
         for p in hf.parameters():
             p += 0.1 * torch.randn_like(p)
