@@ -1,10 +1,12 @@
 """
-A corpus folder -> batches. `python data.py SOURCE` makes the folder (corpora/convert.py says how).
+Reads a corpus folder and makes batches. `python data.py SOURCE` converts a source file into a
+corpus folder (corpora/convert.py).
 
-    corpus = open_corpus('data/mosei')              and get_batch(corpus, 'train', [3, 1, 4]) from there on
+    corpus = open_corpus('data/mosei')
+    batch = get_batch(corpus, 'train', [3, 1, 4])
 
-Axis letters: N clips of a split, B clips of a batch, T text tokens, S frames, d_a and d_v feature
-widths.
+Axis letters: N clips of a split, B clips of a batch, T text tokens, S frames, d features of a
+frame, D width of the LM.
 """
 import json
 import os
@@ -27,45 +29,47 @@ from run.load_lm import frozen_text, refuse_unknown_tokens
 
 class Corpus:
     """
-    A corpus folder, opened: meta, folder, name, widths {stream: d}, n_clips {split: N}. Arrays are
-    mapped on first use. Raises CorpusError for a file that is missing, damaged or does not fit the
-    others.
+    An open corpus folder. Attributes: folder, name, meta (meta.json), labels (its entry `labels`),
+    sha256 (of the source), widths {stream: d}, n_clips {split: N}. Each file is opened on first
+    use, and the frames are memory maps. Raises CorpusError for a file that is missing, is damaged
+    or does not fit the others.
     """
     def __init__(self, folder):
-        self.folder, self._opened = str(folder), {}
-        with self._sound('meta.json') as path:
+        self.folder, self._cache = str(folder), {}
+        with self._reading('meta.json') as path:
             check_regular(path, follow=True)
             self.meta = json.loads(path.read_text(encoding='utf-8'))
             if self.meta['format'] != 1:
-                raise ValueError(f"format {self.meta['format']} is not 1")
+                raise ValueError(f"its format is {self.meta['format']}, not 1")
             self.name, self.n_clips = self.meta['name'], dict(self.meta['clips'])
             self.widths = {m: s['width'] for m, s in self.meta['streams'].items()}
             self.sha256, self.labels = self.meta['source']['sha256'], dict(self.meta['labels'])
 
     @contextmanager
-    def _sound(self, file):
+    def _reading(self, file):
+        """ The path of a file. An error of reading it in this context becomes a CorpusError. """
         try:
             yield Path(self.folder) / file
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise CorpusError(f"{self.folder}/{file} is missing or damaged ({type(e).__name__}: "
                               f"{e}); remove the folder and convert the source again.") from e
 
-    def _once(self, split, file, load):
-        """ What load(path) makes of a file, the first time and from then on. """
-        if (split, file) not in self._opened:
-            with self._sound(f'{split}/{file}') as path:
+    def _cached(self, split, file, load):
+        """ load(path) for a file of a split, called once and kept. """
+        if (split, file) not in self._cache:
+            with self._reading(f'{split}/{file}') as path:
                 check_regular(path, follow=True)
-                self._opened[split, file] = load(path)
-        return self._opened[split, file]
+                self._cache[split, file] = load(path)
+        return self._cache[split, file]
 
     def _rows(self, split):
         def load(path):
             with open(path, encoding='utf-8') as f:
                 rows = [json.loads(line) for line in f]
             if [r for r in rows if 'id' not in r or 'text' not in r] or len(rows) != self.n_clips[split]:
-                raise ValueError(f"not {self.n_clips[split]} clips with id and text")
+                raise ValueError(f"it does not hold {self.n_clips[split]} clips with id and text")
             return rows
-        return self._once(split, 'text.jsonl', load)
+        return self._cached(split, 'text.jsonl', load)
 
     def text(self, split):
         return [r['text'] for r in self._rows(split)]
@@ -74,42 +78,43 @@ class Corpus:
         return [r['id'] for r in self._rows(split)]
 
     def label(self, split, name='label'):
-        """ [N] float32, or int64 for classes. """
+        """ One number for each clip, [N]: float32, or int64 for classes. """
         if name not in self.labels:
             has = ', '.join(self.labels)
             raise CorpusError(f"The corpus {self.name} has no label {name!r}, only {has}.")
         kind, shape = 'i' if self.labels[name]['kind'] == 'classes' else 'f', (self.n_clips[split],)
-        return self._once(split, f'{name}.npy', lambda path: np.array(_load(path, shape, kind)))  # [N]
+        return self._cached(split, f'{name}.npy', lambda path: np.array(_load(path, shape, kind)))  # [N]
 
     def _start(self, split, stream):
+        """ The row where each clip's frames begin, and the number of all rows, [N+1]. """
         def load(path):
             start = np.array(_load(path, (self.n_clips[split] + 1,), 'i'))  # [N+1]
             if start[0] != 0 or (np.diff(start) < 0).any():
-                raise ValueError("clips out of order")
+                raise ValueError("the starts of its clips are not in ascending order")
             return start
-        return self._once(split, f'{stream}_start.npy', load)
+        return self._cached(split, f'{stream}_start.npy', load)
 
     def lengths(self, split, stream):
         return np.diff(self._start(split, stream))  # [N]
 
     def frames(self, split, stream, i):
-        """ Clip i as a slice of the map, [S, d]. """
+        """ The frames of clip i, a slice of the memory map, [S, d]. """
         start, width = self._start(split, stream), self.widths[stream]
-        x = self._once(split, f'{stream}.npy', lambda path: _load(path, (start[-1], width), 'f'))
+        x = self._cached(split, f'{stream}.npy', lambda path: _load(path, (start[-1], width), 'f'))
         return x[start[i]:start[i + 1]]  # [S,d]
 
 
 def _load(path, shape, kind):
     a = np.load(path, mmap_mode='r')
     if a.shape != shape or a.dtype.kind != kind:
-        raise ValueError(f"it holds {a.dtype} {a.shape}")
+        raise ValueError(f"its array of {a.dtype} {a.shape} does not fit the other files")
     return a
 
 
 def open_corpus(source, where='data'):
     """
-    The Corpus of 'toy', of a corpus folder, or of a source that convert takes. The toy corpus is
-    made and a source converted on first use, into a folder under `where`. Raises CorpusError.
+    Opens 'toy', a corpus folder or a source of `convert` as a Corpus. On first use the toy corpus
+    is generated, or the source converted, into a folder under `where`. Raises CorpusError.
     """
     if source == 'toy':
         folder = Path(where) / 'toy'
@@ -119,8 +124,8 @@ def open_corpus(source, where='data'):
                 make_toy(str(out))
         corpus = Corpus(folder)
         if corpus.meta.get('toy') != VERSION:
-            raise CorpusError(f"{folder} was made by another version of toy.py; remove it, and it "
-                              "is made again.")
+            raise CorpusError(f"{folder} was made by another version of corpora/toy.py; remove "
+                              "the folder, and the next run makes it again.")
         return corpus
     if os.path.isfile(os.path.join(source, 'meta.json')):
         return Corpus(source)
@@ -130,31 +135,32 @@ def open_corpus(source, where='data'):
         try:
             print(describe(convert(source, folder)))
         except CorpusError:
-            if not (folder / 'meta.json').is_file():   # else another process has just made it
+            if not (folder / 'meta.json').is_file():   # unless another process has just made it
                 raise
     return Corpus(folder)
 
 
-def lower_if_shouting(texts, corpus):
+def lowercase_if_all_caps(texts, corpus):
     """
-    The texts, in lower case if train is all capitals (CMU-MOSI): a cased tokenizer would shred
-    those.
+    The texts, in lower case if the train split is in capitals, as CMU-MOSI is: a cased tokenizer
+    splits a word in capitals into many tokens.
     """
     return [t.lower() for t in texts] if corpus.meta['text']['upper_case'] else list(texts)
 
 
 def texts_as_read(corpus, system, k, split):
-    """ A split's texts as a run of a system (a class) and knobs `k` reads them. """
+    """ The texts of a split as a run reads them. system: a System class; k: the run's knobs. """
     texts = system.texts(k, corpus, split)
-    return lower_if_shouting(texts, corpus) if k['lowercase'] == 'auto' else texts
+    return lowercase_if_all_caps(texts, corpus) if k['lowercase'] == 'auto' else texts
 
 
 def epoch_order(cost, batch_size, seed, epoch):
     """
-    An epoch's batches, as a list of int64 arrays of clip numbers; each clip is in one. Clips of
-    like cost [N] meet: shuffled, cut into groups of 50 batches, each group sorted by cost and cut,
-    and the batches shuffled. epoch None is for evaluation: sorted by cost. It depends on its
-    arguments alone, so a resumed run needs only its step.
+    The batches of an epoch: a list of int64 arrays of clip numbers, with each clip in one batch.
+    Clips of similar cost [N] share a batch: the clips are shuffled and cut into groups of 50
+    batches, each group is sorted by cost and cut into batches, and the batches are shuffled.
+    epoch=None is for evaluation: all clips are sorted by cost and cut into batches. The order
+    depends on the arguments alone, so a resumed run needs to know only its step.
     """
     cost = np.asarray(cost)
     if epoch is None:
@@ -171,17 +177,19 @@ def epoch_order(cost, batch_size, seed, epoch):
 def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, label='label',
               modalities=STREAMS, stream_index=None):
     """
-    Clips `index` of a split as a dict of CPU tensors, padded on the right, masks True where there
-    is something: index [B], label [B] (float32, or int64 for classes); given `tokens`, a list of
-    ids for each clip of the split, tokens [B,T], text_len [B], text_mask [B,T] and targets [n], the
-    flat positions in tokens that have a next token to predict; and for each stream m of the corpus
-    m [B,S,d], m_len [B], m_mask [B,S], standardised by train's mean and std. A stream not in
-    `modalities` has all lengths 0. stream_index: whose streams they are, where not their own.
-    Raises CorpusError.
+    Clips `index` of a split as a dict of CPU tensors, padded on the right. Masks are True where
+    there is a token or a frame. Raises CorpusError. The dict holds
+
+    - index [B], label [B] (float32, or int64 for classes);
+    - with `tokens`, a list of token ids for each clip of the split: tokens [B,T], text_len [B],
+      text_mask [B,T], and targets [n], the flat positions in tokens whose next token is predicted;
+    - for each stream m of the corpus: m [B,S,d], m_len [B], m_mask [B,S], standardised by the mean
+      and std of train. A stream that is not in `modalities` has length 0 in all clips. With
+      `stream_index` [B], streams come from those clips, and text and label from `index`.
     """
     if unknown := set(modalities) - set(STREAMS):
-        raise CorpusError("The modalities are audio and vision, not "
-                          f"{', '.join(map(str, unknown))}.")
+        raise CorpusError(f"modalities holds {', '.join(map(str, unknown))}; it takes audio and "
+                          "vision.")
     index = np.array(index, np.int64)  # [B]
     batch = dict(index=torch.from_numpy(index), label=torch.from_numpy(corpus.label(split, label)[index]))
     if tokens is not None:
@@ -189,17 +197,17 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
         mask = torch.arange(max(1, int(length.max()))) < length[:, None]  # [B,T]
         ids = torch.full(mask.shape, pad_id)  # [B,T]
         ids[mask] = torch.tensor([t for i in index for t in tokens[i]], dtype=torch.long)
-        # flat positions whose next token is one to predict: found here, where asking how many
-        # stalls no GPU
+        # computed on the CPU: on a GPU, a boolean selection waits until its size is known
         targets = torch.arange(mask.numel()).view(mask.shape)[:, :-1][mask[:, 1:]]  # [n]
         batch |= dict(tokens=ids, text_len=length, text_mask=mask, targets=targets)
     for m, d in corpus.widths.items():
         info = corpus.meta['streams'][m]
         if info['standardised'] and not standardise:
-            raise CorpusError(f"{corpus.folder} holds {m} standardised; convert with "
-                              "--dtype=float32.")
-        whose = index if stream_index is None else stream_index  # [B]
-        x = [corpus.frames(split, m, i)[:None if m in modalities else 0] for i in whose]     # B of [S_b,d]
+            raise CorpusError(f"{corpus.folder} holds {m} only standardised, and standardise is "
+                              "False; convert the source with --dtype=float32.")
+        stream_clips = index if stream_index is None else stream_index  # [B]
+        end = None if m in modalities else 0
+        x = [corpus.frames(split, m, i)[:end] for i in stream_clips]  # B of [S_b,d]
         length = np.array([len(clip) for clip in x])  # [B]
         mask = np.arange(max(1, length.max())) < length[:, None]  # [B,S]
         out = np.zeros((*mask.shape, d), np.float32)  # [B,S,d]
@@ -211,39 +219,39 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
 
 
 @contextmanager
-def cut_at_end(tokenizer):
-    """ Texts that are too long lose their end in here, also by a tokenizer whose own habit is to
-    cut the beginning. """
-    own = getattr(tokenizer, 'truncation_side', None)   # None: not one of Hugging Face's
-    if own is not None:
+def truncate_right(tokenizer):
+    """ In this context the tokenizer truncates texts at the end, whatever its default side is. """
+    default = getattr(tokenizer, 'truncation_side', None)   # None: not a Hugging Face tokenizer
+    if default is not None:
         tokenizer.truncation_side = 'right'
     try:
         yield
     finally:
-        if own is not None:
-            tokenizer.truncation_side = own
+        if default is not None:
+            tokenizer.truncation_side = default
 
 
 def tokenize(tokenizer, texts, max_len, special=True):
     """
-    Texts -> lists of at most max_len token ids, with the special tokens that the tokenizer adds by
-    itself (none for GPT-2 and SmolLM2, [CLS] .. [SEP] for Chinese GPT-2, <s> for Llama), as in the
-    release; special=False for a text inside a prompt. A text of no token at all becomes one
-    end-of-text token, or the clip would have no last token to read. Returns lists, n_empty, n_cut.
-    Raises ModelError where max_len has no room for the special tokens.
+    Returns the token ids of each text (lists of at most max_len), the number of texts without
+    tokens, and the number of truncated texts. special=True adds the tokenizer's own special tokens,
+    as the released code does: none for GPT-2 and SmolLM2, [CLS] .. [SEP] for Chinese GPT-2, <s> for
+    Llama. special=False is for a text inside a prompt. A text without tokens becomes one
+    end-of-text token, because models read the last token. Raises ModelError where max_len has no
+    room for the special tokens.
     """
     ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
     long = [i for i, t in enumerate(ids) if len(t) > max_len]
-    if long:   # cut by the tokenizer itself, which keeps a [SEP] at the end: the text head reads the last token
-        with cut_at_end(tokenizer):
+    if long:   # the tokenizer truncates, as it keeps a final [SEP], which the text head reads
+        with truncate_right(tokenizer):
             cut = tokenizer([texts[i] for i in long], add_special_tokens=special, truncation=True,
                             max_length=max_len)
         for i, t in zip(long, cut['input_ids']):
             ids[i] = t
         longest = max(map(len, cut['input_ids']))
-        if longest > max_len:   # without room for the special tokens, transformers cuts nothing
+        if longest > max_len:   # transformers truncates nothing if the special tokens have no room
             raise ModelError(f"max_text_len={max_len} has no room for the special tokens of this "
-                             f"tokenizer, which makes {longest} tokens of a text: raise it.")
+                             f"tokenizer, which makes {longest} tokens of a text; raise this knob.")
     known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     filler = next((t for t in known if t is not None and t >= 0), 0)
     return [list(t) or [filler] for t in ids], sum(not t for t in ids), len(long)
@@ -251,34 +259,34 @@ def tokenize(tokenizer, texts, max_len, special=True):
 
 class Feed:
     """
-    A corpus as one run reads it: text tokenised once, batches on a device, and what each clip costs
-    (to put clips of like length into one batch). `k` is the run's knobs, `model` its System;
-    tokenizer None means that it reads no text. The model's prompt stands around each text, with
-    room for the pseudo tokens. Attributes for the others: info (the label's entry in meta.json),
-    n_clips (train's after train_fraction), notes. Where the model wants frozen features, text is
-    hidden states too, [B,T,D] in batch['text']; as_data as in lm_config. Raises CorpusError, and
-    ModelError where that LM cannot be had or has no embedding for a token.
+    A corpus as one run reads it: texts are tokenised once, batches come on a device, and each clip
+    has a cost, so that clips of similar length share a batch. `k` has the run's knobs, `model` is
+    its System, and tokenizer=None means that it reads no text. The model's prompt, if it has one,
+    is put around each text, with places for the pseudo tokens. If the model uses frozen features,
+    batch['text'] holds hidden states of a frozen LM, [B,T,D]. as_data: see lm_config. Public
+    attributes: info (the label's entry in meta.json), n_clips (after train_fraction), notes. Raises
+    CorpusError, and ModelError where that LM cannot be loaded or has no embedding for a token.
     """
     def __init__(self, corpus, k, tokenizer, device, model, as_data=False):
         self.corpus, self.k, self.device, self.model, self.prompt = corpus, k, device, model, model.prompt
         corpus.label('train', k['label'])
         self.info = corpus.labels[k['label']]
         if self.info['kind'] not in model.label_kinds:
-            raise CorpusError(f"The label {k['label']!r} is one of classes, and {k['system']} is a "
-                              "system for regression.")
+            raise CorpusError(f"The label {k['label']!r} holds classes, and {k['system']} is a "
+                              "system for regression; choose a score with --label.")
         for split in corpus.n_clips:
             self._check_labels(split)
         self.streams = model.streams(k)
-        self.clips = {split: np.arange(n) for split, n in corpus.n_clips.items()}   # feed's number -> corpus's
+        self.clips = {split: np.arange(n) for split, n in corpus.n_clips.items()}   # of the corpus
         if k['train_fraction'] < 1:
-            self.clips['train'] = self._few(k['train_fraction'], k['seed'])
+            self.clips['train'] = self._train_subset(k['train_fraction'], k['seed'])
         self.n_clips = {split: len(clips) for split, clips in self.clips.items()}
-        self.streams_of = self._other_clips(k['seed']) if k['shuffle_streams'] else {}
+        self.stream_clips = self._shuffled_clips(k['seed']) if k['shuffle_streams'] else {}
         self.tokens, self.words, self.text, self.notes, self.lm_fingerprint = {}, {}, {}, [], None
-        rounding = self._answer_lengths() if self.prompt else 0.0
+        rounding = self._find_answers() if self.prompt else 0.0
         if rounding > 1e-6:
-            self.notes.append("labels are said with one decimal, which costs an MAE of "
-                              f"{rounding:.3f}")
+            self.notes.append("answers have one decimal, and rounding the train labels to one "
+                              f"decimal is a mean absolute error of {rounding:.3f}")
         if tokenizer:
             for split in corpus.n_clips:
                 self._tokenize(split, tokenizer)
@@ -286,10 +294,10 @@ class Feed:
                 self._read_frozen_features(as_data)
         self.notes += model.notes(k, corpus)
 
-    def _other_clips(self, seed):
+    def _shuffled_clips(self, seed):
         """
-        split -> whose streams each clip gets [N]: a ring through the clips in random order, so
-        nobody gets its own.
+        {split: [N]}: for each clip, another clip, whose streams it gets. The clips form a ring in
+        random order and each gets the streams of the previous one, so none keeps its own.
         """
         others = {}
         for split, n in self.corpus.n_clips.items():
@@ -299,18 +307,15 @@ class Feed:
         return others
 
     def _tokenize(self, split, tokenizer):
-        """
-        Fills in the tokens of a split, the prompt's around each text, and the words that tokens
-        begin in.
-        """
+        """ Sets the tokens of a split, with the prompt, and if needed each token's word. """
         k, prompt = self.k, self.prompt
         texts = texts_as_read(self.corpus, self.model, k, split)
         tokens, n_empty, n_cut = tokenize(tokenizer, texts, k['max_text_len'], special=not prompt)
         rows = getattr(tokenizer, 'embedding_rows', None)   # None: the LM is not loaded here
         refuse_unknown_tokens(tokens, rows, f"the texts of the split {split!r}")
         mean = np.mean([len(t) for t in tokens])
-        self.notes.append(f"{split} text: {mean:.1f} tokens a clip, {n_empty} empty, {n_cut} cut at "
-                          f"{k['max_text_len']}")
+        self.notes.append(f"{split} texts: {mean:.1f} tokens on average, {n_empty} empty, {n_cut} "
+                          f"truncated to {k['max_text_len']} tokens")
         if prompt:
             before, after = prompt.before + [0] * k['n_pseudo'], prompt.after
             tokens = [before + own + after for own in tokens]
@@ -319,7 +324,7 @@ class Feed:
             self.words[split] = self._words(tokenizer, split, texts)
 
     def _read_frozen_features(self, as_data):
-        """ Fills in the hidden states of every text, views of a map. """
+        """ Sets the hidden states of every text, views of a memory map. """
         k = self.k
         tokens = [t for split in self.tokens for t in self.tokens[split]]
         folder = os.path.join(k['data_dir'], 'features')
@@ -329,10 +334,7 @@ class Feed:
         self.text = {split: [next(clips) for _ in self.tokens[split]] for split in self.tokens}
 
     def _words(self, tokenizer, split, texts):
-        """
-        For each clip, which word (between spaces) each of its tokens begins in; -1 for special
-        ones.
-        """
+        """ For each clip, the word that each token begins in (word_of_tokens). """
         for m in self.streams if split == 'train' else ():
             n_frames, n_words = self.corpus.lengths(split, m), np.array([len(t.split()) for t in texts])  # [N]
             both = (n_frames > 0) & (n_words > 0)  # [N]
@@ -342,13 +344,13 @@ class Feed:
                                   f"{np.median(n_words):.0f} words (medians): take another "
                                   "resample.")
         try:
-            with cut_at_end(tokenizer):
+            with truncate_right(tokenizer):
                 offsets = tokenizer(list(texts), truncation=True, max_length=self.k['max_text_len'],
                                     return_offsets_mapping=True)['offset_mapping']
         except (TypeError, ValueError, NotImplementedError, KeyError):
             raise CorpusError("resample='words' needs a fast Hugging Face tokenizer "
-                              "(tokenizer.json), which knows where in the text a token is: take "
-                              "another resample.") from None
+                              "(tokenizer.json), which gives each token's place in the text: "
+                              "take another resample.") from None
         return [word_of_tokens(text, spans) for text, spans in zip(texts, offsets)]
 
     def _check_labels(self, split):
@@ -358,22 +360,22 @@ class Feed:
         if bad := np.flatnonzero(~((y >= low) & (y <= high))).tolist():
             clip = self.corpus.id(split)[bad[0]]
             raise CorpusError(f"The {name} of clip {clip} in the split {split} is {y[bad[0]]}, "
-                              f"outside [{low}, {high}] ({len(bad)} such clips); mend the source "
-                              "and convert it again.")
+                              f"outside [{low}, {high}] ({len(bad)} such clips); correct the "
+                              "source and convert it again.")
 
-    def _few(self, fraction, seed):
+    def _train_subset(self, fraction, seed):
         """
-        A share of the train split, of each class or whole number of the label alike, at least one
-        clip of each.
+        Numbers of train clips: the same fraction of each class, or of the labels that round to the
+        same integer, and at least one clip of each.
         """
         y, rng = np.round(self.corpus.label('train', self.k['label'])), np.random.default_rng([seed, 1])  # [N]
         groups = [rng.permutation(np.flatnonzero(y == v)) for v in np.unique(y)]
         return np.sort(np.concatenate([g[:max(1, round(fraction * len(g)))] for g in groups]))
 
-    def _answer_lengths(self):
+    def _find_answers(self):
         """
-        Finds how many tokens each train clip's label is said in; returns what rounding to a label
-        costs (MAE).
+        Sets answer_len, the number of answer tokens of each train clip. Returns the MAE of the
+        answers: 0 unless labels are rounded to them.
         """
         y = torch.from_numpy(self.corpus.label('train', self.k['label']))  # [N]
         answer = self.prompt.index(y)  # [N]
@@ -383,30 +385,28 @@ class Feed:
         return float((torch.tensor(self.prompt.values)[answer] - y).abs().mean())
 
     def __call__(self, split, index):
-        """
-        Clips `index` of a split, on the device. Pads with token 0: nothing ever looks at padding.
-        """
+        """ Clips `index` of a split, on the device. Padding is token 0, which no model reads. """
         index, k = self.clips[split][index], self.k  # [B]
-        whose = self.streams_of[split][index] if self.streams_of else None  # [B]
+        stream_index = self.stream_clips[split][index] if self.stream_clips else None  # [B]
         batch = get_batch(self.corpus, split, index, self.tokens.get(split), 0, k['standardise'], k['label'],
-                          self.streams, whose)
+                          self.streams, stream_index)
         if self.words:
             T = batch['tokens'].shape[1]
-            own = [self.words[split][i] for i in index]
-            batch['word'] = torch.tensor([w + [-1] * (T - len(w)) for w in own])  # [B,T]
+            words = [self.words[split][i] for i in index]
+            batch['word'] = torch.tensor([w + [-1] * (T - len(w)) for w in words])  # [B,T]
         if self.text:
             hidden = np.concatenate([self.text[split][i] for i in index]).astype(np.float32)
             batch['text'] = torch.zeros(*batch['tokens'].shape, hidden.shape[1])  # [B,T,D]
             batch['text'][batch['text_mask']] = torch.from_numpy(hidden)
         if self.device != 'cuda':
             return {name: v.to(self.device) for name, v in batch.items()}
-        # pinned and non-blocking: the step need not wait for the copy
+        # pinned memory and non_blocking: the step does not wait for the copy
         return {name: v.pin_memory().to('cuda', non_blocking=True) for name, v in batch.items()}
 
     def n_targets(self, split, index):
         """
-        How many tokens of these clips the loss asks an LM for: those of the labels, or all but each
-        clip's first.
+        The number of tokens of these clips that an LM loss predicts: the answer tokens, or without
+        a prompt all tokens but the first of each clip.
         """
         index = self.clips[split][index]
         if self.prompt:
@@ -415,14 +415,14 @@ class Feed:
 
     def cost(self, split):
         """
-        [N] text tokens plus what the model's frames cost; where a frozen LM reads the text, that
-        first.
+        The cost of each clip, [N]: text tokens plus the frame cost of the model's streams. With
+        text_first, clips are ordered by tokens first and by frame cost second.
         """
         cost = np.zeros(self.corpus.n_clips[split], np.int64)  # [N]
         if self.tokens:
             cost += [len(t) for t in self.tokens[split]]
         if self.model.text_first:
-            cost *= 10_000   # then every frame costs less than any token
+            cost *= 10_000   # one token outweighs any frame cost below 10,000
         for m in self.corpus.widths:
             if m in self.streams:
                 cost += self.model.frame_cost(self.k, self.corpus.lengths(split, m))
@@ -431,13 +431,13 @@ class Feed:
 
 def word_of_tokens(text, spans):
     """
-    spans: [start, end) of each token in a text -> which word each token begins in, -1 for a token
-    without letters.
+    The number of the word (between spaces) that each token begins in, from the tokens' spans
+    [start, end) in the text. -1 for a token that is empty or only space, as special tokens are.
     """
     starts = [not c.isspace() and (i == 0 or text[i - 1].isspace()) for i, c in enumerate(text)]
-    number = np.cumsum(starts) - 1   # of the word at each letter
-    letters = [next((i for i in range(a, b) if not text[i].isspace()), None) for a, b in spans]
-    return [-1 if i is None else int(number[i]) for i in letters]
+    number = np.cumsum(starts) - 1   # of the word at each character
+    first = [next((i for i in range(a, b) if not text[i].isspace()), None) for a, b in spans]
+    return [-1 if i is None else int(number[i]) for i in first]
 
 
 if __name__ == '__main__':

@@ -1,18 +1,25 @@
 """
-A source in any known layout -> a corpus folder, which is all that training ever sees.
+Converts a source, one pickle or a folder of pickles, into a corpus folder. Training reads only
+corpus folders.
 
-    python data.py unaligned_50.pkl --name=mosei    an M-SENA/MMSA pickle: MOSI, MOSEI, CH-SIMS,
-                                                    CH-SIMS v2
-    python data.py MELD --dtype=float16             a folder of MELD_train.pkl, MELD_valid.pkl,
-                                                    MELD_test.pkl
-    python data.py SOURCE --label_range=-1,1        scores in another range than the guessed one
-    python data.py SOURCE --padding=right           the padding side, where a file does not show it
-    python data.py SOURCE --encoding=gbk            texts as bytes in another encoding than UTF-8
+    python data.py unaligned_50.pkl --name=mosei    a pickle of M-SENA or MMSA (MOSI, MOSEI,
+                                                    CH-SIMS, CH-SIMS v2), converted into data/mosei
+    python data.py MELD --dtype=float16             a folder with MELD_train.pkl, MELD_valid.pkl and
+                                                    MELD_test.pkl; frames are stored standardised,
+                                                    as float16
+    python data.py SOURCE --label_range=-1,1        the range of the scores, where the guess
+                                                    ([-1, 1] or [-3, 3]) is wrong
+    python data.py SOURCE --padding=right           the side of the padding, where the frames do not
+                                                    show it
+    python data.py SOURCE --encoding=gbk            the encoding of texts that are stored as bytes,
+                                                    where it is not UTF-8
 
-A corpus folder holds meta.json and, per split, text.jsonl, label*.npy or emotion.npy, and for audio
-and vision all clips end to end without padding: audio.npy [sum of lengths, d_a], with
-audio_start.npy [N+1] for where each clip begins. Whatever is odd about a source is settled here,
-once, and counted.
+The corpus folder is data/NAME. Without --name, NAME is the name of the source and a hash.
+
+A corpus folder holds meta.json and, for each split, text.jsonl and label*.npy or emotion.npy. For
+audio and vision it holds the frames of all clips end to end, without padding: audio.npy [sum of
+lengths, d_a], and audio_start.npy [N+1], the row where each clip begins. The conversion repairs
+NaN, impossible lengths and texts in a wrong encoding, and meta.json counts the repairs.
 
 Axis letters: N clips of a split, n clips of a chunk, L frames of the longest clip, d features of a
 frame.
@@ -35,9 +42,10 @@ from corpora.describe import describe
 from corpora.names import SPLIT_FIELDS, SPLITS, Summary
 from corpora.padding import find_padding
 from corpora.sources import check_splits
-from corpora.streams import halve, write_stream
-from corpora.unpickle import CorpusError, strangers_file
+from corpora.streams import standardise_to_float16, write_stream
+from corpora.unpickle import CorpusError, errors_as_corpus_error
 
+# the order of the classes in known corpora
 KNOWN_CLASSES = [
     ['neutral', 'surprise', 'fear', 'sadness', 'joy', 'disgust', 'anger'],  # MELD
     ['愤怒', '厌恶', '恐惧', '高兴', '平静', '悲伤', '惊奇'],  # CHERMA
@@ -45,13 +53,14 @@ KNOWN_CLASSES = [
 ]
 
 
-# layout -> its reader(paths, scratch, files, summary), which gives texts, labels and streams by split
+# layout -> reader(paths, scratch, files, summary), which returns texts, labels and streams by split
 READERS = dict(msena=sources.read_msena, lists=sources.read_lists)
 
 
 def find_source(source):
     """
-    (name, layout, {split or 'all': path}) of an M-SENA .pkl, or a folder of NAME_train.pkl etc.
+    (name, layout, {split or 'all': path}) of a source: an M-SENA .pkl, or a folder of
+    NAME_train.pkl, NAME_valid.pkl and NAME_test.pkl. Raises CorpusError.
     """
     if os.path.isfile(source):
         return Path(source).stem, 'msena', {'all': str(source)}
@@ -61,20 +70,21 @@ def find_source(source):
         missing = [p for p in paths.values() if not os.path.isfile(p)]
         if not missing:
             return names[0], 'lists', paths
-        raise CorpusError(f"{missing[0]} is missing; a corpus needs train, valid and test.")
+        raise CorpusError(f"{missing[0]} is missing; a corpus needs train, valid and test "
+                          "files.")
     if not os.path.exists(source):
         what = "does not exist"
     elif names:
         what = f"holds several corpora ({', '.join(names)}), and each needs a folder of its own"
     else:
         what = "holds neither meta.json nor a NAME_train.pkl"
-    raise CorpusError(f"The corpus '{source}' {what}; --corpus= takes 'toy', a corpus folder, an "
+    raise CorpusError(f"The corpus '{source}' {what}; a corpus is 'toy', a corpus folder, an "
                       "M-SENA .pkl, or a folder of NAME_train.pkl, NAME_valid.pkl and "
                       "NAME_test.pkl.")
 
 
 def _split_file(folder, name, split):
-    """ The file of a split, NAME_valid.pkl, or under another name of the split, NAME_dev.pkl. """
+    """ The path of a split's file, such as NAME_valid.pkl or, by another name, NAME_dev.pkl. """
     names = [n for n, field in SPLIT_FIELDS.items() if field == split]
     paths = [os.path.join(folder, f'{name}_{n}.pkl') for n in names]
     there = [p for p in paths if os.path.isfile(p)]
@@ -87,16 +97,17 @@ def _split_file(folder, name, split):
 @contextmanager
 def staging(folder):
     """
-    An empty folder to fill. It becomes `folder` in one rename if all went well; else it goes.
+    Gives an empty folder to fill. At the end one rename makes it `folder`; after an error it is
+    removed. Raises CorpusError for an OSError.
     """
     folder = Path(os.path.abspath(folder))
     host = socket.gethostname()
     tmp = Path(f'{folder}.tmp-{os.getpid()}@{host}')
-    # inside, so that scratch files can lie beside it and are not renamed with it
+    # one level deeper, so that scratch files beside it are not renamed with it
     inner = tmp / folder.name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # remove what killed conversions left here, on this machine
+        # remove what killed conversions on this machine left behind
         for old in os.listdir(folder.parent):
             pid = re.fullmatch(r'.+\.tmp-(\d+)(?:@(.+))?', old)
             if pid and pid[2] in (None, host) and not _alive(int(pid[1])):
@@ -106,18 +117,19 @@ def staging(folder):
         yield inner
         try:
             os.rename(inner, folder)
-        except OSError:  # another process was first, and its folder is as good as ours
+        except OSError:  # another process has made the same folder first
             if not (folder / 'meta.json').is_file():
                 raise
     except OSError as e:
         where = f': {e.filename}' if e.filename else ''
-        raise CorpusError(f"Making {folder} failed ({e.strerror or e}{where}); nothing is left of "
-                          "it.") from e
+        raise CorpusError(f"Writing {folder} failed ({e.strerror or e}{where}); its unfinished "
+                          "files were removed, so correct the cause and try again.") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
 def _alive(pid):
+    """ True if a process with this id runs on this machine. """
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -127,8 +139,8 @@ def _alive(pid):
     return True
 
 
-def _bar(n_bytes):
-    """ A function that moves a progress bar by so many bytes, for files that take a while. """
+def _progress_bar(n_bytes):
+    """ A function that moves a progress bar by a number of bytes. Small files show no bar. """
     try:
         from tqdm import tqdm
     except ImportError:
@@ -139,15 +151,16 @@ def _bar(n_bytes):
 
 def _write_labels(splits, out, label_range):
     """
-    label*.npy float32 [N] or emotion.npy int64 [N] of all splits. Returns meta.json's entry
-    `labels`.
+    Writes label*.npy, float32 [N], or emotion.npy, int64 [N], of all splits. Returns the entry
+    `labels` of meta.json. Raises CorpusError for a label that is not finite, is outside the range,
+    or is a class that train does not have.
     """
     entries = {}
     train = splits['train']['labels']
     for name in train:
         if name == 'emotion':
             seen = sorted(set(train[name]))
-            # the classes that train has; a known map gives their order alone
+            # only the classes of train; KNOWN_CLASSES decides nothing but their order
             known = next((known for known in KNOWN_CLASSES if set(seen) <= set(known)), seen)
             names = [c for c in known if c in seen]
             entries[name] = dict(kind='classes', names=names)
@@ -161,12 +174,13 @@ def _write_labels(splits, out, label_range):
                 where = f"The {name} of clip {clip} in the split {split} is {v}"
                 if name == 'emotion':
                     if v not in names:
-                        raise CorpusError(f"{where}; train has only {', '.join(names)}.")
+                        raise CorpusError(f"{where}, but train has only {', '.join(names)}; "
+                                          "correct the source.")
                 elif not math.isfinite(v):
-                    raise CorpusError(f"{where}; mend the source or drop the clip.")
+                    raise CorpusError(f"{where}; correct the source or remove the clip.")
                 elif not low <= v <= high:
-                    raise CorpusError(f"{where}, outside [{low}, {high}]; if it is right, convert "
-                                      "the file with python data.py SOURCE "
+                    raise CorpusError(f"{where}, outside [{low}, {high}]; if the label is right, "
+                                      "convert the source with python data.py SOURCE "
                                       "--label_range=LOW,HIGH.")
             if name == 'emotion':
                 y = np.array([names.index(v) for v in y])  # [N]
@@ -177,7 +191,7 @@ def _write_labels(splits, out, label_range):
 
 
 def _write_texts(splits, out):
-    """ text.jsonl of all splits. Returns meta.json's entry `text`. """
+    """ Writes text.jsonl of all splits. Returns the entry `text` of meta.json. """
     for split, s in splits.items():
         keys = [k for k in ('id', 'text', 'speaker', 'dialogue') if k in s]
         with open(out / split / 'text.jsonl', 'w', encoding='utf-8', newline='\n') as f:
@@ -193,26 +207,31 @@ def _write_texts(splits, out):
 def convert(source, folder, dtype='float32', label_range=None, padding=None, encoding=None):
     """
     Writes the corpus folder `folder` from `source`: an M-SENA .pkl, or a folder of NAME_train.pkl,
-    NAME_valid.pkl and NAME_test.pkl. Streams are cut to their lengths, and nan and inf become 0;
-    float16 also standardises them, by the mean and std of train. label_range is (low, high); None
-    takes [-1, 1] or [-3, 3], whichever holds all labels, and [-1, 1] for CH-SIMS. padding is 'left'
-    or 'right', where the zero frames are padding; None finds it (find_padding). encoding is a
-    Python codec for texts that come as bytes or as Python 2 strings; None takes UTF-8. Returns
-    meta.json's dict. Raises CorpusError and then leaves nothing behind. Memory is some copies of
-    one 32 MiB chunk plus texts and labels, whatever the file's size (and one array, if in Fortran
-    order).
+    NAME_valid.pkl and NAME_test.pkl. Padding is cut off, and nan and inf become 0. Returns the dict
+    of meta.json. Raises CorpusError, and then leaves nothing behind.
+
+    dtype: 'float32', or 'float16', which also standardises the frames by the mean and std of train.
+    label_range: (low, high). None takes [-1, 1] for CH-SIMS and where all labels are in it, and
+    else [-3, 3].
+    padding: 'left' or 'right', the side where zero frames are padding. None finds it, see
+    find_padding.
+    encoding: a Python codec for texts that are stored as bytes or as Python 2 strings. None takes
+    UTF-8.
+
+    Memory does not grow with the file: it is a few copies of one 32 MiB chunk, the texts and the
+    labels, and a whole array if that is in Fortran order.
     """
     if dtype not in ('float32', 'float16'):
-        raise CorpusError(f"dtype is float32 or float16, not {dtype!r}.")
+        raise CorpusError(f"--dtype must be float32 or float16, not {dtype!r}.")
     if label_range and not label_range[0] < label_range[1]:
-        raise CorpusError(f"The label range is LOW,HIGH with LOW < HIGH, not {label_range}.")
+        raise CorpusError(f"--label_range must be LOW,HIGH with LOW < HIGH, not {label_range}.")
     if padding not in (None, 'left', 'right'):
-        raise CorpusError(f"--padding is left or right, not {padding!r}.")
+        raise CorpusError(f"--padding must be left or right, not {padding!r}.")
     _check_encoding(encoding)
     _, layout, paths = find_source(source)
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise CorpusError(f"{folder} exists already; remove it, or give another --name.")
-    with staging(folder) as out, ExitStack() as files, strangers_file(source):
+        raise CorpusError(f"{folder} already exists; remove it, or give another --name.")
+    with staging(folder) as out, ExitStack() as files, errors_as_corpus_error(source):
         summary = Summary(encoding)
         splits = READERS[layout](paths, out.parent, files, summary)
         check_splits(splits, source)
@@ -225,10 +244,10 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
         frames = [f for s in splits.values() for f in s['streams'].values()]
         stats = [os.stat(p) for p in paths.values()]
         n_bytes = sum(s.st_size for s in stats)
-        progress = _bar(n_bytes + sum(4 * f.N * f.L * f.d for f in frames))
+        progress = _progress_bar(n_bytes + sum(4 * f.N * f.L * f.d for f in frames))
         streams = {m: write_stream(m, splits, out, progress, found[m]) for m in found}
         if dtype == 'float16':
-            streams = {m: halve(m, info, out) for m, info in streams.items()}
+            streams = {m: standardise_to_float16(m, info, out) for m, info in streams.items()}
 
         meta = dict(
             format=1,
@@ -250,7 +269,7 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
 
 
 def _source_entry(source, layout, paths, stats, progress):
-    """ What meta.json says of the source: its files together, and a hash of all that they hold. """
+    """ The entry `source` of meta.json: size, time and SHA-256 of all files together. """
     place = Path(os.path.abspath(source))
     sha = hashlib.sha256()
     for path in paths.values():
@@ -269,22 +288,23 @@ def _source_entry(source, layout, paths, stats, progress):
 
 
 def _check_encoding(encoding):
-    """ Raises CorpusError for an encoding that is no Python codec of text. """
+    """ Raises CorpusError for an encoding that is not a text codec of Python. """
     if encoding is None:
         return
     try:
         codecs.lookup(encoding)
-        b'a'.decode(encoding)  # a codec such as hex is none of text
+        b'a'.decode(encoding)  # fails for codecs that are not for text, such as hex
     except (LookupError, ValueError) as e:
         if isinstance(e, UnicodeDecodeError):
-            return  # utf-16 has no text of one byte
-        raise CorpusError(f"--encoding={ascii(encoding)[1:-1]} is no text encoding that Python "
-                          "knows; give one such as utf-8, gbk, cp1252 or shift_jis.") from None
+            return  # a text codec, such as utf-16, in which one byte is not a text
+        raise CorpusError(f"--encoding={ascii(encoding)[1:-1]} is not a text encoding of Python; "
+                          "give one such as utf-8, gbk, cp1252 or shift_jis.") from None
 
 
 def folder_name(source):
     """
-    NAME-1a2b3c by place, size and time: MOSI's and MOSEI's files share a name; hashing is slow.
+    NAME-1a2b3c: the name of the source, and a hash of its path, size and time. The hash keeps files
+    of one name apart (those of MOSI and MOSEI), and is faster than one of the content.
     """
     name, _, paths = find_source(source)
     stats = [os.stat(p) for p in paths.values()]
@@ -303,7 +323,8 @@ def command_line(argv):
     sources = [a for a in argv if not a.startswith('--')]
     usage = ' '.join(command_line.__doc__.split())
     if {'compare', 'subsets'} & set(flags):
-        raise CorpusError("comparing corpora is python tools/language.py --compare A B now.")
+        raise CorpusError("data.py does not compare corpora; run python tools/language.py "
+                          "--compare A B.")
     unknown = sorted(set(flags) - {'name', 'dtype', 'label_range', 'padding', 'encoding'})
     if unknown:
         raise CorpusError(f"There is no flag --{unknown[0]}; the usage is {usage}.")
@@ -314,10 +335,10 @@ def command_line(argv):
         try:
             low, high = label_range = [float(v) for v in flags['label_range'].split(',')]
         except ValueError:
-            raise CorpusError("--label_range wants LOW,HIGH, not "
+            raise CorpusError("--label_range must be two numbers, LOW,HIGH, not "
                               f"{flags['label_range']!r}.") from None
     folder = os.path.join('data', flags.get('name') or folder_name(sources[0]))
     meta = convert(sources[0], folder, flags.get('dtype', 'float32'), label_range,
                    flags.get('padding'), flags.get('encoding'))
     print(describe(meta))
-    print(f"train on it with --corpus={folder}")
+    print(f"train on it: python train.py CONFIG --corpus={folder}")

@@ -1,82 +1,92 @@
 """
-What a corpus is and what was done to it, from its meta.json.
+The summary of a conversion, from the corpus folder's meta.json.
 """
 
 
 def describe(meta):
     """
-    What a corpus is and what was done to it, as a small table: what was read under which name, what
-    was not read, and what was guessed by which evidence. A meta.json of an earlier version says
-    less.
+    A summary of a corpus as a small table: its source, clips, labels and streams, the repairs, how
+    padding and lengths were found, the keys that were read under another name, and the keys that
+    were not read. meta: the dict of meta.json. One of an earlier version has fewer entries, and its
+    summary has fewer rows.
     """
     rows = [('source', f"{meta['source']['file']}, SHA-256 {meta['source']['sha256']}"),
             ('clips', ', '.join(f'{n} {s}' for s, n in meta['clips'].items()))]
     for name, y in meta['labels'].items():
-        what = f"in {y['range']}" if 'range' in y else f"one of {', '.join(y['names'])}"
-        rows.append((name, what))
+        if 'range' in y:
+            rows.append((name, f"a score in {y['range']}"))
+        else:
+            rows.append((name, f"a class: {', '.join(y['names'])}"))
     for m, s in meta['streams'].items():
         cleaned = ', '.join(f'{n} {k}' for k, n in s['cleaned'].items())
-        rows.append((m, f"{s['width']} wide, longest {s['longest']}, padding {s['padding']}, "
-                        f"{s['dtype']}"))
-        rows.append(('', f"{cleaned} set to 0; clips: {s['clips_empty']} empty, "
-                         f"{s['clips_all_zero']} all zero, {s['lengths_repaired']} lengths "
-                         "repaired"))
-        rows += [('', row) for row in _describe_lengths(s)]
+        side = 'no padding' if s['padding'] == 'none' else f"padding on the {s['padding']}"
+        rows.append((m, f"{s['width']} features a frame, {s['longest']} frames at most, {side} in "
+                        f"the source, stored as {s['dtype']}"))
+        rows.append(('', f"values replaced by 0: {cleaned}"))
+        rows.append(('', f"clips: {s['clips_empty']} without frames, {s['clips_all_zero']} with "
+                         f"all frames zero, {s['lengths_repaired']} with a missing or impossible "
+                         "stated length"))
+        rows += [('', row) for row in _describe_lengths(m, s)]
     if not meta['streams']:
-        rows.append(('streams', "neither audio nor vision: a corpus of text alone"))
+        rows.append(('streams', "neither audio nor vision, only text"))
     text = meta['text']
-    rows.append(('text', f"{text['empty']} empty" + ', in capitals' * text['upper_case']))
+    capitals = ', the train split is in capitals' * text['upper_case']
+    rows.append(('text', f"{text['empty']} empty texts" + capitals))
     rows += [('', row) for row in _describe_text(text)]
     rows += _describe_keys(meta)
     return '\n'.join([f"corpus {meta['name']}"] + [f'  {a:8s} {b}' for a, b in rows])
 
 
-def _describe_lengths(s):
-    """ How a stream's padding and lengths were found, of its entry in meta.json. """
+def _describe_lengths(m, s):
+    """ Rows on how padding and lengths of stream m were found. s: its entry in meta.json. """
     rows = []
     found = s.get('padding_found')
     if found:
         if found['by'] == '--padding':
-            why = "given by --padding"
+            how = "given by --padding"
         elif found['by'] == 'none':
-            why = "assumed, as no clip shows it"
+            how = "assumed, because no clip shows it"
         else:
-            why = f"found by {found['by']}"
-        apart = f", {' and '.join(found['streams'])} counted apart" * (len(found['streams']) > 1)
-        rows.append(f"padding side {why}: {found['right']} clips show right and {found['left']} "
-                    f"show left, of {found['read']} read{apart}")
+            how = f"found from {found['by']}"
+        counted = ''
+        if len(found['streams']) > 1:
+            counted = f" ({' and '.join(found['streams'])} counted separately)"
+        rows.append(f"padding side {how}: of {found['read']} clips checked{counted}, "
+                    f"{found['right']} indicate right and {found['left']} indicate left")
     if s.get('aligned_text'):
-        rows.append(f"lengths go at least as far as {s['aligned_text']}")
+        rows.append(f"no clip is shorter than its text in {s['aligned_text']}")
     if s.get('aligned_text_not_used'):
         rows.append(s['aligned_text_not_used'])
     if s.get('clips_cut'):
         end = 'tail' if s['padding'] == 'right' else 'head'
-        rows.append(f"lengths of {s['clips_cut']} clips were found by cutting zero frames at the "
-                    f"{end}, so at most these may be too short; "
-                    f"{s['clips_cut_with_zeros']} of them have zero frames elsewhere too")
+        rows.append(f"the lengths of {s['clips_cut']} clips were found by cutting all-zero frames "
+                    f"at the {end} and may be too short; {s['clips_cut_with_zeros']} of these "
+                    "clips have other all-zero frames too")
     if s.get('empty_ids'):
         more = ', ..' * (s['clips_empty'] > len(s['empty_ids']))
-        rows.append(f"empty clips: {', '.join(s['empty_ids'])}{more}; {s['clips_missing']} of "
-                    f"{s['clips_empty']} are without this stream in the source")
+        rows.append(f"clips without frames: {', '.join(s['empty_ids'])}{more}; {m} is missing in "
+                    f"the source for {s['clips_missing']} of these {s['clips_empty']}")
     return rows
 
 
 def _describe_text(text):
-    """ What was repaired in texts, or looks wrong in them, of meta.json's entry `text`. """
+    """ Rows on repaired texts, and on texts that look wrong. text: meta.json's entry `text`. """
     what = dict(
-        cp1252_read_as_latin1="with cp1252 read as Latin-1 (C1 control characters), repaired",
-        utf8_read_as_latin1="with UTF-8 read as Latin-1 (C1 control characters), repaired",
-        control_characters="with NUL or C1 control characters, left as they are: read in a wrong "
-                           "encoding",
-        half_characters="with half a surrogate pair, replaced by ?")
-    rows = [f"{text[key]} {said}" for key, said in what.items() if text.get(key)]
+        cp1252_read_as_latin1="cp1252 that had been decoded as Latin-1 (C1 control characters), "
+                              "repaired",
+        utf8_read_as_latin1="UTF-8 that had been decoded as Latin-1 (C1 control characters), "
+                            "repaired",
+        control_characters="NUL or C1 control characters, a sign of a wrong encoding, left "
+                           "unchanged",
+        half_characters="half a surrogate pair, replaced by ?")
+    rows = [f"texts with {what[key]}: {text[key]}" for key in what if text.get(key)]
     if text.get('encoding'):
-        rows.append(f"bytes were read as {text['encoding']}")
+        rows.append(f"bytes were decoded as {text['encoding']}")
     return rows
 
 
 def _describe_keys(meta):
-    """ Rows of what was read under another name, got a default, or was not read. """
+    """ Rows on the keys read under another name, the defaults, and the keys that were not read. """
     rows = [('read', f"'{key}' as {field}") for key, field in meta.get('renamed', {}).items()]
     for field, d in meta.get('defaults', {}).items():
         more = ', ..' * (d['count'] > len(d['first']))

@@ -1,5 +1,5 @@
 """
-The frames of one stream of one split, whatever the source keeps them in.
+Frames: one stream of one split in a source, with one interface for arrays and lists of arrays.
 
 Axis letters: N clips of a split, n clips of a chunk, L frames of the longest clip, d features.
 """
@@ -10,28 +10,28 @@ import numpy as np
 from corpora.lazy import LazyArray
 from corpora.unpickle import CorpusError
 
-SIDE_SAMPLE = 2000  # clips of a stream and split that are read to find the padding side
-CHUNK_BYTES = 32 << 20  # of a stream, read at once
+SIDE_SAMPLE = 2000  # the most clips of a stream and split that the padding side is found from
+CHUNK_BYTES = 32 << 20  # of a stream, read at a time
 MAX_WIDTH = 1 << 16  # features of a frame; the widest known corpus has 2048
 
 
 def column_of(column, n, where):
-    """ A list or array of n entries (n None: however many) as a list. """
+    """ A list or array as a list. Raises CorpusError where it has not n entries (None: any). """
     size = math.prod(column.shape) if type(column) is LazyArray else len(column)
     if n not in (None, size):
-        raise CorpusError(f"{where} has {size} entries for {n} clips; mend the source.")
+        raise CorpusError(f"{where} has {size} entries for {n} clips; correct the source.")
     return column.all().ravel().tolist() if type(column) is LazyArray else list(column)
 
 
 def is_missing(value):
-    """ True for None and for NaN, which is pandas' None. """
+    """ True for None and for NaN, which pandas writes for None. """
     return value is None or type(value) is float and math.isnan(value)
 
 
 def numbers_of(column, n, where, optional=False):
     """
-    A list or array of n numbers, bare or each in an array or list of one, as float64 [N]; NaN for a
-    missing one if they are optional.
+    A list or array of n numbers as float64 [N]. Each may be in an array or list of one entry. A
+    missing number is NaN if `optional`. Raises CorpusError for anything else.
     """
     values = column_of(column, n, where)
     for i, v in enumerate(values):
@@ -42,14 +42,14 @@ def numbers_of(column, n, where, optional=False):
         if optional and is_missing(v):
             v = math.nan
         if type(v) not in (int, float, bool):
-            raise CorpusError(f"Entry {i} of {where} is a {type(v).__name__}, not a number; mend "
-                              "the source.")
+            raise CorpusError(f"Entry {i} of {where} is a {type(v).__name__}, not a number; "
+                              "correct the source.")
         values[i] = v
     return np.array(values, np.float64)
 
 
 def _clip_array(value):
-    """ One clip's entry of a list of arrays: None where it holds nothing. """
+    """ A clip's entry in a list of arrays, or None if it is missing or has no values. """
     if type(value) is LazyArray:
         if value.dtype == object and value.shape == ():
             return _clip_array(value.all().item())
@@ -60,43 +60,50 @@ def _clip_array(value):
 
 
 def finite(x, counts=None):
-    """ An array as float32, with 0 for all that is not finite, which `counts` counts. """
+    """ An array as float32, with 0 for nan and inf. counts: a dict that counts these. """
     with np.errstate(over='ignore', invalid='ignore'):
-        x = x.astype(np.float32)  # too big becomes inf
-    finite = np.isfinite(x)
-    if not finite.all():
+        x = x.astype(np.float32)  # values too large for float32 become inf
+    is_finite = np.isfinite(x)
+    if not is_finite.all():
         for name, bad in (('nan', np.isnan), ('+inf', np.isposinf), ('-inf', np.isneginf)):
             if counts:
                 counts[name] += int(bad(x).sum())
-        x[~finite] = 0
+        x[~is_finite] = 0
     return x
 
 
 def all_zero(array):
-    """ True if an array is zero but for what is not finite; read in pieces. """
+    """ True if all finite values of an array are zero. It is read in pieces. """
     step = max(1, CHUNK_BYTES // (8 * max(1, math.prod(array.shape[1:]))))
     return not any(finite(array.rows(i, i + step)).any() for i in range(0, array.shape[0], step))
 
 
-def zero_runs(live, size):
+def zero_runs(nonzero, size):
     """
-    How many frames are zero at the head and at the tail, [n] each, of clips of `size` [n] frames.
+    The numbers of zero frames at the head and at the tail of each clip, [n] each. nonzero [n,L] is
+    True for frames that are not zero, size [n] is the number of frames.
     """
-    if not live.shape[1]:
+    if not nonzero.shape[1]:
         return size, size
-    some = live.any(1)  # [n]
-    # behind the last frame that is not zero
-    end = live.shape[1] - live[:, ::-1].argmax(1)  # [n]
-    return np.where(some, live.argmax(1), size), np.where(some, size - end, size)
+    some = nonzero.any(1)  # [n]
+    # just behind the last nonzero frame
+    end = nonzero.shape[1] - nonzero[:, ::-1].argmax(1)  # [n]
+    return np.where(some, nonzero.argmax(1), size), np.where(some, size - end, size)
 
 
 class Frames:
     """
-    One stream of one split as the source has it: N clips of at most L frames of d features. From
-    one array [N, L, d] or [N, d], or from a list of N arrays [L_i, d] or [d], some of them None.
-    n_rows [N] is how many frames the source holds of each clip, 0 for a clip without this stream;
-    lengths [N] is what it states, -1 where it does not. Ragged arrays have different n_rows, so
-    that those are their lengths.
+    One stream of one split as the source has it: N clips of at most L frames of d features. It
+    comes from one array [N, L, d] or [N, d], or from a list of N arrays [L_i, d] or [d], some of
+    which may be None. Raises CorpusError for anything else.
+
+    n_rows [N]: frames that the source holds of each clip, padding included; 0 for a clip without
+    this stream.
+    lengths [N]: the lengths that the source states, -1 where it states none or an impossible one.
+    missing [N]: True for a clip without this stream.
+    empty: no clip has this stream. one: all clips are in one array. flat: a clip is one vector.
+    ragged: the clips are arrays of different numbers of frames, which are then their lengths.
+    states: the source states the length of at least one clip.
     """
 
     def __init__(self, source, lengths, n, where):
@@ -108,14 +115,17 @@ class Frames:
         self.where = where
         self.scanned = None
         if not self.one and type(source) is not list:
-            raise CorpusError(f"{where} is neither an array nor a list of arrays; mend the source.")
+            raise CorpusError(f"{where} is neither an array nor a list of arrays; correct the "
+                              "source.")
         sizes = source.shape[:1] if self.one else (len(source),)
         if sizes != (n,):
-            raise CorpusError(f"{where} is not for the {n} clips of its split; mend the source.")
+            raise CorpusError(f"{where} does not have one entry for each of the {n} clips of "
+                              "its split; correct the source.")
         self.arrays = [source] if self.one else [_clip_array(a) for a in source]
         there = [a for a in self.arrays if a is not None]
         if any(type(a) is not LazyArray for a in there):
-            raise CorpusError(f"{where} is neither an array nor a list of arrays; mend the source.")
+            raise CorpusError(f"{where} is neither an array nor a list of arrays; correct the "
+                              "source.")
         shapes = [a.shape[1:] if self.one else a.shape for a in there]  # (L,d) or (d,)
         first = shapes[0] if there else (0, 1)
         self.empty = not there
@@ -124,10 +134,11 @@ class Frames:
         numbers = all(a.dtype.kind in 'fiub' for a in there)
         same = all(len(s) == len(first) and s[-1] == self.d for s in shapes)
         if not numbers or len(first) not in (1, 2) or not same or not 0 < self.d <= MAX_WIDTH:
-            raise CorpusError(f"{where} is not numbers [clips, frames, features] of one width, 1 "
-                              f"to {MAX_WIDTH}; mend the source.")
+            raise CorpusError(f"{where} must hold numbers of shape [clips, frames, features], with "
+                              f"the same 1 to {MAX_WIDTH} features in all clips; correct the "
+                              "source.")
         if self.one:
-            rows = [1 if self.flat else first[0]] * n  # a vector a clip is one frame
+            rows = [1 if self.flat else first[0]] * n  # one vector per clip is one frame
         else:
             rows = [0 if a is None else 1 if self.flat else a.shape[0] for a in self.arrays]
         self.n_rows = np.array(rows, np.int64)  # [N]
@@ -137,36 +148,34 @@ class Frames:
         if lengths is not None and not self.flat:
             stated = numbers_of(lengths, n, f"The lengths of {where}", optional=True)  # [N]
             ok = (stated >= 0) & (stated <= self.n_rows) & (stated == np.floor(stated))  # [N]
-            self.lengths = np.where(ok, stated, -1).astype(np.int64)  # -1: to be repaired
+            self.lengths = np.where(ok, stated, -1).astype(np.int64)  # -1: to be found
             self.states = not np.isnan(stated).all()
         self.lengths[self.missing] = 0
 
     @property
     def L(self):
-        """ Frames of the longest clip. """
+        """ The number of frames of the longest clip. """
         return int(self.n_rows.max(initial=0))
 
     @property
     def step(self):
-        """ Clips of a chunk, as if of float64, the widest number. """
+        """ The number of clips of a chunk, computed for float64, the largest dtype. """
         return max(1, CHUNK_BYTES // (8 * max(1, self.L) * self.d))
 
     @property
     def unknown(self):
-        """ The clips whose length nobody states, so that their frames must tell, [N]. """
+        """ True for clips without a stated length, which must be found from their frames, [N]. """
         return (self.lengths < 0) & (not self.flat and not self.ragged)  # [N]
 
     def drop(self, i):
-        """ Makes clip i one without this stream. """
+        """ Removes this stream from clip i. """
         self.arrays[i] = None
         self.n_rows[i] = 0
         self.lengths[i] = 0
         self.missing[i] = True
 
     def rows(self, i, j, counts=None):
-        """
-        Clips i:j as float32 [n, L, d], with 0 for all that is not finite, which `counts` counts.
-        """
+        """ Clips i:j as float32 [n, L, d], with 0 for nan and inf. counts: see finite. """
         j = min(j, self.N)
         if self.one:
             x = self.arrays[0].rows(i, j).reshape(j - i, self.L, self.d)  # [n,L,d]
@@ -179,10 +188,10 @@ class Frames:
 
     def edge_zeros(self):
         """
-        What the padding side is decided by: numbers of clips [n], and how many of their frames are
-        zero at the head and at the tail, [n] each. Of the clips without a stated length, and those
-        whose stated length is below what the source holds, it takes all, or SIDE_SAMPLE evenly
-        spaced ones where they are more.
+        The evidence for the padding side: clip numbers [n], and the numbers of zero frames at the
+        head and at the tail of these clips, [n] each. The clips are those without a stated length,
+        and those whose stated length is below the number of frames in the source. Of more than
+        SIDE_SAMPLE such clips it takes SIDE_SAMPLE, evenly spaced.
         """
         if self.scanned is None:
             open_end = self.unknown | (self.lengths > 0) & (self.lengths < self.n_rows)  # [N]
@@ -193,28 +202,29 @@ class Frames:
             for i in range(0, self.N, self.step):
                 here = np.flatnonzero((at >= i) & (at < i + self.step))
                 if 4 * len(here) > self.step:
-                    live = self.rows(i, i + self.step).any(-1)[at[here] - i]  # [n,L]
+                    nonzero = self.rows(i, i + self.step).any(-1)[at[here] - i]  # [n,L]
                 elif len(here):
-                    live = np.concatenate([self.rows(k, k + 1).any(-1) for k in at[here]])  # [n,L]
+                    rows = [self.rows(k, k + 1).any(-1) for k in at[here]]  # of [1,L]
+                    nonzero = np.concatenate(rows)  # [n,L]
                 else:
                     continue
-                head[here], tail[here] = zero_runs(live, self.n_rows[at[here]])
+                head[here], tail[here] = zero_runs(nonzero, self.n_rows[at[here]])
             self.scanned = at, head, tail
         return self.scanned
 
-    def own(self, live, i, side, text_lengths=None):
+    def real_frames(self, nonzero, i, side, text_lengths=None):
         """
-        The frames that are the clips' own, [n, L], for clips i.. whose frames are not zero at live
-        [n, L]. An unknown length ends where the zeros on the padding side begin, or where the
-        aligned text ends if that is later.
+        True for frames that are not padding, [n, L], of clips i, i + 1, ... nonzero [n, L] is True
+        for their frames that are not zero. A clip of unknown length ends where the zeros on the
+        padding side begin, or where its aligned text ends (text_lengths [N]) if that is later.
         """
-        here = slice(i, i + len(live))
+        here = slice(i, i + len(nonzero))
         size, stated, unknown = self.n_rows[here], self.lengths[here], self.unknown[here]  # [n]
-        head, tail = zero_runs(live, size)
+        head, tail = zero_runs(nonzero, size)
         found = size - (head if side == 'left' else tail)  # [n]
         if text_lengths is not None:
             found = np.maximum(found, np.minimum(text_lengths[here], size))
         length = np.where(unknown, found, np.where(stated < 0, size, stated))  # [n]
         start = (size - length if side == 'left' else 0 * size)[:, None]  # [n,1]
-        frame = np.arange(live.shape[1])  # [L]
+        frame = np.arange(nonzero.shape[1])  # [L]
         return (frame >= start) & (frame < start + length[:, None])

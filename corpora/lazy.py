@@ -1,5 +1,5 @@
 """
-Payloads and arrays that stay in a stranger's pickle until someone wants them.
+Lazy payloads and arrays: they stay in the pickle until their values are needed.
 """
 import codecs
 import io
@@ -11,16 +11,17 @@ import numpy as np
 
 
 class Refused(Exception):
-    """ A file asks for what no corpus needs. """
+    """ The pickle asks for something that no corpus needs. """
 
 
 class Py2Str(str):
-    """ A Python 2 str, read as latin1 so that no byte is lost: text, or an array's bytes. """
+    """ A Python 2 str (a text, or an array's bytes), read as Latin-1, which keeps every byte. """
 
 
 class Lazy:
     """
-    Bytes or text left in the file: n_bytes at offset, encoded by a codec (None: bytes as they are).
+    Bytes or text that stay in the file: n_bytes from an offset on. codec is their encoding in the
+    file; None means bytes without an encoding.
     """
     __slots__ = ('file', 'offset', 'n_bytes', 'codec', 'is_text')
 
@@ -33,7 +34,8 @@ class Lazy:
 
     def chunks(self, size=4 << 20):
         """
-        The payload as bytes, piece by piece. Up to protocol 2 each byte is written as a character.
+        The payload as bytes, in pieces. In protocols 0 to 2, pickle writes bytes as text, one
+        character per byte, and this decodes it.
         """
         done = 0
         carry = b''
@@ -47,7 +49,7 @@ class Lazy:
             done += len(piece)
             if self.codec == 'py2 repr':
                 piece = carry + piece
-                # up to the last whole escape; what is left waits for the next piece
+                # decode up to the last complete escape, and keep the rest for the next piece
                 whole = re.match(rb'(?:[^\\]+|\\x..|\\[^x])*', piece, re.DOTALL).end()
                 if done == self.n_bytes:
                     whole = len(piece)
@@ -57,7 +59,7 @@ class Lazy:
             yield piece
 
     def value(self):
-        """ All of it, as str or bytes. """
+        """ The whole payload, as str or bytes. """
         if not self.is_text:
             return b''.join(self.chunks())
         self.file.seek(self.offset)
@@ -70,7 +72,8 @@ def decode(b, codec):
 
 class Dtype:
     """
-    A numpy dtype of a plain kind, from what the file says of it. Numpy is not asked to unpickle.
+    A numpy dtype of a plain kind, built from its entries in the pickle without numpy's own
+    unpickling. Raises Refused for other kinds.
     """
     __slots__ = ('np',)
 
@@ -85,17 +88,17 @@ class Dtype:
         # (version, byte order, subdtype, names, fields, itemsize, alignment, flags[, metadata])
         order, parts, itemsize = state[1], state[2:5], state[5]
         if any(p is not None for p in parts):
-            raise Refused("holds an array of a structured dtype, and only plain numbers and text "
-                          "are read")
+            raise Refused("holds an array of a structured dtype; only plain numbers and text are "
+                          "read")
         contradicts = self.np.kind != 'O' and itemsize not in (-1, self.np.itemsize)
         if order not in ('<', '>', '|', '=') or contradicts:
-            raise ValueError("a dtype that contradicts itself")
+            raise ValueError("the entries of a dtype contradict each other")
         if order == '>':
             self.np = self.np.newbyteorder('>')
 
 
 class LazyArray:
-    """ An array still in the file: shape, dtype, and rows(i, j) on demand. """
+    """ An array that stays in the file. It has a shape and a dtype, and rows(i, j) reads it. """
     __slots__ = ('shape', 'dtype', 'fortran', 'payload', 'scratch', '_where', '_map')
 
     def __init__(self, scratch):
@@ -105,14 +108,14 @@ class LazyArray:
         self._map = None
 
     def build(self, state):
-        # a version number comes first, but for numpy < 1.0
+        # state begins with a version number, except in numpy < 1.0
         shape, dtype, fortran, payload = state[-4:]
-        # sizes are looked at before they are multiplied: a product of thousand-digit numbers takes
+        # check sizes before they are multiplied: a product of numbers of a thousand digits takes
         # hours
         if self.shape is not None or type(shape) is not tuple or len(shape) > 32:
-            raise ValueError("an array whose shape is not a tuple of sizes")
+            raise ValueError("the shape of an array is not a tuple of sizes")
         if any(type(n) is not int or not 0 <= n < 2 ** 48 for n in shape):
-            raise ValueError("an array whose shape is not a tuple of sizes")
+            raise ValueError("the shape of an array is not a tuple of sizes")
         self.dtype = dtype.np
         self.fortran = bool(fortran) and len(shape) > 1
         n = math.prod(shape)
@@ -121,19 +124,19 @@ class LazyArray:
         if self.dtype == object:
             fills = type(payload) is list and len(payload) == n
         elif type(payload) is Lazy:
-            # text is longer than the bytes that it stands for; by how much, _open sees
+            # encoded bytes are at least as long as the array; _open checks the decoded length
             spare = payload.n_bytes - n * self.dtype.itemsize
             fills = spare >= 0 if payload.codec else spare == 0
         else:
             fills = type(payload) in (bytes, bytearray) and len(payload) == n * self.dtype.itemsize
         if not fills:
-            raise ValueError(f"an array of shape {shape} that its data does not fill")
+            raise ValueError(f"the data does not fill an array of shape {shape}")
         self.shape = shape
         self.payload = payload
 
     def _open(self):
         """
-        (file, offset) of the array's bytes in one piece: the source, or a decoded scratch copy.
+        (file, offset) of the array's bytes: in the source, or in a decoded scratch copy.
         """
         p = self.payload
         if self._where:
@@ -147,25 +150,26 @@ class LazyArray:
             for piece in p.chunks():
                 copy.write(piece)
             if copy.tell() != math.prod(self.shape) * self.dtype.itemsize:
-                raise ValueError(f"an array of shape {self.shape} that its data does not fill")
+                raise ValueError(f"the data does not fill an array of shape {self.shape}")
             copy.flush()
             self._where = copy, 0
         return self._where
 
     def rows(self, i, j):
         """
-        Rows i:j as an ndarray [j-i, ...], by reading: the pages of a map would count as our memory.
+        Rows i:j as an ndarray [j-i, ...]. They are read from the file, because the pages of a
+        memory map would count as memory of this process.
         """
         j = min(j, self.shape[0])
         rest = self.shape[1:]
         n = math.prod(rest)
-        if self.dtype == object:  # a list in C order, whatever the array's own order
+        if self.dtype == object:  # pickled as a list in C order, also for a Fortran array
             out = np.empty((j - i) * n, object)
             for k in range(len(out)):
                 out[k] = self.payload[i * n + k]
             return out.reshape(j - i, *rest)
         f, offset = self._open()
-        if self.fortran:  # a row lies all over the array, so here a map it is
+        if self.fortran:  # the values of a row are spread over the array, so map all of it
             if self._map is None:
                 if isinstance(f, io.BytesIO):
                     flat = np.frombuffer(f.getvalue(), self.dtype)
@@ -191,4 +195,5 @@ class LazyArray:
         return one.rows(0, 1).reshape(())
 
     def close(self):
-        self._where = self._map = None  # and a scratch copy is gone
+        """ Forgets the open file and the map. This deletes a scratch copy. """
+        self._where = self._map = None

@@ -1,6 +1,6 @@
 """
-The names that sources give to fields: which key holds what, and what was read, not read or filled
-in.
+The keys of a source: the names that it may give to each field, and notes on which keys were read
+under another name, were not read, or got a default.
 """
 import re
 
@@ -9,11 +9,11 @@ from corpora.unpickle import CorpusError
 
 SPLITS = ('train', 'valid', 'test')
 STREAMS = ('audio', 'vision')
-N_NAMED = 5  # clips or keys that a message or the summary names
+N_NAMED = 5  # the most clips that meta.json lists as examples of a problem
 
 
 def _name_table(**fields):
-    """ {known name: field}, from the known names of each field. """
+    """ {known name: field}, from the known names of each field, separated by spaces. """
     return {name: field for field, names in fields.items() for name in names.split()}
 
 
@@ -33,7 +33,7 @@ def _stream_names():
 
 
 def _label_names():
-    """ The known names of the scores: CH-SIMS has one of the clip and one of each modality. """
+    """ The known names of the scores. CH-SIMS has a score of the clip and one of each modality. """
     names = ('regression_labels', 'regression_label', 'labels', 'label', 'sentiment', 'sentiments',
              'scores', 'score')
     ends = ('', '_T', '_A', '_V')
@@ -48,29 +48,29 @@ OTHER_NAMES = dict(
     dialogue='dialogue dialogues dialogue_id dialog dialog_id conversation conversation_id',
 )
 MSENA_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names(), **_label_names(), **OTHER_NAMES)
-# a clip of a list has two dicts: itself and its features
+# in a list of clips, a clip is a dict that holds another dict, its features
 CLIP_FIELDS = _name_table(emotion='label labels emotion emotions', **OTHER_NAMES)
 FEATURE_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names())
 SPLIT_FIELDS = _name_table(
     train='train training', valid='valid validation val dev', test='test testing')
-# the names that a layout itself has, where they are not the field's
+# the names of fields in a layout, where they differ from ours
 MSENA_OWN = {'text': 'raw_text', 'label': 'regression_labels', 'label_T': 'regression_labels_T',
              'label_A': 'regression_labels_A', 'label_V': 'regression_labels_V'}
 LISTS_OWN = {'emotion': 'label', 'vision': 'video', 'audio_lengths': 'audio_len',
              'vision_lengths': 'video_len'}
-# arrays with a row a token: BERT's ids, mask and types [N,3,L], or features [N,L,d]
+# arrays with one entry per token: BERT's ids, mask and types [N,3,L], or text features [N,L,d]
 TEXT_MASKS = ('text_bert', 'bert', 'bert_tokens')
 TEXT_FEATURES = ('text', 'text_features', 'text_feature', 'text_feat', 'glove', 'language')
 
 
 def key_name(key):
-    """ A key in the form that the tables of names have. """
+    """ A key as in the name tables: lower case, with _ between its runs of letters and digits. """
     key = key.decode('latin1') if type(key) is bytes else str(key)
     return re.sub('[^a-z0-9]+', '_', key.lower()).strip('_')
 
 
 def printed(key):
-    """ A key as it is printed, without what could break a line. """
+    """ A key as it is printed: ASCII, on one line, and at most 60 characters. """
     key = key.decode('latin1') if type(key) is bytes else str(key)
     return ascii(key)[1:-1][:60]
 
@@ -88,11 +88,11 @@ def _holds_text(value):
 
 def find_fields(holder, table, own, where):
     """
-    {field: key} of the fields of a table of names that a dict holds. Keys with the value None do
-    not count. A text must be text, and streams, lengths and scores must not be, so that 'text' may
-    be BERT features and 'video' a path. `own` has the layout's own names where the field's is not
-    it. Raises CorpusError where two keys would do, but for ids and the like, where the layout's own
-    name goes first.
+    {field: key} for the keys of the dict `holder` that name a field in `table`. Keys with the value
+    None are ignored. The key of a text must hold text, and the key of a stream, of lengths or of
+    scores must not: 'text' may be BERT features, and 'video' may be a path. own {field: name} has
+    the layout's names where they differ from the field's. If two keys fit a field of OTHER_NAMES,
+    such as the id, the layout's own name is taken. Raises CorpusError if two keys fit otherwise.
     """
     named = {}
     for key, value in holder.items():
@@ -106,13 +106,13 @@ def find_fields(holder, table, own, where):
             fits = [k for k in keys if _holds_text(holder[k])]
         elif field.startswith((*STREAMS, 'label')):
             fits = [k for k in keys if not _holds_text(holder[k])]
-        if len(fits) > 1 and field in OTHER_NAMES:  # 'id' beside 'clip_id': the layout's own counts
+        if len(fits) > 1 and field in OTHER_NAMES:  # such as 'id' and 'clip_id'
             fits = [k for k in fits if printed(k) == own.get(field, field)] or fits
         if len(fits) > 1:
             one, two = map(printed, fits[:2])
             raise CorpusError(f"The keys '{one}' and '{two}' {where} both name the {field}; remove "
                               "one of them from the source.")
-        if not fits:  # the layout's own key stays, so that what it holds is refused by name later
+        if not fits:  # keep the layout's own key, so that a later error can name it
             fits = [k for k in keys if k == own.get(field, field)]
         if fits:
             found[field] = fits[0]
@@ -121,7 +121,12 @@ def find_fields(holder, table, own, where):
 
 class Summary:
     """
-    What was read under another name, what was not read, and what got a default: for meta.json.
+    Notes of a conversion for meta.json. encoding: the codec that the user gave, or None.
+
+    renamed {key: field}: the keys that were read under another name.
+    unread {key: dict(shape, count)}: the keys that were not read.
+    defaults {field: dict(count, first)}: the missing values that got a default, and whose they are.
+    text {problem: count}: the texts that were repaired or look wrong.
     """
 
     def __init__(self, encoding=None):
@@ -132,7 +137,7 @@ class Summary:
         self.text = {}
 
     def note_fields(self, holder, found, own):
-        """ Notes the keys that were read under another name, and those that were not read. """
+        """ Notes the keys of `holder` that were read under another name, and those not read. """
         for field, key in found.items():
             if printed(key) != own.get(field, field):
                 self.renamed[printed(key)] = field
@@ -143,17 +148,19 @@ class Summary:
             entry['count'] += 1
 
     def note_default(self, field, split, i, name=None):
+        """ Notes that clip i of a split got a default for a field. name: the clip's id. """
         entry = self.defaults.setdefault(field, dict(count=0, first=[]))
         entry['count'] += 1
         if len(entry['first']) < N_NAMED:
             entry['first'].append(name or f'entry {i} of {split}')
 
-    def count_text(self, what):
-        self.text[what] = self.text.get(what, 0) + 1
+    def count_text(self, problem):
+        """ Counts a text with a problem, a key of meta.json's entry `text`. """
+        self.text[problem] = self.text.get(problem, 0) + 1
 
 
 def _shape(value):
-    """ The shape of an array, [entries] of a list, None for what has no shape. """
+    """ The shape of an array, [number of entries] of a list, None for anything else. """
     if type(value) is LazyArray:
         return list(value.shape)
     return [len(value)] if type(value) in (list, tuple) else None

@@ -1,5 +1,9 @@
 """
-The padding side of a source, where zero frames must show it.
+Finds the side of the padding of each stream: 'left' (at the head of a clip) or 'right' (at its
+tail). A zero frame is one whose features are all zero. A zero run is the zero frames at one end.
+
+Axis letters: N clips of a split, n clips of a sample or chunk, L frames of the longest clip, d
+features.
 """
 import math
 
@@ -9,12 +13,12 @@ from corpora.frames import CHUNK_BYTES, finite, zero_runs
 from corpora.names import printed
 from corpora.unpickle import CorpusError
 
-STEADY_ROWS = 2  # zero rows that all clips may have at an end, for [CLS] and [SEP]
-MIXED_SHARE = 0.1  # of the evidence for a padding side may contradict it
+STEADY_ROWS = 2  # zero frames that all clips may have at one end, for [CLS] or [SEP]
+MIXED_SHARE = 0.1  # the share of the evidence that may contradict the padding side
 
 
 def _side_of(left, right):
-    """ 'left', 'right', 'mixed', or None for no evidence, from the evidence for either. """
+    """ 'left', 'right', 'mixed' or None (no evidence), from the evidence for each side. """
     if left + right == 0:
         return None
     if min(left, right) > MIXED_SHARE * (left + right):
@@ -24,39 +28,39 @@ def _side_of(left, right):
 
 def _excess(head, tail):
     """
-    By how many frames a clip's zero run at one end is longer than that at the other: left, right
-    [n].
+    How many more zero frames a clip has at its head than at its tail, and how many more at its tail
+    than at its head: two arrays [n], with 0 in place of negative numbers.
     """
     return np.maximum(head - tail, 0), np.maximum(tail - head, 0)
 
 
 def _side_by_runs(cells):
     """
-    The side that zero runs show, 'left', 'right', 'mixed' or None, of cells (stream, split, head
-    [n], tail [n]).
+    The padding side that zero runs show: 'left', 'right', 'mixed' or None. cells: a list of
+    (stream, split, head [n], tail [n]), with the numbers of zero frames at both ends of each clip.
 
-    Each clip counts by the frames by which the run at one end is longer than the run at the
-    other, so that a silent first frame weighs little against padding. A row of zeros that all
-    clips have ([CLS], [SEP]) is no padding: the side is also looked for with the run that 95 % of
-    a stream's clips have taken off, or clips that fill the length would vote by it. If the two
-    contradict each other, the evidence is mixed. So it is if one split or stream shows the other
-    side by runs that are as long as padding.
+    The weight of a clip is the number of frames by which one run is longer than the other, so that
+    a silent first frame weighs little against padding. Zero frames that all clips have, for [CLS]
+    or [SEP], are not padding, but would count as padding in clips that fill the full length.
+    Therefore the side is computed twice: from all zero frames, and without those that 95 % of a
+    stream's clips have. It is mixed if the two results contradict each other, or if one cell shows
+    the other side with runs that are, on average, more than a quarter as long as the padding.
     """
-    steady = []
+    varying = []  # the cells without the zero frames that all clips have
     for stream in dict.fromkeys(cell[0] for cell in cells):
-        own = [cell for cell in cells if cell[0] == stream]
-        first = _steady_rows([head for _, _, head, _ in own])
-        last = _steady_rows([tail for _, _, _, tail in own])
-        for _, split, head, tail in own:
-            steady.append((stream, split, np.maximum(head - first, 0), np.maximum(tail - last, 0)))
-    if not any(_total_excess(steady)):
-        return None  # all clips have the same rows of zeros, or none
-    clear = {_side_of(*_total_excess(c)) for c in (cells, steady)} - {None, 'mixed'}
+        of_stream = [cell for cell in cells if cell[0] == stream]
+        first = _steady_rows([head for _, _, head, _ in of_stream])
+        last = _steady_rows([tail for _, _, _, tail in of_stream])
+        for _, split, head, tail in of_stream:
+            varying.append((stream, split, np.maximum(head - first, 0), np.maximum(tail - last, 0)))
+    if not any(_total_excess(varying)):
+        return None  # all clips have the same zero frames at both ends, or none
+    clear = {_side_of(*_total_excess(c)) for c in (cells, varying)} - {None, 'mixed'}
     if len(clear) != 1:
         return 'mixed'
     side = clear.pop()
     padding = _mean_excess(cells, side)
-    for cell in steady:
+    for cell in varying:
         other = _side_of(*_total_excess([cell]))
         if other in ('left', 'right') and other != side:
             if _mean_excess([cell], other) > 0.25 * padding:
@@ -65,18 +69,18 @@ def _side_by_runs(cells):
 
 
 def _steady_rows(runs):
-    """ How many zero frames 95 % of a stream's clips have at one end, STEADY_ROWS at most. """
+    """ The zero frames that 95 % of a stream's clips have at one end, at most STEADY_ROWS. """
     return min(STEADY_ROWS, np.percentile(np.concatenate(runs), 5, method='lower'))
 
 
 def _total_excess(cells):
-    """ The frames of evidence for left and for right. """
+    """ The sums of the excess over all clips, for left and for right. """
     both = [_excess(head, tail) for _, _, head, tail in cells]
     return sum(int(left.sum()) for left, _ in both), sum(int(right.sum()) for _, right in both)
 
 
 def _mean_excess(cells, side):
-    """ The frames of evidence for a side, a clip that shows it. """
+    """ The mean excess for a side, over the clips that show this side. """
     both = [_excess(head, tail) for _, _, head, tail in cells]
     frames = np.concatenate([left if side == 'left' else right for left, right in both])
     return frames[frames > 0].mean() if frames.any() else 0.0
@@ -84,20 +88,18 @@ def _mean_excess(cells, side):
 
 def _stated_votes(frames):
     """
-    How many clips show padding at the head and at the tail by their stated lengths: all the frames
-    that are left over there are zero, and not those at the other end.
+    The numbers of clips whose stated length shows padding at the head and at the tail. A clip shows
+    a side if all frames beyond its stated length are zero at that side, and not at the other.
     """
     at, head, tail = frames.edge_zeros()
-    over = frames.n_rows[at] - frames.lengths[at]  # [n]
+    n_padding = frames.n_rows[at] - frames.lengths[at]  # [n]
     known = frames.lengths[at] >= 0  # [n]
-    left, right = head >= over, tail >= over  # [n]
+    left, right = head >= n_padding, tail >= n_padding  # [n]
     return int((known & left & ~right).sum()), int((known & right & ~left).sum())
 
 
 def _run_cells(splits, streams):
-    """
-    The cells of _side_by_runs, of clips whose length nobody states and that are not all zero.
-    """
+    """ The cells of _side_by_runs, from clips without a stated length that are not all zero. """
     cells = []
     for m in streams:
         for split, s in splits.items():
@@ -111,7 +113,7 @@ def _run_cells(splits, streams):
 
 def _is_aligned(splits):
     """
-    True if audio and vision, and the text's features where there are some, have one frame count.
+    True if audio, vision and the text's arrays (if there are some) have the same number of frames.
     """
     for s in splits.values():
         streams = list(s['streams'].values())
@@ -126,25 +128,25 @@ def _is_aligned(splits):
 
 class AlignedText:
     """
-    What a source's text says of the lengths of streams that have a frame a token: zero runs at the
-    head and at the tail of its mask (or its features), per split. Read in pieces, and only when it
-    is asked for.
+    The evidence of a source's text arrays for the padding of streams that have one frame per token:
+    the zero runs at the head and at the tail of its mask (or its features), for each split. The
+    arrays are read in pieces, when a method first needs them.
     """
 
     def __init__(self, splits):
         self.splits = splits
-        self.runs = {}
+        self.runs = {}  # id of an array -> _read of it
 
     def _read(self, array, is_mask):
-        """ (head [N], tail [N]), or None for a mask that is not 0 and 1. """
+        """ The zero runs (head [N], tail [N]), or None for a mask that holds more than 0 and 1. """
         step = max(1, CHUNK_BYTES // (8 * max(1, math.prod(array.shape[1:]))))
         heads, tails = [], []
         for i in range(0, array.shape[0], step):
             rows = array.rows(i, i + step)  # [n,3,L] or [n,L,d]
             if is_mask and not np.isin(rows[:, 1], (0, 1)).all():
                 return None
-            live = rows[:, 1] != 0 if is_mask else finite(rows).any(-1)  # [n,L]
-            head, tail = zero_runs(live, np.full(len(live), live.shape[1]))  # [n]
+            nonzero = rows[:, 1] != 0 if is_mask else finite(rows).any(-1)  # [n,L]
+            head, tail = zero_runs(nonzero, np.full(len(nonzero), nonzero.shape[1]))  # [n]
             heads.append(head)
             tails.append(tail)
         array.close()
@@ -152,8 +154,9 @@ class AlignedText:
 
     def usable(self, m):
         """
-        (key, {split: (head [N], tail [N], L)}) of the first text with the frame count of stream m,
-        or None. A mask comes first: it is small, and it is meant to tell lengths.
+        (key, {split: (head [N], tail [N], L)}) of the first text array that has as many frames as
+        stream m, or None. Masks are tried first: they are small, and their purpose is to give
+        lengths.
         """
         found = {}
         for split, s in self.splits.items():
@@ -167,14 +170,14 @@ class AlignedText:
                     self.runs[id(array)] = self._read(array, not no_mask)
                 if self.runs[id(array)]:
                     runs[split] = (*self.runs[id(array)], array.shape[1 + (not no_mask)])
-            # features that are zero nowhere say nothing: BERT's are not zero in padding
+            # features without zeros give no lengths; BERT's are not zero in the padding
             zeros = any(head.any() or tail.any() for head, tail, _ in runs.values())
             if runs and (zeros or not no_mask):
                 return key, runs
         return None
 
     def side(self, m):
-        """ The padding side of the text, 'left', 'right', 'mixed' or None. """
+        """ The padding side of the text of stream m: 'left', 'right', 'mixed' or None. """
         key_runs = self.usable(m)
         if not key_runs:
             return None
@@ -186,17 +189,17 @@ class AlignedText:
 
     def lengths(self, m, side):
         """
-        Of stream m: the key of the text that states its lengths, the lengths {split: [N]}, and a
-        sentence that says why the text is not used, each None if there is none. Text is used that
-        is of the same frames. It is of the same frames if its padding is on the same side and in at
-        least 95 % of the clips the stream has no frame beyond it.
+        The lengths of stream m by its text: (key of the text array, lengths {split: [N]}, None), or
+        (None, None, the reason why the text is not used), or three times None without a text. The
+        text is used if it has no padding or padding on the same side, and if in at least 95 % of
+        the clips the stream has no nonzero frame beyond the text.
         """
         key_runs = self.usable(m)
         if not key_runs:
             return None, None, None
         key, runs = key_runs
         if self.side(m) not in (side, None):
-            return None, None, f"{key} is not used for lengths: its padding is not {side}"
+            return None, None, f"{key} is not used for lengths: its padding is not on the {side}"
         lengths, beyond, read = {}, 0, 0
         for split, (head, tail, L) in runs.items():
             lengths[split] = L - (head if side == 'left' else tail)  # [N]
@@ -207,38 +210,42 @@ class AlignedText:
             beyond += int((found > lengths[split][at])[some].sum())
             read += int(some.sum())
         if not read or beyond > 0.05 * read:
-            why = f"{m} goes beyond it in {beyond} of {read} clips"
+            why = f"{m} is longer than the text in {beyond} of {read} clips"
             return None, None, f"{key} is not used for lengths: {why}"
         return key, lengths, None
 
 
 def find_padding(splits, source, padding, summary):
     """
-    The padding of each stream, as {stream: dict(side, by, left, right, read, streams, text,
-    text_lengths)}.
+    The padding of each stream: {stream: dict(side, by, left, right, read, streams, text,
+    text_lengths, text_not_used)}. `left` and `right` count the clips that show a side, `read`
+    counts the clips checked, and `by` names the evidence. Raises CorpusError if the evidence is
+    mixed. The evidence is, in this order:
 
-    `padding` is the user's word and decides. Else stated lengths do, of the stream or of one that
-    is aligned with it; else the zero runs of clips without a stated length, of all splits, and of
-    all streams together in an aligned source; else the aligned text. Up to SIDE_SAMPLE clips of a
-    stream and split are read for it, which is all of them in small corpora. Raises CorpusError
-    where the evidence is mixed.
+    1. `padding`, the user's choice;
+    2. stated lengths, of the stream or of one that is aligned with it;
+    3. zero runs in clips without a stated length, of all splits, and in an aligned source of all
+       streams together;
+    4. the aligned text, if the zero runs show no side or are mixed.
+
+    At most SIDE_SAMPLE clips of a stream and split are read for it.
     """
     streams = list(splits['train']['streams'])
     text = AlignedText(splits)
-    together = _is_aligned(splits)
+    aligned = _is_aligned(splits)
     stated = {}
     for m in streams:
         stated[m] = {split: _stated_votes(s['streams'][m]) for split, s in splits.items()}
 
     found = {}
     for m in streams:
-        group = streams if together else [m]
+        group = streams if aligned else [m]
         found[m] = _find_side(m, group, splits, stated, text)
         if padding:
             found[m] |= dict(side=padding, by='--padding')
         elif found[m]['side'] == 'mixed':
-            raise CorpusError(_mixed_sentence(found[m], source))
-        # where no clip shows a side: right, as most corpora are padded
+            raise CorpusError(_mixed_message(found[m], source))
+        # no clip shows a side: right, the side of most corpora
         found[m]['side'] = found[m]['side'] or 'right'
         key = lengths = why_not = None
         if _has_unknown(m, splits):
@@ -249,28 +256,29 @@ def find_padding(splits, source, padding, summary):
 
 
 def _has_unknown(m, splits):
-    """ True if a clip's length in stream m must be found from its frames. """
+    """ True if the length of a clip in stream m must be found from its frames. """
     return any(s['streams'][m].unknown.any() for s in splits.values())
 
 
 def _n_read(streams, splits):
-    """ How many clips were read to find the padding side, each stream counted apart. """
+    """ The number of clips read to find the padding side; each stream of a clip counts. """
     return sum(len(s['streams'][m].edge_zeros()[0]) for m in streams for s in splits.values())
 
 
-def _mixed_sentence(found, source):
-    """ What is said where the evidence for the padding side is mixed. """
+def _mixed_message(found, source):
+    """ The error message for mixed evidence for the padding side. """
     by_runs = found['by'] == 'zero frames'
-    what = "the longer zero run is" if by_runs else "by the lengths the padding is"
+    what = "the longer run of zero frames is" if by_runs else "by the stated lengths the padding is"
     return (f"The padding side of {' and '.join(found['streams'])} in {source} is not clear, as "
             f"{what} at the head in {found['left']} clips and at the tail in {found['right']} (of "
-            f"{found['read']} read); convert it with python data.py SOURCE and --padding=left or "
-            "--padding=right.")
+            f"{found['read']} clips checked); convert it with python data.py SOURCE and "
+            "--padding=left or --padding=right.")
 
 
 def _find_side(m, group, splits, stated, text):
     """
-    The side of one stream ('left', 'right', 'mixed', None), by what, and the counts that show it.
+    dict(side, by, left, right, read, streams) of one stream, without the user's choice. side is
+    'left', 'right', 'mixed' or None. group: the streams that are aligned with it, and itself.
     """
     unknown = _has_unknown(m, splits)
     votes = list(stated[m].values())  # (left, right) of each split

@@ -1,6 +1,6 @@
 """
-Strangers' pickles in one form: texts, ids, labels and frames, per split. M-SENA's dict, or three
-lists of clips.
+Reads a source into one form: texts, ids, labels and frames of each split. There are two layouts:
+the dict of M-SENA, and three lists of clips.
 """
 import re
 from collections import Counter
@@ -28,27 +28,27 @@ C1_CONTROLS = re.compile('[\x80-\x9f]')
 
 
 def _decode_bytes(raw, where, encoding):
-    """ Text from bytes, by the encoding that the user named or else UTF-8. """
+    """ Text from bytes in the encoding that the user gave, or UTF-8. Raises CorpusError. """
     try:
-        if not encoding and b'\0' in raw:  # UTF-16, of which much is UTF-8 with NUL characters
+        if not encoding and b'\0' in raw:  # UTF-16, which is often valid UTF-8 with NUL characters
             raise ValueError
         return raw.decode(encoding or 'utf-8')
     except (UnicodeError, ValueError):
         begin = ascii(raw[:24])
         if encoding:
-            raise CorpusError(f"{where} holds bytes that are not {encoding} ({begin}); convert it "
-                              "with the encoding that the texts are in.") from None
-        raise CorpusError(f"{where} holds bytes that are not UTF-8 ({begin}); convert it with "
-                          "python data.py SOURCE and the encoding that the texts are in, for "
-                          "example --encoding=gbk or --encoding=cp1252.") from None
+            raise CorpusError(f"{where} holds bytes that are not {encoding} ({begin}); convert the "
+                              "source with the encoding of its texts.") from None
+        raise CorpusError(f"{where} holds bytes that are not UTF-8 ({begin}); convert the source "
+                          "with python data.py SOURCE and the encoding of its texts, for example "
+                          "--encoding=gbk or --encoding=cp1252.") from None
 
 
 def _repair_controls(text, summary):
     """
-    A text with C1 control characters, which no transcript has: they are bytes that someone read as
-    Latin-1. Where all of the text is UTF-8 read as Latin-1, or ASCII for the most part with
-    characters that cp1252 has, only one reading makes sense and the text is repaired. Else (it may
-    be GBK) it stays. All are counted.
+    Repairs a text with C1 control characters. No transcript has these; they show that bytes in
+    another encoding were decoded as Latin-1. The text is repaired if its bytes are valid UTF-8, or
+    if it is mostly ASCII and its control characters are characters of cp1252. Otherwise it may be
+    GBK, and is returned unchanged. `summary` counts each case.
     """
     try:
         repaired = text.encode('latin1').decode('utf-8')
@@ -69,17 +69,17 @@ def _repair_controls(text, summary):
 
 
 def clip_text(x, where, summary):
-    """ One clip's text as a str that any tokenizer takes. """
+    """ A clip's text as a str that any tokenizer takes. Raises CorpusError if it is not a text. """
     if type(x) is int:
-        x = str(x)  # some ids
+        x = str(x)  # some ids are integers
     if type(x) is Lazy:
         x = x.value()
     if type(x) is Py2Str:
-        x = x.encode('latin1')  # its bytes
+        x = x.encode('latin1')  # its bytes, as they were read as Latin-1
     if isinstance(x, (bytes, bytearray)):
         x = _decode_bytes(bytes(x), where, summary.encoding)
     if not isinstance(x, str):
-        raise CorpusError(f"{where} is a {type(x).__name__} where text belongs; mend the source.")
+        raise CorpusError(f"{where} is a {type(x).__name__}, not a text; correct the source.")
     if '\0' in x:
         summary.count_text('control_characters')
     elif C1_CONTROLS.search(x):
@@ -101,7 +101,7 @@ def _texts(column, n, where, summary, ids=None):
 
 def _optional_texts(field, column, split, n, where, summary, ids=None):
     """
-    A column of n texts where a missing one gets a default: '' or, for an id, its split and number.
+    A column of n texts as a list of str. A missing text becomes '', a missing id SPLIT_NUMBER.
     """
     texts = []
     for i, value in enumerate(column_of(column, n, where)):
@@ -114,20 +114,20 @@ def _optional_texts(field, column, split, n, where, summary, ids=None):
 
 
 def _keys(x):
-    """ What a container has instead of what we look for. """
+    """ The keys of a dict, or the type of anything else, for an error message. """
     if type(x) is not dict:
         return f"a {type(x).__name__}"
     return ', '.join(map(printed, x))[:300]
 
 
 def read_msena(paths, scratch, files, summary):
-    """ The dict pickle of M-SENA / MMSA: {split: {key: N of something}}. """
+    """ Reads a pickle of M-SENA or MMSA: {split: {key: N entries}}. Raises CorpusError. """
     path = paths['all']
     tree = read_pickle(files.enter_context(open(path, 'rb')), scratch)
     keys = find_fields(tree, SPLIT_FIELDS, {}, f"of {path}") if type(tree) is dict else {}
     if len(keys) < len(SPLITS):
         raise CorpusError(f"{path} holds {_keys(tree)}, and needs the keys train, valid and test; "
-                          "a corpus of three files with lists is given by its folder.")
+                          "for a corpus of three files with lists, give their folder.")
     summary.note_fields(tree, keys, {})
     return {split: _read_msena_split(tree[keys[split]], split, path, summary) for split in SPLITS}
 
@@ -137,7 +137,7 @@ def _read_msena_split(clips, split, path, summary):
     found = find_fields(clips, MSENA_FIELDS, MSENA_OWN, where) if type(clips) is dict else {}
     if 'text' not in found or 'label' not in found:
         raise CorpusError(f"The split {split} in {path} holds {_keys(clips)}, and needs raw_text "
-                          "and regression_labels.")
+                          "and regression_labels; correct the source.")
     has = {field: clips[key] for field, key in found.items()}
     label = {field: f"{printed(key)} {where}" for field, key in found.items()}
     n = len(column_of(has['text'], None, label['text']))
@@ -154,7 +154,7 @@ def _read_msena_split(clips, split, path, summary):
     s['labels'] = {f: s['labels'][f] for f in sorted(s['labels'], key=list(MSENA_OWN).index)}
     for m in STREAMS:
         if m not in has:
-            found.pop(m + '_lengths', None)  # lengths of nothing are not read
+            found.pop(m + '_lengths', None)  # lengths without a stream are not read
         else:
             s['streams'][m] = Frames(has[m], has.get(m + '_lengths'), n, label[m])
     summary.note_fields(clips, found, MSENA_OWN)
@@ -163,7 +163,8 @@ def _read_msena_split(clips, split, path, summary):
 
 def _aligned_text(clips, n):
     """
-    (key, array, is_mask) of the arrays of an M-SENA split that may hold its text one token a frame.
+    (key, array, is_mask) of the arrays of an M-SENA split that may hold its text with one token per
+    frame: BERT's ids, mask and types [N,3,L] (is_mask), or text features [N,L,d].
     """
     arrays = []
     for key, a in clips.items():
@@ -179,13 +180,15 @@ def _aligned_text(clips, n):
 
 def read_lists(paths, scratch, files, summary):
     """
-    Three pickles, each a list of {label, features: {text, audio, video, audio_len, video_len}}.
+    Reads three pickles, each a list of clips {label, features: {text, audio, video, audio_len,
+    video_len}}. Raises CorpusError.
     """
     splits = {}
     for split, path in paths.items():
         clips = read_pickle(files.enter_context(open(path, 'rb')), scratch)
         if type(clips) is not list:
-            raise CorpusError(f"{path} holds {_keys(clips)}, not a list of clips.")
+            raise CorpusError(f"{path} holds {_keys(clips)}, not a list of clips; correct the "
+                              "source.")
         splits[split] = _read_list(clips, split, path, summary)
     return splits
 
@@ -199,17 +202,15 @@ def _read_list(clips, split, path, summary):
             outer = find_fields(clip, CLIP_FIELDS, LISTS_OWN, f"of clip {i} {where}")
             inner = find_fields(features, FEATURE_FIELDS, LISTS_OWN, f"of clip {i} {where}")
         if type(features) is not dict or 'emotion' not in outer or 'text' not in inner:
-            raise CorpusError(f"Clip {i} {where} holds {_keys(clips[i])}, and needs label and "
-                              "features with a text in them.")
+            raise CorpusError(f"Clip {i} {where} holds {_keys(clips[i])}, and needs a label, and "
+                              "features with a text; correct the source.")
         summary.note_fields(clip, outer, LISTS_OWN)
         summary.note_fields(features, inner, LISTS_OWN)
         own = {field: clip[key] for field, key in outer.items()}
         rows.append(own | {field: features[key] for field, key in inner.items()})
 
     def column(field):
-        """
-        The field of all clips, None where it is missing; and None if it is missing from all.
-        """
+        """ A list with the field of each clip or None, or None if no clip has the field. """
         values = [row.get(field) for row in rows]
         return None if all(is_missing(v) for v in values) else values
 
@@ -233,13 +234,14 @@ def _read_list(clips, split, path, summary):
 
 def check_splits(splits, source):
     """
-    Fills in ids. Raises CorpusError where a split is empty or the splits do not fit each other.
+    Adds ids where a split has none, and removes streams that no clip has. Raises CorpusError if a
+    split is empty or the splits differ in their labels, streams or widths.
     """
     train = splits['train']
     for split, s in splits.items():
         s.setdefault('id', [f'{split}_{i}' for i in range(len(s['text']))])
         if not s['text']:
-            raise CorpusError(f"The split {split} of {source} has no clips; mend the source.")
+            raise CorpusError(f"The split {split} of {source} has no clips; correct the source.")
     for m in STREAMS:
         if all(m not in s['streams'] or s['streams'][m].empty for s in splits.values()):
             for s in splits.values():
@@ -250,19 +252,20 @@ def check_splits(splits, source):
                 ours = ', '.join(train[what]) or 'none'
                 theirs = ', '.join(s[what]) or 'none'
                 raise CorpusError(f"The {what} of {source} are {ours} in train but {theirs} in "
-                                  f"{split}; mend the source.")
+                                  f"{split}; correct the source.")
     for m in train['streams']:
         frames = {split: s['streams'][m] for split, s in splits.items()}
         _check_widths(m, frames, source)
         _drop_shared_zeros(m, splits)
-        if any(f.ragged for f in frames.values()):  # a split of one clip cannot show that it is
+        if any(f.ragged for f in frames.values()):  # a split of one clip cannot show it
             for f in frames.values():
                 f.ragged = not f.one and not f.flat
 
 
 def _check_widths(m, frames, source):
     """
-    Gives a split without any clip of this stream the width of the others. Raises CorpusError.
+    Gives a split in which no clip has this stream the width of the others. Raises CorpusError if
+    the widths of the splits differ.
     """
     first = next(split for split, f in frames.items() if not f.empty)
     for split, f in frames.items():
@@ -270,13 +273,14 @@ def _check_widths(m, frames, source):
             f.d, f.flat = frames[first].d, frames[first].flat
         if f.d != frames[first].d:
             raise CorpusError(f"The {m} of {source} has {frames[first].d} features in {first} but "
-                              f"{f.d} in {split}; mend the source.")
+                              f"{f.d} in {split}; correct the source.")
 
 
 def _drop_shared_zeros(m, splits):
     """
-    Clips that share one array are clips without this stream if it is all zero. Else it is refused:
-    a small file could fill a disk with one array.
+    Removes this stream from clips that share one array if that array is all zero. Raises
+    CorpusError for any other shared array: with one array for many clips, a small file could fill
+    the disk.
     """
     lists = {split: s['streams'][m] for split, s in splits.items() if not s['streams'][m].one}
     uses = Counter(id(a) for f in lists.values() for a in f.arrays if a is not None)
@@ -292,7 +296,7 @@ def _drop_shared_zeros(m, splits):
                 ids = splits[split]['id']
                 raise CorpusError(f"{f.where} has one array for many clips ({ids[seen[id(a)]]} and "
                                   f"{ids[i]} share it), and it is not all zeros; give each clip "
-                                  "its own frames, or None where it has none.")
+                                  "its own frames, or None for a clip without frames.")
             seen[id(a)] = i
         for i in [i for i, a in enumerate(f.arrays) if is_zero.get(id(a))]:
             f.drop(i)

@@ -1,5 +1,6 @@
 """
-The files of a stream in a corpus folder: its frames end to end, without padding.
+Writes the files of a stream in a corpus folder: the frames of all clips end to end, without
+padding.
 
 Axis letters: N clips of a split, n clips of a chunk, L frames of the longest clip, d features.
 """
@@ -14,7 +15,8 @@ from corpora.unpickle import CorpusError
 
 def _npy_header(dtype, shape):
     """
-    A .npy header of 128 bytes whatever the shape: it is written again when the rows are known.
+    A .npy header of always 128 bytes, so that it can be overwritten when the number of rows is
+    known.
     """
     descr = np.dtype(dtype).str
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
@@ -23,8 +25,8 @@ def _npy_header(dtype, shape):
 
 class Moments:
     """
-    Mean and std of rows that come in pieces. Sums of squares would cancel for features far from
-    zero.
+    Mean and std of rows that come in pieces. They are not computed from sums of squares, which lose
+    precision for features with a mean far from zero.
     """
 
     def __init__(self, d):
@@ -44,12 +46,16 @@ class Moments:
 
     def std(self):
         std = np.sqrt(self.m2 / max(self.n, 1))  # [d]
-        # a constant feature has std 0 but for rounding, and dividing by that would make noise of it
+        # the std of a constant feature is 0 or a rounding error; dividing by it would make noise
         return np.where(std <= 1e-6 * np.abs(self.mean) + 1e-30, 1.0, std)  # [d]
 
 
 def write_stream(name, splits, out, progress, padding):
-    """ NAME.npy and NAME_start.npy of all splits, in float32. Returns the entry in meta.json. """
+    """
+    Writes NAME.npy (float32) and NAME_start.npy of all splits. Returns the stream's entry in
+    meta.json. progress(n_bytes) moves a progress bar; padding is what find_padding gives for the
+    stream.
+    """
     width = splits['train']['streams'][name].d
     side = padding['side']
     text = padding['text_lengths'] or {}
@@ -77,17 +83,17 @@ def write_stream(name, splits, out, progress, padding):
             f.write(_npy_header('<f4', (0, frames.d)))
             for i in range(0, frames.N, frames.step):
                 x = frames.rows(i, i + frames.step, info['cleaned'])  # [n,L,d]
-                live = x.any(-1)  # [n,L]
-                own = frames.own(live, i, side, text.get(split))  # [n,L]
-                lengths.append(own.sum(1))
+                nonzero = x.any(-1)  # [n,L]
+                real = frames.real_frames(nonzero, i, side, text.get(split))  # [n,L]
+                lengths.append(real.sum(1))
                 if split not in text:
-                    _count_cut(frames, i, live, own, info)
-                info['clips_all_zero'] += int(((lengths[-1] > 0) & ~(live & own).any(1)).sum())
-                x = x[own]  # [sum lengths,d]
+                    _count_cut(frames, i, nonzero, real, info)
+                info['clips_all_zero'] += int(((lengths[-1] > 0) & ~(nonzero & real).any(1)).sum())
+                x = x[real]  # [sum lengths,d]
                 if split == 'train':
                     moments.add(x)
                 f.write(memoryview(x) if x.size else b'')
-                progress(own.size * frames.d * 4)
+                progress(real.size * frames.d * 4)
             lengths = np.concatenate(lengths)  # [N]
             start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # [N+1]
             f.seek(0)
@@ -118,25 +124,28 @@ def write_stream(name, splits, out, progress, padding):
     return info | dict(mean=moments.mean.tolist(), std=moments.std().tolist())
 
 
-def _count_cut(frames, i, live, own, info):
+def _count_cut(frames, i, nonzero, real, info):
     """
-    Counts the clips whose length was found by cutting zero frames, with nothing else to state it:
-    each of them may end in true zero frames and be too short. Those with zero frames among what is
-    kept are counted too, as in them zero frames are not padding alone.
+    Counts the clips whose length was found only by cutting zero frames, in clips_cut: such a clip
+    becomes too short if it truly ends in zero frames. Those that keep other zero frames are counted
+    in clips_cut_with_zeros, because there a zero frame is not always padding.
     """
-    here = slice(i, i + len(live))
-    cut = frames.unknown[here] & (own.sum(1) < frames.n_rows[here])  # [n]
+    here = slice(i, i + len(nonzero))
+    cut = frames.unknown[here] & (real.sum(1) < frames.n_rows[here])  # [n]
     info['clips_cut'] += int(cut.sum())
-    info['clips_cut_with_zeros'] += int((cut & (~live & own).any(1)).sum())
+    info['clips_cut_with_zeros'] += int((cut & (~nonzero & real).any(1)).sum())
 
 
-def halve(name, info, out):
-    """ Rewrites a stream, standardised, in float16. Raises CorpusError if that overflows. """
+def standardise_to_float16(name, info, out):
+    """
+    Rewrites a stream standardised, as float16. Returns its new entry in meta.json. Raises
+    CorpusError if a value overflows.
+    """
     mean = np.float32(info['mean'])  # [d]
     std = np.float32(info['std'])  # [d]
     d = info['width']
-    n_values = max(1, CHUNK_BYTES // (4 * d)) * d  # of a chunk
-    worst = 0.0
+    n_values = max(1, CHUNK_BYTES // (4 * d)) * d  # in a chunk
+    largest = 0.0
     for split in SPLITS:
         path = out / split / f'{name}.npy'
         half = path.with_suffix('.half')
@@ -145,11 +154,11 @@ def halve(name, info, out):
             new.write(_npy_header('<f2', ((path.stat().st_size - 128) // (4 * d), d)))
             while len(x := np.fromfile(old, '<f4', n_values)):  # [n*d]
                 x = (x.reshape(-1, d) - mean) / std  # [n,d]
-                worst = max(worst, float(np.abs(x).max()))
+                largest = max(largest, float(np.abs(x).max()))
                 with np.errstate(over='ignore'):
                     new.write(x.astype('<f2').tobytes())
         os.replace(half, path)
-    if not worst <= 65504:
-        raise CorpusError(f"The {name} stream reaches {worst:.6g} once standardised, and float16 "
-                          "ends at 65504; convert with --dtype=float32.")
+    if not largest <= 65504:
+        raise CorpusError(f"A standardised value of the {name} stream is {largest:.6g}, beyond "
+                          "65504, the largest float16; convert with --dtype=float32.")
     return info | dict(dtype='float16', standardised=True)

@@ -1,16 +1,17 @@
 """
-The toy corpus: what the field is about, with the answer known.
+The toy corpus: a synthetic corpus of text, audio and video whose upper bounds are known.
 
+    python train.py                 trains on it; it is made on first use, in data/toy
     python -c "from corpora import toy; print(toy.toy_ceilings())"
-                                    what a perfect reader of each modality can reach
-    python train.py                 trains on it (made on first use, in data/toy)
+                                    prints the upper bound of each modality
     python tools/adding.py out/RUN [out/RUN-seed1 ..]
-                                    does it beat the best that adding can do, on the same clips?
+                                    compares runs with the late-fusion upper bound on the same clips
 
-English sentences whose words carry valence; a voice whose movement over time (not its mean) carries
-arousal; a face with a short expression at a random moment; and sarcasm. The latents of a clip are
-few and discrete, so the best that anyone can do with text, with audio and video, with both added
-up, and with everything, is computed by enumeration.
+The words of a sentence carry valence. The amplitude of the voice's oscillation, not its mean,
+carries arousal. The face shows a short expression at a random moment. A flat voice with a smile is
+sarcasm and flips the valence of the words. The latent variables of a clip are few and discrete, so
+the upper bounds of text, of audio + video, of late fusion (their sum) and of all modalities
+together are computed by enumeration.
 """
 import json
 import os
@@ -20,23 +21,23 @@ import numpy as np
 
 from corpora.convert import convert
 
-VERSION = 1  # of the corpus that this file makes: raise it when a clip would change
+VERSION = 1  # of the corpus that this file makes; raise it when a change alters a clip
 
-# The latents of a clip. Sarcasm: a flat voice with a smile flips what the words say; it is made
-# common (SARCASM of the 8 + SARCASM parts that the nine pairs of voice and face share), or additive
-# fusion would come close to the best.
-VALENCE = (-1.6, -0.8, 0.0, 0.8, 1.6)                 # v, in the words
-AROUSAL = {'flat': -0.4, 'mid': 0.0, 'high': 0.6}     # a, in how the voice moves, not in its mean
-FACE = {'frown': -0.8, 'neutral': 0.0, 'smile': 0.8}  # e, in a short expression at a random moment
-NOISE = (-1.0,) + (-0.5,) * 4 + (0.0,) * 6 + (0.5,) * 4 + (1.0,)  # n, in nothing: the annotators
+# The latent variables of a clip. A flat voice with a smile (sarcasm) is SARCASM times as likely as
+# each of the other eight pairs of voice and face. Were it rare, late fusion would come close to the
+# upper bound.
+VALENCE = (-1.6, -0.8, 0.0, 0.8, 1.6)                 # v, from the words
+AROUSAL = {'flat': -0.4, 'mid': 0.0, 'high': 0.6}     # a, from the amplitude of the voice
+FACE = {'frown': -0.8, 'neutral': 0.0, 'smile': 0.8}  # e, from a short expression
+NOISE = (-1.0,) + (-0.5,) * 4 + (0.0,) * 6 + (0.5,) * 4 + (1.0,)  # n, of annotators, in no modality
 SARCASM = 3
 PAIRS = [(a, e) for a in AROUSAL for e in FACE
          for _ in range(SARCASM if (a, e) == ('flat', 'smile') else 1)]
 EMOTIONS = ['anger', 'sadness', 'neutral', 'contentment', 'joy']
 
-# Sentences: opening, subject, valence word, then an ending that follows from it. Without such an
-# ending nothing in the LM's pretraining rewards carrying the valence past the next token, and then
-# there is nothing to fuse.
+# A sentence is an opening, a subject, a valence word, and an ending that depends on the valence.
+# Without such an ending, LM pretraining gives no reason to keep the valence in the hidden states
+# beyond the next token, and there would be nothing to fuse.
 OPENINGS = ['well', 'so', 'honestly', 'i have to say', 'you know', 'in the end', 'as for me',
             'last night']
 SUBJECTS = ['the film was', 'the story felt', 'the acting was', 'the music sounded',
@@ -55,8 +56,11 @@ ENDINGS = [['and i hated every minute', 'and we left early', 'so never watch it'
 
 
 def toy_label(v, n, arousal, face):
-    """ The label in [-3, 3] of a clip's latents, and its emotion: both from s v + a + e + n, s = -1
-    iff flat and smile. """
+    """
+    The label in [-3, 3] and the emotion (its number in EMOTIONS) of a clip's latent variables. Both
+    depend on y = s v + a + e + n, where s is -1 for a flat voice with a smile and else 1; the
+    emotion also depends on whether the arousal is high.
+    """
     s = -1 if arousal == 'flat' and face == 'smile' else 1
     y = s * v + AROUSAL[arousal] + FACE[face] + n
     strong = arousal == 'high'
@@ -70,8 +74,10 @@ def toy_label(v, n, arousal, face):
 
 
 def toy_table():
-    """ Every equally likely case: (text state, audiovisual state, label, emotion), 5 valences x 11
-    pairs x 16 noises. """
+    """
+    All equally likely cases as rows (text state, audiovisual state, label, emotion): 5 valences x
+    11 pairs x 16 noises.
+    """
     states = sorted(set(PAIRS))
     rows = [(t, states.index(pair), *toy_label(v, n, *pair))
             for t, v in enumerate(VALENCE) for pair in PAIRS for n in NOISE]
@@ -79,7 +85,7 @@ def toy_table():
 
 
 def one_hot_pairs(t, av):
-    """ The text state t [n] and the audiovisual state av [n], each one-hot, side by side. """
+    """ The text states t [n] and the audiovisual states av [n], one-hot and concatenated. """
     X = np.zeros((len(t), t.max() + av.max() + 2))
     X[np.arange(len(t)), t] = 1
     X[np.arange(len(t)), t.max() + 1 + av] = 1
@@ -87,12 +93,14 @@ def one_hot_pairs(t, av):
 
 
 def additive_fit(t, av, y, n_steps=2000):
-    """ The f, g that make the mean |y - f(t) - g(av)| least, by iteratively reweighted least
-    squares: the best that any late fusion by addition can do. Smoothing halves until it no longer
-    matters. -> f(t) + g(av) as a table [5,9], and that mean. """
+    """
+    The late-fusion upper bound of a regression: the f and g with the least mean |y - f(t) - g(av)|,
+    by iteratively reweighted least squares with a smoothing that shrinks to 1e-9. Returns f(t) +
+    g(av) as a table [5,9], and that mean.
+    """
     X = one_hot_pairs(t, av)  # [n,14]
     residual, eps = y - np.median(y), 1.0
-    best, at_best = np.inf, None
+    best, best_beta = np.inf, None
     for _ in range(n_steps):
         w = np.sqrt(1 / np.maximum(np.abs(residual), eps))  # [n]
         beta = np.linalg.lstsq(X * w[:, None], y * w, rcond=None)[0]  # [14]
@@ -100,15 +108,17 @@ def additive_fit(t, av, y, n_steps=2000):
         eps = max(eps * 0.97, 1e-9)
         mean = np.abs(residual).mean()
         if mean < best:
-            best, at_best = mean, beta
+            best, best_beta = mean, beta
     n = t.max() + 1
-    return at_best[:n, None] + at_best[n:], best  # [5,9], []
+    return best_beta[:n, None] + best_beta[n:], best  # [5,9], []
 
 
 def additive_accuracy(t, av, c, n_classes, n_steps=20000):
-    """ Accuracy of the most likely model log p(c) = f_c(t) + g_c(av) + const, by gradient ascent on
-    a concave likelihood: late fusion by adding logits. (The best accuracy over all such f and g is
-    a harder problem and could be a little higher.) """
+    """
+    The accuracy of late fusion of classes, log p(c) = f_c(t) + g_c(av) + const, with the f and g of
+    maximum likelihood, by gradient ascent on a concave function. Other f and g may have a slightly
+    higher accuracy; finding them is a harder problem.
+    """
     X = one_hot_pairs(t, av)  # [n,14]
     W = np.zeros((X.shape[1], n_classes))  # [14,K]
     Y = np.eye(n_classes)[c]  # [n,K]
@@ -122,9 +132,9 @@ def additive_accuracy(t, av, c, n_classes, n_steps=20000):
 
 def toy_ceilings():
     """
-    What a perfect reader of each modality can reach, by enumeration: the lowest mae and the highest
-    emotion acc, from nothing (majority), text, audio+video, their additive late fusion, and
-    everything.
+    The upper bounds by enumeration, dict(mae, acc): the lowest MAE of the label and the highest
+    accuracy of the emotion, from no modality (majority), from text, from audio and video (av), from
+    all (full), and from late fusion of text and av (late).
     """
     rows = toy_table()
     t, av, c = (rows[:, i].astype(int) for i in (0, 1, 3))  # [880] each
@@ -134,7 +144,7 @@ def toy_ceilings():
         mae = acc = 0.0
         for s in np.unique(state):
             ys, cs = y[state == s], c[state == s]
-            mae += np.abs(ys - np.median(ys)).sum()  # the median is the best guess under L1
+            mae += np.abs(ys - np.median(ys)).sum()  # the median has the least mean absolute error
             acc += np.bincount(cs).max()
         return dict(mae=float(mae / len(y)), acc=float(acc / len(y)))
 
@@ -145,10 +155,12 @@ def toy_ceilings():
 
 def draw(n_clips=(4000, 500, 1000), seed=0):
     """
-    The clips of the toy corpus -> an M-SENA tree, emotions of each split, and what they were made
-    from: (text state, audiovisual state) as in toy_table, [N,2] of each split. Audio [<=24, 12]: a
-    sine of period 7 whose amplitude is the arousal, at a random phase, on a speaker's own offset,
-    in noise. Video [<=16, 16]: 8 frames of an expression from a random onset, in noise.
+    Draws the clips of the toy corpus. Returns a dict in the layout of M-SENA, the emotions of each
+    split, and the states of each split, (text state, audiovisual state) as in toy_table, [N,2].
+
+    Audio [14 to 24, 12]: a sine of period 7 with a random phase, whose amplitude depends on the
+    arousal, plus an offset of the speaker, plus noise. Video [10 to 16, 16]: noise, plus an
+    expression in 8 frames from a random onset on.
     """
     rng = np.random.default_rng(seed)
     d_a, d_v, S_a, S_v = 12, 16, 24, 16
@@ -176,7 +188,8 @@ def draw(n_clips=(4000, 500, 1000), seed=0):
 
             phase = rng.uniform(0, 2 * np.pi)
             wave = amplitude[arousal] * np.sin(2 * np.pi * np.arange(n_a[i]) / 7 + phase)  # [S]
-            wave = wave[:, None] * axis_a + rng.normal(size=d_a)  # [S,d_a], a speaker's own offset
+            offset = rng.normal(size=d_a)  # [d_a], of the speaker
+            wave = wave[:, None] * axis_a + offset  # [S,d_a]
             audio[i, :n_a[i]] = wave + 0.5 * rng.normal(size=(n_a[i], d_a))
 
             vision[i, :n_v[i]] = 0.5 * rng.normal(size=(n_v[i], d_v))
@@ -190,8 +203,10 @@ def draw(n_clips=(4000, 500, 1000), seed=0):
 
 
 def make_toy(folder, n_clips=(4000, 500, 1000), seed=0):
-    """ The toy corpus as a corpus folder: written as an M-SENA pickle first and converted from
-    there, so that it is converted in the same way as MOSEI is. """
+    """
+    Makes the corpus folder of the toy corpus. The clips are first written as an M-SENA pickle, so
+    that they go through the same conversion as MOSEI.
+    """
     source, emotions, _ = draw(n_clips, seed)
     pickled = folder + '.pkl'
     try:

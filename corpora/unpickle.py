@@ -1,12 +1,12 @@
 """
-A reader for strangers' pickles.
+Reads untrusted pickles without running them.
 
     tree = read_pickle(open('unaligned_50.pkl', 'rb'))
 
-A corpus comes as a pickle, and from strangers. A pickle is a program, and Python's own loader runs
-it. This reader builds plain containers and descriptions of arrays, calls nothing that the file
-names, and leaves big payloads in the file until someone wants rows of them (corpora/lazy.py). So it
-is safe, and small too: most of an M-SENA file is BERT features that nobody here reads.
+Corpora are published as pickles. A pickle is a program, and Python's own loader runs it. This
+reader builds plain containers and descriptions of arrays. It calls no function that the file names,
+so a malicious file cannot run code. Large payloads stay in the file until their rows are needed
+(corpora/lazy.py). This saves memory: most of an M-SENA file is BERT features, which are not read.
 """
 import codecs
 import os
@@ -20,14 +20,16 @@ LAZY_BYTES = 4096  # a payload longer than this stays in the file
 
 class CorpusError(Exception):
     """
-    What is wrong with a corpus, where, and what to do: one sentence for the person at the keyboard.
+    An error in a corpus or its source. The message is one sentence for the user: what is wrong,
+    where, and what to do.
     """
 
 
 @contextmanager
-def strangers_file(path, f=None):
+def errors_as_corpus_error(path, f=None):
     """
-    Whatever a stranger's file makes us trip over comes out as one sentence with the file's name.
+    Turns any error that an untrusted file causes into a CorpusError of one sentence that names the
+    file. A CorpusError and an OSError pass unchanged. f: the open file, to see whether it ended.
     """
     try:
         yield
@@ -43,18 +45,21 @@ def strangers_file(path, f=None):
                           "the publisher's.") from e
 
 
-class Name:
-    """ What a file gets for a global that it names: a function of ours, which REDUCE may call. """
+class AllowedGlobal:
+    """
+    Stands for a global that a pickle names. `call` is our own function for it, which REDUCE calls,
+    or None.
+    """
     __slots__ = ('call',)
 
     def __init__(self, call=None):
         self.call = call
 
 
-def _plain(keys):
-    """ Keys of a dict or set. Raises TypeError where one is not plain. """
-    # hashing nested tuples can take exponential time, long numbers can be made to share one hash,
-    # and no real file has such keys
+def _plain_keys(keys):
+    """ The keys of a dict or set. Raises TypeError for one that is not plain. """
+    # hashing nested tuples can take exponential time, and large integers can be chosen to share one
+    # hash; no real file has such keys
     if any(type(k) not in (str, Py2Str, bytes, int, float, bool, type(None)) for k in keys):
         raise TypeError("a key that is not plain")
     if any(type(k) is int and not -2 ** 60 < k < 2 ** 60 for k in keys):
@@ -71,12 +76,12 @@ def _array(u, state):
 
 def _reconstruct(u, cls, *_):
     if cls is not NDARRAY:
-        raise TypeError("an array that is not an ndarray")
+        raise TypeError("an array of a class other than ndarray")
     return _array(u, None)  # BUILD fills it
 
 
 def _scalar(u, dtype, raw):
-    here = u.f.tell()  # a long np.str_ is read from the file, and we are in the middle of that
+    here = u.f.tell()  # reading a long np.str_ moves the position in the file
     value = _array(u, ((1,), dtype, False, raw)).all().item()
     u.f.seek(here)
     return value
@@ -84,19 +89,18 @@ def _scalar(u, dtype, raw):
 
 def _encode(u, text, codec):
     if codec not in ('latin1', 'latin-1'):
-        raise TypeError("_codecs.encode with another codec than latin1")
+        raise TypeError("_codecs.encode with a codec other than latin1")
     if type(text) is Lazy and text.is_text:
         return Lazy(text.file, text.offset, text.n_bytes, text.codec)
     return text.encode('latin1')
 
 
 def _bytes(u, *args):
-    # what picklers write: bytes() for none, bytearray(b'..'), bytearray('..', 'latin-1'); but no
-    # bytearray(n)
+    # picklers write bytes(), bytearray(b'..') and bytearray('..', 'latin-1'), but no bytearray(n)
     if len(args) == 2:
         return _encode(u, *args)
     if args and type(args[0]) not in (bytes, bytearray, Lazy):
-        raise TypeError("bytes of something else")
+        raise TypeError("bytes made from another type")
     return args[0] if args else b''
 
 
@@ -105,7 +109,7 @@ def _dtype(u, *args):
 
 
 def _ordered_dict(u, pairs=()):
-    return {_plain([k])[0]: v for k, v in pairs}
+    return {_plain_keys([k])[0]: v for k, v in pairs}
 
 
 def _frombuffer(u, buffer, dtype, shape, order):
@@ -113,36 +117,36 @@ def _frombuffer(u, buffer, dtype, shape, order):
 
 
 def _set(u, items=()):
-    return set(_plain(items))
+    return set(_plain_keys(items))
 
 
 def _frozenset(u, items=()):
-    return frozenset(_plain(items))
+    return frozenset(_plain_keys(items))
 
 
-NDARRAY = Name()
-NAMES = {
+NDARRAY = AllowedGlobal()
+ALLOWED_GLOBALS = {
     ('numpy', 'ndarray'): NDARRAY,
-    ('numpy', 'dtype'): Name(_dtype),
-    ('_codecs', 'encode'): Name(_encode),
-    ('collections', 'OrderedDict'): Name(_ordered_dict),
+    ('numpy', 'dtype'): AllowedGlobal(_dtype),
+    ('_codecs', 'encode'): AllowedGlobal(_encode),
+    ('collections', 'OrderedDict'): AllowedGlobal(_ordered_dict),
 }
 for core in ('numpy.core', 'numpy._core'):  # numpy < 2 and numpy 2
-    NAMES[core + '.multiarray', '_reconstruct'] = Name(_reconstruct)
-    NAMES[core + '.multiarray', 'scalar'] = Name(_scalar)
-    NAMES[core + '.numeric', '_frombuffer'] = Name(_frombuffer)
+    ALLOWED_GLOBALS[core + '.multiarray', '_reconstruct'] = AllowedGlobal(_reconstruct)
+    ALLOWED_GLOBALS[core + '.multiarray', 'scalar'] = AllowedGlobal(_scalar)
+    ALLOWED_GLOBALS[core + '.numeric', '_frombuffer'] = AllowedGlobal(_frombuffer)
 for module in ('builtins', '__builtin__'):  # Python 3 and 2
-    NAMES[module, 'bytes'] = Name(_bytes)
-    NAMES[module, 'bytearray'] = Name(_bytes)
-    NAMES[module, 'set'] = Name(_set)
-    NAMES[module, 'frozenset'] = Name(_frozenset)
+    ALLOWED_GLOBALS[module, 'bytes'] = AllowedGlobal(_bytes)
+    ALLOWED_GLOBALS[module, 'bytearray'] = AllowedGlobal(_bytes)
+    ALLOWED_GLOBALS[module, 'set'] = AllowedGlobal(_set)
+    ALLOWED_GLOBALS[module, 'frozenset'] = AllowedGlobal(_frozenset)
 
 
 class Unpickler(pickle._Unpickler):
     """
-    The standard library's own unpickler (the one in Python) less all that reaches outside: a global
-    is looked up in NAMES and nowhere else, REDUCE calls only what is there, BUILD fills only our
-    own Dtype and LazyArray.
+    The standard library's unpickler in Python, without access to anything outside the pickle: a
+    global is looked up only in ALLOWED_GLOBALS, REDUCE calls only functions in it, and BUILD fills
+    only a Dtype or a LazyArray.
     """
 
     def __init__(self, f, scratch=None):
@@ -159,19 +163,20 @@ class Unpickler(pickle._Unpickler):
         return line
 
     def find_class(self, module, name):
-        if (module, name) in NAMES:
-            return NAMES[module, name]
+        if (module, name) in ALLOWED_GLOBALS:
+            return ALLOWED_GLOBALS[module, name]
         what = ascii(f'{module}.{name}')[1:-1][:120]
         raise Refused(f"names {what}, which no array or plain container needs")
 
     def _refuse(self):
+        """ Raises Refused with the name of the opcode that was just read. """
         self.f.seek(-1, os.SEEK_CUR)
         code = self.f.read(1)
         name = next((k for k, v in vars(pickle).items() if k.isupper() and v == code), repr(code))
         raise Refused(f"uses the pickle opcode {name}, which no array or plain container needs")
 
     def _payload(self, n, codec=None, is_text=False):
-        """ n bytes of the file: read when few, else left where they are. """
+        """ The next n bytes of the file, as a Lazy if they are more than LAZY_BYTES. """
         if self.f.tell() + n > self.size:
             self.f.seek(self.size)
             raise EOFError
@@ -182,7 +187,8 @@ class Unpickler(pickle._Unpickler):
 
     def _rest_of_line(self, codec, quotes=0):
         """
-        The rest of a line, which in protocol 0 may be a whole array: read when short, else Lazy.
+        The rest of a line, as a Lazy if it is more than LAZY_BYTES: in protocol 0 it may be a whole
+        array. quotes: the number of quotes at either end, 0 or 1.
         """
         start = self.f.tell()
         line = self.f.readline(LAZY_BYTES)
@@ -208,53 +214,54 @@ class Unpickler(pickle._Unpickler):
         self.append(text if type(text) is Lazy else Py2Str(codecs.escape_decode(text)[0], 'latin1'))
 
     def load_frame(self):
-        # frames are there for buffering; without them an offset is an offset in the file
+        # skip the header of a frame: frames are for buffering, and Lazy needs offsets in the file
         self.read(8)
 
     def load_setitem(self):
         value = self.stack.pop()
         key = self.stack.pop()
-        self._last(dict)[_plain([key])[0]] = value
+        self._last(dict)[_plain_keys([key])[0]] = value
 
     def load_setitems(self):
         items = self.pop_mark()
-        self._last(dict).update(zip(_plain(items[::2]), items[1::2], strict=True))
+        self._last(dict).update(zip(_plain_keys(items[::2]), items[1::2], strict=True))
 
     def load_dict(self):
         items = self.pop_mark()
-        self.append(dict(zip(_plain(items[::2]), items[1::2], strict=True)))
+        self.append(dict(zip(_plain_keys(items[::2]), items[1::2], strict=True)))
 
     def load_additems(self):
         items = self.pop_mark()
-        self._last(set).update(_plain(items))
+        self._last(set).update(_plain_keys(items))
 
     def load_frozenset(self):
-        items = self.pop_mark()  # changes self.append, so it comes first
-        self.append(frozenset(_plain(items)))
+        items = self.pop_mark()  # must come before self.append, which it changes
+        self.append(frozenset(_plain_keys(items)))
 
     def _last(self, *kinds):
+        """ The top of the stack. Raises TypeError if it is none of the types `kinds`. """
         if type(self.stack[-1]) in kinds:
             return self.stack[-1]
         wanted = ' or '.join(k.__name__ for k in kinds)
-        raise TypeError(f"a {type(self.stack[-1]).__name__} where {wanted} belongs")
+        raise TypeError(f"{type(self.stack[-1]).__name__} in place of {wanted}")
 
     def load_reduce(self):
         args = self.stack.pop()
-        call = self._last(Name).call
+        call = self._last(AllowedGlobal).call
         if type(args) is not tuple or not call:
-            raise TypeError("a call of what is not a function")
+            raise TypeError("a call of something that is not a function")
         self.stack[-1] = call(self, *args)
 
     def load_build(self):
         state = self.stack.pop()
-        ours = self._last(Dtype, LazyArray)
+        target = self._last(Dtype, LazyArray)
         if type(state) is not tuple:
-            raise TypeError("an object's state that is not a tuple")
-        ours.build(state)
+            raise TypeError("the state of an object is not a tuple")
+        target.build(state)
 
 
 def _loader(width, wrap, codec=None):
-    """ Loads what has its length before it in `width` bytes, be it gigabytes. """
+    """ A function that loads a payload whose length stands before it in `width` bytes. """
     def load(u):
         head = u.read(width)
         if len(head) < width:
@@ -272,17 +279,16 @@ def _py2(b):
     return Py2Str(b, 'latin1')
 
 
-# A table of our own, so that an opcode of some future Python is refused until someone has thought
-# about it.
-AS_THEY_ARE = '''
+# The opcodes are listed here, so that a new opcode of a later Python is refused until it is added.
+INHERITED = '''
     PROTO STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1
     FLOAT BINFLOAT SHORT_BINBYTES SHORT_BINUNICODE TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3
     EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT EMPTY_SET GLOBAL STACK_GLOBAL GET BINGET LONG_BINGET
     PUT BINPUT LONG_BINPUT MEMOIZE
 '''.split()
-OUR_OWN = 'UNICODE STRING FRAME SETITEM SETITEMS DICT ADDITEMS FROZENSET REDUCE BUILD'.split()
-TABLE = {op: pickle._Unpickler.dispatch[getattr(pickle, op)[0]] for op in AS_THEY_ARE}
-TABLE |= {op: vars(Unpickler)['load_' + op.lower()] for op in OUR_OWN}
+OVERRIDDEN = 'UNICODE STRING FRAME SETITEM SETITEMS DICT ADDITEMS FROZENSET REDUCE BUILD'.split()
+TABLE = {op: pickle._Unpickler.dispatch[getattr(pickle, op)[0]] for op in INHERITED}
+TABLE |= {op: vars(Unpickler)['load_' + op.lower()] for op in OVERRIDDEN}
 TABLE |= dict(
     BINBYTES=_loader(4, bytes),
     BINBYTES8=_loader(8, bytes),
@@ -298,9 +304,10 @@ Unpickler.dispatch |= {getattr(pickle, op)[0]: load for op, load in TABLE.items(
 
 def read_pickle(f, scratch=None):
     """
-    What the pickle in f (an open binary file; keep it open) holds, with a LazyArray for each numpy
-    array. `scratch` is a folder for decoded copies. Raises CorpusError for all but plain containers
-    and arrays of plain dtypes, and OSError where the file cannot be read.
+    The content of the pickle in f, an open binary file, with a LazyArray for each numpy array. The
+    file must stay open while arrays are read. scratch: a folder for decoded copies. Raises
+    CorpusError for anything but plain containers and arrays of plain dtypes, and OSError if the
+    file cannot be read.
     """
-    with strangers_file(f.name, f):
+    with errors_as_corpus_error(f.name, f):
         return Unpickler(f, scratch).load()

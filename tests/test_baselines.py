@@ -713,7 +713,7 @@ def test_a_dataset_that_is_not_there_gets_a_sentence():
 
 
 @pytest.mark.parametrize('flags, sentence', [
-    (['--label=emotion', '--select=wf1'], 'is one of classes'),
+    (['--label=emotion', '--select=wf1'], 'classes'),
     (['--late_streams=text,video'], "'video' is none of text, audio, vision"),
     (['--sub_widths=5,5'], 'must be 3 numbers'),
     (['--kernels=5,5,5'], 'is a knob of mult, tetfn, not of'),

@@ -388,7 +388,7 @@ def test_real_configs_run_on_files_of_their_layout(config, resample, tmp_path):
         (['--gmra_layer=9'], 'from 1 to 3'),
         (['--gmra_heads=5'], 'does not divide gmra_width'),
         (['--lm=no/such'], 'could not be loaded'),
-        (['--label=emotion', '--select=wf1'], 'is one of classes'),
+        (['--label=emotion', '--select=wf1'], 'classes'),
         (['--resample=nearest'], 'is none of linear'),
         (['--mpr_gap=-1'], 'at least 0'),
         (['--eioi_power=0'], 'must be at least 1'),

@@ -1,5 +1,6 @@
 """
-data.py and corpora/: strangers' pickles, conversion, batches, ceilings (under 40 s).
+data.py and corpora/: reading untrusted pickles, conversion, batches, and the upper bounds of the
+toy corpus (under 40 s).
 
     python -m pytest -q tests/test_data.py
 """
@@ -40,13 +41,13 @@ rng = np.random.default_rng(0)
 
 
 def converted(tree, tmp_path, **kw):
-    """ The tree through a pickle into an open corpus. """
+    """ The corpus that a dict becomes when it is pickled and converted. """
     convert(save(tree, tmp_path / 'source.pkl'), str(tmp_path / 'corpus'), **kw)
     return data.Corpus(tmp_path / 'corpus')
 
 
-def refused(tree, tmp_path, *words, **kw):
-    """ Conversion stops with one sentence that has these words, and leaves nothing behind. """
+def assert_refused(tree, tmp_path, *words, **kw):
+    """ Conversion raises an error of one line with these words, and leaves nothing behind. """
     with pytest.raises(CorpusError) as e:
         converted(tree, tmp_path, **kw)
     for word in words:
@@ -56,13 +57,14 @@ def refused(tree, tmp_path, *words, **kw):
 
 
 def read_bytes(raw, tmp_path):
+    """ The content of a pickle, given as bytes, as read_pickle reads it. """
     (tmp_path / 'x.pkl').write_bytes(raw)
     with open(tmp_path / 'x.pkl', 'rb') as f:
         return values(read_pickle(f, str(tmp_path)))
 
 
 def values(x):
-    """ A read tree with its arrays and payloads in place. """
+    """ A tree from read_pickle, with its lazy arrays and payloads replaced by their values. """
     if isinstance(x, LazyArray):
         a = x.all()
         if a.dtype == object:
@@ -77,11 +79,11 @@ def values(x):
 
 
 # -------------------------------------------------------------------------------------------------
-# Reading
+# Reading pickles
 
 
 @pytest.mark.parametrize('protocol', range(6))
-def test_every_protocol_reads_as_numpy_reads(protocol, tmp_path):
+def test_reading_each_protocol_gives_what_was_pickled(protocol, tmp_path):
     fortran = np.asfortranarray
     tree = dict(
         f4=rng.normal(size=(9, 30, 5)).astype('f4'),
@@ -118,18 +120,17 @@ def test_every_protocol_reads_as_numpy_reads(protocol, tmp_path):
 
 
 @pytest.mark.parametrize('protocol', [0, 2, 4, 5])
-def test_rows_are_rows(protocol, tmp_path):
+def test_rows_of_a_lazy_array_equal_a_slice(protocol, tmp_path):
     a = rng.normal(size=(50, 40, 3))
     for tree in (a, np.asfortranarray(a)):
         with open(save(tree, tmp_path / 'x.pkl', protocol), 'rb') as f:
             lazy = read_pickle(f)
-            assert np.array_equal(lazy.rows(10, 20), a[10:20]) and np.array_equal(
-                lazy.rows(48, 99), a[48:]
-            )
+            assert np.array_equal(lazy.rows(10, 20), a[10:20])
+            assert np.array_equal(lazy.rows(48, 99), a[48:])
 
 
 def py2_array(payload, shape, code=b'f4', core=b'numpy.core'):
-    """ The opcodes that Python 2 and an old numpy write for an array in protocol 2. """
+    """ The opcodes that Python 2 and an early numpy write for an array in protocol 2. """
     def short(s):
         return b'U' + bytes([len(s)]) + s
 
@@ -159,7 +160,7 @@ def py2_array(payload, shape, code=b'f4', core=b'numpy.core'):
 
 
 @pytest.mark.parametrize('core', [b'numpy.core', b'numpy._core'])
-def test_python_2(core, tmp_path):
+def test_arrays_and_strings_of_python_2_are_read(core, tmp_path):
     small, large = np.float32([[1, 2], [3, 4]]), rng.normal(size=(50, 40)).astype('f4')
     raw = (
         b'\x80\x02]('
@@ -174,11 +175,11 @@ def test_python_2(core, tmp_path):
     assert clip_text(utf8, '', Summary()) == 'café'
     assert clip_text(latin1, '', Summary('latin1')) == "it's ä\n"
     with pytest.raises(CorpusError, match='--encoding'):
-        clip_text(latin1, '', Summary())  # nobody said that it is Latin-1
+        clip_text(latin1, '', Summary())  # without the encoding
 
 
-def test_python_2_protocol_0(tmp_path):
-    """ Whole arrays as escaped strings on one line: decoded in pieces, escapes on the seam too. """
+def test_an_array_of_python_2_in_protocol_0_is_decoded_in_pieces(tmp_path):
+    """ It is one line with an escaped string. An escape may lie across two pieces. """
     payload = bytes(range(256)) * 100
     written = ''.join(
         {9: '\\t', 65: 'A', 39: "\\'", 92: '\\\\'}.get(b, f'\\x{b:02x}') for b in payload
@@ -190,27 +191,27 @@ def test_python_2_protocol_0(tmp_path):
         assert isinstance(lazy, Lazy) and b''.join(lazy.chunks(size=7)) == payload
 
 
-class Evil:
-    """ Pickles as a call of func(*args). """
+class Call:
+    """ Its pickle calls func(*args) when Python's own loader reads it. """
 
     def __init__(self, func, *args):
-        self.how = func, args
+        self.call = func, args
 
     def __reduce__(self):
-        return self.how
+        return self.call
 
 
-def evil_pickles(canary):
-    """ (what the refusal must name, pickle) of attempts at making the file `canary`, or as bad. """
+def malicious_pickles(canary):
+    """ (word of the error, pickle): pickles that make the file `canary` or do other harm. """
     touch = f'open({canary!r},"w")'
     for protocol in (0, 2, 4):
-        yield 'posix.system', pickle.dumps(Evil(os.system, f'touch {canary}'), protocol)
-        yield 'eval', pickle.dumps({'train': [np.zeros(3), Evil(eval, touch)]}, protocol)
-        yield 'getattr', pickle.dumps(Evil(getattr, 'x', 'upper'), protocol)
-        yield 'numpy', pickle.dumps(Evil(np.load, canary), protocol)
-        yield 'Popen', pickle.dumps(Evil(subprocess.Popen, ['touch', canary]), protocol)
-        yield 'eval', pickle.dumps(Evil(np.dtype, Evil(eval, touch)), protocol)
-        yield 'exec', pickle.dumps(OrderedDict(a=Evil(exec, touch)), protocol)
+        yield 'posix.system', pickle.dumps(Call(os.system, f'touch {canary}'), protocol)
+        yield 'eval', pickle.dumps({'train': [np.zeros(3), Call(eval, touch)]}, protocol)
+        yield 'getattr', pickle.dumps(Call(getattr, 'x', 'upper'), protocol)
+        yield 'numpy', pickle.dumps(Call(np.load, canary), protocol)
+        yield 'Popen', pickle.dumps(Call(subprocess.Popen, ['touch', canary]), protocol)
+        yield 'eval', pickle.dumps(Call(np.dtype, Call(eval, touch)), protocol)
+        yield 'exec', pickle.dumps(OrderedDict(a=Call(exec, touch)), protocol)
         yield (
             'numpy.matrix',
             pickle.dumps(np.array([1]), 0).replace(b'cnumpy\nndarray', b'cnumpy\nmatrix'),
@@ -234,36 +235,37 @@ def evil_pickles(canary):
     yield 'f4,O', b'cnumpy\ndtype\n(S"f4,O"\ntR.'
     yield 'M8', pickle.dumps(np.zeros(3, 'M8[s]'))
     yield 'V8', pickle.dumps(np.zeros(3, [('a', 'f8')]))
-    yield 'latin1', b'c_codecs\nencode\n(S"x"\nS"rot13"\ntR.'  # any other codec of Python's
-    yield 'Dtype', b'cnumpy\ndtype\n}S"__class__"\nNsb.'  # BUILD on a name
-    yield 'dict', b'}S"x"\nNs}S"__setstate__"\nNsb.'  # BUILD on a dict
+    yield 'latin1', b'c_codecs\nencode\n(S"x"\nS"rot13"\ntR.'  # a codec other than latin1
+    yield 'Dtype', b'cnumpy\ndtype\n}S"__class__"\nNsb.'  # BUILD of a global
+    yield 'dict', b'}S"x"\nNs}S"__setstate__"\nNsb.'  # BUILD of a dict
     yield 'tuple', b'cnumpy\ndtype\n(S"f4"\ntR}S"np"\nNsb.'  # a state that sets attributes
     yield 'ndarray', b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(K\x00tS"b"\ntR.'
     yield 'fill', py2_array(b'12345678', (3,)) + b'.'  # too few bytes
     yield 'fill', py2_array(b'12345678', (1,)) + b'.'  # too many
-    yield 'fill', py2_array(b'12345678', (1,), b'O8') + b'.'  # pointers, from bytes
+    yield 'fill', py2_array(b'12345678', (1,), b'O8') + b'.'  # bytes as pointers to objects
     yield 'fill', py2_array(b'', (60000,) * 9) + b'.'
-    yield 'sizes', py2_array(b'', (2**1000,) * 200) + b'.'  # whose product takes hours, if longer
-    yield 'sizes', py2_array(b'', (0,) * 1000) + b'.'
+    # a product of longer sizes would take hours
+    yield 'tuple of sizes', py2_array(b'', (2**1000,) * 200) + b'.'
+    yield 'tuple of sizes', py2_array(b'', (0,) * 1000) + b'.'
     yield (
         'plain',
         b'}\x8a\x09' + (2**61 - 1).to_bytes(9, 'little') + b'K\x01s.',
-    )  # one of millions with one hash
+    )  # one of many large integers that share a hash
     yield 'plain', b'}](e' + b'K\x01s.'  # a list as a key
     yield 'plain', b'}K\x01\x85' + b'2\x86' * 60 + b'K\x01s.'  # a key whose hash takes 2^60 steps
 
 
-def test_malice_is_refused_by_name(tmp_path):
+def test_malicious_pickles_are_refused_and_the_error_names_the_reason(tmp_path):
     canary = str(tmp_path / 'canary')
-    for name, raw in evil_pickles(canary):
+    for name, raw in malicious_pickles(canary):
         with pytest.raises(CorpusError) as e:
             read_bytes(raw, tmp_path)
-        said = str(e.value)
-        assert name in said and 'x.pkl' in said and '\n' not in said, (name, said)
+        message = str(e.value)
+        assert name in message and 'x.pkl' in message and '\n' not in message, (name, message)
         assert not os.path.exists(canary), name
 
 
-def test_truncated_anywhere(tmp_path):
+def test_a_pickle_truncated_anywhere_is_refused(tmp_path):
     raw = pickle.dumps(msena(), 4)
     for cut in random.Random(0).sample(range(len(raw)), 40):
         with pytest.raises(CorpusError, match='x.pkl'):
@@ -271,7 +273,7 @@ def test_truncated_anywhere(tmp_path):
 
 
 @pytest.mark.parametrize('protocol', [0, 2, 5])
-def test_a_lying_length_allocates_nothing(protocol, tmp_path):
+def test_a_stated_length_beyond_the_file_is_refused(protocol, tmp_path):
     for opcode, width in zip(
         (b'B', b'X', b'T', b'\x8b', b'\x8d', b'\x8e', b'\x96'), (4, 4, 4, 4, 8, 8, 8)
     ):
@@ -280,7 +282,7 @@ def test_a_lying_length_allocates_nothing(protocol, tmp_path):
             read_bytes(bytes([0x80, protocol]) + head + b'abc', tmp_path)
 
 
-def test_500_mutations_never_surprise(tmp_path):
+def test_500_damaged_pickles_convert_or_raise_a_corpus_error(tmp_path):
     assert min(mutate_pickles(tmp_path, 500).values()) > 20
     assert not [p for p in os.listdir(tmp_path) if '.tmp-' in p]
 
@@ -291,16 +293,15 @@ def test_500_mutations_never_surprise(tmp_path):
 
 @pytest.mark.parametrize('lengths', [True, False])
 @pytest.mark.parametrize('protocol', [0, 2, 5])
-def test_what_goes_in_comes_out(lengths, protocol, tmp_path):
+def test_conversion_keeps_texts_labels_lengths_and_frames(lengths, protocol, tmp_path):
     tree = msena(lengths=lengths)
     tree['train']['vision'] = np.asfortranarray(tree['train']['vision'])
     tree['train']['raw_text'] = np.array(tree['train']['raw_text'])
     tree['valid']['raw_text'] = np.array([t.encode() for t in tree['valid']['raw_text']], object)
     convert(save(tree, tmp_path / 'source.pkl', protocol), str(tmp_path / 'corpus'))
     corpus = data.Corpus(tmp_path / 'corpus')
-    assert corpus.widths == {'audio': 5, 'vision': 2} and corpus.n_clips == dict(
-        train=6, valid=3, test=2
-    )
+    assert corpus.widths == {'audio': 5, 'vision': 2}
+    assert corpus.n_clips == dict(train=6, valid=3, test=2)
     assert corpus.meta['labels']['label']['range'] == [-3, 3]
     assert corpus.meta['streams']['audio']['padding'] == 'right'
     for split, s in tree.items():
@@ -316,7 +317,7 @@ def test_what_goes_in_comes_out(lengths, protocol, tmp_path):
     assert np.allclose(corpus.meta['streams']['audio']['std'], frames.std(0), atol=1e-6)
 
 
-def test_left_padding_takes_the_last_frames(tmp_path):
+def test_with_left_padding_the_last_frames_are_kept(tmp_path):
     for lengths in (True, False):
         tree = msena(lengths=lengths)
         want = [s['audio'][1, :2].copy() for s in tree.values()]
@@ -331,10 +332,10 @@ def test_left_padding_takes_the_last_frames(tmp_path):
             assert np.array_equal(corpus.frames(split, 'audio', 1), w)
 
 
-def test_cleaning_is_counted(tmp_path):
+def test_repairs_are_counted(tmp_path):
     """
-    nan and inf to 0, impossible lengths from the last non-zero frame, empty and all-zero clips
-    kept.
+    nan and inf become 0, an impossible length is found from the last nonzero frame, and clips that
+    are empty or all zero are kept.
     """
     tree = msena()
     t = tree['train']
@@ -352,20 +353,18 @@ def test_cleaning_is_counted(tmp_path):
     assert np.isfinite(x).all() and x[0, 0] == 0
 
 
-def test_labels(tmp_path):
+def test_a_label_that_is_nan_or_outside_the_range_is_refused(tmp_path):
     tree = msena()
     tree['valid']['regression_labels'][1] = 4.0
-    refused(tree, tmp_path, 'valid$_$1', '4.0', '--label_range')
+    assert_refused(tree, tmp_path, 'valid$_$1', '4.0', '--label_range')
     tree['valid']['regression_labels'][1] = np.nan
-    refused(tree, tmp_path, 'valid$_$1', 'nan')
+    assert_refused(tree, tmp_path, 'valid$_$1', 'nan')
     tree['valid']['regression_labels'][1] = 4.0
-    assert converted(tree, tmp_path, label_range=(-5, 5)).meta['labels']['label']['range'] == [
-        -5,
-        5,
-    ]
+    corpus = converted(tree, tmp_path, label_range=(-5, 5))
+    assert corpus.meta['labels']['label']['range'] == [-5, 5]
 
 
-def test_sims_has_four_labels_in_one(tmp_path):
+def test_ch_sims_has_four_labels_in_the_range_of_1(tmp_path):
     tree = msena()
     for s in tree.values():
         s['regression_labels'] /= 3
@@ -379,28 +378,28 @@ def test_sims_has_four_labels_in_one(tmp_path):
         corpus.label('train', 'emotion')
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_errors_name_what_a_source_lacks(tmp_path):
     tree = msena()
     del tree['valid']['regression_labels']
-    refused(tree, tmp_path, 'valid', 'regression_labels', 'annotations')
+    assert_refused(tree, tmp_path, 'valid', 'regression_labels', 'annotations')
     tree = msena()
     del tree['test']
-    refused(tree, tmp_path, 'test', 'train, valid')
+    assert_refused(tree, tmp_path, 'test', 'train, valid')
     tree = msena()
     del tree['test']['audio']
-    refused(tree, tmp_path, 'audio', 'test')
+    assert_refused(tree, tmp_path, 'audio', 'test')
     tree = msena()
     tree['train']['audio'] = tree['train']['audio'][:-1]
-    refused(tree, tmp_path, 'audio', '6 clips')
+    assert_refused(tree, tmp_path, 'audio', '6 clips')
     tree = msena()
     tree['test']['vision'] = tree['test']['vision'][..., :1]
-    refused(tree, tmp_path, 'vision', '2 features', '1 in test')
-    refused([1, 2], tmp_path, 'list', 'train')
+    assert_refused(tree, tmp_path, 'vision', '2 features', '1 in test')
+    assert_refused([1, 2], tmp_path, 'list', 'train')
     with pytest.raises(CorpusError, match="'nowhere'.*'toy'.*folder.*pkl"):
         open_corpus('nowhere', tmp_path)
 
 
-def test_text_alone_and_one_stream_alone(tmp_path):
+def test_a_source_may_lack_one_stream_or_both(tmp_path):
     tree = msena()
     for s in tree.values():
         del s['vision']
@@ -413,7 +412,7 @@ def test_text_alone_and_one_stream_alone(tmp_path):
     assert corpus.widths == {} and 'neither' in describe(corpus.meta)
 
 
-def test_utterance_vectors_are_one_frame(tmp_path):
+def test_a_vector_per_clip_is_one_frame(tmp_path):
     tree = msena()
     for s in tree.values():
         s['audio'] = s['audio'][:, 0]
@@ -422,7 +421,7 @@ def test_utterance_vectors_are_one_frame(tmp_path):
     assert np.array_equal(corpus.frames('train', 'audio', 2)[0], tree['train']['audio'][2])
 
 
-def lists(folder, labels='neutral surprise joy'.split()):
+def folder_of_lists(folder, labels='neutral surprise joy'.split()):
     folder.mkdir()
     for split in SPLITS:
         features = [
@@ -442,21 +441,21 @@ def lists(folder, labels='neutral surprise joy'.split()):
     return str(folder)
 
 
-def test_a_folder_of_lists(tmp_path):
-    corpus = open_corpus(lists(tmp_path / 'TINY'), tmp_path / 'data')
+def test_a_folder_of_lists_is_converted_once(tmp_path):
+    corpus = open_corpus(folder_of_lists(tmp_path / 'TINY'), tmp_path / 'data')
     names = corpus.meta['labels']['emotion']['names']
-    assert names == ['neutral', 'surprise', 'joy']  # in MELD's order
+    assert names == ['neutral', 'surprise', 'joy']  # in the order of MELD
     assert corpus.label('test', 'emotion').tolist() == [0, 1, 2]
     assert corpus.label('test', 'emotion').dtype == np.int64
     assert corpus.lengths('train', 'audio').tolist() == [4, 5, 6]
     assert corpus.lengths('train', 'vision').tolist() == [2, 2, 2]
     assert get_batch(corpus, 'train', [2, 0], label='emotion')['label'].tolist() == [2, 0]
-    again = open_corpus(tmp_path / 'TINY', tmp_path / 'data')  # is not made again
-    assert again.folder == corpus.folder and len(os.listdir(tmp_path / 'data')) == 1
+    second = open_corpus(tmp_path / 'TINY', tmp_path / 'data')  # opens the same folder
+    assert second.folder == corpus.folder and len(os.listdir(tmp_path / 'data')) == 1
 
 
-def test_an_unknown_class_is_named(tmp_path):
-    source = lists(tmp_path / 'TINY', ['b', 'a', 'a'])
+def test_a_class_that_train_lacks_is_refused(tmp_path):
+    source = folder_of_lists(tmp_path / 'TINY', ['b', 'a', 'a'])
     clips = pickle.load(open(tmp_path / 'TINY' / 'TINY_test.pkl', 'rb'))
     clips[1]['label'] = 'rage'
     save(clips, tmp_path / 'TINY' / 'TINY_test.pkl')
@@ -464,7 +463,7 @@ def test_an_unknown_class_is_named(tmp_path):
         convert(source, str(tmp_path / 'out'))
 
 
-def test_float16_is_standardised_or_refused(tmp_path):
+def test_float16_is_standardised_and_an_overflow_is_refused(tmp_path):
     tree = msena(n=(70, 3, 2))
     corpus = converted(tree, tmp_path, dtype='float16')
     info = corpus.meta['streams']['audio']
@@ -475,27 +474,27 @@ def test_float16_is_standardised_or_refused(tmp_path):
         get_batch(corpus, 'train', [3], standardise=False)
     tree['test']['audio'][1, 0, 0] = 1e6
     (tmp_path / 'b').mkdir()
-    refused(tree, tmp_path / 'b', 'audio', 'once standardised', '65504', dtype='float16')
+    assert_refused(tree, tmp_path / 'b', 'audio', 'standardised', '65504', dtype='float16')
 
 
-def test_killed_in_the_middle_leaves_nothing_that_opens(tmp_path):
+def test_a_killed_conversion_leaves_no_folder_that_opens(tmp_path):
     source = save(msena(n=(50, 3, 2)), tmp_path / 'source.pkl')
     program = f"""import os, signal
 from corpora import convert
-convert.halve = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+convert.standardise_to_float16 = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 convert.convert({source!r}, {str(tmp_path / 'corpus')!r}, dtype='float16')"""
     died = subprocess.run([sys.executable, '-c', program], cwd=HERE)
     assert died.returncode == -signal.SIGKILL
     left = [p for p in os.listdir(tmp_path) if p.startswith('corpus')]
-    assert len(left) == 1 and '.tmp-' in left[0]  # half a corpus
+    assert len(left) == 1 and '.tmp-' in left[0]  # an unfinished corpus
     for folder in [tmp_path / left[0], tmp_path / left[0] / 'corpus', tmp_path / 'corpus']:
         with pytest.raises(CorpusError):
             open_corpus(folder, tmp_path)
     convert(source, str(tmp_path / 'corpus'))
-    assert sorted(os.listdir(tmp_path)) == ['corpus', 'source.pkl']  # the next sweeps it
+    assert sorted(os.listdir(tmp_path)) == ['corpus', 'source.pkl']  # removed by the next one
 
 
-def test_two_at_once(tmp_path):
+def test_two_processes_can_convert_one_source_at_the_same_time(tmp_path):
     source = save(msena(), tmp_path / 'source.pkl')
     program = (
         f"import data; print(data.open_corpus({source!r}, {str(tmp_path / 'data')!r}).n_clips)"
@@ -506,15 +505,15 @@ def test_two_at_once(tmp_path):
     assert len(os.listdir(tmp_path / 'data')) == 1
 
 
-def test_full_disk_is_a_sentence(tmp_path, monkeypatch):
+def test_a_full_disk_raises_a_corpus_error(tmp_path, monkeypatch):
     def full(*a):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(conversion, 'write_stream', full)
-    refused(msena(), tmp_path, 'No space left')
+    assert_refused(msena(), tmp_path, 'No space left')
 
 
-def test_damaged_corpus_is_named(tmp_path):
+def test_errors_name_the_damaged_file_of_a_corpus_folder(tmp_path):
     corpus = converted(msena(), tmp_path)
     path = Path(corpus.folder) / 'train' / 'audio.npy'
     path.write_bytes(path.read_bytes()[:-8])
@@ -529,28 +528,28 @@ def test_damaged_corpus_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')
-def test_mosi(tmp_path):
+def test_mosi_is_converted(tmp_path):
     corpus = open_corpus(MOSI, tmp_path)
     assert list(corpus.n_clips.values()) == [1284, 229, 686] and corpus.meta['text']['upper_case']
     assert corpus.meta['streams']['vision']['clips_empty'] == 2
     assert corpus.widths == {'audio': 73, 'vision': 3}
-    assert data.lower_if_shouting(corpus.text('train'), corpus)[0] == 'anyhow it was really good'
+    texts = data.lowercase_if_all_caps(corpus.text('train'), corpus)
+    assert texts[0] == 'anyhow it was really good'
     want = pickle.loads(MOSI.read_bytes())['test']
     assert np.array_equal(
         corpus.frames('test', 'audio', 7), want['audio'][7, : want['audio_lengths'][7]]
     )
 
 
-def test_command_line(tmp_path):
+def test_the_command_line_prints_a_summary_or_one_error_line(tmp_path):
     def run(*argv):
         command = [sys.executable, os.path.abspath(data.__file__), *argv]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     source = save(msena(), tmp_path / 'source.pkl')
     done = run(source, '--name=tiny', '--dtype=float16', '--label_range=-5,5')
-    assert done.returncode == 0 and all(
-        w in done.stdout for w in ('6 train', '[-5.0, 5.0]', 'float16')
-    )
+    assert done.returncode == 0
+    assert all(w in done.stdout for w in ('6 train', '[-5.0, 5.0]', 'float16'))
     for argv in (
         ['--nam=x', source],
         ['nowhere'],
@@ -563,11 +562,12 @@ def test_command_line(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Padding, lengths, names, classes and encodings: right values are known from how a source is made
+# Padding, lengths, names, classes and encodings. The sources are made here, so the expected values
+# are known.
 
 
 def clip_frames(r, n, d, lead=0, trail=0, hole=0):
-    """ n frames without a zero, but for `lead` at the head, `trail` at the tail, a hole inside. """
+    """ n frames, nonzero except for `lead` at the head, `trail` at the tail and `hole` inside. """
     x = r.uniform(0.5, 2.0, (n, d)).astype(np.float32)
     x[:lead] = 0
     x[n - trail :] = 0
@@ -576,7 +576,7 @@ def clip_frames(r, n, d, lead=0, trail=0, hole=0):
 
 
 def padded(lengths, L, d, side, dtype=np.float32, seed=0, **zeros):
-    """ Clips of known lengths [N] as one array [N,L,d] with zeros for padding at `side`. """
+    """ Clips of the given lengths [N] as one array [N,L,d], padded with zeros at `side`. """
     r, x = np.random.default_rng(seed), np.zeros((len(lengths), L, d), dtype)
     for i, n in enumerate(lengths):
         at = slice(L - n, L) if side == 'left' else slice(0, n)
@@ -585,7 +585,10 @@ def padded(lengths, L, d, side, dtype=np.float32, seed=0, **zeros):
 
 
 def aligned(side, n=(40, 16, 16), L=20, full=2, dtype=np.float32, **zeros):
-    """ An aligned source without lengths, and those {split: [N]}; `full` clips a split fill L. """
+    """
+    An aligned source that states no lengths, and its true lengths {split: [N]}. `full` clips of
+    each split have the full length L.
+    """
     tree, lengths = {}, {}
     for k, (split, N) in enumerate(zip(SPLITS, n)):
         own = np.random.default_rng(k).integers(5, L - 4, N)
@@ -611,7 +614,7 @@ def assert_lengths(corpus, lengths, less=0, streams=STREAMS):
 @pytest.mark.parametrize('protocol', [2, 4])
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_zeros_opposite_the_padding_belong_to_the_clip(side, protocol, dtype, tmp_path):
-    """ A zero row that stands for [CLS] (or its mirror image), and clips that fill the length. """
+    """ A zero frame at the head, as for [CLS] (at the tail for left padding), in all clips. """
     edge = 'lead' if side == 'right' else 'trail'
     tree, lengths = aligned(side, dtype=dtype, **{edge: 1})
     convert(save(tree, tmp_path / 'source.pkl', protocol), str(tmp_path / 'corpus'))
@@ -626,70 +629,71 @@ def test_zeros_opposite_the_padding_belong_to_the_clip(side, protocol, dtype, tm
     assert info['padding'] == side and info['clips_cut'] == info['clips_cut_with_zeros'] == shorter
     assert info['padding_found']['by'] == 'zero frames'
     assert info['padding_found'][side] == 2 * shorter  # of audio and of vision
-    assert f'{shorter} clips were found by cutting zero frames' in describe(corpus.meta)
+    assert f'{shorter} clips were found by cutting all-zero frames' in describe(corpus.meta)
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
 @pytest.mark.parametrize('full', [1, 12, 15, 16])
-def test_clips_that_fill_the_length_do_not_decide(side, full, tmp_path):
-    """ Up to all clips of valid and test fill the length: their one zero row is no padding. """
+def test_clips_of_full_length_do_not_decide_the_padding_side(side, full, tmp_path):
+    """ The zero frame of clips of full length, up to all of valid and test, is no padding. """
     edge = 'lead' if side == 'right' else 'trail'
     tree, lengths = aligned(side, full=full, **{edge: 1})
     assert_lengths(converted(tree, tmp_path), lengths)
 
 
-def test_zeros_at_the_padding_are_padding_unless_the_text_says_otherwise(tmp_path):
-    """ A zero row for [SEP] is cut; with BERT's mask, or vectors of the same frames, it stays. """
+def test_a_zero_frame_next_to_the_padding_is_cut_unless_the_text_covers_it(tmp_path):
+    """ A zero frame for [SEP] is cut. With an aligned BERT mask or text features, it is kept. """
     tree, lengths = aligned('right', lead=1, trail=1)
     corpus = converted(tree, tmp_path)
     assert_lengths(corpus, lengths, less=1)
     assert corpus.meta['streams']['audio']['padding'] == 'right'
     for name in ('mask', 'vectors', 'bert'):
         for split, s in tree.items():
-            live = np.arange(20) < lengths[split][:, None]  # [N,L]
+            mask = np.arange(20) < lengths[split][:, None]  # [N,L]
             s.pop('text_bert', None)
             s.pop('text', None)
             if name == 'mask':
-                s['text_bert'] = np.stack([live * 101, live, 0 * live], 1)  # [N,3,L]
+                s['text_bert'] = np.stack([mask * 101, mask, 0 * mask], 1)  # [N,3,L]
             if name == 'vectors':
-                s['text'] = live[..., None] * np.ones(4)  # [N,L,4]
+                s['text'] = mask[..., None] * np.ones(4)  # [N,L,4]
             if name == 'bert':
-                s['text'] = np.ones((len(live), 20, 4))  # BERT's features show no lengths
+                s['text'] = np.ones((len(mask), 20, 4))  # BERT's features show no lengths
         (tmp_path / name).mkdir()
         corpus = converted(tree, tmp_path / name)
         assert_lengths(corpus, lengths, less=int(name == 'bert'))
-        info, said = corpus.meta['streams']['audio'], describe(corpus.meta)
+        info, summary = corpus.meta['streams']['audio'], describe(corpus.meta)
         if name == 'bert':
-            assert 'not read text [40, 20, 4]' in said and info['clips_cut'] == 72
+            assert 'not read text [40, 20, 4]' in summary and info['clips_cut'] == 72
         else:
-            assert info['clips_cut'] == 0 and 'lengths go at least as far as text' in said
-            assert 'not read' not in said
+            assert info['clips_cut'] == 0 and 'no clip is shorter than its text in text' in summary
+            assert 'not read' not in summary
 
 
-def test_a_text_that_is_not_aligned_is_not_believed(tmp_path):
-    """ Masks shorter than the frames, padded at the other side, or of another frame count. """
+def test_a_text_that_is_not_aligned_does_not_change_lengths(tmp_path):
+    """ Masks that are shorter, padded on the other side, of another length, or not masks. """
     tree, lengths = aligned('right')
     for name in ('shorter', 'other side', 'other count', 'no mask'):
         for split, s in tree.items():
             own = lengths[split][:, None]
-            live = np.arange(20) < (own // 2 if name == 'shorter' else own)  # [N,L]
+            is_text = np.arange(20) < (own // 2 if name == 'shorter' else own)  # [N,L]
             if name == 'other side':
-                live = live[:, ::-1]
+                is_text = is_text[:, ::-1]
             if name == 'other count':
-                live = np.ones((len(own), 30), bool)
-            mask = live * (7 if name == 'no mask' else 1)
-            s['text_bert'] = np.stack([live, mask, live], 1).astype(np.int64)  # [N,3,L]
+                is_text = np.ones((len(own), 30), bool)
+            mask = is_text * (7 if name == 'no mask' else 1)
+            s['text_bert'] = np.stack([is_text, mask, is_text], 1).astype(np.int64)  # [N,3,L]
         (tmp_path / name).mkdir()
         corpus = converted(tree, tmp_path / name)
         assert_lengths(corpus, lengths)
-        said = describe(corpus.meta)
-        assert f"not read text_bert [40, 3, {30 if name == 'other count' else 20}]" in said
-        assert ('text_bert is not used for lengths' in said) == (name in ('shorter', 'other side'))
+        summary = describe(corpus.meta)
+        assert f"not read text_bert [40, 3, {30 if name == 'other count' else 20}]" in summary
+        not_used = 'text_bert is not used for lengths' in summary
+        assert not_used == (name in ('shorter', 'other side'))
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
-def test_faces_that_are_missing_do_not_turn_the_side(side, tmp_path):
-    """ Vision has zero frames at the head and at the tail of every third clip; audio has not. """
+def test_missing_faces_do_not_change_the_padding_side(side, tmp_path):
+    """ In every third clip, vision has zero frames at both ends, and audio has none. """
     tree, lengths = aligned(side, full=3)
     want = {}
     for split, s in tree.items():
@@ -699,7 +703,7 @@ def test_faces_that_are_missing_do_not_turn_the_side(side, tmp_path):
             end = first + lengths[split][i]
             s['vision'][i, first : first + 2] = 0
             s['vision'][i, end - 2 : end] = 0
-            want[split][i] -= 2  # the two at the padding are not to be told from it
+            want[split][i] -= 2  # those next to the padding are cut with it
     corpus = converted(tree, tmp_path)
     assert_lengths(corpus, lengths, streams=['audio'])
     assert_lengths(corpus, want, streams=['vision'])
@@ -707,12 +711,12 @@ def test_faces_that_are_missing_do_not_turn_the_side(side, tmp_path):
 
 
 def without_clip(k, lengths):
-    """ The lengths {split: [N]} where clip k of each split is empty. """
+    """ lengths {split: [N]}, with 0 for clip k of each split. """
     return {split: np.where(np.arange(len(own)) == k, 0, own) for split, own in lengths.items()}
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
-def test_clips_of_one_length_with_silence_opposite_the_padding(side, tmp_path):
+def test_silence_opposite_the_padding_is_kept_in_clips_of_one_length(side, tmp_path):
     tree, lengths = aligned('right')
     for split, s in tree.items():
         for m in STREAMS:
@@ -724,8 +728,8 @@ def test_clips_of_one_length_with_silence_opposite_the_padding(side, tmp_path):
     assert_lengths(converted(tree, tmp_path), lengths)
 
 
-def test_keys_as_bytes(tmp_path):
-    """ As a Python 2 file has them that was loaded with encoding='bytes' and saved again. """
+def test_keys_may_be_bytes(tmp_path):
+    """ A Python 2 file has such keys if it was loaded with encoding='bytes' and saved again. """
     plain = msena()
     tree = {split.encode(): {k.encode(): v for k, v in s.items()} for split, s in plain.items()}
     corpus = converted(tree, tmp_path)
@@ -733,7 +737,7 @@ def test_keys_as_bytes(tmp_path):
     assert corpus.widths == {'audio': 5, 'vision': 2}
 
 
-def test_silence_inside_and_a_clip_of_zeros(tmp_path):
+def test_silence_inside_a_clip_is_kept_and_a_clip_of_zeros_is_empty(tmp_path):
     for name, zeros in dict(hole=dict(hole=2), lead=dict(lead=3)).items():
         tree, lengths = aligned('right', **zeros)
         for s in tree.values():
@@ -748,8 +752,8 @@ def test_silence_inside_and_a_clip_of_zeros(tmp_path):
 
 
 @pytest.mark.parametrize('lead', [0, 1])
-def test_no_padding_at_all(lead, tmp_path):
-    """ All clips fill the length, also where all of them begin with a zero row. """
+def test_clips_of_full_length_have_no_padding(lead, tmp_path):
+    """ Also if all clips begin with a zero frame (lead=1). """
     tree, lengths = aligned('right', full=99, lead=lead)
     corpus = converted(tree, tmp_path)
     assert_lengths(corpus, lengths)
@@ -757,8 +761,8 @@ def test_no_padding_at_all(lead, tmp_path):
     assert 'padding side' not in describe(corpus.meta)
 
 
-def test_mixed_evidence_stops_and_the_user_decides(tmp_path):
-    """ Half the clips, one split (even of 4 %), or one stream is padded on the other side. """
+def test_mixed_evidence_for_the_padding_side_is_refused_without_the_flag(tmp_path):
+    """ Half the clips, one split (of only 4 % of the clips) or one stream has the other side. """
 
     def half():
         tree = aligned('right')[0]
@@ -776,21 +780,22 @@ def test_mixed_evidence_stops_and_the_user_decides(tmp_path):
         return {s: c | {'vision': left[s]['vision']} for s, c in aligned('right')[0].items()}
 
     for make in (half, split, stream):
-        refused(make(), tmp_path, '--padding=left or --padding=right', 'audio', 'head', 'tail')
+        assert_refused(make(), tmp_path, '--padding=left or --padding=right', 'audio', 'head', 'tail')
     tree, own = aligned('right')
     for side in ('left', 'right'):
         (tmp_path / side).mkdir()
         corpus = converted(half(), tmp_path / side, padding=side)
         n = np.arange(40)
-        turned = (n % 2 == 0) == (side == 'right')  # padded at the other end, they fill the length
+        # clips that are padded on the other side get the full length
+        turned = (n % 2 == 0) == (side == 'right')
         want = np.where(turned, 20, own['train'])
         assert corpus.lengths('train', 'audio').tolist() == want.tolist()
         assert 'given by --padding' in describe(corpus.meta)
-    refused(tree, tmp_path, 'left or right', padding='up')
+    assert_refused(tree, tmp_path, 'left or right', padding='up')
 
 
-def test_stated_lengths_decide_and_a_missing_one_is_found(tmp_path):
-    """ Stated lengths keep true zeros on both sides; None and impossible ones are found. """
+def test_stated_lengths_decide_and_missing_ones_are_found(tmp_path):
+    """ Stated lengths keep true zeros at both ends; None and impossible lengths are found. """
     for side in ('left', 'right'):
         tree, lengths = aligned(side, lead=1, trail=1)
         want = {}
@@ -798,7 +803,7 @@ def test_stated_lengths_decide_and_a_missing_one_is_found(tmp_path):
             want[split] = lengths[split].copy()
             stated = lengths[split].tolist()
             stated[4], stated[5] = None, 99
-            want[split][4:6] -= 1  # their zero frame at the padding is taken for padding
+            want[split][4:6] -= 1  # their zero frame next to the padding is cut
             s['audio_lengths'], s['vision_lengths'] = stated, np.array(stated, object)
         (tmp_path / side).mkdir()
         corpus = converted(tree, tmp_path / side)
@@ -808,7 +813,7 @@ def test_stated_lengths_decide_and_a_missing_one_is_found(tmp_path):
         assert info['padding_found']['by'] == 'stated lengths'
 
 
-def test_a_large_corpus_is_sampled(tmp_path, monkeypatch):
+def test_the_padding_side_of_a_large_corpus_is_found_from_a_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(frames, 'SIDE_SAMPLE', 7)
     tree, lengths = aligned('left', trail=1)
     corpus = converted(tree, tmp_path)
@@ -816,11 +821,11 @@ def test_a_large_corpus_is_sampled(tmp_path, monkeypatch):
     assert corpus.meta['streams']['audio']['padding_found']['read'] == 2 * 3 * 7
 
 
-def test_small_chunks_give_the_same(tmp_path, monkeypatch):
+def test_the_chunk_size_does_not_change_the_result(tmp_path, monkeypatch):
     tree, lengths = aligned('left', trail=1)
     for split, s in tree.items():
-        live = np.arange(20) >= 20 - lengths[split][:, None]
-        s['text_bert'] = np.stack([live, live, live], 1).astype(np.float32)
+        mask = np.arange(20) >= 20 - lengths[split][:, None]
+        s['text_bert'] = np.stack([mask, mask, mask], 1).astype(np.float32)
     for module in (frames, padding, streams):
         monkeypatch.setattr(module, 'CHUNK_BYTES', 2000)
     corpus = converted(tree, tmp_path)
@@ -829,8 +834,8 @@ def test_small_chunks_give_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')
-def test_mosi_stays_as_it_was(tmp_path):
-    """ SHA-256 of all arrays, by the version before lengths were found by all this. """
+def test_the_arrays_of_mosi_have_their_known_hash(tmp_path):
+    """ SHA-256 of all arrays, from the version before lengths were found from zero frames. """
     convert(str(MOSI), str(tmp_path / 'corpus'))
     whole = hashlib.sha256()
     for path in sorted((tmp_path / 'corpus').rglob('*.npy')):
@@ -840,13 +845,13 @@ def test_mosi_stays_as_it_was(tmp_path):
 
 @pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')
 @pytest.mark.parametrize('side', ['left', 'right'])
-def test_mosi_aligned_again_has_its_true_lengths(side, tmp_path):
-    """ Its words' timings in 50 rows behind (or before) a row of zeros, without lengths. """
+def test_the_lengths_of_an_aligned_mosi_are_found(side, tmp_path):
+    """ One frame per word behind (or before) a zero frame, padded to 50, without lengths. """
     tree, lengths = pickle.loads(MOSI.read_bytes()), {}
     for split, s in tree.items():
         N = len(s['id'])
         words = np.minimum(np.array(s['vision_lengths']), 49)  # [N]
-        words[s['vision'][np.arange(N), words - 1].any(-1) == 0] = 0  # two have none
+        words[s['vision'][np.arange(N), words - 1].any(-1) == 0] = 0  # two clips have no words
         lengths[split] = words + 1
         x = np.zeros((N, 50, 3), np.float32)
         sound = s['audio'][np.arange(N), np.array(s['audio_lengths']) - 1]  # [N,73]
@@ -858,14 +863,14 @@ def test_mosi_aligned_again_has_its_true_lengths(side, tmp_path):
             del s[m + '_lengths']
     corpus = converted(tree, tmp_path)
     assert corpus.meta['streams']['vision']['padding'] == side
-    # a clip without words is zeros alone
+    # a clip without words is all zero
     want = {k: np.where(v == 1, 0, v) for k, v in lengths.items()}
     assert_lengths(corpus, want)
     assert 11 < np.mean(want['train']) < 14
 
 
 def ragged(n=(8, 3, 3)):
-    """ Clips of different length that begin with a zero frame -> tree, lengths {split: [N]}. """
+    """ A source with one array per clip, of its own length, and the lengths {split: [N]}. """
     tree, lengths = {}, {}
     for k, (split, N) in enumerate(zip(SPLITS, n)):
         own = 3 + np.arange(N) % 4
@@ -889,8 +894,8 @@ def object_array(items):
 
 
 @pytest.mark.parametrize('kind', ['list', 'object array', 'float16', 'one split'])
-def test_ragged_arrays_are_as_long_as_they_are(kind, tmp_path):
-    """ Also where a split is too small to show it: all its clips have one length there. """
+def test_a_clip_of_ragged_arrays_is_as_long_as_its_array(kind, tmp_path):
+    """ Also in a split of one clip, which alone does not show that arrays are ragged. """
     tree, lengths = ragged(n=(8, 1, 3) if kind == 'one split' else (8, 3, 3))
     for s in tree.values():
         for m in STREAMS:
@@ -906,11 +911,11 @@ def test_ragged_arrays_are_as_long_as_they_are(kind, tmp_path):
 
 
 @pytest.mark.parametrize('side', ['left', 'right'])
-def test_a_stated_length_below_the_own_one_counts(side, tmp_path):
+def test_a_stated_length_below_that_of_the_array_is_used(side, tmp_path):
     tree, lengths = ragged()
     want = {}
     for split, s in tree.items():
-        for i, n in enumerate(lengths[split]):  # one more frame of padding on a side
+        for i, n in enumerate(lengths[split]):  # one frame of padding
             pad = np.zeros((1, 3), np.float32)
             own = s['audio'][i]
             s['audio'][i] = np.concatenate([pad, own[:-1]] if side == 'left' else [own[1:], pad])
@@ -925,7 +930,7 @@ def test_a_stated_length_below_the_own_one_counts(side, tmp_path):
     assert corpus.meta['streams']['audio']['lengths_repaired'] == 3
 
 
-def test_a_list_of_arrays_of_one_size_is_padded(tmp_path):
+def test_padding_is_found_in_a_list_of_arrays_of_one_size(tmp_path):
     tree, lengths = aligned('left', trail=1)
     for s in tree.values():
         s['audio'], s['vision'] = list(s['audio']), object_array(s['vision'])
@@ -936,7 +941,7 @@ def test_a_list_of_arrays_of_one_size_is_padded(tmp_path):
     assert_lengths(corpus, without_clip(7, lengths), streams=['audio'])
 
 
-NOTHING = {
+NO_FRAMES = {
     'None': None,
     'NaN': float('nan'),
     '(0,)': np.zeros(0, np.float32),
@@ -946,19 +951,18 @@ NOTHING = {
 }
 
 
-@pytest.mark.parametrize('what', [*NOTHING, 'shared zeros', 'shared NaN', 'flat'])
+@pytest.mark.parametrize('what', [*NO_FRAMES, 'shared zeros', 'shared NaN', 'flat'])
 @pytest.mark.parametrize('layout', ['list', 'object array'])
-def test_one_clip_without_a_stream_is_empty(what, layout, tmp_path):
-    """ In train alone, twice; the other clips keep their frames, and the summary names the two. """
+def test_a_clip_without_a_stream_is_empty(what, layout, tmp_path):
+    """ Two clips of train; the others keep their frames, and the summary names the two clips. """
     tree, lengths = ragged()
     s = tree['train']
     if what == 'flat':
         for c in tree.values():
             c['audio'] = [x[1] for x in c['audio']]
     whole = [np.array(x) for x in s['audio']]
-    nothing = np.zeros((4, 3), np.float32) if what == 'shared zeros' else np.full((4, 3), np.nan)
-    nothing = NOTHING.get(what, None if what == 'flat' else nothing)
-    s['audio'][1] = s['audio'][6] = nothing
+    shared = np.zeros((4, 3), np.float32) if what == 'shared zeros' else np.full((4, 3), np.nan)
+    s['audio'][1] = s['audio'][6] = NO_FRAMES.get(what, None if what == 'flat' else shared)
     if layout == 'object array':
         for c in tree.values():
             c['audio'] = object_array(c['audio'])
@@ -975,7 +979,7 @@ def test_one_clip_without_a_stream_is_empty(what, layout, tmp_path):
 
 
 def test_a_stream_without_any_clip_is_absent(tmp_path):
-    """ None for all clips is no stream; None for all clips of one split is that split empty. """
+    """ With None for all clips of one split, the stream exists, and is empty in that split. """
     tree, lengths = ragged()
     for s in tree.values():
         s['audio'] = [None] * len(s['id'])
@@ -990,15 +994,15 @@ def test_a_stream_without_any_clip_is_absent(tmp_path):
     assert corpus.meta['streams']['audio']['clips_missing'] == 8
     tree['test']['audio'] = [np.ones((2, 4))] * 3
     (tmp_path / 'c').mkdir()
-    refused(tree, tmp_path / 'c', 'audio', '3 features in valid', '4 in test')
+    assert_refused(tree, tmp_path / 'c', 'audio', '3 features in valid', '4 in test')
     tree['test']['audio'] = [np.ones((2, 3))] * 3
-    refused(tree, tmp_path / 'c', 'one array for many clips', 'test0 and test1')
+    assert_refused(tree, tmp_path / 'c', 'one array for many clips', 'test0 and test1')
 
 
 def list_clips(
     folder, edit=lambda split, clips: None, labels=('neutral', 'surprise', 'joy'), name='TINY'
 ):
-    """ A folder of lists, changed by `edit`; clip i has 4 + i frames of audio, 3 of video. """
+    """ A folder of lists, changed by `edit`. Clip i has 4 + i frames of audio and 3 of video. """
     folder.mkdir(parents=True)
     for split in SPLITS:
         r = np.random.default_rng(len(split))
@@ -1019,8 +1023,8 @@ def list_clips(
     return str(folder)
 
 
-def test_missing_entries_of_a_list_get_their_default(tmp_path):
-    """ One clip without audio, length, id, speaker or dialogue, as None or as a missing key. """
+def test_missing_values_of_a_list_get_a_default(tmp_path):
+    """ Clips without an id, speaker, dialogue, audio or length: None, NaN or a missing key. """
 
     def edit(split, clips):
         if split == 'train':
@@ -1040,11 +1044,11 @@ def test_missing_entries_of_a_list_get_their_default(tmp_path):
     assert corpus.meta['streams']['audio']['lengths_repaired'] == 1
     first = dict(id='entry 0 of train', speaker='train1', dialogue='train2')
     assert corpus.meta['defaults'] == {k: dict(count=1, first=[v]) for k, v in first.items()}
-    said = describe(corpus.meta)
-    assert all(w in said for w in ('train1 (train)', 'id       1 missing', 'entry 0 of train'))
+    summary = describe(corpus.meta)
+    assert all(w in summary for w in ('train1 (train)', 'id       1 missing', 'entry 0 of train'))
 
 
-def test_missing_ids_in_one_table(tmp_path):
+def test_missing_ids_and_speakers_get_a_default(tmp_path):
     tree = msena()
     tree['valid']['id'] = object_array(['a', None, 'c'])
     tree['test']['speaker'] = [None, 'x']
@@ -1065,7 +1069,7 @@ RENAMED = dict(
 )
 
 
-def test_known_names_are_read_and_said(tmp_path):
+def test_other_known_names_are_read_and_listed_in_the_summary(tmp_path):
     plain, tree = msena(), msena()
     for split, s in plain.items():
         tree[split] = {RENAMED.get(k, k): v for k, v in s.items()}
@@ -1079,19 +1083,20 @@ def test_known_names_are_read_and_said(tmp_path):
         for m in STREAMS:
             assert np.array_equal(a.lengths(split, m), b.lengths(split, m))
             assert np.array_equal(a.frames(split, m, 1), b.frames(split, m, 1))
-    said = describe(b.meta)
+    summary = describe(b.meta)
     for words in ("'Acoustic' as audio", "'FACET 4.2' as vision", "'dev' as valid"):
-        assert words in said
-    assert 'text [6, 50, 768], annotations [6]' in said and a.meta['renamed'] == {}
+        assert words in summary
+    assert 'text [6, 50, 768], annotations [6]' in summary and a.meta['renamed'] == {}
 
 
-def test_what_was_not_read_is_named(tmp_path):
+def test_the_summary_lists_the_keys_that_were_not_read(tmp_path):
     tree = msena()
     for s in tree.values():
         s['eeg'], s['text_bert'] = np.zeros((len(s['id']), 4, 9)), np.zeros((len(s['id']), 3, 50))
-        s['video'] = [f'{i}.mp4' for i in range(len(s['id']))]  # a path is no second vision
-    said = describe(converted(tree, tmp_path).meta)
-    assert 'eeg [6, 4, 9]' in said and 'text_bert [6, 3, 50]' in said and 'video [6]' in said
+        s['video'] = [f'{i}.mp4' for i in range(len(s['id']))]  # paths, so not vision
+    summary = describe(converted(tree, tmp_path).meta)
+    assert 'eeg [6, 4, 9]' in summary and 'text_bert [6, 3, 50]' in summary
+    assert 'video [6]' in summary
 
     def edit(split, clips):
         clips[1]['features']['wav2vec'] = np.zeros((7, 8))
@@ -1101,14 +1106,14 @@ def test_what_was_not_read_is_named(tmp_path):
             c['features']['text_raw'] = c['features'].pop('text')
 
     corpus = open_corpus(list_clips(tmp_path / 'TINY', edit), tmp_path / 'data')
-    said = describe(corpus.meta)
-    assert 'wav2vec [7, 8] in 3 clips' in said and 'age in 9 clips' in said
-    assert "'visual' as vision" in said and "'text_raw' as text" in said
+    summary = describe(corpus.meta)
+    assert 'wav2vec [7, 8] in 3 clips' in summary and 'age in 9 clips' in summary
+    assert "'visual' as vision" in summary and "'text_raw' as text" in summary
     assert corpus.text('test')[1] == 'test 1'
     assert corpus.lengths('test', 'vision').tolist() == [3, 3, 3]
 
 
-def test_two_names_for_one_thing_are_refused(tmp_path):
+def test_two_keys_for_one_field_are_refused(tmp_path):
     twins = dict(
         audio='acoustic',
         vision='video',
@@ -1119,8 +1124,8 @@ def test_two_names_for_one_thing_are_refused(tmp_path):
     for key, twin in twins.items():
         tree = msena()
         tree['valid'][twin] = tree['valid'][key]
-        refused(tree, tmp_path, repr(key), repr(twin), 'valid')
-        tree['valid'][twin] = None  # which holds nothing
+        assert_refused(tree, tmp_path, repr(key), repr(twin), 'valid')
+        tree['valid'][twin] = None  # a key without a value is ignored
         converted(tree, tmp_path)
         shutil.rmtree(tmp_path / 'corpus')
 
@@ -1131,7 +1136,7 @@ def test_two_names_for_one_thing_are_refused(tmp_path):
         convert(list_clips(tmp_path / 'TINY', edit), str(tmp_path / 'out'))
 
 
-def test_a_split_file_under_another_name(tmp_path):
+def test_a_split_file_may_have_another_known_name(tmp_path):
     source = list_clips(tmp_path / 'TINY')
     os.rename(tmp_path / 'TINY' / 'TINY_valid.pkl', tmp_path / 'TINY' / 'TINY_dev.pkl')
     assert open_corpus(source, tmp_path / 'data').n_clips['valid'] == 3
@@ -1149,14 +1154,14 @@ def test_a_split_file_under_another_name(tmp_path):
         ('sad joy', 'joy sad'),
     ],
 )
-def test_classes_are_those_of_the_corpus(has, names, tmp_path):
-    """ In the order of a known map where that has them all, else sorted. """
+def test_the_classes_are_those_of_train_in_a_known_order(has, names, tmp_path):
+    """ In the order of a known corpus if that has all of them, and else sorted. """
     corpus = open_corpus(list_clips(tmp_path / 'TINY', labels=has.split()), tmp_path / 'data')
     assert corpus.meta['labels']['emotion']['names'] == names.split()
     assert corpus.label('test', 'emotion').tolist() == [names.split().index(y) for y in has.split()]
 
 
-def test_a_class_of_test_alone_is_refused_though_the_map_has_it(tmp_path):
+def test_a_class_of_a_known_corpus_that_only_test_has_is_refused(tmp_path):
     def edit(split, clips):
         if split == 'test':
             clips[1]['label'] = 'fear'
@@ -1172,8 +1177,8 @@ CHINESE, FRENCH = '我不喜欢这部电影', 'It’s déjà vu'
     'codec, text', [('gbk', CHINESE), ('cp1252', FRENCH), ('big5', '電影'), ('utf-16', FRENCH)]
 )
 @pytest.mark.parametrize('kind', ['list', 'object', 'S array', 'protocol 2', 'features'])
-def test_bytes_that_are_not_utf8(codec, text, kind, tmp_path):
-    """ One text of valid: named with split, entry and clip; and read by --encoding. """
+def test_bytes_that_are_not_utf8_need_the_encoding(codec, text, kind, tmp_path):
+    """ The error names the text by split, entry and clip. With `encoding` the text is read. """
     raw = text.encode(codec)
     if kind == 'features':
 
@@ -1192,7 +1197,7 @@ def test_bytes_that_are_not_utf8(codec, text, kind, tmp_path):
                 s['raw_text'][1] = raw
             if kind == 'object':
                 s['raw_text'] = object_array(s['raw_text'])
-            if kind == 'S array' and codec != 'utf-16':  # whose zero bytes an S array would strip
+            if kind == 'S array' and codec != 'utf-16':  # an S array strips zero bytes
                 s['raw_text'] = np.array(s['raw_text'])
         protocol = 2 if kind == 'protocol 2' else 4
         source, clip = save(tree, tmp_path / 'source.pkl', protocol), 'valid$_$1'
@@ -1203,7 +1208,7 @@ def test_bytes_that_are_not_utf8(codec, text, kind, tmp_path):
             assert word in str(e.value), str(e.value)
     meta = convert(source, str(tmp_path / 'out'), encoding=codec)
     assert data.Corpus(tmp_path / 'out').text('valid')[1] == text
-    assert f'bytes were read as {codec}' in describe(meta)
+    assert f'bytes were decoded as {codec}' in describe(meta)
 
 
 def py2_strings(*texts):
@@ -1211,8 +1216,7 @@ def py2_strings(*texts):
     return b'](' + b''.join(b'U' + bytes([len(t)]) + t for t in texts) + b'e'
 
 
-def test_strings_of_python_2(tmp_path):
-    """ ASCII and UTF-8 are read as they are; other bytes are refused, or read by --encoding. """
+def test_python_2_strings_that_are_not_utf8_need_the_encoding(tmp_path):
 
     def write(text):
         raw = b'\x80\x02}('
@@ -1236,11 +1240,11 @@ def test_strings_of_python_2(tmp_path):
         convert(write(CHINESE.encode('gbk')), str(tmp_path / 'out'))
 
 
-def test_text_that_was_read_as_latin1(tmp_path):
-    """ C1 control characters show it: repaired where one reading makes sense; all counted. """
+def test_texts_that_were_decoded_as_latin1_are_repaired_or_counted(tmp_path):
+    """ C1 control characters show it. A text is repaired if only one decoding makes sense. """
     tree = msena()
-    read_wrong = FRENCH.encode().decode('latin1')
-    tree['train']['raw_text'][:4] = ['It\x92s great', read_wrong, 'caf\xe9', '\x81 undefined']
+    wrongly_decoded = FRENCH.encode().decode('latin1')
+    tree['train']['raw_text'][:4] = ['It\x92s great', wrongly_decoded, 'caf\xe9', '\x81 undefined']
     tree['test']['raw_text'][0] = '电影不错但是'.encode('gbk').decode('latin1') + '\x85\x96'
     tree['test']['raw_text'][1] = 'half \ud83d'
     corpus = converted(tree, tmp_path)
@@ -1249,17 +1253,20 @@ def test_text_that_was_read_as_latin1(tmp_path):
     text = corpus.meta['text']
     assert text['cp1252_read_as_latin1'] == text['utf8_read_as_latin1'] == 1
     assert text['control_characters'] == 2
-    said = describe(corpus.meta)
-    assert '1 with cp1252 read as Latin-1' in said and '2 with NUL or C1 control characters, left' in said
-    assert '1 with half a surrogate pair' in said
+    summary = describe(corpus.meta)
+    decoded = 'had been decoded as Latin-1 (C1 control characters), repaired: 1'
+    assert f'texts with cp1252 that {decoded}' in summary
+    assert f'texts with UTF-8 that {decoded}' in summary
+    assert 'a sign of a wrong encoding, left unchanged: 2' in summary
+    assert 'half a surrogate pair, replaced by ?: 1' in summary
 
 
 @pytest.mark.parametrize('codec', ['klingon', 'hex', 'rot13', '', 'a\0b', '--'])
-def test_an_unknown_codec_is_a_sentence(codec, tmp_path):
-    refused(msena(), tmp_path, '--encoding=', 'Python knows', encoding=codec)
+def test_an_unknown_encoding_is_refused(codec, tmp_path):
+    assert_refused(msena(), tmp_path, '--encoding=', 'not a text encoding', encoding=codec)
 
 
-def test_flags_for_padding_and_encoding(tmp_path):
+def test_the_command_line_takes_padding_and_encoding(tmp_path):
     tree, lengths = aligned('right')
     for s in tree.values():
         s['raw_text'] = [CHINESE.encode('gbk')] * len(s['id'])
@@ -1280,7 +1287,7 @@ def test_flags_for_padding_and_encoding(tmp_path):
 
 
 def test_a_folder_of_an_earlier_version_opens(tmp_path):
-    """ Its meta.json has none of the entries that say what was guessed. """
+    """ Its meta.json has no entries on how names, padding and lengths were found. """
     corpus = converted(msena(), tmp_path)
     meta = json.loads((tmp_path / 'corpus' / 'meta.json').read_text())
     for key in ('renamed', 'unread', 'defaults'):
@@ -1296,7 +1303,7 @@ def test_a_folder_of_an_earlier_version_opens(tmp_path):
             s.pop(key, None)
     (tmp_path / 'corpus' / 'meta.json').write_text(json.dumps(meta))
     old = data.Corpus(tmp_path / 'corpus')
-    assert 'padding right' in describe(old.meta)
+    assert 'padding on the right' in describe(old.meta)
     batches = [get_batch(c, 'train', [2])['audio'] for c in (old, corpus)]
     assert torch.equal(*batches)
 
@@ -1305,7 +1312,7 @@ def test_a_folder_of_an_earlier_version_opens(tmp_path):
 # Batches
 
 
-def test_epoch_order_covers_all_once():
+def test_epoch_order_has_each_clip_once_and_batches_of_similar_cost():
     cost = rng.integers(1, 500, 1000)
     for epoch in (0, 1, None):
         batches = epoch_order(cost, 8, 3, epoch)
@@ -1320,28 +1327,22 @@ def test_epoch_order_covers_all_once():
     assert (np.diff(cost[np.concatenate(epoch_order(cost, 8, 3, None))]) >= 0).all()
 
 
-def test_get_batch(tmp_path):
+def test_get_batch_pads_masks_and_standardises(tmp_path):
     tree = msena()
     corpus = converted(tree, tmp_path)
     tokens = [list(range(1, n + 1)) for n in (3, 1, 2, 5, 4, 1)]
     b = get_batch(corpus, 'train', [3, 0], tokens, pad_id=9, standardise=False)
-    assert b['tokens'].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9]] and b[
-        'text_len'
-    ].tolist() == [5, 3]
-    assert b['text_mask'].tolist() == [[True] * 5, [True] * 3 + [False] * 2] and b[
-        'index'
-    ].tolist() == [3, 0]
+    assert b['tokens'].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9]]
+    assert b['text_len'].tolist() == [5, 3]
+    assert b['text_mask'].tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    assert b['index'].tolist() == [3, 0]
     assert b['audio'].shape == (2, 4, 5) and b['audio_len'].tolist() == [4, 1]
     assert b['audio_mask'].tolist() == [[True] * 4, [True] + [False] * 3]
-    assert (
-        np.array_equal(b['audio'][0], tree['train']['audio'][3, :4])
-        and (b['audio'][1, 1:] == 0).all()
-    )
+    assert np.array_equal(b['audio'][0], tree['train']['audio'][3, :4])
+    assert (b['audio'][1, 1:] == 0).all()
     assert np.array_equal(b['label'], tree['train']['regression_labels'][[3, 0]])
-    assert (
-        b['index'].dtype == b['tokens'].dtype == torch.int64
-        and b['audio'].dtype == b['label'].dtype
-    )
+    assert b['index'].dtype == b['tokens'].dtype == torch.int64
+    assert b['audio'].dtype == b['label'].dtype
     info = corpus.meta['streams']['vision']
     s = get_batch(corpus, 'train', np.array([3, 0]))
     want = (tree['train']['vision'][3, :4] - info['mean']) / info['std']
@@ -1355,39 +1356,34 @@ def test_get_batch(tmp_path):
 
 
 def test_a_small_file_cannot_become_a_huge_corpus(tmp_path):
-    """
-    No frames but ten million features, or one array given for every clip: refused before anything
-    is allocated.
-    """
+    """ Refused: no frames of ten million features each, and one array shared by all clips. """
     tree = msena()
     for s in tree.values():
         s['audio'] = np.zeros((len(s['raw_text']), 0, 10**7), np.float32)
-    refused(tree, tmp_path, 'of one width, 1 to 65536')
+    assert_refused(tree, tmp_path, 'the same 1 to 65536 features')
     tree, one = msena(), np.ones((7, 5), np.float32)
     for s in tree.values():
         s['audio'] = [one] * len(s['raw_text'])
-    refused(tree, tmp_path, 'one array for many clips')
+    assert_refused(tree, tmp_path, 'one array for many clips')
 
 
 # -------------------------------------------------------------------------------------------------
-# the toy corpus
+# The toy corpus
 
 
-def test_toy_labels_by_hand():
+def test_toy_labels_equal_those_computed_by_hand():
     """
-    Praise (v = 1.6) in a flat voice (-.4) with a smile (.8) is sarcasm: -1.6 - .4 + .8 = -1.2,
-    sadness as the voice is not high. The same words with a neutral face: 1.6 - .4 = 1.2,
-    contentment. Clipped at 3: 1.6 + .6 + .8 + 1.
+    Praise (v = 1.6) in a flat voice (-.4) with a smile (.8) is sarcasm: -1.6 - .4 + .8 = -1.2, and
+    sadness, as the arousal is not high. With a neutral face it is 1.6 - .4 = 1.2, contentment. The
+    sum 1.6 + .6 + .8 + 1 is clipped to 3.
     """
     assert toy.toy_label(1.6, 0.0, 'flat', 'smile') == (-1.2, 1)
     assert toy.toy_label(1.6, 0.0, 'flat', 'neutral') == (1.2, 3)
     assert toy.toy_label(1.6, 1.0, 'high', 'smile') == (3.0, 4)
 
 
-def test_ceilings_by_monte_carlo():
-    """
-    Each ceiling is what the best guesser scores on 200,000 drawn clips, within 4 standard errors.
-    """
+def test_upper_bounds_equal_a_monte_carlo_estimate():
+    """ The best predictions for 200,000 drawn clips reach the bounds within 4 standard errors. """
     draw, n = np.random.default_rng(0), 200_000
     v, pair, noise = (
         draw.integers(5, size=n),
@@ -1419,10 +1415,8 @@ def test_ceilings_by_monte_carlo():
     )
 
 
-def test_additive_ceiling_against_a_linear_programme():
-    """
-    min sum |y - f(t) - g(av)| is linear in f, g and the absolute errors: scipy's exact answer.
-    """
+def test_the_late_fusion_bound_equals_that_of_a_linear_programme():
+    """ min sum |y - f(t) - g(av)| is a linear programme, which scipy solves exactly. """
     optimize = pytest.importorskip('scipy.optimize')
     rows = toy.toy_table()
     t, av, y, n = rows[:, 0].astype(int), rows[:, 1].astype(int), rows[:, 2], len(rows)
@@ -1438,43 +1432,37 @@ def test_additive_ceiling_against_a_linear_programme():
     assert toy.toy_ceilings()['late']['mae'] == pytest.approx(exact, abs=1e-6)
 
 
-def test_toy_corpus_is_seeded_and_walks_the_real_road(tmp_path):
+def test_the_toy_corpus_is_seeded_and_converted_as_an_msena_file(tmp_path):
     a, b = (
         toy.make_toy(str(tmp_path / name), n_clips=(50, 10, 10)) or data.Corpus(tmp_path / name)
         for name in 'ab'
     )
-    assert (
-        a.meta['source']['sha256'] == b.meta['source']['sha256']
-        and a.meta['source']['layout'] == 'msena'
-    )
+    assert a.meta['source']['sha256'] == b.meta['source']['sha256']
+    assert a.meta['source']['layout'] == 'msena'
     assert a.text('test') == b.text('test') and a.label('train', 'emotion').dtype == np.int64
-    assert (
-        a.meta['labels']['emotion']['names'] == toy.EMOTIONS and not (tmp_path / 'a.pkl').exists()
-    )
-    assert set(a.lengths('train', 'audio')) <= set(range(14, 25)) and set(
-        a.lengths('train', 'vision')
-    ) <= set(range(10, 17))
+    assert a.meta['labels']['emotion']['names'] == toy.EMOTIONS
+    assert not (tmp_path / 'a.pkl').exists()
+    assert set(a.lengths('train', 'audio')) <= set(range(14, 25))
+    assert set(a.lengths('train', 'vision')) <= set(range(10, 17))
 
 
-def test_a_run_is_measured_against_the_best_additive_reader_of_its_own_clips(tmp_path):
+def test_adding_compares_a_run_with_the_late_fusion_bound_on_its_own_clips(tmp_path):
     """
-    That reader itself gains nothing, one that knows everything does, and one that is tested on
-    other labels is refused.
+    The late-fusion predictor itself is not better, the best predictor from all latent variables is
+    better, and a run that was tested on other labels is refused.
     """
     rows, (source, _, states) = toy.toy_table(), toy.draw()
     t, av = states['test'].T
     y = source['test']['regression_labels']
     table, least = toy.additive_fit(rows[:, 0].astype(int), rows[:, 1].astype(int), rows[:, 2])
-    knows = np.array(
+    best = np.array(
         [
             [np.median(rows[(rows[:, 0] == i) & (rows[:, 1] == j), 2]) for j in range(9)]
             for i in range(5)
         ]
     )
-    assert (
-        abs(least - toy.toy_ceilings()['late']['mae']) < 1e-9
-        and abs(np.abs(y - table[t, av]).mean() - least) < 0.05
-    )
+    assert abs(least - toy.toy_ceilings()['late']['mae']) < 1e-9
+    assert abs(np.abs(y - table[t, av]).mean() - least) < 0.05
 
     def run(name, pred, label=y):
         (tmp_path / name).mkdir()
@@ -1494,29 +1482,26 @@ def test_a_run_is_measured_against_the_best_additive_reader_of_its_own_clips(tmp
         )
         return str(tmp_path / name)
 
-    assert '+0.000 +- 0.000' in adding([run('adds', table[t, av])]) and 'not better' in adding(
-        [str(tmp_path / 'adds')]
-    )
-    assert ', better than adding can be' in adding(
-        [run('knows', knows[t, av]), str(tmp_path / 'adds')]
-    )
+    verdict = adding([run('late', table[t, av])])
+    assert '+0.000 +- 0.000' in verdict and 'not better' in verdict
+    assert ', better than adding can be' in adding([run('best', best[t, av]), f'{tmp_path}/late'])
     with pytest.raises(EvalError, match='not tested on the scores'):
         adding([run('other', y, -y)])
 
 
-def test_a_corpus_that_another_process_has_just_made(tmp_path, monkeypatch):
-    """ It ends between the look for the folder and the conversion. """
-    def late(source, folder):
+def test_a_corpus_that_another_process_makes_at_the_same_time_is_opened(tmp_path, monkeypatch):
+    """ The other process finishes after open_corpus looked for the folder. """
+    def convert_after_another(source, folder):
         convert(source, folder)
         return convert(source, folder)
 
-    monkeypatch.setattr(data, 'convert', late)
+    monkeypatch.setattr(data, 'convert', convert_after_another)
     source = save(msena(), tmp_path / 'source.pkl')
     assert open_corpus(source, tmp_path / 'data').n_clips['train'] == 6
 
 
-def test_a_clip_may_have_several_numbers(tmp_path):
-    """ 'id' beside 'clip_id' is the id, as before there were other names; alone, 'clip_id' is. """
+def test_the_key_id_is_preferred_to_other_names_of_ids(tmp_path):
+    """ 'clip_id' is read as the id only if there is no 'id'. """
     tree = msena()
     for s in tree.values():
         s['clip_id'] = [f'number {i}' for i in range(len(s['id']))]
@@ -1530,13 +1515,13 @@ def test_a_clip_may_have_several_numbers(tmp_path):
 
 
 @pytest.mark.parametrize('codec', ['utf-16-le', 'utf-16-be', 'utf-32-le'])
-def test_utf16_without_a_mark_is_no_utf8(codec, tmp_path):
-    """ Of plain letters it is valid UTF-8, with a NUL character before or behind each letter. """
+def test_utf16_without_a_byte_order_mark_is_not_read_as_utf8(codec, tmp_path):
+    """ ASCII letters in UTF-16 are valid UTF-8, with a NUL character before or after each. """
     tree = msena()
     tree['valid']['raw_text'] = [t.encode(codec) for t in tree['valid']['raw_text']]
     source = save(tree, tmp_path / 'source.pkl')
     with pytest.raises(CorpusError, match='Entry 0 of raw_text of the split valid .* not UTF-8'):
         convert(source, str(tmp_path / 'out'))
     tree['valid']['raw_text'] = ['a\0b\0'] + [''] * (len(tree['valid']['raw_text']) - 1)
-    meta = convert(save(tree, tmp_path / 'source.pkl'), str(tmp_path / 'out'))   # text already
-    assert '1 with NUL or C1 control characters, left' in data.describe(meta)
+    meta = convert(save(tree, tmp_path / 'source.pkl'), str(tmp_path / 'out'))   # a str stays
+    assert 'a sign of a wrong encoding, left unchanged: 1' in data.describe(meta)

@@ -799,7 +799,7 @@ def test_readme_commands_run(corpora, tmp_path, monkeypatch, capsys):
         else:
             assert words[:3] == ['-m', 'pytest', '-q'], line
     assert ran.count('train.py') >= 2 and {'eval.py', 'data.py', '-m'} <= set(ran)
-    assert 'train on it with --corpus=data/mosei' in capsys.readouterr().out
+    assert 'train on it: python train.py CONFIG --corpus=data/mosei' in capsys.readouterr().out
 
 
 def test_only_the_allowed_packages_are_imported():

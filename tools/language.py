@@ -22,7 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
 from corpora.unpickle import CorpusError
-from data import lower_if_shouting, open_corpus, tokenize
+from data import lowercase_if_all_caps, open_corpus, tokenize
 from lm import ModelError
 from metrics import markdown_table
 from run.load_lm import frozen_text, load_tokenizer
@@ -87,7 +87,7 @@ def classify(x, y, x_test, n_steps=100):
 def all_texts(corpus):
     """ The texts of all splits; what is shouted throughout in lower case. """
     return [text for split in corpus.n_clips
-            for text in lower_if_shouting(corpus.text(split), corpus)]
+            for text in lowercase_if_all_caps(corpus.text(split), corpus)]
 
 
 def mean_length(texts):
@@ -156,7 +156,7 @@ def subsets(source, lm, n=300, seed=0):
     for split in ('train', 'test'):
         label = corpus.label(split)
         keep = np.flatnonzero(label)
-        texts = lower_if_shouting(corpus.text(split), corpus)
+        texts = lowercase_if_all_caps(corpus.text(split), corpus)
         x[split] = embed([texts[i] for i in keep], lm)  # [N,D]
         y[split] = (label[keep] > 0).astype(int)  # [N]
     if not 0 < y['train'].mean() < 1:
