@@ -1,19 +1,17 @@
 """
-The systems that the papers compare with, each a class that reads as its paper, through the same
-train.py.
+The baselines of the papers, one class each. train.py trains them like any other system.
 
-    python train.py config/baseline_tfn.py                  the toy corpus
+    python train.py config/baseline_tfn.py      on the toy corpus
     python train.py config/baseline_tfn.py --dataset=mosi --corpus=unaligned_50.pkl
-                                                            its published hyperparameters
+                                                with the hyperparameters published for CMU-MOSI
 
-Text enters as the paper has it: an encoder that is fine-tuned (text_features='tuned'), or the last
-hidden states of any Hugging Face model, computed once (text_features='frozen'). Every stream has a
-length and a mask of its own, and nothing here reads padding. The ports that the field's tables come
-from (MMSA) have bugs that we do not repeat; where one matters, the class says so, and
-tests/test_baselines.py holds it.
+The text is read by a fine-tuned encoder (text_features='tuned'), or as the last hidden states of a
+Hugging Face model, computed once (text_features='frozen'). Each stream has its own lengths and
+mask, and no system reads padding. MMSA, the framework behind most published tables, has bugs that
+are not repeated here: the class names them, and tests/test_baselines.py tests that they are absent.
 
-Axis letters, the same in every file:
-    B clips   T text tokens   S audio or video frames   L any sequence   D text width
+Axis letters:
+    B clips   T text tokens   S audio or video frames   L, M any sequence   D text width
     d width of a system   h heads   N clips of the train split
     m a stream: 'text', 'audio' or 'vision'
 """
@@ -42,43 +40,43 @@ from run.load_lm import lm_config, load_tokenizer, specials, width_of
 from run.new_lm import load_text_encoder
 from system import System, grouped
 
-STREAMS = ('text', 'audio', 'vision')  # the order of every knob that is a list
+STREAMS = ('text', 'audio', 'vision')  # also the order of the numbers in a knob with one per stream
 
 
 # --------------------------------------------------------------------------------------------------
-# What they share
+# Shared parts
 
 class Baseline(System):
     """
-    A system of two methods: `fuse(x, batch)`, hidden states of the text to a dict with pred [B] and
-    whatever its losses want, and `own_loss(out, batch)`, the terms that it adds to the task's,
-    already weighted. Its parts are made in __init__, whose arguments are the same for all.
+    The base class. A baseline implements `fuse(x, batch)`, which takes the hidden states of the
+    text x [B,T,D] and returns a dict with pred [B] and the tensors that its losses need. It may
+    implement `own_loss(out, batch)`, which returns its auxiliary losses, already weighted.
     """
 
     class Knobs(EncoderKnobs, OrdinalKnobs):
-        text_features: Literal['tuned', 'frozen'] = 'tuned'  # a 'tuned' encoder, or 'frozen' hidden states of any LM
-        lr_encoder: AtLeast(0) = 1.0  # learning rate of the encoder over lr
-        dropout: Share() = 0.1        # behind the fusion, where the paper has one, and in a new encoder
+        text_features: Literal['tuned', 'frozen'] = 'tuned'  # tuned encoder or stored hidden states
+        lr_encoder: AtLeast(0) = 1.0  # learning rate of the encoder, as a multiple of lr
+        dropout: Share() = 0.1        # after the fusion, if the paper has it, and in a new encoder
 
     task_loss = staticmethod(l1)
-    needs = ('audio', 'vision')
-    lr_parts = ('encoder',)  # parts with a learning rate of their own: the knob lr_encoder ..
-    scorer = None            # name of the part that reads the fused vector, if any
+    needs = ('audio', 'vision')  # streams that the corpus must have
+    lr_parts = ('encoder',)  # parts whose learning rate is lr times the knob lr_<part>
+    scorer = None            # name of the module that reads the fused vector, if there is one
 
     def __init__(self, encoder, D, facts, k):
         """
-        encoder: TextEncoder, or None where hidden states are frozen. D: width of the hidden states.
-        facts: of the corpus, as System.build has them. k: the knobs.
+        encoder: a TextEncoder, or None if hidden states are frozen. D: width of the hidden states.
+        facts: the corpus, as in System.build. k: the knobs.
         """
         super().__init__()
         if 'range' not in facts.labels[k['label']]:
-            raise ModelError(f"the label {k['label']!r} is one of classes, "
-                             f"and {k['system']} is a system for regression.")
-        if lacks := [m for m in self.needs if m not in facts.widths]:
+            raise ModelError(f"label={k['label']!r} has classes, but system={k['system']!r} only "
+                             "learns scores: choose a label with scores.")
+        if missing := [m for m in self.needs if m not in facts.widths]:
             raise ModelError(
-                f"system={k['system']!r} needs {' and '.join(self.needs)}, and this corpus has no "
-                f"{lacks[0]}: take another corpus, or the system that has the knob late_streams, "
-                "with those that are there.")
+                f"system={k['system']!r} needs {' and '.join(self.needs)}, but this corpus has no "
+                f"{missing[0]}: choose another corpus, or list the streams that it has in the knob "
+                "late_streams of the late-fusion system.")
         if encoder is not None:
             encoder.fits(k['max_text_len'])
         self.encoder = encoder
@@ -90,16 +88,16 @@ class Baseline(System):
         for name, default in class_knobs(cls).items():
             is_numbers = isinstance(default, list) and not isinstance(default[0], str)
             if is_numbers and len(k[name]) != len(default):
-                wrong.append(f"{name}={k[name]} must be {len(default)} numbers")
+                wrong.append(f"{name}={k[name]} must be a list of {len(default)} numbers")
         if k['text_features'] == 'frozen' and k['lm'] == 'new':
-            wrong.append("text_features='frozen' is for an --lm= that exists, not for 'new'")
+            wrong.append("text_features='frozen' needs a pretrained model in --lm=, not 'new'")
         return wrong
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
         if 'text' not in cls.seen(k):
             return cls.assemble(k, facts, None, None), None
-        if cls.frozen_features(k):  # the feed has the hidden states, so no weights are loaded
+        if cls.frozen_features(k):  # batches contain the hidden states, so no weights are loaded
             config, _ = lm_config(k['lm'], k['trust_remote_code'], as_data)
             width = width_of(config)
             tokenizer = load_tokenizer(k['lm'], k['trust_remote_code'], as_data)
@@ -110,7 +108,7 @@ class Baseline(System):
 
     @classmethod
     def assemble(cls, k, facts, encoder, tokenizer, width=0):
-        """ The model on an encoder that is there; width: of the hidden states, where it is None. """
+        """ Builds the model. width: of the hidden states, if encoder is None. """
         return cls(encoder, width if encoder is None else encoder.width, facts, k)
 
     @classmethod
@@ -128,20 +126,20 @@ class Baseline(System):
         return self.encoder(batch['tokens'], batch['text_mask'])
 
     def run(self, batch):
-        """ What fuse gives, in float32. """
+        """ The output of fuse, computed in float32. """
         x = self.text(batch)  # [B,T,D]
         with torch.autocast(x.device.type, enabled=False):
             return self.fuse(x.float(), batch)
 
     def predict(self, batch):
-        """ pred [B], and the scores of single streams in the systems that have such scores. """
+        """ dict of pred [B] and, in systems with unimodal scores, the score of each stream [B]. """
         return {name: v for name, v in self.run(batch).items() if v.ndim == 1}
 
     def own_loss(self, out, batch):
         return {}
 
     def loss(self, out, batch):
-        """ dict(loss, terms) of what run gave. """
+        """ out: the output of run -> dict(loss, terms). """
         label = batch['label']  # [B]
         own = self.own_loss(out, batch)
         more, extra = ordinal_loss(out['pred'], label, self.k, batch)
@@ -167,17 +165,17 @@ class Baseline(System):
 
 
 class Pooled(Baseline):
-    """ What the systems share that read the text as one vector. """
+    """ The base class of systems that read the text as one sentence vector. """
 
     class Knobs(Baseline.Knobs):
-        text_pool: Literal['first', 'mean'] = 'first'  # sentence vector: 'first' token, or the 'mean' of them
+        text_pool: Literal['first', 'mean'] = 'first'  # sentence vector: first token, or mean
 
     @classmethod
     def check(cls, k):
         wrong = super().check(k)
         if cls.frozen_features(k) and k['text_pool'] == 'first':
-            wrong.append("the first hidden state of a causal LM knows one token: "
-                         "with text_features='frozen' take text_pool='mean'")
+            wrong.append("text_features='frozen' needs text_pool='mean': in a causal LM the first "
+                         "hidden state has seen only the first token")
         return wrong
 
     def sentence(self, x, batch):
@@ -186,37 +184,37 @@ class Pooled(Baseline):
 
 
 class Attentive(Baseline):
-    """ What the systems share that fuse by attention layers of width d. """
+    """ The base class of systems that fuse by attention layers of width d. """
 
     class Knobs(Baseline.Knobs):
         fusion_width: AtLeast(1) = 50  # d, width of the fusion
-        fusion_heads: AtLeast(1) = 10  # attention heads; a divisor of fusion_width
+        fusion_heads: AtLeast(1) = 10  # attention heads; must divide fusion_width
 
     @classmethod
     def check(cls, k):
         wrong = super().check(k)
         if k['fusion_width'] % k['fusion_heads']:
             wrong.append(f"fusion_heads={k['fusion_heads']} does not divide "
-                         f"fusion_width={k['fusion_width']}: take a divisor of it")
+                         f"fusion_width={k['fusion_width']}: choose a divisor")
         return wrong
 
 
 class SubNetKnobs:
-    sub_widths: AtLeast(1) = [128, 16, 128]    # hidden width of what reads text, audio, vision
-    sub_dropouts: Share() = [0.2, 0.2, 0.2]    # dropout in what reads text, audio, vision
+    sub_widths: AtLeast(1) = [128, 16, 128]  # hidden widths of the text, audio, vision sub-networks
+    sub_dropouts: Share() = [0.2, 0.2, 0.2]  # dropout in the text, audio, vision sub-networks
 
 
 class StackKnobs:
     fusion_layers: AtLeast(1) = 4      # layers of each crossmodal stack
-    kernels: AtLeast(1) = [5, 5, 5]    # of the convolutions over text, audio, vision, steps
-    attn_dropout: Share() = 0.2        # on attention weights (MulT: over text, and in the last stacks)
-    res_dropout: Share() = 0.0         # on what a layer of a stack adds
-    embed_dropout: Share() = 0.2       # on what enters a stack
+    kernels: AtLeast(1) = [5, 5, 5]    # kernel sizes of the convolutions: text, audio, vision
+    attn_dropout: Share() = 0.2        # on attention weights (MulT: over text, in self-attention)
+    res_dropout: Share() = 0.0         # on the residual branches of each layer
+    embed_dropout: Share() = 0.2       # on the inputs of each stack
 
 
 class Norm(nn.BatchNorm1d):
-    """ BatchNorm over features, of which a batch of one clip has no statistics: then it takes those
-    it has gathered. """
+    """ BatchNorm over features. A training batch of one clip has no variance, so it is normalised
+    with the running statistics. """
     def forward(self, x):
         """ x [B,d] -> [B,d]. """
         if self.training and len(x) == 1:
@@ -226,8 +224,8 @@ class Norm(nn.BatchNorm1d):
 
 
 class SubNet(nn.Module):
-    """ TFN's reader of audio or video: the mean of the real frames (the ports' has the padding in
-    it), BatchNorm, dropout, three linears with ReLU. """
+    """ TFN's audio or video sub-network: the mean over real frames (MMSA averages over padding
+    too), BatchNorm, dropout, three linear layers with ReLU. """
     def __init__(self, width, d, dropout):
         super().__init__()
         self.norm = Norm(width)
@@ -243,8 +241,9 @@ class SubNet(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """ An LSTM's state after the last real step, dropout, a linear. The ports read text after its
-    padding, and their dropout is inside a one-layer LSTM, where PyTorch ignores it. """
+    """ An LSTM's state at the last real step, dropout, a linear layer. In MMSA the state of the
+    text follows the padding, and dropout has no effect because PyTorch ignores it in a one-layer
+    LSTM. """
     def __init__(self, width, d, d_out, dropout):
         super().__init__()
         self.lstm = nn.LSTM(width, d, batch_first=True)
@@ -258,23 +257,23 @@ class Recurrent(nn.Module):
 
 
 class Head(nn.Module):
-    """ Dropout, two linears with ReLU, one linear to the score: the end of LF-DNN and TFN, and of
-    each of Self-MM's tasks. """
+    """ Dropout, two linear layers with ReLU, and a linear layer to the score. Used by LF-DNN, TFN,
+    Self-MM and TETFN. """
     def __init__(self, width, d, dropout):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList([nn.Linear(width, d), nn.Linear(d, d), nn.Linear(d, 1)])
 
     def forward(self, x):
-        """ x [B,width] -> the score [B], and what is behind the first linear [B,d]. """
+        """ x [B,width] -> score [B], feature after the first layer [B,d]. """
         feature = F.relu(self.layers[0](self.dropout(x)))  # [B,d]
         score = self.layers[2](F.relu(self.layers[1](feature)))[:, 0]  # [B]
         return score, feature
 
 
 class CrossLayer(nn.Module):
-    """ MulT's layer: pre-norm attention from x to y (to itself, if y is x), then a ReLU FFW of
-    width 4d. One LayerNorm for both sides, as released. """
+    """ A layer of MulT: pre-norm attention with queries from x, keys and values from y (which may
+    be x), then an FFW of width 4d with ReLU. One LayerNorm serves x and y, as in the release. """
     def __init__(self, d, n_heads, attn_dropout=0.0, res_dropout=0.0):
         super().__init__()
         self.n_heads = n_heads
@@ -303,9 +302,9 @@ class CrossLayer(nn.Module):
 
 class CrossStack(nn.Module):
     """
-    MulT's crossmodal Transformer (Tsai et al. 2019, eqs. 3-5): every layer takes x and looks at the
-    same y. Positions are added to both (MMSA's have none). Nobody sees padding; the release's mask
-    of the future is left out, as "later" means nothing between streams of different rates.
+    MulT's crossmodal Transformer (Tsai et al. 2019, eqs. 3-5): every layer attends from x to the
+    same y. Position embeddings are added to both (MMSA has none) and padding is masked. The release
+    also masks the future; here it is visible, because the steps of x and y have different rates.
     """
     def __init__(self, d, n_heads, n_layers, attn_dropout=0.0, res_dropout=0.0, embed_dropout=0.0):
         super().__init__()
@@ -314,34 +313,33 @@ class CrossStack(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.dropout = nn.Dropout(embed_dropout)
 
-    def enter(self, x):
-        """ x [B,L,d] scaled, with positions -> [B,L,d]. """
+    def embed(self, x):
+        """ Scales x and adds position embeddings: [B,L,d] -> [B,L,d]. """
         _, L, d = x.shape
         return self.dropout(d ** 0.5 * x + sinusoid(L, d, x.device))
 
-    def visible(self, x, y_mask):
-        """ [B,1,1,M]; a clip with nothing to see sees one empty step, or a softmax over nothing
-        would be NaN. """
+    def attention_mask(self, x, y_mask):
+        """ The attention mask [B,1,1,M]. A clip whose y is empty attends to one padded step, since
+        a softmax over no steps is NaN. """
         first = torch.arange(y_mask.shape[1], device=y_mask.device) == 0  # [M]
         nothing = ~y_mask.any(1, keepdim=True)  # [B,1]
         return (y_mask | first & nothing)[:, None, None]
 
     def forward(self, x, y, y_mask):
-        """ x [B,L,d] looks at y [B,M,d], y_mask [B,M] -> [B,L,d]. """
+        """ Attends from x [B,L,d] to y [B,M,d], y_mask [B,M] -> [B,L,d]. """
         to_itself = y is x
-        mask = self.visible(x, y_mask)  # [B,1,1,M]
-        x = self.enter(x)  # [B,L,d]
+        mask = self.attention_mask(x, y_mask)  # [B,1,1,M]
+        x = self.embed(x)  # [B,L,d]
         if not to_itself:
-            y = self.enter(y)  # [B,M,d]
+            y = self.embed(y)  # [B,M,d]
         for layer in self.layers:
             x = layer(x, x if to_itself else y, mask)
         return self.norm(x)
 
 
 class Conv(nn.Module):
-    """ A stream to width d, a few neighbouring steps at a time, at its own length (the ports cut
-    the ends off, which leaves nothing of a short clip); what is behind the end of a clip stays
-    zero. """
+    """ A convolution over time to width d that keeps the length (MMSA's shortens the sequence, so
+    short clips vanish). Padding stays zero. """
     def __init__(self, width, d, kernel):
         super().__init__()
         self.kernel = kernel
@@ -356,24 +354,24 @@ class Conv(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Vectors: one a stream, then a head
+# One vector per stream, then a head
 
 class Late(Pooled):
-    """ The control, and the unimodal systems: each stream of late_streams gives a score by itself,
-    a linear on the sentence vector or on an LSTM's state, and their sum is the prediction. It adds
-    and cannot fuse. """
+    """ Late fusion, the control without interaction between streams. Each stream of late_streams
+    gives a score, from a linear layer on the sentence vector or on an LSTM's last state; pred is
+    their sum. With one stream it is a unimodal system. """
 
     class Knobs(Pooled.Knobs, SubNetKnobs):
-        late_streams: Literal['text', 'audio', 'vision'] = ['text', 'audio', 'vision']  # what is added up
+        late_streams: Literal['text', 'audio', 'vision'] = ['text', 'audio', 'vision']  # summed up
 
     needs = ()
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
         widths = facts.widths
-        if lacks := [m for m in k['late_streams'] if m != 'text' and m not in widths]:
-            raise ModelError(f"late_streams={k['late_streams']}, and this corpus has no "
-                             f"{lacks[0]}: leave it out.")
+        if missing := [m for m in k['late_streams'] if m != 'text' and m not in widths]:
+            raise ModelError(f"late_streams={k['late_streams']} lists {missing[0]}, but this "
+                             f"corpus has no {missing[0]}: leave it out.")
         self.readers = nn.ModuleDict()
         for m, d, p in zip(STREAMS, k['sub_widths'], k['sub_dropouts']):
             if m in k['late_streams']:
@@ -381,7 +379,7 @@ class Late(Pooled):
 
     @classmethod
     def check(cls, k):
-        empty = [] if k['late_streams'] else ["late_streams=[] must hold at least one stream"]
+        empty = [] if k['late_streams'] else ["late_streams=[] must list at least one stream"]
         return super().check(k) + empty
 
     @classmethod
@@ -393,8 +391,7 @@ class Late(Pooled):
         return super().frozen_features(k) and 'text' in cls.seen(k)
 
     def text(self, batch):
-        """ Hidden states of the text [B,T,D]; without a reader of text, something of a batch's
-        length that is not read. """
+        """ Hidden states of the text [B,T,D]; if no reader uses the text, a placeholder [B,1]. """
         return super().text(batch) if 'text' in self.readers else batch['index'][:, None]
 
     def fuse(self, x, batch):
@@ -409,16 +406,16 @@ class Late(Pooled):
 
 
 class Vectors(Baseline):
-    """ One vector a stream, v_m [B,d_m]: text by an LSTM, audio and video by SubNets. LF-DNN, TFN
-    and LMF fuse these. """
+    """ The base class of LF-DNN, TFN and LMF, which fuse one vector per stream, v_m [B,d_m]: of
+    text by an LSTM, of audio and video by SubNets. """
 
     class Knobs(Baseline.Knobs, SubNetKnobs):
         text_out: AtLeast(1) = 128    # width of the text's vector
-        lr_audio: AtLeast(0) = 1.0    # learning rate of the SubNet of audio over lr
-        lr_vision: AtLeast(0) = 1.0   # learning rate of the SubNet of video over lr
+        lr_audio: AtLeast(0) = 1.0    # learning rate of the audio SubNet, as a multiple of lr
+        lr_vision: AtLeast(0) = 1.0   # learning rate of the video SubNet, as a multiple of lr
 
     lr_parts = ('encoder', 'audio', 'vision')
-    one_process = True  # BatchNorm
+    one_process = True  # because of BatchNorm
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
@@ -430,7 +427,7 @@ class Vectors(Baseline):
         self.widths = dict(audio=d_a, vision=d_v, text=k['text_out'])
 
     def vectors(self, x, batch):
-        """ v_a, v_v, v_t, in the order of the ports' arrays. """
+        """ v_a, v_v, v_t, in MMSA's order. """
         v_a = self.audio(batch['audio'], batch['audio_mask'])  # [B,d_a]
         v_v = self.vision(batch['vision'], batch['vision_mask'])  # [B,d_v]
         v_t = self.text_net(x, batch['text_len'])  # [B,d_t]
@@ -438,8 +435,8 @@ class Vectors(Baseline):
 
 
 class LFDNN(Vectors):
-    """ LF-DNN, the late-fusion network of MMSA (Cambria et al. 2017): the three vectors side by
-    side, then a Head. """
+    """ LF-DNN, the late-fusion network of MMSA (Cambria et al. 2017): the three vectors
+    concatenated, then a Head. """
 
     class Knobs(Vectors.Knobs):
         post_width: AtLeast(1) = 128  # hidden width of the Head
@@ -457,8 +454,8 @@ class LFDNN(Vectors):
 
 class TFN(Vectors):
     """ Tensor Fusion Network (Zadeh et al. 2017, eq. 5): the outer product of [1; v_a], [1; v_v]
-    and [1; v_t], then a Head whose sigmoid spans the corpus's label range (the ports' is (-3, 3)
-    always). """
+    and [1; v_t], then a Head. A sigmoid scales the score to the label range of the corpus (MMSA
+    always scales it to (-3, 3)). """
 
     class Knobs(Vectors.Knobs):
         post_width: AtLeast(1) = 128  # hidden width of the Head
@@ -482,13 +479,13 @@ class TFN(Vectors):
 
 
 class LMF(Vectors):
-    """ Low-rank Multimodal Fusion (Liu et al. 2018, eq. 8): TFN's tensor meets a weight of rank R,
-    so nobody makes it: y = sum_r w_r prod_m [1; v_m] F_m,r + b. Here w and b are trained; in MMSA
-    the optimizer skips them. """
+    """ Low-rank Multimodal Fusion (Liu et al. 2018, eq. 8): y = sum_r w_r prod_m [1; v_m] F_m,r +
+    b. This is TFN's outer product times a weight tensor of rank R, computed without forming the
+    outer product. Here w and b are trained; MMSA does not pass them to the optimizer. """
 
     class Knobs(Vectors.Knobs):
-        lmf_rank: AtLeast(1) = 3      # R
-        lr_factors: AtLeast(0) = 1.0  # learning rate of the factors F over lr
+        lmf_rank: AtLeast(1) = 3      # R, rank of the weight tensor
+        lr_factors: AtLeast(0) = 1.0  # learning rate of the factors F, as a multiple of lr
 
     lr_parts = ('encoder', 'audio', 'vision', 'factors')
 
@@ -503,23 +500,24 @@ class LMF(Vectors):
 
     def fuse(self, x, batch):
         ones = [F.pad(y, (1, 0), value=1.0) for y in self.vectors(x, batch)]  # 3x [B,1+d_m]
-        # in the order of self.widths: a ParameterDict sorts its names
+        # iterate over self.widths: a ParameterDict sorts its names
         a, v, t = (y @ self.factors[m].T for y, m in zip(ones, self.widths))  # 3x [B,R]
         y = (a * v * t) @ self.fusion_weights.T  # [B,1]
         return dict(pred=y[:, 0] + self.fusion_bias)
 
 
 # --------------------------------------------------------------------------------------------------
-# Inside the encoder, or behind it
+# Fusion inside a text encoder, or on its hidden states
 
-def length(x):
-    """ Euclidean length over the last axis, which stays: [..,d] -> [..,1]. """
+def l2_norm(x):
+    """ Euclidean norm over the last axis: [..,d] -> [..,1]. """
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 class MAG(nn.Module):
-    """ The Multimodal Adaptation Gate (Rahman et al. 2020, eqs. 1-4): h = sum_m relu(W_m [m; t]) *
-    (V_m m) moves the text, by at most beta of its own length; then LayerNorm and dropout. """
+    """ The Multimodal Adaptation Gate (Rahman et al. 2020, eqs. 1-4): adds the shift
+    h = sum_m relu(W_m [m; t]) * (V_m m) to the text embedding t, then LayerNorm and dropout. h is
+    scaled down to a norm of at most beta |t|. """
     def __init__(self, widths, D, beta, dropout):
         super().__init__()
         self.beta = beta
@@ -529,29 +527,30 @@ class MAG(nn.Module):
         self.values = nn.ModuleDict({m: nn.Linear(w, D) for m, w in widths.items()})
 
     def forward(self, x, frames):
-        """ x [B,T,D], frames: stream -> [B,T,d_m] -> [B,T,D]. """
+        """ x [B,T,D], frames: dict of stream -> [B,T,d_m]; -> [B,T,D]. """
         h = sum(F.relu(self.gates[m](torch.cat([y, x], -1))) * self.values[m](y)
                 for m, y in frames.items())  # [B,T,D]
-        h_length, x_length = length(h), length(x)  # [B,T,1] each
-        h_length = torch.where(h_length == 0, 1.0, h_length) + 1e-6
-        alpha = self.beta * x_length / h_length  # [B,T,1]
+        h_norm, x_norm = l2_norm(h), l2_norm(x)  # [B,T,1] each
+        h_norm = torch.where(h_norm == 0, 1.0, h_norm) + 1e-6
+        alpha = self.beta * x_norm / h_norm  # [B,T,1]
         return self.dropout(self.norm(alpha.clamp(max=1.0) * h + x))
 
 
 class MAGBERT(Pooled):
-    """ MAG-BERT: a fine-tuned encoder with a MAG between its embeddings and its first layer, then
-    dense, tanh, linear. Every token has its frames: of its word, or resampled onto the text (knob
-    resample). Special tokens have zeros. The dense layer is new (the paper's is BERT's pooler). """
+    """ MAG-BERT (Rahman et al. 2020): a fine-tuned encoder with a MAG between its embeddings and
+    its first layer, then dense, tanh, linear. Each text token gets one audio and one video vector:
+    those of its word, or frames resampled onto the tokens (knob resample); special tokens get
+    zeros. The dense layer is trained from scratch (the paper uses BERT's pooler). """
 
     class Knobs(Pooled.Knobs):
-        text_features: Literal['tuned'] = 'tuned'  # MAG is inside the encoder: not 'frozen'
-        resample: Literal['linear', 'mean', 'words'] = 'linear'  # frames onto the text's tokens; 'words': one a word
-        mag_beta: AtLeast(0) = 1.0  # the shift is at most this times the text's own length
+        text_features: Literal['tuned'] = 'tuned'  # MAG is inside the encoder, so not 'frozen'
+        resample: Literal['linear', 'mean', 'words'] = 'linear'  # of frames onto text tokens
+        mag_beta: AtLeast(0) = 1.0  # largest norm of the shift, as a multiple of the text's norm
 
     scorer = 'head'
 
     def __init__(self, encoder, D, facts, k, ends):
-        """ ends: special tokens before and behind each text, how many. """
+        """ ends: numbers of special tokens before and after each text. """
         super().__init__(encoder, D, facts, k)
         self.ends = ends
         self.mag = MAG(facts.widths, D, k['mag_beta'], k['dropout'])
@@ -573,8 +572,8 @@ class MAGBERT(Pooled):
         for m in cls.streams(k):
             if m in corpus.widths:
                 n_frames = np.median(corpus.lengths('train', m))
-                notes.append(f"{m}: a median of {n_frames:.0f} frames a clip, "
-                             f"brought to the text's tokens (resample={k['resample']!r})")
+                notes.append(f"{m}: a median of {n_frames:.0f} frames per clip, "
+                             f"resampled onto the text tokens (resample={k['resample']!r})")
         return notes
 
     def text(self, batch):
@@ -590,14 +589,15 @@ class MAGBERT(Pooled):
 
 
 class MulT(Attentive):
-    """ Multimodal Transformer (Tsai et al. 2019): each stream, by a convolution, to width d; six
-    CrossStacks, one for each ordered pair; of each stream both results side by side through a stack
-    of its own; the last real step of each. """
+    """ Multimodal Transformer (Tsai et al. 2019). A convolution brings each stream to width d. Six
+    CrossStacks attend from each stream to each other one. The two results of a stream are
+    concatenated and pass a self-attention stack. The last real steps of the three streams, also
+    concatenated, give the score. """
 
     class Knobs(Attentive.Knobs, StackKnobs):
         attn_dropout_audio: Share() = 0.2        # on attention weights over audio
         attn_dropout_vision: Share() = 0.0       # on attention weights over video
-        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # on the text before its convolution, the first number; others unused
+        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # on the text, before its convolution; 2, 3: unused
 
     scorer = 'out'
 
@@ -631,9 +631,9 @@ class MulT(Attentive):
         x = {m: conv(raw[m], mask[m]) for m, conv in self.convs.items()}  # 3x [B,L,d]
         last = []
         for m in x:
-            found = [self.cross[f'{m}_from_{o}'](x[m], x[o], mask[o])
-                     for o in x if o != m]  # 2x [B,L,d]
-            y = torch.cat(found, -1)  # [B,L,2d]
+            attended = [self.cross[f'{m}_from_{o}'](x[m], x[o], mask[o])
+                        for o in x if o != m]  # 2x [B,L,d]
+            y = torch.cat(attended, -1)  # [B,L,2d]
             last.append(last_step(self.memory[m](y, y, mask[m]), batch[m + '_len']))  # [B,2d]
         y = torch.cat(last, -1)  # [B,6d]
         y = y + self.proj_2(self.dropout(F.relu(self.proj_1(y))))  # [B,6d]
@@ -642,19 +642,20 @@ class MulT(Attentive):
 
 class MISA(Attentive):
     """
-    MISA (Hazarika et al. 2020): each stream has a private and a shared vector; a Transformer layer
-    over the six. Losses: MSE; the two kinds of vector orthogonal (difference); shared ones alike
-    (CMD of 5 moments); both together rebuild the stream. Audio and video are read to their own ends
-    (MMSA packs them by the text's length). The Transformer layer is pre-norm with GELU (the
-    release's: post-norm, ReLU), and difference has a gradient through the vectors' lengths too.
+    MISA (Hazarika et al. 2020): each stream has a private and a shared vector, and a Transformer
+    layer attends over all six. Losses: MSE; difference, which makes private and shared vectors
+    orthogonal; similarity, which makes the shared vectors alike (CMD of 5 moments); reconstruction
+    of each stream from the sum of its two vectors. Audio and video are read to their own lengths
+    (MMSA packs them by the text's length). Unlike the release, the Transformer layer is pre-norm
+    with GELU, not post-norm with ReLU, and the difference loss has a gradient through the norms.
     """
 
     class Knobs(Attentive.Knobs):
         misa_diff: AtLeast(0) = 0.1     # weight of the difference loss
         misa_sim: AtLeast(0) = 0.3      # weight of the similarity loss
         misa_rebuild: AtLeast(0) = 1.0  # weight of the reconstruction loss
-        lr_audio: AtLeast(0) = 1.0      # learning rate of the LSTMs over audio over lr
-        lr_vision: AtLeast(0) = 1.0     # learning rate of the LSTMs over video over lr
+        lr_audio: AtLeast(0) = 1.0      # learning rate of the audio LSTMs, as a multiple of lr
+        lr_vision: AtLeast(0) = 1.0     # learning rate of the video LSTMs, as a multiple of lr
 
     task_loss = staticmethod(mse)
     lr_parts = ('encoder', 'audio', 'vision')
@@ -667,8 +668,8 @@ class MISA(Attentive):
         def enter(width):
             return nn.Sequential(nn.Linear(width, d), nn.ReLU(), nn.LayerNorm(d))
 
-        self.audio = Stacked(widths['audio'])
-        self.vision = Stacked(widths['vision'])
+        self.audio = StackedLSTMs(widths['audio'])
+        self.vision = StackedLSTMs(widths['vision'])
         read = dict(text=D, audio=4 * widths['audio'], vision=4 * widths['vision'])
         self.enter = nn.ModuleDict({m: enter(width) for m, width in read.items()})
         self.private = nn.ModuleDict({m: nn.Linear(d, d) for m in read})
@@ -705,9 +706,9 @@ class MISA(Attentive):
                     rebuild=k['misa_rebuild'] * rebuild)
 
 
-class Stacked(nn.Module):
-    """ MISA's reader of frames: two bidirectional LSTMs with a LayerNorm between; the final states
-    of both ways of both. """
+class StackedLSTMs(nn.Module):
+    """ MISA's audio or video sub-network: two bidirectional LSTMs with a LayerNorm between them.
+    Returns the final states of both directions of both LSTMs. """
     def __init__(self, width):
         super().__init__()
         widths_in = (width, width, 2 * width, 2 * width)
@@ -716,26 +717,25 @@ class Stacked(nn.Module):
 
     def forward(self, x, lengths):
         """ x [B,S,width], lengths [B] -> [B,4 width]. """
-        ahead_1 = self.lstms[0](x)[0]  # [B,S,width]
-        back_1 = self.lstms[1](reverse(x, lengths))[0]  # [B,S,width]
-        y = self.norm(torch.cat([ahead_1, reverse(back_1, lengths)], -1))  # [B,S,2 width]
-        ahead_2 = self.lstms[2](y)[0]  # [B,S,width]
-        back_2 = self.lstms[3](reverse(y, lengths))[0]  # [B,S,width]
-        states = (ahead_1, ahead_2, back_1, back_2)
+        forward_1 = self.lstms[0](x)[0]  # [B,S,width]
+        backward_1 = self.lstms[1](reverse(x, lengths))[0]  # [B,S,width]
+        y = self.norm(torch.cat([forward_1, reverse(backward_1, lengths)], -1))  # [B,S,2 width]
+        forward_2 = self.lstms[2](y)[0]  # [B,S,width]
+        backward_2 = self.lstms[3](reverse(y, lengths))[0]  # [B,S,width]
+        states = (forward_1, forward_2, backward_1, backward_2)
         return torch.cat([last_step(h, lengths) for h in states], -1)  # [B,4 width]
 
 
 def orthogonality(x, y):
-    """ MISA's difference loss: mean squared cosine-like product of every feature of x with every
-    one of y, over the batch, after centring and scaling each clip to length 1. x, y [B,d]
-    -> []. """
+    """ MISA's difference loss for x, y [B,d] -> []. Centres both over the batch, scales each clip
+    to norm 1, and returns the mean square of the entries of x^T y. """
     x = F.normalize(x - x.mean(0), dim=1, eps=1e-6)  # [B,d]
     y = F.normalize(y - y.mean(0), dim=1, eps=1e-6)  # [B,d]
     return (x.T @ y).square().mean()
 
 
 def cmd(x, y, n_moments=5):
-    """ Central Moment Discrepancy (Zellinger et al. 2017) of two batches x, y [B,d] -> []. """
+    """ Central Moment Discrepancy (Zellinger et al. 2017) between x and y, [B,d] each -> []. """
     x_0 = x.mean(0)  # [d]
     y_0 = y.mean(0)  # [d]
     gaps = [x_0 - y_0]
@@ -745,18 +745,19 @@ def cmd(x, y, n_moments=5):
 
 
 # --------------------------------------------------------------------------------------------------
-# Labels for each stream that nobody gave: Self-MM, TETFN
+# Generated labels for each stream: Self-MM, TETFN
 
-class OwnLabels(nn.Module):
+class UnimodalLabels(nn.Module):
     """
-    Self-MM's unimodal label generation (Yu et al. 2021, eqs. 9-14). Each stream's label starts as
-    the clip's. Then, by how much nearer a feature is to the centre of its positive clips than of
-    its negative ones, relative to the fused feature, it moves, and a mean over epochs keeps it
-    steady. Labels and features of all train clips are buffers, so a resumed run has them too.
+    Self-MM's unimodal label generation (Yu et al. 2021, eqs. 9-14). A stream's label starts as the
+    label of the clip. From the second epoch on it is shifted: by how much closer the stream's
+    feature is to the centre of the positive clips than to that of the negative ones, compared with
+    the fused feature. A running mean over epochs damps the shift. Labels and features of all train
+    clips are buffers, so that a resumed run restores them.
     """
     def __init__(self, n_clips, widths, high):
-        """ n_clips of the train split; widths: 'fused' and streams -> width of the feature; labels
-        stay in [-high, high]. """
+        """ n_clips: of the train split. widths: dict of 'fused' and each stream -> width of its
+        feature. Labels are clamped to [-high, high]. """
         super().__init__()
         self.high = high
         for m, width in widths.items():
@@ -768,84 +769,87 @@ class OwnLabels(nn.Module):
     def __getitem__(self, m):
         return getattr(self, 'label_' + m)
 
-    def of(self, m, index, label):
-        """ The labels of stream m for the clips `index` [B], [B]; of a clip that was not seen yet,
-        the corpus's, label [B]. """
+    def lookup(self, m, index, label):
+        """ Labels [B] of stream m for the clips index [B]. A clip not seen yet has its corpus
+        label, label [B]. """
         return torch.where(self.seen[index], self[m][index], label)
 
     @torch.no_grad()
-    def start(self, index, label):
-        """ Clips seen for the first time: their labels are the corpus's. index [B], label [B]. """
+    def add_clips(self, index, label):
+        """ Sets the labels of clips seen for the first time to the corpus labels. index [B],
+        label [B]. """
         new = ~self.seen[index]  # [B]
         for m in ['fused', *self.streams]:
             self[m][index] = torch.where(new, label, self[m][index])
         self.seen[index] = True
 
-    def distance(self, m, feature, which):
-        """ From feature [B,d_m] to the centre of the clips `which` [N], [B]. """
-        known = getattr(self, 'feature_' + m)  # [N,d_m]
-        centre = masked_mean(known[None], which[None])  # [1,d_m]
+    def distance(self, m, feature, clips):
+        """ Distance [B] from feature [B,d_m] to the mean feature of `clips`, a mask [N]. """
+        stored = getattr(self, 'feature_' + m)  # [N,d_m]
+        centre = masked_mean(stored[None], clips[None])  # [1,d_m]
         return torch.linalg.vector_norm(feature - centre, dim=-1)
 
-    def side(self, m, feature):
-        """ delta_m: how much nearer to the positive centre, [B]. """
-        label = self[m]  # [N]; a label not seen yet is 0, on neither side
+    def relative_distance(self, m, feature):
+        """ delta_m [B] of feature [B,d_m]: above 0 if it is closer to the positive centre. """
+        label = self[m]  # [N]; 0 for clips not seen yet, which count for neither centre
         to_positive = self.distance(m, feature, label > 0)  # [B]
         to_negative = self.distance(m, feature, label < 0)  # [B]
         return (to_negative - to_positive) / (to_positive + 1e-8)
 
     @torch.no_grad()
     def update(self, index, features, epoch):
-        """ index [B]; features: dict of [B,d_m]; epoch from 1. In the first, features are gathered
-        and labels stay; so they do where nothing is positive, or nothing negative (labels of
-        [0, 4]): a side without clips has no centre. """
+        """ Updates the labels and stores the features. index [B]; features: dict of stream ->
+        [B,d_m]; epoch counts from 1. Labels do not change in epoch 1, nor while there is no
+        positive or no negative clip (as with labels in [0, 4]), since one of the centres is
+        undefined. """
         if epoch > 1:
-            two_sided = torch.stack([(self[m] > 0).any() & (self[m] < 0).any()
-                                     for m in ('fused', *self.streams)]).all()  # []
+            both_signs = torch.stack([(self[m] > 0).any() & (self[m] < 0).any()
+                                      for m in ('fused', *self.streams)]).all()  # []
             fused = self['fused'][index]  # [B]
-            delta_f = self.side('fused', features['fused'])  # [B]
-            moved = {}
+            delta_f = self.relative_distance('fused', features['fused'])  # [B]
+            updated = {}
             for m in self.streams:
-                delta = self.side(m, features[m])  # [B]
+                delta = self.relative_distance(m, features[m])  # [B]
                 # eqs. 10-12
                 new = 0.5 * fused * delta / (delta_f + 1e-8) + 0.5 * (fused + delta - delta_f)
                 new = new.nan_to_num(0.0).clamp(-self.high, self.high)  # [B]
                 # eq. 14
                 old = self[m][index]  # [B]
-                moved[m] = (epoch - 1) / (epoch + 1) * old + 2 / (epoch + 1) * new  # [B]
-            for m, label in moved.items():
-                self[m][index] = torch.where(two_sided, label, self[m][index])
+                updated[m] = (epoch - 1) / (epoch + 1) * old + 2 / (epoch + 1) * new  # [B]
+            for m, label in updated.items():
+                self[m][index] = torch.where(both_signs, label, self[m][index])
         for m, x in features.items():
             getattr(self, 'feature_' + m)[index] = x.detach()
 
 
 class SelfLabelled(Baseline):
-    """ What Self-MM and TETFN share: a score from the fused vector and from each stream's, L1 on
-    each; a stream's counts by how far its own label has moved from the clip's (tanh |y_m - y|). """
+    """ The base class of Self-MM and TETFN: a score from the fused vector and from each stream,
+    with an L1 loss on each. The loss of a stream is weighted by tanh |y_m - y|, where y_m is its
+    generated label and y that of the clip. """
 
     class Knobs(Baseline.Knobs):
-        head_widths: AtLeast(1) = [128, 32, 16, 32]       # hidden width of the heads of fused, text, audio, vision
-        head_dropouts: Share() = [0.0, 0.1, 0.1, 0.0]     # dropout before the heads of fused, text, audio, vision
-        lr_audio: AtLeast(0) = 1.0    # learning rate of the LSTM over audio over lr
-        lr_vision: AtLeast(0) = 1.0   # learning rate of the LSTM over video over lr
+        head_widths: AtLeast(1) = [128, 32, 16, 32]    # of the fused, text, audio, vision heads
+        head_dropouts: Share() = [0.0, 0.1, 0.1, 0.0]  # before the fused, text, audio, vision heads
+        lr_audio: AtLeast(0) = 1.0    # learning rate of the audio LSTM, as a multiple of lr
+        lr_vision: AtLeast(0) = 1.0   # learning rate of the video LSTM, as a multiple of lr
 
     lr_parts = ('encoder', 'audio', 'vision')
     scorer = 'heads.fused'
-    one_process = True  # labels and features of all train clips
+    one_process = True  # because it stores labels and features of all train clips
 
     def make_heads(self, widths, facts):
-        """ widths: 'fused' and streams -> width of the vector. """
+        """ Makes a head for each vector. widths: dict of 'fused' and each stream -> width. """
         k = self.k
         self.heads = nn.ModuleDict()
         for (m, width), d, p in zip(widths.items(), k['head_widths'], k['head_dropouts']):
             self.heads[m] = Head(width, d, p)
         high = max(map(abs, facts.labels[k['label']]['range']))
-        self.labels = OwnLabels(
+        self.labels = UnimodalLabels(
             facts.n_clips['train'], dict(zip(widths, k['head_widths'])), high)
 
-    def say(self, vectors):
-        """ vectors: 'fused' and streams -> [B,width]. Of each the score and the feature behind the
-        first linear. """
+    def scores_and_features(self, vectors):
+        """ vectors: dict of 'fused' and each stream -> [B,width]. Returns the score [B] and the
+        feature [B,d_m] that each head computes, in one dict. """
         scores, features = {}, {}
         for m, v in vectors.items():
             score, feature = self.heads[m](v)  # [B], [B,d_m]
@@ -857,28 +861,28 @@ class SelfLabelled(Baseline):
         label = batch['label']  # [B]
         own = {}
         for m in self.labels.streams:
-            y = self.labels.of(m, batch['index'], label) if self.training else label  # [B]
+            y = self.labels.lookup(m, batch['index'], label) if self.training else label  # [B]
             own[m] = (torch.tanh((y - label).abs()) * (out[m] - y).abs()).mean()
         return own
 
     def forward(self, batch):
-        """ With the features of each head, for after_step. """
+        """ dict(loss, terms, features); after_step needs the features of each head. """
         out = self.run(batch)
         features = {m: out['feature_' + m].detach() for m in self.heads}  # [B,d_m] each
         return self.loss(out, batch) | dict(features=features)
 
     def after_step(self, batch, out):
-        self.labels.start(batch['index'], batch['label'])
+        self.labels.add_clips(batch['index'], batch['label'])
         self.labels.update(batch['index'], out['features'], int(batch['epoch']) + 1)
 
 
 class SelfMM(SelfLabelled, Pooled):
-    """ Self-MM (Yu et al. 2021): the sentence vector, an LSTM's last state for audio and for video,
-    side by side; four Heads. """
+    """ Self-MM (Yu et al. 2021): the sentence vector and the last LSTM states of audio and video,
+    concatenated. Four Heads: for the fused vector and for each stream. """
 
     class Knobs(SelfLabelled.Knobs, Pooled.Knobs):
-        sub_widths: AtLeast(1) = [128, 16, 128]  # hidden width of the LSTMs over audio, video; the first is unused
-        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # dropout behind these LSTMs; the first is unused
+        sub_widths: AtLeast(1) = [128, 16, 128]  # unused, hidden width of the audio, the video LSTM
+        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # unused, dropout after the audio, the video LSTM
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
@@ -894,20 +898,20 @@ class SelfMM(SelfLabelled, Pooled):
         v = dict(text=self.sentence(x, batch),
                  audio=self.audio(batch['audio'], batch['audio_len']),
                  vision=self.vision(batch['vision'], batch['vision_len']))  # [B,d_m] each
-        return self.say(dict(fused=torch.cat(list(v.values()), -1)) | v)
+        return self.scores_and_features(dict(fused=torch.cat(list(v.values()), -1)) | v)
 
 
 class TETFN(SelfLabelled, Attentive):
     """
-    TETFN (Wang et al. 2023): text, and LSTMs over audio and video, by convolutions to width d; text
-    looks at each of the others, each of the others at text, and audio and video at each other
-    through the text: what one looks at is the other after it has looked at the text. Self-MM's
-    heads and labels, on the largest value over time of each stream. (MMSA reads padding, and gives
-    video audio's kernel.)
+    TETFN (Wang et al. 2023). LSTMs read audio and video, and convolutions bring all streams to
+    width d. Text attends to audio and to video, and both attend to text. Audio also attends to
+    video that has itself attended to the text, and video to such audio. Heads and labels are
+    Self-MM's; the unimodal heads read the maximum of their stream over time. (MMSA reads padding,
+    and uses the audio kernel size for video.)
     """
 
     class Knobs(SelfLabelled.Knobs, Attentive.Knobs, StackKnobs):
-        sub_widths: AtLeast(1) = [128, 16, 128]  # hidden width of the LSTMs over audio, video; the first is unused
+        sub_widths: AtLeast(1) = [128, 16, 128]  # unused, hidden width of the audio, the video LSTM
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
@@ -937,7 +941,7 @@ class TETFN(SelfLabelled, Attentive):
             y = x[m] if m == 'text' else getattr(self, m)(batch[m])[0]  # [B,L,d_m]
             x[m] = self.convs[m](y, mask[m])  # [B,L,d]
 
-        # audio and video after a look at the text
+        # audio and video after attending to the text
         guided = {m: cross['guided_' + m](x[m], x['text'], mask['text'])
                   for m in ('audio', 'vision')}  # 2x [B,S,d]
         y = {}
@@ -955,21 +959,22 @@ class TETFN(SelfLabelled, Attentive):
         for m in x:
             largest = torch.where(mask[m][..., None], x[m], -torch.inf).amax(1)  # [B,d]
             top[m] = largest.where(mask[m].any(1)[:, None], 0.0)  # [B,d]
-        return self.say(dict(fused=torch.cat(last, -1)) | top)
+        return self.scores_and_features(dict(fused=torch.cat(last, -1)) | top)
 
 
 class ALMT(Attentive):
     """
-    ALMT (Zhang et al. 2023): each stream in almt_tokens learned tokens, by a Transformer layer over
-    them and the stream; text in three scales; a hyper-modality, learned, to which each scale of
-    text adds what it finds in audio and in video; then text looks at it, and the first token gives
-    the score. Loss MSE. Padding is masked (the release reads it), positions are sinusoids (its are
-    random and learned, for one length).
+    ALMT (Zhang et al. 2023). A Transformer layer compresses each stream into almt_tokens tokens,
+    and two more layers give the text in three scales. A hyper-modality starts as learned tokens;
+    for each scale the text attends to audio and to video, and both results are added to it. Then
+    the text, with a learned token in front, attends to the hyper-modality, and that token gives the
+    score. Loss: MSE. Padding is masked (the release reads it), and positions are sinusoids (in the
+    release: learned, for one fixed length).
     """
 
     class Knobs(Attentive.Knobs):
-        fusion_layers: AtLeast(1) = 4  # layers of the last stack, by which text looks at the hyper-modality
-        almt_tokens: AtLeast(1) = 8    # learned tokens that a stream is gathered in
+        fusion_layers: AtLeast(1) = 4  # layers of the stack from text to the hyper-modality
+        almt_tokens: AtLeast(1) = 8    # P, tokens that each stream is compressed into
 
     task_loss = staticmethod(mse)
     scorer = 'out'
@@ -989,13 +994,13 @@ class ALMT(Attentive):
         self.scales = nn.ModuleList(layer() for _ in range(2))
         self.hyper_tokens = nn.Parameter(torch.ones(P, d))
         self.learn = nn.ModuleList(
-            nn.ModuleDict({m: Look(d, h) for m in ('audio', 'vision')}) for _ in range(3))
+            nn.ModuleDict({m: CrossAttention(d, h) for m in ('audio', 'vision')}) for _ in range(3))
         self.first_tokens = nn.Parameter(0.02 * torch.randn(1, d))
         self.fusion = CrossStack(d, h, k['fusion_layers'], k['dropout'], k['dropout'])
         self.out = nn.Linear(d, 1)
 
-    def gather(self, m, x, mask):
-        """ A stream x [B,L,width] in its tokens [B,P,d]. """
+    def compress(self, m, x, mask):
+        """ Compresses stream m, x [B,L,width] with mask [B,L], into its tokens [B,P,d]. """
         P = self.k['almt_tokens']
         x = self.proj[m](x)  # [B,L,d]
         x = x + sinusoid(*x.shape[1:], x.device)
@@ -1005,23 +1010,23 @@ class ALMT(Attentive):
     def fuse(self, x, batch):
         B = len(x)
         raw = dict(text=x, audio=batch['audio'], vision=batch['vision'])
-        y = {m: self.gather(m, raw[m], batch[m + '_mask']) for m in raw}  # 3x [B,P,d]
+        y = {m: self.compress(m, raw[m], batch[m + '_mask']) for m in raw}  # 3x [B,P,d]
         scales = [y['text']]
         for layer in self.scales:
             scales.append(layer(scales[-1], None))  # [B,P,d]
 
         hyper = self.hyper_tokens.expand(B, -1, -1)  # [B,P,d]
-        for look, text in zip(self.learn, scales):
-            hyper = hyper + look['audio'](text, y['audio']) + look['vision'](text, y['vision'])
+        for attend, text in zip(self.learn, scales):
+            hyper = hyper + attend['audio'](text, y['audio']) + attend['vision'](text, y['vision'])
         text = torch.cat([self.first_tokens.expand(B, 1, -1), scales[-1]], 1)  # [B,1+P,d]
         real = torch.ones_like(hyper[..., 0], dtype=torch.bool)  # [B,P]
         fused = self.fusion(text, hyper, real)  # [B,1+P,d]
         return dict(pred=self.out(fused[:, 0])[:, 0])
 
 
-class Look(nn.Module):
-    """ Multi-head attention between LayerNorms: x looks at y. No residual: ALMT adds the result to
-    a third thing. """
+class CrossAttention(nn.Module):
+    """ ALMT's multi-head attention from x to y, with a LayerNorm on each. There is no residual
+    connection, because ALMT adds the result to the hyper-modality. """
     def __init__(self, d, n_heads):
         super().__init__()
         self.n_heads = n_heads
@@ -1032,7 +1037,7 @@ class Look(nn.Module):
         self.out = nn.Linear(d, d)
 
     def forward(self, x, y):
-        """ x [B,L,d], y [B,M,d], all real -> [B,L,d]. """
+        """ x [B,L,d], y [B,M,d], without padding -> [B,L,d]. """
         B, L, d = x.shape
         M, h = y.shape[1], self.n_heads
         q = self.q(self.norm_x(x)).view(B, L, h, -1).transpose(1, 2)  # [B,h,L,d/h]

@@ -1,14 +1,15 @@
-# The AV encoder by itself on MOSEI, DeepMLF's first step after the LM (paper 4.6; hyperparameters
-#   from the release).
+# Stage two of DeepMLF's curriculum on CMU-MOSEI: pretrains the AV encoder on the label (paper 4.6).
 # python train.py config/av_mosei.py --corpus=unaligned_50.pkl
-# Wall time and numbers: not run (the file cannot be had here); the paper prints none for this step.
+# hardware: not run
+# expected: not run: the corpus is not available here
+# paper: no number for this stage; the hyperparameters are those of the released code
 system = 'av'
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 standardise = False
 av_len = 50
 batch_size = 32
 accumulate = 4
-# the release has no end but early stopping, and a plateau schedule; here a cosine
+# the release stops by patience alone and lowers lr on plateaus; here a cosine over 60 epochs
 epochs = 60
 patience = 8
 lr = 5e-3

@@ -1,10 +1,10 @@
-# CMPTA on MELD's 7 emotions with Qwen2.5-1.5B (Tables 4, 6).
+# CMPTA on MELD's 7 emotions with Qwen2.5-1.5B (Tables 4 and 6).
 # python train.py config/cmpta_meld.py --corpus=MELD
-# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# paper: WF1 59.49 (one number, no n). ours: not run.
-# The paper names no LM (its other settings are those of MSE-Adapter with Qwen-1.8B); width 1024,
-#   AdamW, 5e-4 and 16 are read from a bad scan.
+# hardware: one RTX 4090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: weighted F1 59.49 (one number; n is not stated)
+# The paper names no LM; its other settings are those of MSE-Adapter with Qwen-1.8B. Width 1024,
+# AdamW, lr 5e-4 and batch size 16 are our reading of a scan that is hard to read.
 system = 'cmpta'
 corpus = 'MELD'
 label = 'emotion'

@@ -1,10 +1,10 @@
-# CMPTA on CH-SIMS v2 with Qwen2.5-1.5B (Tables 3, 5).
+# CMPTA on CH-SIMS v2 with Qwen2.5-1.5B (Tables 3 and 5).
 # python train.py config/cmpta_simsv2.py --corpus=ch-simsv2s.pkl
-# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# paper: MAE .308, Corr .686 (one number each, no n). ours: not run.
-# The paper names no LM (its other settings are those of MSE-Adapter with Qwen-1.8B); width 1024,
-#   AdamW, 5e-4 and 16 are read from a bad scan.
+# hardware: one RTX 4090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: MAE 0.308, Corr 0.686 (one number each; n is not stated)
+# The paper names no LM; its other settings are those of MSE-Adapter with Qwen-1.8B. Width 1024,
+# AdamW, lr 5e-4 and batch size 16 are our reading of a scan that is hard to read.
 system = 'cmpta'
 corpus = 'SIMS_V2/ch-simsv2s.pkl'
 lm = 'Qwen/Qwen2.5-1.5B'

@@ -1,9 +1,10 @@
-# CrossSent on MOSEI with RoBERTa-base. Ablations as in crosssent_mosi.py.
+# CrossSent on CMU-MOSEI with RoBERTa-base. For the ablations see crosssent_mosi.py.
 # python train.py config/crosssent_mosei.py --corpus=unaligned_50.pkl
-# hardware: the paper's was one A100. Wall time here: not run (neither the file nor the weights can be had).
-# paper: Acc2 (Non0) 87.72, F1 87.71, Acc7 54.7, MAE .513, Corr .804 (one seed). ours: not run.
-# The paper's hyperparameters cannot be read (its tables are images), so these are ours; it
-#   selects by validation MSE: r2.
+# hardware: one A100 in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: Acc2 (Non0) 87.72, F1 87.71, Acc7 54.7, MAE 0.513, Corr 0.804 (one seed)
+# The paper's hyperparameters are in images that cannot be read, so these are ours. The paper
+# selects checkpoints by validation MSE; r2 gives the same order.
 system = 'crosssent'
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 lm = 'roberta-base'

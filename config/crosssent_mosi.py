@@ -1,10 +1,11 @@
-# CrossSent on CMU-MOSI with RoBERTa-base (its parameter count; its text says large). -MPR, -EIOI,
-#   -GMRA: --weight_mpr=0, --weight_eioi=0, --gmra_layer=0.
+# CrossSent on CMU-MOSI with RoBERTa-base: the paper's parameter count is base's, its text says
+# large. Ablations: --gmra_layer=0 (no GMRA), --weight_mpr=0 (no MPR), --weight_eioi=0 (no EIOI).
 # python train.py config/crosssent_mosi.py --corpus=unaligned_50.pkl
-# hardware: the paper's was one A100. Wall time here: not run (neither the file nor the weights can be had).
-# paper: Acc2 (Non0) 89.78, F1 89.75, Acc7 52.1, MAE .563, Corr .878 (one seed). ours: not run.
-# The paper's hyperparameters cannot be read (its tables are images), so these are ours; it
-#   selects by validation MSE: r2.
+# hardware: one A100 in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: Acc2 (Non0) 89.78, F1 89.75, Acc7 52.1, MAE 0.563, Corr 0.878 (one seed)
+# The paper's hyperparameters are in images that cannot be read, so these are ours. The paper
+# selects checkpoints by validation MSE; r2 gives the same order.
 system = 'crosssent'
 corpus = 'MOSI/Processed/unaligned_50.pkl'
 lm = 'roberta-base'

@@ -1,11 +1,12 @@
-# CrossSent on CH-SIMS with a Chinese BERT-base. Ablations as in crosssent_mosi.py.
+# CrossSent on CH-SIMS with a Chinese BERT-base. For the ablations see crosssent_mosi.py.
 # python train.py config/crosssent_sims.py --corpus=unaligned_39.pkl
-# hardware: the paper's was one A100. Wall time here: not run (neither the file nor the weights can be had).
-# paper: Acc2 80.41 (over the clips whose label is not 0, our acc2_non0), Acc5 43.54, MAE .408,
-#   Corr .622 (one seed). ours: not run.
-# The paper's hyperparameters cannot be read (its tables are images), so these are ours; it
-#   selects by validation MSE: r2.
-# Labels are a third of MOSI's, and so are gap, margin and band.
+# hardware: one A100 in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: Acc2 80.41 (clips with label 0 left out: our acc2_non0), Acc5 43.54, MAE 0.408, Corr 0.622
+#   (one seed)
+# The paper's hyperparameters are in images that cannot be read, so these are ours. The paper
+# selects checkpoints by validation MSE; r2 gives the same order. Labels span a third of MOSI's
+# range, so mpr_gap, mpr_margin and eioi_band are a third of MOSI's.
 system = 'crosssent'
 corpus = 'SIMS/Processed/unaligned_39.pkl'
 lm = 'bert-base-chinese'

@@ -1,9 +1,8 @@
-# DeepMLF on CMU-MOSEI with GPT-2-large: the paper's main run (Tables 1, 3, 4).
+# DeepMLF on CMU-MOSEI with GPT-2-large: the paper's main run (Tables 1, 3 and 4).
 # python train.py config/deepmlf_mosei.py --corpus=unaligned_50.pkl
-# hardware: the paper's was one RTX 3090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# paper: Acc2 87.15, F1 87.10, MAE .499, Corr .804, Acc5 57.70, Acc7 55.88 (mean of >= 5 seeds).
-#   ours: not run.
+# hardware: one RTX 3090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: Acc2 87.15, F1 87.10, MAE 0.499, Corr 0.804, Acc5 57.70, Acc7 55.88 (mean of >= 5 seeds)
 needs = ['config/av_mosei.py']
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 standardise = False           # the release feeds raw COVAREP and Facet

@@ -1,9 +1,8 @@
-# DeepMLF on CMU-MOSEI with GPT-2 (Tables 4 and 7), by the released base config.
+# DeepMLF on CMU-MOSEI with GPT-2 (Tables 4 and 7); settings from the released base config.
 # python train.py config/deepmlf_mosei_base.py --corpus=unaligned_50.pkl
-# hardware: the paper's was one RTX 3090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# paper: Acc2 85.83, F1 85.74, MAE .529, Corr .773, Acc5 56.61, Acc7 54.65 (mean of >= 5 seeds).
-#   ours: not run.
+# hardware: one RTX 3090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: Acc2 85.83, F1 85.74, MAE 0.529, Corr 0.773, Acc5 56.61, Acc7 54.65 (mean of >= 5 seeds)
 needs = ['config/av_mosei.py']
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 standardise = False           # the release feeds raw COVAREP and Facet

@@ -1,10 +1,9 @@
-# DeepMLF on CMU-MOSEI with GPT-2-medium (Tables 4 and 7). No config is released for it: all but
-#   the blocks is large's.
+# DeepMLF on CMU-MOSEI with GPT-2-medium (Tables 4 and 7). No config is released for it: all
+# settings except lm and mm_layers are those of deepmlf_mosei.py.
 # python train.py config/deepmlf_mosei_medium.py --corpus=unaligned_50.pkl
-# hardware: the paper's was one RTX 3090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# paper: Acc2 87.00, F1 86.98, MAE .511, Corr .795, Acc5 56.89, Acc7 55.01 (mean of >= 5 seeds).
-#   ours: not run.
+# hardware: one RTX 3090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: Acc2 87.00, F1 86.98, MAE 0.511, Corr 0.795, Acc5 56.89, Acc7 55.01 (mean of >= 5 seeds)
 needs = ['config/av_mosei.py']
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 standardise = False           # the release feeds raw COVAREP and Facet

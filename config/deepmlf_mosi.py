@@ -1,11 +1,10 @@
-# DeepMLF on CMU-MOSI with SmolLM2-1.7B and LoRA in the MM blocks' FFW (Tables 1 and 3).
+# DeepMLF on CMU-MOSI with SmolLM2-1.7B, and LoRA in the FFW of the MM blocks (Tables 1 and 3).
 # python train.py config/deepmlf_mosi.py --corpus=unaligned_50.pkl
-# hardware: the paper's was one RTX 3090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# paper: Acc2 85.60, F1 85.58, MAE .692, Corr .811, Acc5 53.18, Acc7 46.27 (mean of >= 5 seeds).
-#   ours: not run.
-# The released config also has Self-MM's pseudo-labels, which the paper does not mention and its
-#   code cannot run: left out.
+# hardware: one RTX 3090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: Acc2 85.60, F1 85.58, MAE 0.692, Corr 0.811, Acc5 53.18, Acc7 46.27 (mean of >= 5 seeds)
+# The released config also enables Self-MM's pseudo-labels. The paper does not mention them and the
+# released code cannot run them, so they are left out.
 needs = ['config/av_mosi.py']
 corpus = 'MOSI/Processed/unaligned_50.pkl'
 lm = 'HuggingFaceTB/SmolLM2-1.7B'

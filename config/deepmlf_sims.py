@@ -1,10 +1,10 @@
-# DeepMLF on CH-SIMS with Chinese GPT-2 (Tables 1 and 5).
+# DeepMLF on CH-SIMS with a Chinese GPT-2 (Tables 1 and 5).
 # python train.py config/deepmlf_sims.py --corpus=unaligned_39.pkl
-# hardware: the paper's was one RTX 3090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# paper: Acc2 82.75, F1 83.15, MAE .353, Corr .729 (mean of >= 5 seeds). ours: not run.
-# n_fusion: the release and the paper's text have 20, its Table 1 has 16. standardise stands for
-#   the release's BatchNorm.
+# hardware: one RTX 3090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: Acc2 82.75, F1 83.15, MAE 0.353, Corr 0.729 (mean of >= 5 seeds)
+# n_fusion is 20 in the release and in the paper's text, and 16 in its Table 1. Standardised
+# features (standardise, on by default) replace the release's BatchNorm.
 needs = ['config/av_sims.py']
 corpus = 'SIMS/Processed/unaligned_39.pkl'
 dtype = 'float32'             # as the release trains GPT-2

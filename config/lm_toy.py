@@ -1,7 +1,8 @@
-# Step one of the toy curriculum: a small GPT pretrained on the toy corpus's text.
+# Stage one of the curriculum on the toy corpus: pretrains a small GPT on the texts.
 # python train.py config/lm_toy.py
-# hardware: 2 CPU cores, 330 GFLOP/s float32 matmul; 11 s. paper: none. ours: test loss 0.266 +-
-#   0.001 (n=3), nats a token.
+# hardware: 2 CPU cores (330 GFLOP/s float32 matmul); 11 s
+# expected: test loss 0.266 +- 0.001 (n=3), in nats per token
+# paper: none
 system = 'lm'
 select = 'loss'
 batch_size = 64

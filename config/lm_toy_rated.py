@@ -1,7 +1,9 @@
-# A small GPT pretrained on the toy text with ratings behind it: what a large LM has met on review sites.
+# Pretrains a small GPT on the toy corpus's texts, each followed by its rating. It stands in for a
+# large LM that has read reviews with ratings.
 # python train.py config/lm_toy_rated.py
-# hardware: 2 CPU cores, 330 GFLOP/s float32 matmul; 28 s. paper: none. ours: test loss 0.240 +-
-#   0.000 (n=5), nats a token.
+# hardware: 2 CPU cores (330 GFLOP/s float32 matmul); 28 s
+# expected: test loss 0.240 +- 0.000 (n=5), in nats per token
+# paper: none
 system = 'lm'
 select = 'loss'
 lm_text = 'rated'

@@ -1,15 +1,15 @@
-# MSE-Adapter on CHERMA's 7 emotions with Qwen2.5-1.5B, the successor of the paper's Qwen-1.8B
-#   that needs no remote code.
+# MSE-Adapter on CHERMA's 7 emotions with Qwen2.5-1.5B. Qwen2.5-1.5B needs no remote code; the paper
+# has its predecessor Qwen-1.8B.
 # python train.py config/mse_cherma.py --corpus=data/cherma
 # GLM-4-9B:   --lm=THUDM/glm-4-9b-hf --batch_size=8 --lr=5e-5
 # Llama-2-7B: --lm=meta-llama/Llama-2-7b-hf --batch_size=6 --lr=5e-5
-# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# the authors' logs, 5 seeds: Qwen-1.8B acc 72.12, WF1 72.01; ChatGLM3-6B 72.90, 72.73; Llama-2-7B
-#   (one seed, third party) WF1 72.7. ours: not run.
-# First: python data.py CHERMA0723 --name=cherma --dtype=float16. 68 GB of float32 with its
-#   padding becomes half of its real frames, mapped.
-# float16 on disk is standardised, which the release is not.
+# hardware: one RTX 4090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: the authors' logs, 5 seeds: Qwen-1.8B acc 72.12, WF1 72.01; ChatGLM3-6B acc 72.90, WF1
+#   72.73; Llama-2-7B WF1 72.7 (one seed, third party)
+# Convert the corpus first: python data.py CHERMA0723 --name=cherma --dtype=float16. As padded
+# float32 it takes 68 GB; converted, it holds the real frames in half the bytes and is
+# memory-mapped. float16 features are standardised; the release does not standardise.
 system = 'mse'
 corpus = 'data/cherma'
 label = 'emotion'

@@ -1,9 +1,8 @@
-# MSE-Adapter on IEMOCAP's 6 emotions with Qwen2.5-1.5B; in the release a config for Qwen-1.8B
-#   alone, and no result.
+# MSE-Adapter on IEMOCAP's 6 emotions with Qwen2.5-1.5B.
 # python train.py config/mse_iemocap.py --corpus=IEMOCAP
-# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# paper: none. ours: not run.
+# hardware: one RTX 4090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: none; the release has a config for Qwen-1.8B only, and no result
 system = 'mse'
 corpus = 'IEMOCAP'
 label = 'emotion'

@@ -1,14 +1,14 @@
-# MSE-Adapter on MELD's 7 emotions with Qwen2.5-1.5B, the successor of the paper's Qwen-1.8B that
-#   needs no remote code.
+# MSE-Adapter on MELD's 7 emotions with Qwen2.5-1.5B. Qwen2.5-1.5B needs no remote code; the paper
+# has its predecessor Qwen-1.8B.
 # python train.py config/mse_meld.py --corpus=MELD
 # GLM-4-9B:   --lm=THUDM/glm-4-9b-hf --batch_size=8 --lr=5e-5 --epochs=90 --warmup_epochs=9
 #   --n_pseudo=4 --lstm_audio=64 --lstm_vision=32
 # Llama-2-7B: --lm=meta-llama/Llama-2-7b-hf --batch_size=6 --lr=5e-4 --epochs=30 --warmup_epochs=3
 #   --n_pseudo=4 --lstm_audio=64 --lstm_vision=32
-# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# the authors' logs, 5 seeds: Qwen-1.8B acc 62.18, WF1 59.87; ChatGLM3-6B 66.23, 65.13; Llama-2-7B
-#   (one seed, third party) WF1 63.5. ours: not run.
+# hardware: one RTX 4090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: the authors' logs, 5 seeds: Qwen-1.8B acc 62.18, WF1 59.87; ChatGLM3-6B acc 66.23, WF1
+#   65.13; Llama-2-7B WF1 63.5 (one seed, third party)
 system = 'mse'
 corpus = 'MELD'
 label = 'emotion'

@@ -1,11 +1,12 @@
-# MSE-Adapter on MOSEI with Qwen2.5-1.5B, the successor of the paper's Qwen-1.8B that needs no remote code.
+# MSE-Adapter on CMU-MOSEI with Qwen2.5-1.5B. Qwen2.5-1.5B needs no remote code; the paper has its
+# predecessor Qwen-1.8B.
 # python train.py config/mse_mosei.py --corpus=unaligned_50.pkl
 # GLM-4-9B:   --lm=THUDM/glm-4-9b-hf --label_plus=False --batch_size=8 --lr=5e-5
 # Llama-2-7B: --lm=meta-llama/Llama-2-7b-hf --label_plus=False --batch_size=8 --lr=5e-5
-# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# the authors' logs, 5 seeds: Qwen-1.8B MAE .558, Corr .725; ChatGLM3-6B .515, .783; Llama-2-7B
-#   (one seed, third party) .519, .773. ours: not run.
+# hardware: one RTX 4090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: the authors' logs, 5 seeds: Qwen-1.8B MAE 0.558, Corr 0.725; ChatGLM3-6B MAE 0.515, Corr
+#   0.783; Llama-2-7B MAE 0.519, Corr 0.773 (one seed, third party)
 system = 'mse'
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 lm = 'Qwen/Qwen2.5-1.5B'

@@ -1,13 +1,14 @@
-# MSE-Adapter on CH-SIMS v2 with Qwen2.5-1.5B, the successor of the paper's Qwen-1.8B that needs
-#   no remote code.
+# MSE-Adapter on CH-SIMS v2 with Qwen2.5-1.5B. Qwen2.5-1.5B needs no remote code; the paper has its
+# predecessor Qwen-1.8B.
 # python train.py config/mse_simsv2.py --corpus=ch-simsv2s.pkl
-# GLM-4-9B:   --lm=THUDM/glm-4-9b-hf --label_plus=False --batch_size=8 --lr=5e-5 --epochs=80 --warmup_epochs=8
-# Llama-2-7B: --lm=meta-llama/Llama-2-7b-hf --label_plus=False --batch_size=8 --lr=5e-5
-#   --epochs=40 --warmup_epochs=4
-# hardware: the paper's was one RTX 4090 (24 GB). Wall time here: not run (neither the file nor
-#   the weights can be had).
-# the authors' logs, 5 seeds: Qwen-1.8B MAE .311, Corr .678; ChatGLM3-6B .294, .714; Llama-2-7B
-#   (third party) .368, .583. ours: not run.
+# GLM-4-9B:   --lm=THUDM/glm-4-9b-hf --label_plus=False --batch_size=8 --lr=5e-5 --epochs=80
+#   --warmup_epochs=8
+# Llama-2-7B: --lm=meta-llama/Llama-2-7b-hf --label_plus=False --batch_size=8 --lr=5e-5 --epochs=40
+#   --warmup_epochs=4
+# hardware: one RTX 4090 (24 GB) in the paper
+# expected: not run: neither the corpus nor the LM is available here
+# paper: the authors' logs, 5 seeds: Qwen-1.8B MAE 0.311, Corr 0.678; ChatGLM3-6B MAE 0.294, Corr
+#   0.714; Llama-2-7B MAE 0.368, Corr 0.583 (third party)
 system = 'mse'
 corpus = 'SIMS_V2/ch-simsv2s.pkl'
 lm = 'Qwen/Qwen2.5-1.5B'

@@ -1,6 +1,5 @@
 """
-The systems that the papers compare with: their forwards against stored arrays, and the bugs of the
-known ports as tests.
+The baselines: forward passes against stored arrays, and tests that bugs of MMSA are absent.
 
     python -m pytest -q tests/test_baselines.py
 """
@@ -25,9 +24,9 @@ from baselines import (
     CrossStack,
     Late,
     MulT,
-    OwnLabels,
     SelfLabelled,
     SelfMM,
+    UnimodalLabels,
     cmd,
     orthogonality,
 )
@@ -83,7 +82,7 @@ class TinyCorpus:
 
 
 def tiny_knobs(cls, **knobs):
-    """ The knobs of a run of a system, small; those passed must be among them. """
+    """ The knobs of a small run of a system; `knobs` overrides some of them. """
     known = COMMON | class_knobs(cls) | dict(system=NAMES[cls])
     assert set(knobs) <= set(known)
     return known | {name: v for name, v in SMALL.items() if name in known} | knobs
@@ -100,23 +99,24 @@ def tiny_baseline(cls, corpus=None, **knobs):
 
 
 def alone(batch, i):
-    """ Clip i of a batch, without its padding. """
+    """ Clip i of a batch as a batch of one, without padding. """
     one = {name: t[i:i + 1] for name, t in batch.items() if name != 'targets'}
-    for m, of in (('tokens', 'text'), ('audio', 'audio'), ('vision', 'vision'), ('text', 'text')):
-        n = max(1, int(batch[of + '_len'][i]))
-        for name in {m, of + '_mask'} & set(one):
-            one[name] = one[name][:, :n]
+    streams = (('tokens', 'text'), ('audio', 'audio'), ('vision', 'vision'), ('text', 'text'))
+    for name, stream in streams:
+        n = max(1, int(batch[stream + '_len'][i]))
+        for key in {name, stream + '_mask'} & set(one):
+            one[key] = one[key][:, :n]
     return one
 
 
 # --------------------------------------------------------------------------------------------------
-# All of them
+# Every system
 
 @each_system
-def test_every_weight_moves_and_padding_is_never_read(cls):
-    """ A clip alone gives what it gives in company, with or without audio, video, or more than a
-    word: MMSA's LF-DNN, TFN, LMF, MulT and TETFN read padding, its MISA cuts audio and video at the
-    text's length. Then three steps. """
+def test_padding_does_not_change_predictions_and_every_weight_trains(cls):
+    """ The prediction of a clip alone is that of the clip in a padded batch, also for clips without
+    audio, without video, or with one word. (MMSA's LF-DNN, TFN, LMF, MulT and TETFN read padding,
+    its MISA cuts audio and video at the text's length.) Then three training steps. """
     model, batch = tiny_baseline(cls), tiny_batch()
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     with torch.no_grad():
@@ -131,8 +131,8 @@ def test_every_weight_moves_and_padding_is_never_read(cls):
     scales = {n: g['lr_scale'] for g in groups for n in g['names']}
     assert sorted(scales) == sorted(start)
     assert len(scales) == sum(len(g['params']) for g in groups)
-    own = {name.removeprefix('lr_'): v for name, v in model.k.items() if name in SMALL}
-    assert all(s == own.get(n.split('.')[0], 1.0) for n, s in scales.items())
+    expected = {name.removeprefix('lr_'): v for name, v in model.k.items() if name in SMALL}
+    assert all(s == expected.get(n.split('.')[0], 1.0) for n, s in scales.items())
     optimizer = torch.optim.AdamW([p for g in groups for p in g['params']], lr=1e-2)
     for seed in range(3):
         batch = tiny_batch(seed) | dict(label=torch.tensor([1.0, -1.0, 0.0]))
@@ -142,36 +142,35 @@ def test_every_weight_moves_and_padding_is_never_read(cls):
         out['loss'].backward()
         model.after_step(batch, out)
         optimizer.step()
-    still = {n for n, p in model.named_parameters() if p.grad is None or torch.equal(p, start[n])}
-    # softmax does not see a key's bias; a pre-norm stream of one batch's ReLUs may sleep, so no
-    # more is forgiven than this
-    assert {n for n in still if not n.endswith('key.bias')} == set()
+    unmoved = {n for n, p in model.named_parameters() if p.grad is None or torch.equal(p, start[n])}
+    # the bias of a key cancels in softmax, so its gradient is zero
+    assert {n for n in unmoved if not n.endswith('key.bias')} == set()
 
 
 @each_system
 def test_every_knob_is_read(cls):
-    """ A knob of a system that its code does not read would mislead. """
-    class Reads(dict):
+    """ A knob that the code does not read would have no effect. """
+    class RecordingDict(dict):
         def __getitem__(self, name):
             read.add(name)
             return super().__getitem__(name)
 
     read = set()
-    k = Reads(tiny_knobs(cls))
+    k = RecordingDict(tiny_knobs(cls))
     cls.frozen_features(k)
     model = cls.assemble(k, TinyCorpus(), TextEncoder(tiny_bert()), Ends()).train()
     model.param_groups()
     model(tiny_batch() | dict(epoch=torch.tensor(0)))
     parts = [*EncoderKnobs.__mro__, *OrdinalKnobs.__mro__]
     shared = {name for part in parts for name in vars(part)}
-    # dropout is read for a new encoder, by those whose own code does not
+    # building a new encoder reads dropout, also for systems whose own code does not
     assert set(class_knobs(cls)) - shared - read <= {'dropout', 'text_features'}
 
 
 @each_system
 def test_a_batch_of_one_trains(cls):
-    """ BatchNorm has no statistics of one clip, MISA's centred vectors are zero there, Self-MM has
-    no clip of the other side. """
+    """ With one clip BatchNorm has no variance, MISA's centred vectors are zero, and Self-MM has no
+    clip of the opposite polarity. """
     model = tiny_baseline(cls).train()
     for i in range(3):
         batch = alone(tiny_batch(), i) | dict(epoch=torch.tensor(i))
@@ -183,8 +182,8 @@ def test_a_batch_of_one_trains(cls):
 
 
 @each_system
-def test_forward_changes_nothing(cls):
-    """ The only state between steps is after_step's, and BatchNorm's statistics. """
+def test_forward_changes_no_state_but_batch_norms(cls):
+    """ Other buffers change in after_step only. """
     model = tiny_baseline(cls).train()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     batch = tiny_batch() | dict(epoch=torch.tensor(1))
@@ -199,7 +198,7 @@ def test_forward_changes_nothing(cls):
 
 
 @pytest.mark.parametrize('cls', [c for c in NAMES if c is not MAGBERT])
-def test_frozen_hidden_states_are_the_encoder_that_does_not_learn(cls):
+def test_frozen_hidden_states_predict_the_same_as_the_encoder(cls):
     pool = dict(text_pool='mean') if 'text_pool' in class_knobs(cls) else {}
     tuned, batch = tiny_baseline(cls, **pool).eval(), tiny_batch()
     frozen = tiny_baseline(cls, text_features='frozen', **pool).eval()
@@ -213,26 +212,24 @@ def test_frozen_hidden_states_are_the_encoder_that_does_not_learn(cls):
 
 @pytest.mark.parametrize('cls', [c for c in NAMES if c is not Late])
 def test_a_corpus_without_video_is_refused(cls):
-    sentence = (f"system='{NAMES[cls]}' needs audio and vision, and this corpus has no vision: take "
-                "another corpus, or the system that has the knob late_streams")
-    with pytest.raises(ModelError, match=sentence):
+    message = f"system='{NAMES[cls]}' needs audio and vision, but this corpus has no vision: "
+    with pytest.raises(ModelError, match=message + "choose another corpus"):
         tiny_baseline(cls, TinyCorpus(dict(audio=5)))
 
 
-def test_one_stream_alone_is_a_unimodal_system():
+def test_late_fusion_of_one_stream_reads_that_stream_alone():
     model = tiny_baseline(Late, TinyCorpus({}), late_streams=['text']).eval()
     assert model.predict(tiny_batch())['pred'].shape == (3,)
-    with pytest.raises(ModelError, match='this corpus has no audio'):
+    with pytest.raises(ModelError, match='lists audio, but this corpus has no audio'):
         tiny_baseline(Late, TinyCorpus({}))
-    # it reads nothing else
-    heard = {name: v for name, v in tiny_batch().items()
+    audio_only = {name: v for name, v in tiny_batch().items()
              if name == 'index' or name.startswith('audio')}
     model = tiny_baseline(Late, TinyCorpus(dict(audio=5)), late_streams=['audio']).eval()
-    assert list(model.predict(heard)) == ['pred', 'audio']
+    assert list(model.predict(audio_only)) == ['pred', 'audio']
 
 
-def test_a_unimodal_system_has_no_text_model(tmp_path):
-    """ Whatever --lm= says: no such LM is looked for. """
+def test_late_fusion_without_text_loads_no_text_model(tmp_path):
+    """ The LM in the knobs does not exist, and is not looked for. """
     k = tiny_knobs(Late, late_streams=['vision', 'audio'], modalities=['audio'], lm='no/such')
     assert Late.seen(k) == ['audio'] and not Late.frozen_features(k)
     model, tokenizer = Late.build(k, TinyCorpus(), str(tmp_path))
@@ -243,7 +240,7 @@ def test_a_unimodal_system_has_no_text_model(tmp_path):
 
 @pytest.mark.parametrize('features', ['tuned', 'frozen'])
 def test_a_pretrained_text_model_is_built(features, tmp_path):
-    """ By its folder; where hidden states are frozen, its width is known and no weight loaded. """
+    """ From a folder. With frozen hidden states only its width is read, and no weights. """
     from transformers import BertTokenizerFast
     tiny_bert().save_pretrained(tmp_path / 'bert')
     words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', 'film']
@@ -265,14 +262,13 @@ def test_a_pretrained_text_model_is_built(features, tmp_path):
     (MulT, dict(fusion_heads=3), 'does not divide fusion_width=8'),
     (TETFN, dict(fusion_heads=3), 'does not divide fusion_width=8'),
     (ALMT, dict(almt_tokens=0), 'almt_tokens=0 must be at least 1'),
-    (SelfMM, dict(text_features='frozen', lm='gpt2'), "take text_pool='mean'"),
-    (SelfMM, dict(head_widths=[1, 2, 3]), 'must be 4 numbers'),
-    (TFN, dict(text_features='frozen', lm='new'), "is for an --lm= that exists"),
+    (SelfMM, dict(text_features='frozen', lm='gpt2'), "needs text_pool='mean'"),
+    (SelfMM, dict(head_widths=[1, 2, 3]), 'must be a list of 4 numbers'),
+    (TFN, dict(text_features='frozen', lm='new'), "needs a pretrained model in --lm="),
     (Late, dict(late_streams=['text', 'video']), "'video' is none of text, audio, vision"),
-    (Late, dict(late_streams=[]), "must hold at least one stream"),
+    (Late, dict(late_streams=[]), "must list at least one stream"),
     (Late, dict(sub_dropouts=[0.1, 0.1, 1.0]), r'must be in \[0, 1\)')])
-def test_knobs_that_do_not_fit(cls, knobs, sentence):
-    """ Each is one sentence, before anything is read. """
+def test_wrong_knobs_give_one_sentence_each(cls, knobs, sentence):
     k = tiny_knobs(cls, **knobs)
     assert wrong_values(tiny_knobs(cls), class_annotations(cls)) + cls.check(tiny_knobs(cls)) == []
     wrong = wrong_values(k, class_annotations(cls)) or cls.check(k)
@@ -280,16 +276,16 @@ def test_knobs_that_do_not_fit(cls, knobs, sentence):
     assert re.search(sentence, wrong[0])
 
 
-def test_what_only_the_model_or_the_corpus_can_tell():
+def test_knobs_that_do_not_fit_the_encoder_or_the_corpus_are_refused():
     with pytest.raises(ModelError, match='past the 40 positions'):
         tiny_baseline(MISA, max_text_len=41)
-    with pytest.raises(ModelError, match="'emotion' is one of classes"):
+    with pytest.raises(ModelError, match="label='emotion' has classes"):
         tiny_baseline(TFN, label='emotion')
 
 
 @each_system
-def test_the_ordinal_losses_are_two_knobs_here_too(cls):
-    """ They add what they weigh, ramped, to any of them; off, the loss is the system's own. """
+def test_ordinal_losses_add_to_the_loss_by_their_ramped_weights(cls):
+    """ With weights of 0, the default, the loss has no ordinal terms. """
     batch = tiny_batch() | dict(epoch=torch.tensor(1), label=torch.tensor([2.0, -1.0, 0.5]))
     plain = tiny_baseline(cls).train()
     both = tiny_baseline(cls, weight_mpr=0.3, weight_eioi=0.2, eioi_band=0.1, ramp_epochs=2.0)
@@ -307,7 +303,7 @@ def test_the_ordinal_losses_are_two_knobs_here_too(cls):
 @pytest.mark.parametrize('cls, width', [
     (Late, None), (LMF, None), (LFDNN, 6 + 4 + 5), (TFN, 7 * 5 * 6), (MAGBERT, 32), (MulT, 48),
     (MISA, 48), (SelfMM, 32 + 6 + 4), (TETFN, 48), (ALMT, 8)])
-def test_figures_find_the_fused_vectors(cls, width):
+def test_fused_vectors_and_attention_are_available_for_figures(cls, width):
     model, batch = tiny_baseline(cls).eval(), tiny_batch()
     vectors = model.fused(batch, model.predict)
     assert vectors is None if width is None else vectors.shape == (3, width)
@@ -316,31 +312,32 @@ def test_figures_find_the_fused_vectors(cls, width):
     torch.testing.assert_close(weights.sum(1), torch.ones(9))
 
 
-def test_mag_says_how_frames_meet_the_text():
+def test_mag_notes_how_frames_are_resampled():
     k = tiny_knobs(MAGBERT, modalities=['vision'], resample='words')
     assert MAGBERT.needs_words(k) and not MAGBERT.needs_words(tiny_knobs(MAGBERT))
     assert MAGBERT.notes(k, TinyCorpus()) == [
-        "vision: a median of 8 frames a clip, brought to the text's tokens (resample='words')"]
+        "vision: a median of 8 frames per clip, resampled onto the text tokens (resample='words')"]
     assert MulT.notes(tiny_knobs(MulT), TinyCorpus()) == []
 
 
-def test_the_control_adds_and_cannot_fuse():
-    """ Changing the text changes the score by the same amount whatever is heard and seen. """
+def test_late_fusion_has_no_interaction_between_streams():
+    """ Changing the text changes the score by the same amount for any audio and video. """
     model, batch = tiny_baseline(Late).eval(), tiny_batch()
     other = batch | dict(tokens=batch['tokens'].flip(0) % 60)
     swapped = {name: v.flip(0) for name, v in batch.items() if name.startswith(('audio', 'vision'))}
     with torch.no_grad():
-        here = model.predict(other)['pred'] - model.predict(batch)['pred']
-        there = model.predict(other | swapped)['pred'] - model.predict(batch | swapped)['pred']
-    torch.testing.assert_close(here, there)
-    assert here.abs().max() > 1e-3
+        change = model.predict(other)['pred'] - model.predict(batch)['pred']
+        change_swapped = (model.predict(other | swapped)['pred']
+                          - model.predict(batch | swapped)['pred'])
+    torch.testing.assert_close(change, change_swapped)
+    assert change.abs().max() > 1e-3
 
 
 # --------------------------------------------------------------------------------------------------
 # Against stored arrays
 
 def vectors_state(w):
-    """ MMSA's names for TFN and LMF -> ours. """
+    """ Weights of MMSA's TFN and LMF -> the same by our names. """
     ours = {}
     for name, v in w.items():
         name = name.removeprefix('w.').replace('audio_subnet', 'audio')
@@ -354,7 +351,7 @@ def vectors_state(w):
 
 
 def read_frames(z):
-    """ The arrays' batch: all steps real, one (mean) frame of audio and video. """
+    """ The stored inputs as a batch: no padding, one (mean) frame of audio and of video. """
     batch = {}
     for m in ('text', 'audio', 'vision'):
         x = z['in_' + m]
@@ -363,8 +360,8 @@ def read_frames(z):
     return batch
 
 
-def load_port(cls, w, **knobs):
-    """ The system on hidden states of width 8, with the weights of a port. """
+def load_mmsa(cls, w, **knobs):
+    """ A system on hidden states of width 8, with MMSA's weights w. """
     k = tiny_knobs(cls, text_features='frozen', **knobs)
     model = cls.assemble(k, TinyCorpus(), None, Ends(), 8).eval()
     own = model.state_dict()
@@ -373,8 +370,8 @@ def load_port(cls, w, **knobs):
     return model
 
 
-def check_port(model, z):
-    """ The three vectors and the score are the port's; returns what the model gave. """
+def check_against_mmsa(model, z):
+    """ Asserts that the three vectors and the score are MMSA's; returns the model's output. """
     batch = read_frames(z)
     with torch.no_grad():
         for got, name in zip(model.vectors(z['in_text'], batch), 'avt'):
@@ -385,26 +382,26 @@ def check_port(model, z):
 
 
 @needs_golden
-def test_tfn_is_mmsas():
+def test_tfn_equals_mmsa():
     z, _ = golden('mmsa_tfn.npz', '')
     w = vectors_state({name: v for name, v in z.items() if name.startswith('w.')})
-    model = load_port(TFN, w, sub_widths=[6, 4, 3], text_out=5, post_width=4)
-    out = check_port(model, z)
+    model = load_mmsa(TFN, w, sub_widths=[6, 4, 3], text_out=5, post_width=4)
+    out = check_against_mmsa(model, z)
     torch.testing.assert_close(out['tensor'], z['out_Feature_f'], rtol=0, atol=TOLERANCE)
 
 
 @needs_golden
-def test_lmf_is_mmsas():
+def test_lmf_equals_mmsa():
     z, _ = golden('mmsa_lmf.npz', '')
     w = vectors_state({name: v for name, v in z.items() if name.startswith('w.')})
     for theirs, ours in (('audio', 'audio'), ('video', 'vision'), ('text', 'text')):
         w['factors.' + ours] = w.pop(theirs + '_factor')[..., 0]
     w['fusion_bias'] = w['fusion_bias'][0]
-    check_port(load_port(LMF, w, sub_widths=[6, 4, 3], text_out=3, lmf_rank=3), z)
+    check_against_mmsa(load_mmsa(LMF, w, sub_widths=[6, 4, 3], text_out=3, lmf_rank=3), z)
 
 
 @needs_golden
-def test_mag_is_mmsas():
+def test_mag_equals_mmsa():
     z, _ = golden('mmsa_mag.npz', '')
     mag = MAG(dict(audio=4, vision=6), 10, float(z['beta_shift']), 0.5).eval()
     names = {'W_hv': 'gates.vision', 'W_ha': 'gates.audio', 'W_v': 'values.vision',
@@ -421,22 +418,22 @@ def test_mag_is_mmsas():
 
 
 class NoPositions(CrossStack):
-    """ MMSA's MulT: no positions. """
-    def enter(self, x):
+    """ As in MMSA's MulT: no position embeddings. """
+    def embed(self, x):
         return x.shape[-1] ** 0.5 * x
 
 
-def future(parent):
-    """ The release's mask: key j is hidden from query i where j - i > |M - L|. """
+def masking_the_future(parent):
+    """ As in MulT's release: key j is masked for query i if j - i > |M - L|. """
     class Masked(parent):
-        def visible(self, x, y_mask):
+        def attention_mask(self, x, y_mask):
             L, M = x.shape[1], y_mask.shape[1]
             return torch.arange(M) - torch.arange(L)[:, None] <= abs(M - L)
     return Masked
 
 
 def stack_state(z):
-    """ The names of MulT's release for a stack -> ours. """
+    """ Weights of a stack of MulT's release -> the same by our names. """
     names = {'fc1': 'up', 'fc2': 'down', 'layer_norms.0': 'norm_1', 'layer_norms.1': 'norm_2',
              'self_attn.out_proj': 'out'}
     w = {}
@@ -458,14 +455,15 @@ def stack_state(z):
 
 @needs_golden
 @pytest.mark.parametrize('case, kind', [
-    ('nomask', NoPositions), ('mask', future(NoPositions)), ('mask_pos', future(CrossStack))])
-def test_the_crossmodal_stack_is_mults(case, kind):
+    ('nomask', NoPositions), ('mask', masking_the_future(NoPositions)),
+    ('mask_pos', masking_the_future(CrossStack))])
+def test_cross_stack_equals_mult(case, kind):
     z, _ = golden('mmsa_crossmodal_encoder.npz', case + '.')
     w = stack_state(z)
     x, y = (z[name].transpose(0, 1) for name in ('in_query', 'in_keyvalue'))
     x_real, y_real = (torch.ones(t.shape[:2], dtype=torch.bool) for t in (x, y))
-    found = []
-    for n_heads in (1, 2, 3, 6):  # the arrays do not say how many heads: only one number can fit
+    fitting = []
+    for n_heads in (1, 2, 3, 6):  # not stored with the arrays: exactly one number must fit
         stack = kind(6, n_heads, 2).eval()
         stack.load_state_dict(w)
         with torch.no_grad():
@@ -473,25 +471,25 @@ def test_the_crossmodal_stack_is_mults(case, kind):
         gaps = [float((a - z[name].transpose(0, 1)).abs().max())
                 for a, name in ((cross, 'out_cross'), (own, 'out_self'))]
         if max(gaps) <= TOLERANCE:
-            found.append(n_heads)
-    assert len(found) == 1
+            fitting.append(n_heads)
+    assert len(fitting) == 1
 
 
 # --------------------------------------------------------------------------------------------------
-# The ports' bugs
+# Bugs of MMSA that are absent here
 
-def test_lmfs_fusion_weights_train_and_text_dropout_works():
+def test_lmf_trains_its_fusion_weights_and_drops_out_text():
     model, batch = tiny_baseline(LMF, sub_dropouts=[0.5, 0.0, 0.0]).train(), tiny_batch()
     model(batch)['loss'].backward()
     assert model.fusion_weights.grad.abs().sum() > 0 and model.fusion_bias.grad.abs().sum() > 0
     x = torch.randn(3, 9, 32)
-    once, again = (model.text_net(x, batch['text_len']) for _ in range(2))
-    assert not torch.equal(once, again)
+    first, second = (model.text_net(x, batch['text_len']) for _ in range(2))
+    assert not torch.equal(first, second)
     model.eval()
     assert torch.equal(*(model.text_net(x, batch['text_len']) for _ in range(2)))
 
 
-def test_tfns_range_is_the_corpus():
+def test_tfn_predicts_in_the_label_range_of_the_corpus():
     for low, high in ((-1, 1), (-3, 3), (0, 4)):
         model = tiny_baseline(TFN, TinyCorpus(label_range=(low, high))).eval()
         for bias, limit in ((50.0, high), (-50.0, low)):
@@ -499,20 +497,20 @@ def test_tfns_range_is_the_corpus():
             assert (model.predict(tiny_batch())['pred'] - limit).abs().max() < 1e-4
 
 
-def test_mult_knows_where_a_step_is():
-    """ Two frames of audio in the other order: another score. Without positions and with kernels of
-    1 it would be the same. """
+def test_mult_depends_on_the_order_of_frames():
+    """ Swapping two audio frames changes the score. With kernels of 1 and without position
+    embeddings it would not. """
     model, batch = tiny_baseline(MulT, kernels=[1, 1, 1]).eval(), tiny_batch()
-    turned = batch | dict(audio=batch['audio'].clone())
-    turned['audio'][0, [3, 9]] = batch['audio'][0, [9, 3]]
+    swapped = batch | dict(audio=batch['audio'].clone())
+    swapped['audio'][0, [3, 9]] = batch['audio'][0, [9, 3]]
     with torch.no_grad():
-        gap = model.predict(batch)['pred'] - model.predict(turned)['pred']
+        gap = model.predict(batch)['pred'] - model.predict(swapped)['pred']
     assert gap[0].abs() > 1e-5
 
 
-def test_misa_reads_audio_and_video_to_their_own_ends():
-    """ The text has 9 tokens, the audio 20 frames: the last one counts. Against PyTorch's packed
-    bidirectional LSTM. """
+def test_misa_reads_audio_to_its_own_length():
+    """ The text has 9 tokens and the audio 20 frames; the last frame changes the score. Then the
+    LSTM states are compared with PyTorch's packed bidirectional LSTM. """
     model, batch = tiny_baseline(MISA).eval(), tiny_batch()
     other = batch | dict(audio=batch['audio'].clone())
     other['audio'][0, 19] += 1
@@ -520,37 +518,37 @@ def test_misa_reads_audio_and_video_to_their_own_ends():
         gap = model.predict(batch)['pred'] - model.predict(other)['pred']
     assert gap[0].abs() > 1e-6
     x, n, net = batch['audio'][[0, 2]], batch['audio_len'][[0, 2]], model.audio
-    both = torch.nn.LSTM(5, 5, batch_first=True, bidirectional=True)
-    ahead, back = net.lstms[0].state_dict(), net.lstms[1].state_dict()
-    both.load_state_dict(ahead | {name + '_reverse': v for name, v in back.items()})
+    reference = torch.nn.LSTM(5, 5, batch_first=True, bidirectional=True)
+    forward, backward = net.lstms[0].state_dict(), net.lstms[1].state_dict()
+    reference.load_state_dict(forward | {name + '_reverse': v for name, v in backward.items()})
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, n, batch_first=True)
-    _, (h, _) = both(packed)
+    _, (h, _) = reference(packed)
     got = net(x, n)
     torch.testing.assert_close(got[:, :5], h[0])
     torch.testing.assert_close(got[:, 10:15], h[1])
 
 
-def test_tetfns_audio_and_video_meet_through_the_text():
-    """ What audio looks at is video after a look at the text, step by step of the video (9 tokens,
-    20 and 11 frames). """
-    model, batch, seen = tiny_baseline(TETFN).eval(), tiny_batch(), {}
+def test_tetfn_relates_audio_and_video_through_the_text():
+    """ The lengths of queries and keys of each stack, for 9 tokens, 20 audio and 11 video frames:
+    audio attends to video frames that have attended to the text, and the reverse. """
+    model, batch, lengths = tiny_baseline(TETFN).eval(), tiny_batch(), {}
 
-    def watch(name):
-        def note(_, args):
-            seen[name] = args[0].shape[1], args[1].shape[1]
-        return note
+    def recorder(name):
+        def record(_, args):
+            lengths[name] = args[0].shape[1], args[1].shape[1]
+        return record
 
     for name, stack in model.cross.items():
-        stack.register_forward_pre_hook(watch(name))
+        stack.register_forward_pre_hook(recorder(name))
     with torch.no_grad():
         model.predict(batch)
-    assert seen == dict(
+    assert lengths == dict(
         text_from_audio=(9, 20), text_from_vision=(9, 11), audio_from_text=(20, 9),
         vision_from_text=(11, 9), guided_audio=(20, 9), guided_vision=(11, 9),
         audio_from_guided=(20, 11), vision_from_guided=(11, 20))
 
 
-def test_misas_distances_by_hand():
+def test_misa_losses_equal_hand_computed_values():
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     # only the mean differs, by 2 in both features
     assert cmd(x, x) == 0 and float(cmd(x, x + 2)) == pytest.approx(8 ** 0.5, abs=1e-5)
@@ -558,58 +556,57 @@ def test_misas_distances_by_hand():
     assert float(cmd(x, 2 * x)) == pytest.approx(3 + 15)
     assert float(orthogonality(x, x)) == pytest.approx(1.0)
     assert float(orthogonality(x, x.flip(1))) == pytest.approx(1.0)
-    y = torch.tensor([[0.0, 1.0], [0.0, 1.0]])  # constant: centred, it is nothing
+    y = torch.tensor([[0.0, 1.0], [0.0, 1.0]])  # constant, so zero after centring
     assert float(orthogonality(x, y)) == 0
     z = x.clone().requires_grad_()
     (cmd(z, z.detach()) + orthogonality(z, y)).backward()
     assert z.grad.isfinite().all()
 
 
-def test_own_labels_by_hand():
-    """ Eqs. 9-14 in plain Python: three clips, features on a line; positive centre 2, negative -1.
-    """
-    labels = OwnLabels(4, dict(fused=1, text=1), high=3.0)
+def test_unimodal_labels_equal_eqs_9_to_14_by_hand():
+    """ Three clips with one-dimensional features; the positive centre is 2, the negative -1. """
+    labels = UnimodalLabels(4, dict(fused=1, text=1), high=3.0)
     index, y = torch.tensor([0, 1, 2]), torch.tensor([2.0, 1.0, -1.0])
     fused = torch.tensor([[2.0], [2.0], [-1.0]])
     text = torch.tensor([[3.0], [1.0], [-1.0]])
-    assert torch.equal(labels.of('text', index, y), y)  # not seen yet
-    labels.start(index, y)
+    assert torch.equal(labels.lookup('text', index, y), y)  # not seen yet
+    labels.add_clips(index, y)
     labels.update(index, dict(fused=fused, text=text), epoch=1)
-    assert labels['text'].tolist() == [2.0, 1.0, -1.0, 0.0]  # epoch 1 gathers
-    look = dict(fused=torch.tensor([[1.0], [1.5], [0.0]]),
-                text=torch.tensor([[1.0], [0.5], [-0.5]]))
-    labels.update(index, look, epoch=3)
+    assert labels['text'].tolist() == [2.0, 1.0, -1.0, 0.0]  # epoch 1 only stores features
+    features = dict(fused=torch.tensor([[1.0], [1.5], [0.0]]),
+                    text=torch.tensor([[1.0], [0.5], [-0.5]]))
+    labels.update(index, features, epoch=3)
 
-    def side(x):
+    def relative_distance(x):
         return (abs(x + 1) - abs(x - 2)) / (abs(x - 2) + 1e-8)
 
     for i in range(3):
-        d_f, d_t = side(float(look['fused'][i])), side(float(look['text'][i]))
-        own = float(y[i])
-        new = 0.5 * own * d_t / (d_f + 1e-8) + 0.5 * (own + d_t - d_f)
+        d_f = relative_distance(float(features['fused'][i]))
+        d_t = relative_distance(float(features['text'][i]))
+        old = float(y[i])
+        new = 0.5 * old * d_t / (d_f + 1e-8) + 0.5 * (old + d_t - d_f)
         new = min(3.0, max(-3.0, new))
-        assert float(labels['text'][i]) == pytest.approx(2 / 4 * own + 2 / 4 * new, abs=1e-5)
+        assert float(labels['text'][i]) == pytest.approx(2 / 4 * old + 2 / 4 * new, abs=1e-5)
     assert labels['fused'].tolist()[:3] == y.tolist() and float(labels['text'][3]) == 0
-    labels.start(index, y)  # seen before: nothing starts over
+    labels.add_clips(index, y)  # seen before, so no label is reset
     assert float(labels['text'][1]) not in (0.0, 1.0)
-    assert torch.equal(labels.of('text', index, y), labels['text'][index])
+    assert torch.equal(labels.lookup('text', index, y), labels['text'][index])
 
 
-def test_own_labels_stay_where_all_labels_have_one_sign():
-    """ Labels of [0, 4] have no negative centre. """
-    labels = OwnLabels(3, dict(fused=1, text=1), high=4.0)
+def test_unimodal_labels_stay_constant_if_all_labels_have_one_sign():
+    """ Labels in [0, 4] have no negative centre. """
+    labels = UnimodalLabels(3, dict(fused=1, text=1), high=4.0)
     index = torch.tensor([0, 1, 2])
-    look = dict(fused=torch.tensor([[1.0], [1.5], [0.0]]),
-                text=torch.tensor([[1.0], [0.5], [-0.5]]))
-    labels.start(index, torch.tensor([2.0, 1.0, 1.0]))
+    features = dict(fused=torch.tensor([[1.0], [1.5], [0.0]]),
+                    text=torch.tensor([[1.0], [0.5], [-0.5]]))
+    labels.add_clips(index, torch.tensor([2.0, 1.0, 1.0]))
     for epoch in (1, 2):
-        labels.update(index, look, epoch)
+        labels.update(index, features, epoch)
     assert labels['text'].tolist() == [2.0, 1.0, 1.0]
 
 
-def test_own_labels_count_from_the_next_step_on():
-    """ A step's loss is of the labels before it, in each micro-batch; evaluation has the corpus's.
-    """
+def test_unimodal_labels_of_a_step_are_used_from_the_next_step_on():
+    """ The loss of a step uses the labels from before it; evaluation uses the corpus labels. """
     model = tiny_baseline(SelfMM).train()
     batch = tiny_batch() | dict(label=torch.tensor([2.0, -1.0, 0.5]))
     for epoch in range(3):
@@ -621,8 +618,8 @@ def test_own_labels_count_from_the_next_step_on():
         scores = model.predict(batch)
         for m in model.labels.streams:
             y = before[m][:3] if epoch else batch['label']
-            wanted = (torch.tanh((y - batch['label']).abs()) * (scores[m] - y).abs()).mean()
-            torch.testing.assert_close(out['terms'][m], wanted)
+            expected = (torch.tanh((y - batch['label']).abs()) * (scores[m] - y).abs()).mean()
+            torch.testing.assert_close(out['terms'][m], expected)
         model.after_step(batch, out)
         moved = not torch.equal(model.labels['text'][:3], batch['label'])
         assert moved == (epoch > 0)
@@ -630,9 +627,9 @@ def test_own_labels_count_from_the_next_step_on():
     assert all(terms[m] == 0 for m in model.labels.streams)
 
 
-def test_accumulated_gradients_are_never_dropped(corpora, tmp_path):
-    """ 120 clips in batches of 16 with 3 a step: 8 batches, 3 steps, the last of 2 batches; the
-    ports throw those away. """
+def test_the_last_incomplete_accumulation_is_a_step(corpora, tmp_path):
+    """ 120 clips in batches of 16, 3 batches per step: 8 batches, so 3 steps, the last of 2
+    batches. MMSA discards those two. """
     train('config/baseline_misa.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run',
           '--batch_size=16', '--accumulate=3', '--epochs=1', '--device=cpu', '--lm_vocab=60')
     lines = (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()
@@ -643,9 +640,8 @@ def test_accumulated_gradients_are_never_dropped(corpora, tmp_path):
 # Through train.py
 
 @pytest.mark.parametrize('system', BASELINES)
-def test_trains_killed_and_resumed_to_the_same_bits(system, corpora, tmp_path):
-    """ And eval.py reads it back from its files; the labels that Self-MM and TETFN made are in the
-    checkpoint. """
+def test_a_killed_run_resumes_bitwise_and_eval_reads_it(system, corpora, tmp_path):
+    """ This includes the labels that Self-MM and TETFN generate, which are in the checkpoint. """
     flags = [f'--data_dir={corpora}', *TINY, '--max_steps=10', '--save_interval=2', '--epochs=2',
              '--accumulate=1']
     config = f'config/baseline_{system}.py'
@@ -661,9 +657,9 @@ def test_trains_killed_and_resumed_to_the_same_bits(system, corpora, tmp_path):
     same_run(tmp_path / 'whole', tmp_path / 'killed')
 
 
-def test_frozen_text_is_hugging_faces_and_computed_once(tmp_path):
-    """ Of a BERT and of a GPT-2; a second call reads the file; another model in its place is
-    another file. """
+def test_frozen_text_equals_hugging_face_and_is_computed_once(tmp_path):
+    """ For a BERT and a GPT-2. A second call reads the stored file; another model in the same
+    folder gets another file. """
     tokens, features = [[5, 6, 7, 8], [9], [10, 11]], tmp_path / 'features'
     for kind, hf in (('bert', tiny_bert()), ('gpt2', tiny_lm())):
         hf.save_pretrained(tmp_path / kind)
@@ -689,23 +685,21 @@ def test_frozen_text_is_hugging_faces_and_computed_once(tmp_path):
 
 
 def config_knobs(system, dataset):
-    """ The knobs of a run of the config of a baseline. """
+    """ The knobs of a run of a baseline's config on one data set. """
     known, annotations = known_knobs(SCRIPT, SYSTEMS, system)
     argv = [str(HERE / f'config/baseline_{system}.py'), f'--dataset={dataset}']
     return run_knobs(argv, COMMON, annotations, SYSTEMS)[1]
 
 
 @pytest.mark.parametrize('system', BASELINES)
-def test_configs_hold_the_knobs_of_their_system(system):
-    """ Every config of a baseline has the data sets of the facts, with knobs that its system reads
-    and that do not contradict each other. """
+def test_configs_have_all_data_sets_and_valid_knobs(system):
     for dataset in ('toy', 'mosi', 'mosei', 'sims', 'simsv2', 'minilm'):
         k = config_knobs(system, dataset)
         assert k['dataset'] == dataset and k['system'] == system
         assert SYSTEMS[system].check(k) == []
 
 
-def test_a_dataset_that_is_not_there_gets_a_sentence():
+def test_an_unknown_dataset_is_refused_with_a_sentence():
     with pytest.raises(SystemExit, match="there is no dataset 'mosie' .* it has toy, mosi"):
         train('config/baseline_tfn.py', '--dataset=mosie')
     with pytest.raises(SystemExit, match='and config/crosssent_toy.py has none'):
@@ -713,14 +707,14 @@ def test_a_dataset_that_is_not_there_gets_a_sentence():
 
 
 @pytest.mark.parametrize('flags, sentence', [
-    (['--label=emotion', '--select=wf1'], 'classes'),
+    (['--label=emotion', '--select=wf1'], "'emotion'"),
     (['--late_streams=text,video'], "'video' is none of text, audio, vision"),
-    (['--sub_widths=5,5'], 'must be 3 numbers'),
+    (['--sub_widths=5,5'], 'must be a list of 3 numbers'),
     (['--kernels=5,5,5'], 'is a knob of mult, tetfn, not of'),
     (['--sub_dropouts=0.1,0.1,1.0'], r'must be in \[0, 1\)'),
     (['--text_features=froze'], 'is none of tuned, frozen'),
-    (['--text_features=frozen', '--text_pool=mean'], 'is for an --lm= that exists')])
-def test_what_a_baseline_cannot_take_gets_a_sentence(flags, sentence, corpora, tmp_path):
+    (['--text_features=frozen', '--text_pool=mean'], 'needs a pretrained model in --lm=')])
+def test_train_py_refuses_wrong_flags_with_a_sentence(flags, sentence, corpora, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
         train('config/baseline_late.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run',
               *TINY, *flags)

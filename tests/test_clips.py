@@ -210,7 +210,7 @@ def test_damage_as_a_table(run, capsys):
     command('tools/damage.py', run)
     said = capsys.readouterr().out
     as_it_is = json.load(open(run / 'result.json'))['test']['mae']
-    assert re.search(rf'as it is +\| {as_it_is:.3f} \(n=1\)', said)
+    assert re.search(rf'undamaged +\| {as_it_is:.3f} \(n=1\)', said)
     assert 'no audio nor vision for 100%' in said
 
 

@@ -1484,7 +1484,7 @@ def test_adding_compares_a_run_with_the_late_fusion_bound_on_its_own_clips(tmp_p
 
     verdict = adding([run('late', table[t, av])])
     assert '+0.000 +- 0.000' in verdict and 'not better' in verdict
-    assert ', better than adding can be' in adding([run('best', best[t, av]), f'{tmp_path}/late'])
+    assert ': better than late fusion can be' in adding([run('best', best[t, av]), f'{tmp_path}/late'])
     with pytest.raises(EvalError, match='not tested on the scores'):
         adding([run('other', y, -y)])
 

@@ -1,5 +1,5 @@
 """
-Two corpora's language side by side, and polarity from small subsets.
+tools/language.py: comparing the language of two corpora, and polarity from small subsets.
 
     python -m pytest -q tests/test_language.py
 """
@@ -16,13 +16,13 @@ from fakes import ENV, HERE
 from tools.language import bag, classify, compare, subsets, words
 
 
-def test_words_and_bags():
+def test_words_and_word_counts():
     assert words("It's 好看 GOOD, isn't_it") == ["it's", '好', '看', 'good', "isn't", 'it']
     x = bag(['a b a', 'b', ''])
     assert x.sum(1).tolist() == [3, 1, 0] and x[0].max() == 2 and (x[0] * x[1]).sum() == 1
 
 
-def test_the_classifier_is_scikit_learns():
+def test_the_classifier_equals_scikit_learns():
     from sklearn.linear_model import LogisticRegression
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 6)).astype(np.float32)
@@ -36,8 +36,8 @@ def accuracy(table):
     return float(table.split('with accuracy ')[1].split()[0])
 
 
-def other_language(source, copy):
-    """ A copy of a corpus in which every word ends in 'o'. """
+def copy_in_another_language(source, copy):
+    """ Copies a corpus and appends 'o' to every word. """
     shutil.copytree(source, copy)
     for path in copy.glob('*/text.jsonl'):
         with open(path, encoding='utf-8') as f:
@@ -47,16 +47,16 @@ def other_language(source, copy):
         path.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
 
 
-def test_a_corpus_against_itself_is_chance_and_against_another_language_is_not(corpora, tmp_path):
+def test_the_classifier_tells_languages_apart_but_not_a_corpus_from_itself(corpora, tmp_path):
     toy = str(corpora / 'toy')
     same = compare(toy, toy)
-    assert accuracy(same) < 0.6   # below chance: a sentence's twin is of the other side
+    assert accuracy(same) < 0.6   # at most chance: each test sentence is also in the other corpus
     assert '| vocabulary' in same and 'texts in common' in same
-    other_language(corpora / 'toy', tmp_path / 'other')
+    copy_in_another_language(corpora / 'toy', tmp_path / 'other')
     other = compare(toy, str(tmp_path / 'other'))
     assert accuracy(other) > 0.95 and '0.000' in other
     polarity = subsets(toy, '', n=5)
-    assert '5 classifiers' in polarity and 'on all of it' in polarity
+    assert '5 classifiers' in polarity and 'the whole split' in polarity
     with pytest.raises(CorpusError):
         compare(toy, 'no/such')
 
@@ -66,9 +66,9 @@ def command(cwd, *argv):
                           env=ENV, capture_output=True, text=True)
 
 
-def test_the_command_line(corpora, tmp_path):
+def test_the_command_line_compares_and_refuses_wrong_arguments(corpora, tmp_path):
     done = command(tmp_path, '--compare', str(corpora / 'toy'), str(corpora / 'toy'))
-    assert done.returncode == 0 and 'tells them apart' in done.stdout
+    assert done.returncode == 0 and 'tells the corpora apart' in done.stdout
     for bad in (['--compare', 'a'], ['--subsets', 'a', '--n=x'], ['--compare', 'a', 'b', '--x=y']):
         done = command(tmp_path, *bad)
         assert done.returncode == 1 and 'the usage is' in done.stderr

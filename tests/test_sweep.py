@@ -1,6 +1,6 @@
 """
-Sweeps, figures and bench: when a difference is called real, what a failed or cut-off run does, that
-every picture is drawn, and that a new system is measured without an edit.
+tools/sweep.py, tools/figures.py and tools/bench.py: when a difference is called real, failed and
+interrupted runs, the figures of each system, and the benchmark of a new system.
 
     python -m pytest -q tests/test_sweep.py
 """
@@ -28,18 +28,19 @@ from tools.figures import tsne
 MAE = score_by(dict(kind='regression', range=[-3, 3]))[1]
 
 
-def near(error, n):
-    """ Predictions [n,200] that are wrong by about `error`. """
+def predictions_off_by(error, n):
+    """ Predictions [n,200] of zeros that are off by about `error`. """
     noise = np.random.default_rng(n).normal(0, 0.01, (n, 200)).astype(np.float32)
     return np.full((n, 200), error, np.float32) + noise
 
 
-def test_a_win_needs_three_seeds_and_an_interval_without_zero():
+def test_better_needs_three_seeds_and_an_interval_that_excludes_zero():
     label = np.zeros(200, np.float32)
-    assert claim(MAE, near(0.5, 3), near(0.3, 3), label, 'mae')['verdict'] == 'better'
-    assert claim(MAE, near(0.3, 3), near(0.5, 3), label, 'mae')['verdict'] == 'worse'
-    # two seeds prove nothing
-    assert claim(MAE, near(0.5, 2), near(0.3, 3), label, 'mae')['verdict'] == 'open'
+    small, large = predictions_off_by(0.3, 3), predictions_off_by(0.5, 3)
+    assert claim(MAE, large, small, label, 'mae')['verdict'] == 'better'
+    assert claim(MAE, small, large, label, 'mae')['verdict'] == 'worse'
+    # two seeds are too few
+    assert claim(MAE, predictions_off_by(0.5, 2), small, label, 'mae')['verdict'] == 'open'
     wide = np.random.default_rng(0).normal(0, 1, (3, 200)).astype(np.float32)
     assert claim(MAE, wide, wide[::-1], label, 'mae')['verdict'] == 'open'
     y = (np.arange(200) % 2).astype(np.float32)
@@ -51,7 +52,7 @@ def test_a_win_needs_three_seeds_and_an_interval_without_zero():
 
 
 def row(label, error, n=3):
-    """ A row of n runs, as sweep.read_row gives it. """
+    """ A row of n runs in the form of sweep.read_row. """
     truth = np.linspace(-1, 1, 300).astype(np.float32)
     preds = [truth + error * np.random.default_rng(i).choice([-1, 1], 300) for i in range(n)]
     return dict(
@@ -65,10 +66,10 @@ def first_column(rows):
     return [line.split('|')[1].strip() for line in drawn.splitlines()[2:]]
 
 
-def test_a_table_bolds_what_the_rule_allows_and_nothing_else():
+def test_a_row_is_bold_only_if_it_beats_the_first_or_is_the_first_and_beats_all():
     assert first_column([row('a', 0.5), row('b', 0.2), row('c', 0.5)]) == ['a', '**b**', 'c']
     assert first_column([row('a', 0.2), row('b', 0.5), row('c', 0.6)]) == ['**a**', 'b', 'c']
-    # an open row: the first has not beaten all
+    # with 2 seeds row b is open, so the first row has not beaten all others
     assert first_column([row('a', 0.2), row('b', 0.5, n=2)]) == ['a', 'b']
     assert first_column([row('a', 0.5), row('b', 0.2, n=2)]) == ['a', 'b']
     paper = dict.fromkeys('abcd', '')
@@ -79,7 +80,7 @@ def test_a_table_bolds_what_the_rule_allows_and_nothing_else():
 
 
 def all_rows():
-    """ (what it is, config, short settings, the row's changes) of every trained row there is. """
+    """ (file, table and label; config; short settings; the row's changes) of each trained row. """
     for path in sorted((HERE / 'config' / 'sweeps').glob('*.py')):
         s = runpy.run_path(str(path))
         for key, t in s['tables'].items():
@@ -92,28 +93,28 @@ def all_rows():
                     yield (path.name, key, label), config, s['short'] | t.get('short', {}), changes
 
 
-def test_every_sweeps_rows_are_knobs_that_their_system_has(monkeypatch):
+def test_rows_of_all_sweeps_change_knobs_that_their_system_has(monkeypatch):
     monkeypatch.chdir(HERE)
-    somebody = set(sweep.COMMON).union(*(class_knobs(cls) for cls in model.SYSTEMS.values()))
-    for what, config, short, changes in all_rows():
+    all_knobs = set(sweep.COMMON).union(*(class_knobs(cls) for cls in model.SYSTEMS.values()))
+    for name, config, short, changes in all_rows():
         settings = sweep.settings_of_row(config, short, changes, {})
-        knobs = sweep.knobs_of_run(config, settings)   # stops where there is no such knob
-        assert {k: knobs[k] for k in changes} == changes, what
-        assert set(short) <= somebody, what
+        knobs = sweep.knobs_of_run(config, settings)   # stops at an unknown knob
+        assert {k: knobs[k] for k in changes} == changes, name
+        assert set(short) <= all_knobs, name
 
 
-def test_a_flag_goes_to_the_rows_whose_system_has_the_knob():
+def test_a_flag_is_passed_to_the_rows_whose_system_has_the_knob():
     rows = dict(toy='config/deepmlf_toy.py', late='config/baseline_late.py')
     flags = dict(lr='0.5', n_fusion='3', late_streams='text')
-    got = {name: sweep.settings_of_row(config, dict(epochs=4, n_pseudo=2), {}, flags)
-           for name, config in rows.items()}
-    assert got['toy'] == dict(epochs=4, lr='0.5', n_fusion='3')
-    assert got['late'] == dict(epochs=4, lr='0.5', late_streams='text')
-    runs = [sweep.Run('out', name, config, got[name], 0) for name, config in rows.items()]
-    sweep.refuse_strangers(flags, runs)
+    settings = {name: sweep.settings_of_row(config, dict(epochs=4, n_pseudo=2), {}, flags)
+                for name, config in rows.items()}
+    assert settings['toy'] == dict(epochs=4, lr='0.5', n_fusion='3')
+    assert settings['late'] == dict(epochs=4, lr='0.5', late_streams='text')
+    runs = [sweep.Run('out', name, config, settings[name], 0) for name, config in rows.items()]
+    sweep.refuse_unknown_flags(flags, runs)
     assert runs[0].wanted['n_fusion'] == 3 and 'n_fusion' not in runs[1].wanted
     with pytest.raises(SystemExit, match="cmpta_width on the command line is a knob of cmpta"):
-        sweep.refuse_strangers(dict(cmpta_width='3'), runs)
+        sweep.refuse_unknown_flags(dict(cmpta_width='3'), runs)
 
 
 TINY_SWEEP = """
@@ -127,7 +128,7 @@ tables = {'1': dict(title='one', note='', rows=[
 """
 
 
-def test_a_sweep_skips_resumes_and_survives(corpora, tmp_path, capsys, monkeypatch):
+def test_a_sweep_skips_finished_runs_and_reports_failures(corpora, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(HERE)
     path, out = tmp_path / 'tiny.py', tmp_path / 'out'
     path.write_text(TINY_SWEEP)
@@ -135,7 +136,7 @@ def test_a_sweep_skips_resumes_and_survives(corpora, tmp_path, capsys, monkeypat
             f'--data_dir={corpora}', '--batch_size=16', '--lm_vocab=60', '--device=cpu']
     sweep.main(argv)
     output = capsys.readouterr().out
-    for part in ('4 runs, 0 of them finished before', 'FAILED', 'from 1 to 3', 'ETA'):
+    for part in ('4 runs, 0 of them already finished', 'FAILED', 'from 1 to 3', 'ETA'):
         assert part in output
     written = (out / 'tiny-1.md').read_text()
     for part in ('| whole', '| no video at test', 'failed', 'layer 9 failed: '):
@@ -147,36 +148,37 @@ def test_a_sweep_skips_resumes_and_survives(corpora, tmp_path, capsys, monkeypat
     first, whole = (next(p.parent for p in (out / 'toy').glob(f'*-seed{s}/result.json'))
                     for s in (0, 1))
     before = (whole / 'result.json').stat().st_mtime_ns
-    os.remove(first / 'result.json')   # cut off after its last checkpoint
+    os.remove(first / 'result.json')   # as if interrupted after the last checkpoint
     sweep.main(argv)
-    assert '1 of them finished before' in capsys.readouterr().out
+    assert '1 of them already finished' in capsys.readouterr().out
     assert (whole / 'result.json').stat().st_mtime_ns == before
-    # the resumed run ended as it had
-    assert (out / 'tiny-1.md').read_text().splitlines()[5:7] == written.splitlines()[5:7]
-    forge(whole, dict(lr=0.5))   # the config has been edited since
-    with pytest.raises(EvalError, match='was trained with lr=0.5, and it would be 0.002 now'):
+    # the resumed run has the metrics of the uninterrupted one
+    resumed = json.loads((out / 'tiny-1.json').read_text())['rows']
+    assert json.dumps([r['test'] for r in resumed]) == json.dumps([r['test'] for r in saved])
+    forge(whole, dict(lr=0.5))   # as if the config had been edited since
+    with pytest.raises(EvalError, match='was trained with lr=0.5, but the sweep now has lr=0.002'):
         sweep.main(argv)
 
 
 @pytest.mark.parametrize('flags, sentence', [
-    (['--table=4', '--seed=1'], 'sets itself'),
+    (['--table=4', '--seed=1'], 'itself sets'),
     (['--table=4', '--config=config/crosssent_mosi.py'], 'sized for the toy corpus'),
-    (['--table=77'], "has no table '77': it has 2, 4"),
+    (['--table=77'], "has no table '77': choose one of 2, 4"),
     (['--table=4', '--seeds=x'], 'whole numbers'),
     (['--table=4', '--jobs=0'], 'at least 1')])
-def test_a_wrong_flag_of_a_sweep_is_a_sentence(flags, sentence):
+def test_a_wrong_flag_of_a_sweep_gives_a_sentence(flags, sentence):
     with pytest.raises(EvalError, match=sentence):
         sweep.main([str(HERE / 'config' / 'sweeps' / 'deepmlf.py'), *flags])
 
 
-def test_a_sweep_that_is_not_there_is_a_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)   # nothing is written
+def test_an_unknown_sweep_or_flag_gives_a_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     deepmlf = str(HERE / 'config' / 'sweeps' / 'deepmlf.py')
     with pytest.raises(SystemExit, match="unknown key 'n_fusin'"):
         sweep.main([deepmlf, '--table=4', '--n_fusin=2'])
     assert not list(tmp_path.iterdir())
     for path in (str(HERE / 'config' / 'deepmlf_toy.py'), 'no/such.py'):
-        with pytest.raises(EvalError, match='there is no sweep'):
+        with pytest.raises(EvalError, match='is not a sweep file'):
             sweep.main([path])
     sweep.main([deepmlf])
     assert '--table=4' in capsys.readouterr().out
@@ -185,9 +187,9 @@ def test_a_sweep_that_is_not_there_is_a_sentence(tmp_path, capsys, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # Figures
 
-def test_tsne_is_exact():
-    """ Its loss is scikit-learn's exact t-SNE's, within a tenth, and three far clusters stay
-    three. """
+def test_tsne_reaches_the_loss_of_scikit_learn():
+    """ Its loss is at most 10 % above that of scikit-learn's exact t-SNE, and three distant
+    clusters stay separate. """
     from scipy.spatial.distance import pdist, squareform
     from sklearn.manifold import TSNE
     from sklearn.manifold._t_sne import _joint_probabilities
@@ -211,15 +213,15 @@ def test_tsne_is_exact():
 
 
 @torch.no_grad()
-def test_deepmlfs_attention_is_what_the_block_computes():
+def test_deepmlf_attention_weights_reproduce_the_output_of_the_block():
     deepmlf, batch = tiny_deepmlf().eval(), tiny_batch()
     gca = next(iter(deepmlf.mm_blocks.values())).gca
     x, z, mask = inputs_of(gca, deepmlf.predict, batch, every=True)[0]
     w = gca.weights(x, z, mask)  # [B,h,L,m]
     v = gca.kv_proj(z).view(*z.shape[:2], 2, gca.n_heads, -1)[:, :, 1]  # [B,m,h,D/h]
     v = v.transpose(1, 2)  # [B,h,m,D/h]
-    mine = gca.out_proj((w @ v).transpose(1, 2).flatten(2))  # [B,L,D]
-    torch.testing.assert_close(mine, gca(x, z, mask))
+    output = gca.out_proj((w @ v).transpose(1, 2).flatten(2))  # [B,L,D]
+    torch.testing.assert_close(output, gca(x, z, mask))
     assert torch.allclose(w.sum(-1), torch.ones(()))
     assert (w[~mask[:, None, None].expand_as(w)] == 0).all()
 
@@ -233,7 +235,7 @@ def test_deepmlfs_attention_is_what_the_block_computes():
     ('baseline_selfmm', 'attention confusion curves truth tsne'),
     ('baseline_tfn', 'confusion curves truth tsne'),
     ('av_toy', 'confusion curves truth tsne')])
-def test_every_figure_that_a_run_allows(config, drawn, corpora, tmp_path):
+def test_all_figures_of_a_run_are_drawn(config, drawn, corpora, tmp_path):
     short = [flag for flag in TINY if not flag.startswith(('--lm_vocab', '--max_steps'))]
     train(f'config/{config}.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', *short,
           '--max_steps=6')
@@ -241,7 +243,7 @@ def test_every_figure_that_a_run_allows(config, drawn, corpora, tmp_path):
     assert sorted(p.stem for p in (tmp_path / 'run' / 'figures').iterdir()) == drawn.split()
 
 
-def test_attention_by_number_of_tokens(corpora, tmp_path):
+def test_tokens_figure_is_drawn_and_an_unknown_clip_is_refused(corpora, tmp_path):
     folder = f'{tmp_path}/run'
     train('config/cmpta_toy.py', f'--data_dir={corpora}', f'--out_dir={folder}', '--device=cpu',
           '--batch_size=16', '--max_steps=2')
@@ -256,7 +258,7 @@ def test_attention_by_number_of_tokens(corpora, tmp_path):
 # Bench
 
 class Mean(nn.Module):
-    """ Pseudo tokens from the mean of the text. """
+    """ An adapter that makes n pseudo tokens of the mean text embedding. """
     def __init__(self, D, n):
         super().__init__()
         self.out = nn.Linear(D, n * D)
@@ -268,7 +270,7 @@ class Mean(nn.Module):
 
 
 class NewPrompt(model.PseudoTokenLM):
-    """ A system that bench.py has never heard of. """
+    """ A system that tools/bench.py does not name. """
     @classmethod
     def make_adapter(cls, k, widths, D, embed_rms):
         return Mean(D, k['n_pseudo'])
@@ -278,9 +280,9 @@ SMALL_BENCH = ['--shapes=sims', '--bench_clips=4', '--batch_size=2', '--bench_ba
                '--lm_shape=2,32,2,500']
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason="memory is read in /proc")
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason="memory is read from /proc")
 @pytest.mark.parametrize('way', ['ours train', 'plain train', 'plain valid'])
-def test_a_new_system_is_measured_without_an_edit(way, tmp_path, capsys, monkeypatch):
+def test_bench_measures_a_new_system_without_an_edit(way, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(model.SYSTEMS, 'new_prompt', NewPrompt)
     config = tmp_path / 'new.py'
     config.write_text("system = 'new_prompt'\nprompt = 'toy'\nn_pseudo = 2\n")
@@ -291,20 +293,21 @@ def test_a_new_system_is_measured_without_an_edit(way, tmp_path, capsys, monkeyp
     hold_memory(False)
 
 
-def test_a_step_on_the_way_is_not_measured(monkeypatch):
+def test_bench_refuses_a_pretraining_stage(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['bench.py', str(HERE / 'config' / 'av_toy.py')])
-    with pytest.raises(SystemExit, match='a step on the way'):
+    with pytest.raises(SystemExit, match='is a pretraining stage'):
         runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
 
 
-def test_a_runs_output_is_written_through_no_link(tmp_path, monkeypatch):
+def test_the_output_of_a_run_is_not_written_through_a_link(tmp_path, monkeypatch):
     victim = tmp_path / 'victim'
     victim.write_text('precious')
     run = sweep.Run(str(tmp_path / 'toy'), 'a row', 'config/av_toy.py', {}, 0)
     (tmp_path / 'toy').mkdir()
     os.symlink(victim, run.folder + '.txt')
-    monkeypatch.setattr(sweep.subprocess, 'Popen', lambda argv, stdout, **how: stdout.write('said'))
+    monkeypatch.setattr(
+        sweep.subprocess, 'Popen', lambda argv, stdout, **how: stdout.write('output'))
     run.start(0, 1)
     assert victim.read_text() == 'precious'
     with open(run.folder + '.txt') as f:
-        assert f.read() == 'said' and not os.path.islink(run.folder + '.txt')
+        assert f.read() == 'output' and not os.path.islink(run.folder + '.txt')

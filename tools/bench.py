@@ -1,31 +1,32 @@
 """
-How fast a system is here, and against the plain way of doing the same: training step, evaluation
-pass, peak memory, share of this machine's own matmul peak, and the FLOPs spent over those that the
-result needs.
+Benchmarks a system against a plain implementation of the same computation: speed and peak memory of
+training and evaluation, share of this machine's matmul peak, and FLOPs spent over FLOPs needed.
 
     python tools/bench.py
-        MSE-Adapter at CH-SIMS v2's shapes, a random Llama of 8 x 512
+        MSE-Adapter at CH-SIMS v2's shapes, with a random Llama of 8 layers and width 512
     python tools/bench.py config/deepmlf_sims.py --shapes=sims
-        another config; any knob of its run, or of those below
+        another config; any knob of its run or of this file is a flag
     python tools/bench.py config/baseline_mult.py --dataset=sims --shapes=sims
     python tools/bench.py config/crosssent_mosei.py --shapes=mosei --vs=without
-        what GMRA costs: the paper's Table 4
+        the cost of GMRA (the paper's Table 4)
     python tools/bench.py --vs=start
-        process start to first step, and conversion, by size of the corpus
+        time from process start to the first step, by size of the corpus, and speed of conversion
     python tools/bench.py --vs=paper
-        MSE-Adapter's weights, memory, traffic and time for LMs that are not here, by count
+        an estimate of MSE-Adapter's memory, traffic and time with LMs that are not available here
 
-Clips and LM are random. Widths and longest lengths are the corpus's; lengths are assumed: text
-lognormal with mean 15 words, frames uniform from a quarter to all. The plain way is what one writes
-first. For pseudo tokens, as MSE-Adapter's release: text padded to max_text_len, frames to the
-longest, Hugging Face's own forward with logits for the whole sequence in float32, and generate() to
-validate. For DeepMLF, as its release: one stream of padded text and fusion tokens with a graph from
-the bottom, logits for every slot, in evaluation too, and Hugging Face's GELU. For the others the
-same model on such padded batches; PLAIN says which class has a plain way of its own. Texts are
-tokenised again in each batch, AdamW is not fused, which counts where much is trained, and freed
-memory goes back to Linux (run/machine.py, hold_memory). Both ways run in one process by turns, on
-the CPU in float32 (or bfloat16 by --dtype); memory is that of a process of its own, above the
-loaded model (Linux). Times are only worth something as the ratio of the two.
+Clips and text model are random. Feature widths and longest lengths are those of the corpus. Lengths
+are assumed: words lognormal with mean 15, frames uniform from a quarter of the longest to all.
+
+The plain implementation pads texts to max_text_len and frames to the longest, tokenises texts again
+in each batch, uses unfused AdamW, and returns freed memory to Linux (hold_memory in
+run/machine.py). For pseudo tokens it also follows MSE-Adapter's release: Hugging Face's forward
+with float32 logits of the whole sequence, and generate() for validation. For DeepMLF it follows
+the release of DeepMLF: text and fusion tokens in one stream with gradients through all layers,
+logits of all positions, also in evaluation, and Hugging Face's GELU.
+
+Both run alternately in one process on the CPU, in float32 or bfloat16 (--dtype). Memory is measured
+in a separate process, above that of the loaded model (Linux only). Only the ratio of the two is
+comparable across machines.
 """
 import os
 import pickle
@@ -60,19 +61,19 @@ from model import SYSTEMS, AVModel, CrossSent, DeepMLF, LanguageModel, PseudoTok
 from run.machine import devices, hold_memory
 from system import System
 
-shapes: Literal['simsv2', 'mosi', 'mosei', 'sims'] = 'simsv2'   # of the clips: a row of SHAPES
-vs: Literal['plain', 'without', 'start', 'paper'] = 'plain'   # what ours is measured against
-gpu = [989.0, 450.0, 50.0]     # 'paper': TFLOP/s in bfloat16, GB/s in a node, beyond (an H100)
-gpu_share: Share(with_one=True) = 0.45   # 'paper': of these TFLOP/s, what is reached
-lm_shape = []                  # of the random LM: layers, width, heads, vocabulary; []: see SIZES
-large_shape = [32, 4096, 32, 32000]  # of the LM whose FLOPs are counted on paper: Llama-2-7B's
+shapes: Literal['simsv2', 'mosi', 'mosei', 'sims'] = 'simsv2'   # lengths and widths of the clips
+vs: Literal['plain', 'without', 'start', 'paper'] = 'plain'   # which benchmark to run
+gpu = [989.0, 450.0, 50.0]     # 'paper': bfloat16 TFLOP/s, GB/s in a node and between nodes (H100)
+gpu_share: Share(with_one=True) = 0.45   # 'paper': share of these TFLOP/s that is reached
+lm_shape = []                  # layers, width, heads, vocabulary of the text model; []: as SIZES
+large_shape = [32, 4096, 32, 32000]  # the same of a large LM, for which FLOPs are counted only
 bench_clips: AtLeast(1) = 1000     # clips of the random corpus
-bench_batches: AtLeast(1) = 6      # of these, batches that are timed, spread over all lengths
-warmup_rounds = 20             # 'without': forwards that do not count
-timed_rounds: AtLeast(1) = 50      # 'without': forwards that do
-start_clips = [1000, 16000]    # 'start': clips of the corpora, MOSEI's number last
-repeats: AtLeast(1) = 5            # timed rounds of both ways by turns, after one that is not
-only = ''                      # for bench.py's own child process: 'ours train', 'plain valid', ..
+bench_batches: AtLeast(1) = 6      # timed batches, spread over all lengths
+warmup_rounds = 20             # 'without': untimed forward passes
+timed_rounds: AtLeast(1) = 50      # 'without': timed forward passes
+start_clips = [1000, 16000]    # 'start': train clips of the corpora; 16000 is about MOSEI's number
+repeats: AtLeast(1) = 5            # timed rounds, after an untimed one
+only = ''                      # set for child processes: what to run, such as 'ours train'
 # --------------------------------------------------------------------------------------------------
 _root = str(Path(__file__).resolve().parent.parent)
 _argv = [arg if arg.startswith('-') or os.path.exists(arg) else os.path.join(_root, arg)
@@ -82,7 +83,7 @@ if all(arg.startswith('-') for arg in _argv):
 if '-h' in _argv or '--help' in _argv:
     print(__doc__)
     sys.exit(0)
-# the knobs of train.py that every run has, and those above
+# the common knobs of train.py and those above
 _train, _own = (declared_knobs(path) for path in (os.path.join(_root, 'train.py'), __file__))
 _known, k = run_knobs(_argv, _train[0] | _own[0], _train[1] | _own[1], SYSTEMS)
 for _name, _value in k.items():
@@ -91,32 +92,32 @@ for _name, _value in k.items():
 k |= dict(train_fraction=1.0, shuffle_streams=False, standardise=True)
 cls = SYSTEMS[k['system']]
 
-SHAPES = dict(  # audio frames, width; video frames, width; label range
+SHAPES = dict(  # most audio frames, audio width, most video frames, video width, largest label
     mosi=(375, 5, 500, 20, 3),
     simsv2=(925, 25, 232, 177, 1),
     mosei=(500, 74, 375, 35, 3),
     sims=(400, 33, 55, 709, 1))
-SIZES = dict(  # of the random text models by family: layers, width, heads, vocabulary
+SIZES = dict(  # layers, width, heads, vocabulary of the random text model, by family
     llama=[8, 512, 8, 32000],
     gpt2=[12, 768, 12, 50257],       # GPT-2-base
     roberta=[12, 768, 12, 50265])    # RoBERTa-base
 
 
 # --------------------------------------------------------------------------------------------------
-# What is particular to measuring a system, by its class
+# The plain implementation of each class of systems
 
 class Plain:
-    """ The plain way of a system without an entry in PLAIN: the same model on padded batches. """
-    step_on_the_way = False  # it is not measured
+    """ The default plain implementation: the same model on padded batches. """
+    pretraining_stage = False  # pretraining stages are not benchmarked
 
     @staticmethod
     def family(system):
-        """ The family of the random text model that the system stands on, a row of SIZES. """
+        """ The family of the system's text model, a key of SIZES. """
         return 'llama' if system.frozen_lm else 'roberta'
 
     @staticmethod
     def pad(model, batch):
-        """ What padding every text to the longest changes in a batch. """
+        """ The entries of a batch that change if all texts are padded to max_text_len. """
         if 'tokens' not in batch:
             return {}
         tokens, mask = batch['tokens'], batch['text_mask']  # [B,T] each
@@ -143,45 +144,46 @@ class Plain:
         model.predict(batch)
 
     @staticmethod
-    def as_written(model, plain):
-        """ Writes parts of a model as others do (plain=True), or as we do again. """
+    def use_plain_parts(model, plain):
+        """ Replaces parts of the model by plain ones (plain=True), or puts ours back. """
 
     @staticmethod
     def needed_flops(feed, clips, shape):
-        """ What a training step on these clips of the train split has to compute with a text model
-        of this shape; None where it is not counted. """
+        """ FLOPs that a training step on these train clips needs with a text model of this shape;
+        None if they are not counted for this system. """
         return None
 
     @staticmethod
     def spent_flops(feed, batches, shape):
-        """ What ours spends on the same; None: what was counted while it ran. """
+        """ FLOPs that ours spends on the same; None: use those counted in the run. """
         return None
 
     @staticmethod
     def adapter(system, widths, D):
-        """ The trained module that stands before a frozen LM of width D, if there is one. """
+        """ The adapter that makes pseudo tokens for a frozen LM of width D, or None. """
         return None
 
     @staticmethod
     def ablation():
-        """ Of vs='without': the knobs 'without' a part of the system and 'with' it, and what the
-        'paper' has for each row of the table; None where nothing is to be taken out. """
+        """ For vs='without': a dict of the knobs that remove a part ('without') or keep it
+        ('with'), and of the paper's values for each row of the table ('paper'). None: no such
+        benchmark. """
         return None
 
 
-class PlainStep(Plain):
-    step_on_the_way = True
+class PretrainingStage(Plain):
+    pretraining_stage = True
 
 
 class PlainDeepMLF(Plain):
-    """ DeepMLF's release: one stream, every slot through everything, Hugging Face's GELU. """
+    """ As DeepMLF's release: one stream, all positions in all layers, Hugging Face's GELU. """
     @staticmethod
     def family(system):
         return 'gpt2'
 
     @staticmethod
     def loss(model, batch):
-        """ Its loss, logits of all slots of the text included. """
+        """ DeepMLF's loss, with logits of all text positions. """
         lm, (B, T), n_f = model.lm, batch['tokens'].shape, k['n_fusion']
         z, z_mask = model.av_encoder(batch)  # [B,m,d], [B,m]
         x = lm.embed(batch['tokens'])  # [B,T,D]
@@ -209,9 +211,9 @@ class PlainDeepMLF(Plain):
         PlainDeepMLF.loss(model, batch)
 
     @staticmethod
-    def as_written(model, plain):
-        """ Hugging Face's own GELU, in eight passes over memory, where ours has the same function
-        in one; and nothing computed again in the backward pass. """
+    def use_plain_parts(model, plain):
+        """ Hugging Face's GELU makes eight passes over memory, ours computes the same in one. The
+        plain FFW keeps its activations; ours recomputes them in the backward pass. """
         def gelu():
             return NewGELUActivation() if plain else torch.nn.GELU('tanh')
 
@@ -222,32 +224,32 @@ class PlainDeepMLF(Plain):
                 block.ffw.act = gelu()
                 vars(block.ffw).pop('forward', None)
                 if plain:
-                    block.ffw.forward = kept(block.ffw)
+                    block.ffw.forward = forward_keeping_activations(block.ffw)
 
     @staticmethod
     def needed_flops(feed, clips, shape):
-        """ None without an LM loss. Left out: the AV encoder and attention, which torch does not
-        count on the CPU either. """
+        """ None without an LM loss. The AV encoder and attention are left out; torch does not count
+        attention on the CPU either. """
         if k['mm_ffw'] != 'full' or not k['weight_lm']:
             return None
         (layers, D, _, V), n_f, first = shape, k['n_fusion'], min(k['mm_layers'])
         n = np.array([len(feed.tokens['train'][i]) for i in clips])  # [N]
         frames = [feed.corpus.lengths('train', m)[clips] for m in ('audio', 'vision')]
         m = np.minimum(k['av_len'], np.maximum(*frames))  # [N]
-        text, fusion = n * 24 * D * D, n_f * 24 * D * D  # a layer's forward
-        # text: no graph below the first block
+        text, fusion = n * 24 * D * D, n_f * 24 * D * D  # forward of one layer
+        # text needs no gradient below the first MM block
         total = (2 * layers - first) * text + 2 * layers * fusion
         for l in k['mm_layers']:
-            # FFW: back to its weights, and its input
+            # FFW: gradients of its weights and, above the first MM block, of its input
             total = total + (2 if l == first else 3) * n * 16 * D * D + 3 * n_f * 16 * D * D
-            # GCA
+            # gated cross-attention
             total = total + 3 * (4 * n_f * D * D + 4 * m * k['av_width'] * D)
         total = total + 2 * (n - 1) * 2 * D * V
         return float(total.sum())
 
 
-def kept(ffw):
-    """ The forward of an FFW that keeps what ours computes again in the backward pass. """
+def forward_keeping_activations(ffw):
+    """ The forward of an FFW that keeps its activations for the backward pass. """
     def forward(x, lm_ffw):
         hidden = [linear(x) for linear in (ffw.gate, ffw.up) if linear is not None]
         return ffw.dropout(ffw.second_half(*hidden))  # [B,L,D]
@@ -256,24 +258,24 @@ def kept(ffw):
 
 
 class PlainPseudoTokens(Plain):
-    """ MSE-Adapter's release: text padded on the left, Hugging Face's own forward and generate. """
+    """ As MSE-Adapter's release: text padded on the left, Hugging Face's forward and generate. """
     @staticmethod
     def pad(model, batch):
-        """ text [B,T]: the tokens of the text alone. """
+        """ text [B,T]: the tokens of the text, without the prompt. """
         first, n_after = len(model.prompt.before) + k['n_pseudo'], len(model.prompt.after)
         text = []
         for tokens, n in zip(batch['tokens'], batch['text_len']):
-            own = tokens[first:n - n_after]
-            text.append(F.pad(own, (k['max_text_len'] - len(own), 0)))  # [T]
+            own_text = tokens[first:n - n_after]
+            text.append(F.pad(own_text, (k['max_text_len'] - len(own_text), 0)))  # [T]
         return dict(text=torch.stack(text))
 
     @staticmethod
     def prompt(model, batch):
-        """ Prompt, pseudo tokens and padded text, embedded [B,L,D]. """
+        """ Embeddings of prompt, pseudo tokens and padded text, [B,L,D]. """
         embed, B = model.lm.hf.get_input_embeddings(), len(batch['text'])
         text = embed(batch['text'])  # [B,T,D]
-        everything = torch.ones(text.shape[:2], dtype=torch.bool)  # [B,T]
-        pseudo = model.adapter(batch, text, everything)  # [B,P,D]
+        no_mask = torch.ones(text.shape[:2], dtype=torch.bool)  # [B,T]
+        pseudo = model.adapter(batch, text, no_mask)  # [B,P,D]
         before, after = (embed(torch.tensor(ids, dtype=torch.long)).expand(B, -1, -1)
                          for ids in (model.prompt.before, model.prompt.after))  # [B,n,D] each
         return torch.cat([before, pseudo, text, after], 1)  # [B,L,D]
@@ -295,40 +297,40 @@ class PlainPseudoTokens(Plain):
 
     @staticmethod
     def needed_flops(feed, clips, shape):
-        """ For readout='score'. The adapter is left out (MSE-Adapter's is 2 % more; at width 1024
-        CMPTA's BiLSTM over 925 frames costs more than a small LM), and tokens before the first
-        pseudo token are counted as the others (a few % too much). """
+        """ For readout='score'. The adapter is left out: MSE-Adapter's would add 2 %; CMPTA's
+        BiLSTM of width 1024 over 925 frames costs more than a small LM. Tokens before the first
+        pseudo token need no gradient but are counted like the others, which is a few % too much.
+        """
         if k['readout'] != 'score':
             return None
-        # weights are frozen, so no third pass but in attention, which has two factors; of the last
-        # layer keys and values of the prompt, and the rest for the tokens that are read out; logits
-        # for these
+        # Frozen weights need no gradient, so a linear layer takes two passes, and attention three.
+        # In the last layer the prompt needs keys and values only, and logits are for answer tokens.
         layers, D, _, V = shape
         ffw, n_out = int(D * 2.6875), max(map(len, feed.prompt.answers))
         n = np.array([len(feed.tokens['train'][i]) for i in clips])  # [N]
         n = n + n_out - 1
         linear = (layers - 1) * n * (8 * D * D + 6 * D * ffw) + n * 4 * D * D
         linear = linear + n_out * (4 * D * D + 6 * D * ffw + 2 * D * V)
-        # q k and p v; causal, so half of 4 n^2 D
+        # q k^T and p v; causal, so half of 4 n^2 D
         attention = (layers - 1) * 2 * n * n * D + 4 * n_out * n * D
         return float((2 * linear + 3 * attention).sum())
 
     @staticmethod
     def spent_flops(feed, batches, shape):
-        """ Counted by torch on the meta device, where nothing is computed. """
+        """ Counted by torch on the meta device, without computing. """
         with torch.device('meta'):
             lm = FrozenLM(random_lm('llama', *shape))
             big = cls.assemble(k, feed.corpus, lm, Words(shape[-1]))
             pseudo = torch.zeros(k['n_pseudo'], lm.width, requires_grad=True)  # [P,D]
-            turn = torch.zeros(1, 1, lm.head_width)
+            angles = torch.zeros(1, 1, lm.head_width)
         first = len(feed.prompt.before)
 
         def rope(x, positions):
-            # torch 2.6 has no autocast on meta, which Hugging Face's asks for
-            return turn, turn
+            # Hugging Face's needs autocast on meta, which torch 2.6 does not have
+            return angles, angles
 
         def read(batch):
-            # without the adapter: pseudo tokens out of nowhere, that want a gradient
+            # in place of the adapter: constant pseudo tokens that require a gradient
             x = lm.embed(batch['tokens'])  # [B,L,D]
             before, after = x[:, :first], x[:, first + k['n_pseudo']:]
             x = torch.cat([before, pseudo.expand(len(x), -1, -1), after], 1)  # [B,L,D]
@@ -348,7 +350,7 @@ class PlainPseudoTokens(Plain):
 
 
 class PlainCrossSent(Plain):
-    """ No plain way of its own; and the paper's Table 4, what GMRA costs. """
+    """ As Plain, and the cost of GMRA (the paper's Table 4). """
     @staticmethod
     def ablation():
         return {
@@ -358,37 +360,37 @@ class PlainCrossSent(Plain):
         }
 
 
-PLAIN = {  # looked up along the classes that a system descends from
+PLAIN = {  # the entry of the nearest base class counts
     DeepMLF: PlainDeepMLF,
     PseudoTokenLM: PlainPseudoTokens,
     CrossSent: PlainCrossSent,
-    LanguageModel: PlainStep,
-    AVModel: PlainStep,
+    LanguageModel: PretrainingStage,
+    AVModel: PretrainingStage,
     System: Plain,
 }
 plain_way = next(PLAIN[c] for c in cls.__mro__ if c in PLAIN)
 shape = k['lm_shape'] or SIZES[plain_way.family(cls)]
 
 wrong = []
-if plain_way.step_on_the_way and k['vs'] != 'start':
-    wrong += [f"system={k['system']!r} is a step on the way and not measured: take a config of a "
-              "system"]
+if plain_way.pretraining_stage and k['vs'] != 'start':
+    wrong += [f"system={k['system']!r} is a pretraining stage, which is not benchmarked: choose "
+              "another config"]
 if cls.needs_words(k):
-    wrong += ["the random clips have no words of their own: take another resample"]
+    wrong += ["resample='words' needs frames of words, which random clips lack: choose another one"]
 if k['label'] != 'label':
-    wrong += ["the random clips have a score and no classes: take a regression config"]
+    wrong += ["random clips have scores but no classes: choose a config for regression"]
 if k['dtype'] not in ('auto', 'float32', 'bfloat16'):
-    wrong += ["dtype is 'float32' or 'bfloat16' here"]
+    wrong += ["dtype must be 'float32' or 'bfloat16' here"]
 if len(k['gpu']) != 3 or min(k['gpu']) <= 0 or not k['gpu_share']:
-    wrong += ["gpu is three numbers above 0, gpu_share is above 0"]
+    wrong += ["gpu must be three numbers above 0, and gpu_share above 0"]
 if len(shape) != 4 or len(k['large_shape']) != 4:
-    wrong += ["lm_shape and large_shape are layers, width, heads, vocabulary"]
+    wrong += ["lm_shape and large_shape must be four numbers: layers, width, heads, vocabulary"]
 if wrong:
     sys.exit(f"bench: {'; '.join(wrong)}.")
 
 
 def autocast():
-    """ bfloat16 where the knobs want it. """
+    """ The autocast context of the knob dtype. """
     return torch.autocast('cpu', torch.bfloat16) if k['dtype'] == 'bfloat16' else nullcontext()
 
 
@@ -396,8 +398,8 @@ def autocast():
 # Random text models and clips
 
 class Words:
-    """ A stand-in for a tokenizer: a token a word, a digit or two Chinese characters, its number a
-    checksum. """
+    """ A stand-in for a tokenizer: one token per word, per digit or punctuation mark, and per two
+    Chinese characters. The token id is a checksum of the text. """
     eos_token_id, bos_token_id, pad_token_id, unk_token_id = 2, 1, None, 0
 
     def __init__(self, vocabulary):
@@ -408,8 +410,8 @@ class Words:
 
     def __call__(self, texts, truncation=False, max_length=None, **_):
         pattern = r'[A-Za-z]+|[\u4e00-\u9fff]{1,2}|[^\sA-Za-z]'
-        cut = max_length if truncation else None
-        ids = [[self.token(word) for word in re.findall(pattern, text)][:cut] for text in texts]
+        limit = max_length if truncation else None
+        ids = [[self.token(word) for word in re.findall(pattern, text)][:limit] for text in texts]
         return {'input_ids': ids}
 
     def decode(self, ids):
@@ -417,8 +419,8 @@ class Words:
 
 
 def random_lm(kind, layers, width, heads, vocabulary):
-    """ A random text model of this shape: 'gpt2', 'llama' (its FFW as wide as Llama-2's in
-    proportion) or 'roberta'. """
+    """ A random text model of this shape: kind is 'gpt2', 'llama' (FFW width over model width as in
+    Llama-2) or 'roberta'. """
     torch.manual_seed(0)
     if kind == 'gpt2':
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -436,17 +438,17 @@ def random_lm(kind, layers, width, heads, vocabulary):
 
 
 def random_corpus(folder, n_clips, S_a, d_a, S_v, d_v, limit):
-    """ Random clips, n_clips of train, valid and test, of the shapes, as an M-SENA pickle that is
-    converted as any other -> the corpus, and MB/s of its conversion. """
+    """ A corpus of random clips, n_clips in train, valid and test, converted from an M-SENA pickle.
+    Returns it and the MB/s of the conversion. """
     rng, source = np.random.default_rng(0), {}
     words = [''.join(rng.choice(list('abcdefghij'), 5)) for _ in range(3000)]
-    often = 1 / np.arange(1, len(words) + 1)  # [3000]; the k-th is said 1/k as often as the first
-    often = often / often.sum()
+    probability = 1 / np.arange(1, len(words) + 1)  # [3000], Zipf's law
+    probability = probability / probability.sum()
     for split, n in zip(('train', 'valid', 'test'), n_clips):
         n_words = rng.lognormal(np.log(15) - 0.18, 0.6, n)  # [N], mean 15
         n_words = np.clip(n_words, 1, 100).astype(int)
         source[split] = dict(
-            raw_text=[' '.join(rng.choice(words, k, p=often)) for k in n_words],
+            raw_text=[' '.join(rng.choice(words, size, p=probability)) for size in n_words],
             regression_labels=rng.uniform(-limit, limit, n).round(1).astype('f4'))
         for m, S, d in (('audio', S_a, d_a), ('vision', S_v, d_v)):
             length = rng.integers(S // 4, S + 1, n)  # [N]
@@ -463,7 +465,7 @@ def random_corpus(folder, n_clips, S_a, d_a, S_v, d_v, limit):
 
 
 class RandomFeed(Feed):
-    """ A Feed whose hidden states of frozen text are random, as the texts are. """
+    """ A Feed whose frozen hidden states of the texts are random. """
     def _read_frozen_features(self, as_data):
         rng = np.random.default_rng(1)
         for split, texts in self.tokens.items():
@@ -474,14 +476,14 @@ class RandomFeed(Feed):
 
 
 def text_model():
-    """ The random text model that the system stands on: a frozen LM, or an encoder. """
+    """ The system's random text model: a frozen LM, or an encoder. """
     family = plain_way.family(cls)
     hf = random_lm(family, *shape)
     return TextEncoder(hf) if family == 'roberta' else FrozenLM(hf)
 
 
 def build(corpus, knobs):
-    """ Our model of these knobs on a random text model, and its tokenizer; None without text. """
+    """ The system with a random text model, and its tokenizer (None without text). """
     if 'text' not in cls.seen(knobs):
         return cls.assemble(knobs, corpus, None, None), None
     tokenizer = Words(shape[-1])
@@ -491,11 +493,11 @@ def build(corpus, knobs):
 
 
 # --------------------------------------------------------------------------------------------------
-# What is measured
+# Measurements
 
 def resident(what, reset=False):
-    """ MB of memory that this process has now (VmRSS) or had at most (VmHWM) since the last reset.
-    Linux only. """
+    """ MB of memory of this process: what='VmRSS' is the current value, 'VmHWM' the largest one
+    since the last reset. Linux only. """
     if reset:
         with open('/proc/self/clear_refs', 'w') as f:
             f.write('5')
@@ -504,8 +506,7 @@ def resident(what, reset=False):
 
 
 def child_megabytes(only):
-    """ What a process of its own prints when it runs `only`: its peak memory, in MB; nan where
-    there is no /proc. """
+    """ The peak memory in MB of a separate process that runs `only`; nan without /proc. """
     if not os.path.exists('/proc/self/clear_refs'):
         return float('nan')
     argv = [sys.executable, __file__, *sys.argv[1:], f'--only={only}']
@@ -516,7 +517,7 @@ def child_megabytes(only):
 
 
 def matmul_peak(dtype=torch.float32, n=1536):
-    """ FLOP/s of a matmul here and now. """
+    """ FLOP/s of an n x n matmul on this machine: the best of five. """
     a, best = torch.randn(n, n).to(dtype), np.inf
     for _ in range(5):
         since = time.perf_counter()
@@ -526,11 +527,11 @@ def matmul_peak(dtype=torch.float32, n=1536):
 
 
 # --------------------------------------------------------------------------------------------------
-# vs='plain': ours and the plain way by turns
+# vs='plain': ours and the plain implementation, alternately
 
 class Race:
-    """ A system on random clips, and one pass over some batches by each way: 'ours train',
-    'plain train', 'ours valid', 'plain valid'. """
+    """ A system on random clips. Its `ways` are ours and the plain implementation, each in training
+    and in validation. """
     ways = 'ours train', 'plain train', 'ours valid', 'plain valid'
 
     def __init__(self, folder):
@@ -544,16 +545,15 @@ class Race:
                                plain=torch.optim.AdamW(trained, lr=1e-4))
 
     def spread_out(self, split):
-        """ The middle of each of bench_batches equal parts of what an epoch has, by cost: a list of
-        arrays of clips. """
+        """ Orders an epoch's batches by cost, cuts them into bench_batches equal parts, and returns
+        the middle batch of each: a list of arrays of clips. """
         order = epoch_order(self.feed.cost(split), k['batch_size'], 0, None)
-        order = order[:k['bench_clips'] // k['batch_size'] or 1]  # full ones
+        order = order[:k['bench_clips'] // k['batch_size'] or 1]  # full batches only
         n = min(k['bench_batches'], len(order))
         return [order[int((i + 0.5) * len(order) / n)] for i in range(n)]
 
     def padded(self, split, index):
-        """ A batch with everything padded to the longest. Its texts are tokenised here, each
-        time. """
+        """ A batch with texts and frames padded to the longest. Tokenises its texts each time. """
         batch, model = self.feed(split, index), self.model
         if self.feed.tokens:
             texts = self.corpus.text(split)
@@ -575,10 +575,10 @@ class Race:
         self.optimizers[way].step()
         self.optimizers[way].zero_grad(set_to_none=True)
 
-    def passes(self, way, some):
-        """ One pass of a way over these batches. """
+    def passes(self, way, batches):
+        """ One pass of a way over the batches. """
         ours, split = way.startswith('ours'), way.split()[1]
-        for index in some:
+        for index in batches:
             if way == 'ours train':   # as train.py does
                 batch = self.feed(split, index) | dict(epoch=torch.tensor(1))
                 self.step('ours', batch, Plain.loss)
@@ -591,45 +591,45 @@ class Race:
                     predict(self.model, batch)
 
     def set_up(self, way):
-        """ The model and the memory as a way wants them. """
+        """ Sets the mode and the parts of the model, and the memory allocator, for a way. """
         self.model.train('train' in way)
-        plain_way.as_written(self.model, way.startswith('plain'))
-        # as train.py does; a child of the plain way is left alone
+        plain_way.use_plain_parts(self.model, way.startswith('plain'))
+        # ours holds memory as train.py does; a child process of the plain one keeps the default
         if not (k['only'] and 'plain' in way):
             hold_memory('ours' in way)
 
     def run(self, way):
-        """ One pass of a way over the batches -> seconds. The longest one goes before and does not
-        count: memory was the other way's. """
-        some = self.batches[way.split()[1]]
+        """ Seconds of one pass of a way over its batches. The longest batch runs once before,
+        untimed, so that memory allocation is not measured. """
+        batches = self.batches[way.split()[1]]
         self.set_up(way)
-        self.passes(way, some[-1:])
+        self.passes(way, batches[-1:])
         since = time.perf_counter()
-        self.passes(way, some)
+        self.passes(way, batches)
         return time.perf_counter() - since
 
     def counted_flops(self):
-        """ What torch counts of our training steps. """
+        """ FLOPs of our training steps, as torch counts them. """
         self.set_up('ours train')
         with FlopCounterMode(display=False) as counter:
             self.passes('ours train', self.batches['train'])
         return counter.get_total_flops()
 
-    def over_needed(self, text_shape, spent):
-        """ FLOPs that the result needs with a text model of a shape, and what ours spends over
-        that; None where nobody has counted it. """
+    def needed_and_ratio(self, text_shape, spent):
+        """ FLOPs that are needed with a text model of this shape, and the ratio of those that ours
+        spends to them; None if they are not counted for this system. """
         clips = np.concatenate(self.batches['train'])  # [N]
-        need = plain_way.needed_flops(self.feed, clips, text_shape)
-        if not need:
+        needed = plain_way.needed_flops(self.feed, clips, text_shape)
+        if not needed:
             return None
         spent = plain_way.spent_flops(self.feed, self.batches['train'], text_shape) or spent
-        return need, spent and spent / need
+        return needed, spent and spent / needed
 
 
 def by_turns(folder):
-    """ Prints how fast ours is, against the plain way. """
+    """ Prints speed and memory of ours and of the plain implementation. """
     race = Race(folder)
-    if k['only']:  # the child
+    if k['only']:  # in a child process
         before = resident('VmRSS', reset=True)
         race.run(k['only'])
         print(resident('VmHWM') - before)
@@ -650,7 +650,7 @@ def by_turns(folder):
     if race.feed.tokens:
         clips = np.concatenate(race.batches['train'])
         n_tokens = np.mean([len(race.feed.tokens['train'][i]) for i in clips])
-        texts = f" random text model {shape}, texts of {n_tokens:.0f} tokens;"
+        texts = f" random text model {shape}, {n_tokens:.0f} tokens per text on average;"
     print(f"{k['system']} at {k['shapes']}: {len(race.batches['train'])} batches of "
           f"{k['batch_size']} from {k['bench_clips']} clips,{texts} {torch.get_num_threads()} "
           f"threads, matmul {peak[torch.float32] / 1e9:.0f} GFLOP/s float32, "
@@ -661,29 +661,29 @@ def by_turns(folder):
         spread = {way: 50 * np.ptp(seconds[f'{way} {split}']) / t[way] for way in t}
         rate = {way: n_clips / t[way] for way in t}
         mb = {way: megabytes[f'{way} {split}'] for way in t}
-        print(f"  {split}: {t['plain'] / t['ours']:.2f} x plain's speed "
+        print(f"  {split}: {t['plain'] / t['ours']:.2f} times the speed of plain "
               f"(ours {rate['ours']:.1f} clips/s, "
-              f"{1e3 * t['ours'] / len(race.batches[split]):.0f} ms a batch, "
+              f"{1e3 * t['ours'] / len(race.batches[split]):.0f} ms per batch, "
               f"+-{spread['ours']:.0f} %; plain {rate['plain']:.1f} +-{spread['plain']:.0f} %; "
               f"median of {k['repeats']}), peak memory above the model {mb['ours']:.0f} MB, "
-              f"{100 * mb['ours'] / mb['plain']:.0f} % of plain's {mb['plain']:.0f} MB")
+              f"{100 * mb['ours'] / mb['plain']:.0f} % of the {mb['plain']:.0f} MB of plain")
     took = np.median(seconds['ours train'])
-    print(f"  training: {spent / 1e9:.0f} GFLOP counted without attention's and LSTMs', "
+    print(f"  training: {spent / 1e9:.0f} GFLOP spent (attention and LSTMs not counted), "
           f"{100 * spent / took / fast:.0f} % of the matmul peak")
-    if here := race.over_needed(shape, spent):
-        need, over = here
-        large = race.over_needed(k['large_shape'], None)[1]
-        large = f", {large:.2f} at {k['large_shape']}" if large else ''
-        print(f"  {100 * need / took / fast:.0f} % of the peak on the {need / 1e9:.0f} GFLOP that "
-              f"the result needs; spent over needed: {over:.2f} here{large}")
+    if counted := race.needed_and_ratio(shape, spent):
+        needed, ratio = counted
+        large = race.needed_and_ratio(k['large_shape'], None)[1]
+        large = f", {large:.2f} for {k['large_shape']}" if large else ''
+        print(f"  training: {needed / 1e9:.0f} GFLOP needed, {100 * needed / took / fast:.0f} % of "
+              f"the matmul peak; spent over needed: {ratio:.2f} for {shape}{large}")
 
 
 # --------------------------------------------------------------------------------------------------
-# vs='without': what a part of a system costs, as CrossSent's Table 4 has it for GMRA. Forward only,
-# with the part and without by turns, at batch 1 and at batch 64
+# vs='without': the cost of a part of a system, as in CrossSent's Table 4 for GMRA. Forward passes
+# with and without the part, alternately, at batch sizes 1 and 64
 
 def ablated(knobs, device):
-    """ The system with some knobs changed, on a random text model. """
+    """ The system with some knobs changed, with a random text model. """
     _, d_a, _, d_v, _ = SHAPES[k['shapes']]
     corpus = SimpleNamespace(widths=dict(audio=d_a, vision=d_v))
     model, _ = build(corpus, k | knobs)
@@ -691,7 +691,7 @@ def ablated(knobs, device):
 
 
 def random_batch(B, device):
-    """ B random clips of the longest there are. """
+    """ B random clips of the largest lengths. """
     S_a, d_a, S_v, d_v, _ = SHAPES[k['shapes']]
     T = k['max_text_len']
     batch = dict(tokens=torch.randint(10, shape[-1], (B, T), device=device))  # [B,T]
@@ -705,7 +705,7 @@ def random_batch(B, device):
 
 @torch.no_grad()
 def forward_seconds(model, batch, device):
-    """ Seconds of one prediction, the device's work included. """
+    """ Seconds of one prediction, including asynchronous work of the device. """
     since = time.perf_counter()
     model.predict(batch)
     if device != 'cpu':
@@ -714,7 +714,7 @@ def forward_seconds(model, batch, device):
 
 
 def forward_megabytes(way, models, device):
-    """ Peak memory of one forward at batch 64, in MB. """
+    """ Peak memory in MB of one forward at batch 64, weights included. """
     if device != 'cuda':
         return child_megabytes(way)
     for model in models.values():
@@ -726,14 +726,14 @@ def forward_megabytes(way, models, device):
 
 
 def with_and_without(folder):
-    """ Prints what the part costs. """
+    """ Prints the cost of the part that the system's ablation removes. """
     ablation = plain_way.ablation()
     if not ablation:
         others = [c.__name__ for c, way in PLAIN.items() if way.ablation is not Plain.ablation]
-        sys.exit("bench: vs='without' is for systems of which PLAIN says what to take out: "
+        sys.exit("bench: vs='without' needs a system with an ablation in PLAIN: choose a config of "
                  f"{', '.join(others)}.")
-    device = next(d for d, is_there in devices().items() if is_there)
-    if k['only']:  # the child: the weights included
+    device = next(d for d, available in devices().items() if available)
+    if k['only']:  # in a child process
         before = resident('VmRSS', reset=True)
         model = ablated(ablation[k['only']], device)
         forward_seconds(model, random_batch(64, device), device)
@@ -753,30 +753,30 @@ def with_and_without(folder):
 
     print(f"{k['system']} {shape} at {k['shapes']}, {k['max_text_len']} tokens, {device}, "
           f"{torch.get_num_threads()} threads, {matmul_peak() / 1e9:.0f} GFLOP/s float32 matmul on "
-          f"the CPU; median of {k['timed_rounds']} after {k['warmup_rounds']}, by turns")
+          f"the CPU; median of {k['timed_rounds']} after {k['warmup_rounds']} untimed ones")
     rows = [
         ('parameters', 'M', {way: count[way] / 1e6 for way in models}),
         ('latency, batch 1', 'ms', {way: 1e3 * took[way, 1] for way in models}),
         ('throughput, batch 64', 'clips/s', {way: 64 / took[way, 64] for way in models}),
         ('peak memory, batch 64', 'MB', megabytes),
     ]
-    for (what, unit, value), paper in zip(rows, ablation['paper']):
-        more = 100 * (value['with'] / value['without'] - 1)
-        print(f"  {what:22s} without {value['without']:9.2f} {unit:7s} "
-              f"with {value['with']:9.2f} {unit:7s} {more:+6.2f} %   paper {paper}")
+    for (name, unit, value), paper in zip(rows, ablation['paper']):
+        change = 100 * (value['with'] / value['without'] - 1)
+        print(f"  {name:22s} without {value['without']:9.2f} {unit:7s} "
+              f"with {value['with']:9.2f} {unit:7s} {change:+6.2f} %   paper {paper}")
 
 
 # --------------------------------------------------------------------------------------------------
-# vs='paper': what a training step of pseudo tokens takes with LMs that cannot be had here, by count
+# vs='paper': an estimate of a training step of pseudo tokens with LMs that are not available here
 
-# layers, width, width of all keys, width of the FFW, vocabulary, is the LM head a matrix of its
-# own; GPUs
+# layers, width, width of all keys, width of the FFW, vocabulary, whether the LM head has its own
+# weights, number of GPUs
 LMS = {
     'Qwen2.5-1.5B': (28, 1536, 256, 8960, 151936, False, 1),
     'SmolLM2-1.7B': (24, 2048, 2048, 8192, 49152, False, 1),
     'Llama-2-7B': (32, 4096, 4096, 11008, 32000, True, 1),
-    'Llama-2-70B, all GPUs share it': (80, 8192, 1024, 28672, 32000, True, 64),
-    'Llama-2-70B, each node of 8 has it': (80, 8192, 1024, 28672, 32000, True, 64),
+    'Llama-2-70B, sharded over all GPUs': (80, 8192, 1024, 28672, 32000, True, 64),
+    'Llama-2-70B, sharded over each node of 8': (80, 8192, 1024, 28672, 32000, True, 64),
 }
 
 
@@ -785,67 +785,68 @@ def gb(n):
 
 
 def on_paper(layers, D, D_kv, ffw, V, own_head, n_gpus, in_node):
-    """ What a step of batch_size clips a GPU takes -> the cells of a table. bfloat16 weights and
-    activations, float32 adapter. """
+    """ The estimate for one LM as the cells of a table row: a step of batch_size clips per GPU,
+    with bfloat16 weights and activations and a float32 adapter. """
     _, d_a, _, d_v, _ = SHAPES[k['shapes']]
     with torch.device('meta'):
         adapter = plain_way.adapter(cls, dict(audio=d_a, vision=d_v), D)
     if adapter is None:
-        sys.exit("bench: vs='paper' counts systems of pseudo tokens before a frozen LM.")
+        sys.exit("bench: vs='paper' needs a system with pseudo tokens and a frozen LM: choose a "
+                 "config of MSE-Adapter or CMPTA.")
     trained = sum(p.numel() for p in adapter.parameters())
     tokens = 15 + k['n_pseudo'] + 60  # text, pseudo tokens, prompt and answer
     layer = 2 * D * D + 2 * D * D_kv + 3 * D * ffw
-    weights = 2 * layers * layer  # bytes that may be shared
-    whole = 2 * V * D * (1 + own_head)  # bytes: embeddings and head
-    # kept for going back through frozen linears: what norms, attention and the gated FFW want; or,
-    # computing again, a layer's input
+    weights = 2 * layers * layer  # bytes of the layers, which can be sharded
+    unsharded = 2 * V * D * (1 + own_head)  # bytes of embeddings and LM head
+    # bytes of activations per clip: those that norms, attention and the gated FFW keep for the
+    # backward pass; with checkpoint_lm the input of each layer, and those of one layer
     kept = 2 * layers * (8 * D + 3 * ffw) * tokens
-    again = 2 * layers * D * tokens + kept / layers
+    checkpointed = 2 * layers * D * tokens + kept / layers
 
     tera, near, far = k['gpu']
     clips = k['batch_size']  # on a GPU
-    share = 8 if in_node else n_gpus  # GPUs that share the weights
-    flop = clips * tokens * 4 * layers * layer  # forward, and back to the pseudo tokens
-    busy = flop / (tera * 1e12 * k['gpu_share'])  # s
-    traffic = 2 * weights * (1 - 1 / share)  # gathered forward and back
-    moved = traffic / (1e9 * (near if in_node else far))  # s
-    gathering = f'{gb(traffic)}, {moved:.2f} s, {1.5 * moved:.2f} s'
+    shards = 8 if in_node else n_gpus  # GPUs that the weights are sharded over
+    flop = clips * tokens * 4 * layers * layer  # forward, and backward to the pseudo tokens
+    computing = flop / (tera * 1e12 * k['gpu_share'])  # s
+    traffic = 2 * weights * (1 - 1 / shards)  # bytes gathered in the forward and backward pass
+    moving = traffic / (1e9 * (near if in_node else far))  # s
+    gathering = f'{gb(traffic)}, {moving:.2f} s, {1.5 * moving:.2f} s'
     return [
         f'{trained / 1e6:.2f} M',
-        gb(weights / share + whole),
+        gb(weights / shards + unsharded),
         f'{16 * trained / 1e6:.0f} MB',
-        f'{gb(clips * kept)}, {gb(clips * again)}',
-        f'{flop / 1e12:.0f} TFLOP, {busy:.2f} s, {1.5 * busy:.2f} s',
-        gathering if share > 1 else '-',
+        f'{gb(clips * kept)}, {gb(clips * checkpointed)}',
+        f'{flop / 1e12:.0f} TFLOP, {computing:.2f} s, {1.5 * computing:.2f} s',
+        gathering if shards > 1 else '-',
         f'{4 * trained / 1e6:.0f} MB' if n_gpus > 1 else '-',
     ]
 
 
 def count_on_paper(folder):
-    """ Prints the table. """
+    """ Prints the table of estimates. """
     tera, near, far = k['gpu']
     rows = []
     for name, lm in LMS.items():
         rows.append([f'{name} x {lm[-1]}'] + on_paper(*lm, in_node='node' in name))
-    print(f"{k['system']} at {k['shapes']}, {k['batch_size']} clips a GPU and step, "
-          f"{k['gpu_share']:.0%} of {tera:g} TFLOP/s, {near:g} GB/s in a node, {far:g} beyond\n")
+    print(f"{k['system']} at {k['shapes']}, {k['batch_size']} clips per GPU and step, "
+          f"{k['gpu_share']:.0%} of {tera:g} TFLOP/s, {near:g} GB/s in and {far:g} between nodes\n")
     print(markdown_table([
         'LM x GPUs',
-        'trained',
-        'LM a GPU',
+        'trained weights',
+        'LM per GPU',
         'adapter, its gradient and moments',
-        'activations: kept, with checkpoint_lm',
-        'computing: kept, with checkpoint_lm',
-        'gathering weights: kept, with checkpoint_lm',
-        'gradients'], rows))
+        'activations: without, with checkpoint_lm',
+        'computing: without, with checkpoint_lm',
+        'gathering weights: without, with checkpoint_lm',
+        'gradients sent'], rows))
 
 
 # --------------------------------------------------------------------------------------------------
-# vs='start': from process start to the first step, train.py on a converted corpus, late fusion of
-# random features, until it prints a step
+# vs='start': time from process start to the first step that train.py prints, for late fusion of
+# random features on a converted corpus
 
-def first_line(argv, starts_with):
-    """ Seconds from starting a process to the line that starts so; it is killed there. """
+def seconds_until_line(argv, starts_with):
+    """ Seconds from the start of a process to its first line that starts so; then kills it. """
     since = time.perf_counter()
     env, output = os.environ | {'PYTHONUNBUFFERED': '1'}, []
     with subprocess.Popen([sys.executable, *argv], env=env, text=True,
@@ -859,31 +860,31 @@ def first_line(argv, starts_with):
 
 
 def until_first_step(folder, n):
-    """ Prints how long a run on n clips takes to its first step. """
+    """ Prints the time that a run on n clips takes until its first step. """
     _, rate = random_corpus(folder, (n, n // 8, n // 4), 50, 74, 50, 35, 3)
     hf = f'{folder}/run/hf'
     argv = [os.path.join(_root, 'train.py'), os.path.join(_root, 'config', 'baseline_late.py'),
             f'--corpus={folder}/random', f'--out_dir={folder}/run', '--log_interval=1',
             '--device=cpu', '--lm_vocab=4000']
-    # makes a tokenizer, and writes what encoder it wants: the timed ones load both
-    first_line(argv, '  step ')
+    # trains a tokenizer and writes the config of its encoder; the timed runs load both
+    seconds_until_line(argv, '  step ')
     encoder_config = transformers.AutoConfig.from_pretrained(hf)
     transformers.AutoModel.from_config(encoder_config).save_pretrained(hf)
     argv += ['--fresh=True', f'--lm={hf}']
     bare = ['-c', f"import sys; sys.path.insert(0, {_root!r}); "
                   "import torch, transformers, matplotlib.pyplot, safetensors.torch; "
-                  f"from run.load_lm import load_encoder; load_encoder({hf!r}); print('there')"]
-    # by turns: a machine that is slow for a while is slow for both
-    took = [(first_line(argv, '  step '), first_line(bare, 'there')) for _ in range(k['repeats'])]
+                  f"from run.load_lm import load_encoder; load_encoder({hf!r}); print('loaded')"]
+    # alternately, so that a slow phase of the machine affects both
+    took = [(seconds_until_line(argv, '  step '), seconds_until_line(bare, 'loaded'))
+            for _ in range(k['repeats'])]
     whole, bare = np.array(took).T  # [repeats] each
-    print(f"{n} clips to train on: first step {np.median(whole - bare):.1f} s "
-          f"(+-{np.ptp(whole - bare) / 2:.1f}) after imports and the loading of an encoder of "
-          f"3 x 64 ({np.median(bare):.1f} s); converted at {rate:.0f} MB/s; "
-          f"median of {k['repeats']}")
+    print(f"{n} train clips: first step {np.median(whole - bare):.1f} s "
+          f"(+-{np.ptp(whole - bare) / 2:.1f}) after imports and loading an encoder of 3 x 64 "
+          f"({np.median(bare):.1f} s); converted at {rate:.0f} MB/s; median of {k['repeats']}")
 
 
 def start(folder):
-    """ Prints it for each size of the corpus. """
+    """ Prints the time until the first step for each size of the corpus. """
     for n in k['start_clips']:
         own = os.path.join(folder, str(n))
         os.mkdir(own)

@@ -1,11 +1,14 @@
 """
-How gracefully a run falls when audio and video are missing or damaged at test time.
+How much worse the predictions of a run become when audio and video are missing or damaged.
 
     python tools/damage.py out/RUN [out/RUN-seed1 ..]
 
-One table: audio, video, or both gone for 25 to 100 % of the test clips (the same clips for every
-run), drowned in noise of the features' own size, or with their frames in random order. Nothing is
-trained; runs must differ in the seed alone.
+Prints a table of test metrics under these conditions: audio, video, or both missing for 25 to 100 %
+of the test clips (the same clips for every run); noise with the features' standard deviation added;
+frames in random order. Nothing is trained. The runs must differ in the seed only.
+
+    --data_dir=FOLDER           the folder of converted corpora and computed features ('data')
+    --trust_remote_code=True    lets the authors of the run's LM run their own code
 """
 import sys
 from pathlib import Path
@@ -21,17 +24,17 @@ from lm import ModelError
 from metrics import SHOWN, markdown_table, mean_std_n, score_by, task_metrics
 from run.report import EvalError, read_run
 
-SHARES = (0.25, 0.5, 0.75, 1.0)   # of clips that lose a modality
-WHOLE = 'as it is'                # the row that the others are compared with
+SHARES = (0.25, 0.5, 0.75, 1.0)   # shares of clips that lose a modality
+WHOLE = 'undamaged'               # the row that the others are compared with
 
 
-def as_it_is(batch, gone, rng):
-    """ Nothing is damaged. """
+def no_damage(batch, gone, rng):
+    """ The condition without damage. """
     return {}
 
 
 def drop(streams, share):
-    """ A condition: a share of the clips has no frames of these streams. """
+    """ Makes a condition: a share of the clips has no frames of these streams. """
     def damage(batch, gone, rng):
         out = {}
         for m in streams:
@@ -44,7 +47,7 @@ def drop(streams, share):
 
 
 def add_noise(std):
-    """ A condition: noise of the features' own standard deviation on every real frame. """
+    """ Makes a condition: noise with the features' standard deviation on every real frame. """
     def damage(batch, gone, rng):
         out = {}
         for m in std:
@@ -57,7 +60,7 @@ def add_noise(std):
 
 
 def shuffle_frames(streams):
-    """ A condition: the frames of each clip in random order. """
+    """ Makes a condition: the frames of each clip in random order. """
     def damage(batch, gone, rng):
         out = {}
         for m in streams:
@@ -71,42 +74,45 @@ def shuffle_frames(streams):
 
 def conditions(std):
     """
-    Name -> a function of (batch, gone [B] in [0, 1), generator) that gives the damaged streams of a
-    batch. std: stream -> one standard deviation of its features in a batch, a number or [d].
+    dict of name -> condition. A condition is a function of a batch, `gone` [B] in [0, 1) (a clip
+    loses its frames if its value is below the share) and a random generator; it returns the entries
+    of the batch that change. std: dict of stream -> the standard deviation of its features, a
+    number or [d].
     """
     streams = list(std)
-    rows = {WHOLE: as_it_is}
+    rows = {WHOLE: no_damage}
     for group in [[m] for m in streams] + [streams] * (len(streams) > 1):
         for share in SHARES:
             rows[f"no {' nor '.join(group)} for {share:.0%}"] = drop(group, share)
-    rows["noise of the features' own std"] = add_noise(std)
+    rows["noise with the features' std"] = add_noise(std)
     rows['frames in random order'] = shuffle_frames(streams)
     return rows
 
 
 @torch.no_grad()
 def damaged(folder, **allowed):
-    """ A run on its test clips under every condition -> dict of name -> metrics. Raises EvalError
-    and its kin. """
+    """ Tests a run under every condition -> dict of name -> metrics. Raises EvalError, CorpusError,
+    ModelError. """
     run, feed = revive_and_feed(folder, **allowed)
     in_corpus = run.corpus.meta['streams']
     streams = [m for m in STREAMS if m in run.corpus.widths and m in feed.streams]
     if not streams:
-        raise EvalError(f"{folder} sees neither audio nor video: there is nothing to damage.")
+        raise EvalError(f"{folder} reads neither audio nor video, so there is nothing to damage: "
+                        "choose a run that reads one of them.")
     std = {}
     for m in streams:
         standardised = run.knobs['standardise'] or in_corpus[m]['standardised']
         std[m] = 1.0 if standardised else np.array(in_corpus[m]['std'])
-    ways = conditions(std)
+    damages = conditions(std)
 
     n = feed.n_clips['test']
     gone = np.random.default_rng(0).random(n)  # [N]
-    preds = {name: np.zeros(n) for name in ways}  # [N] each
+    preds = {name: np.zeros(n) for name in damages}  # [N] each
     label = np.zeros(n)  # [N]
     batches = epoch_order(feed.cost('test'), run.knobs['batch_size'], 0, None)
     for i, index in enumerate(batches):
         batch, rng = feed('test', index), np.random.default_rng([1, i])
-        for name, damage in ways.items():
+        for name, damage in damages.items():
             pred = run.predict(batch | damage(batch, gone[index], rng))['pred']
             preds[name][index] = pred.float().cpu().numpy()
         label[index] = batch['label'].cpu().numpy()
@@ -117,7 +123,7 @@ def damaged(folder, **allowed):
 
 
 def main(argv):
-    """ The command line of the docstring. Raises EvalError and its kin for a sentence. """
+    """ The command line. Raises EvalError, CorpusError, ModelError. """
     if not argv or argv[0] in ('-h', '--help'):
         print(__doc__)
         return
@@ -125,8 +131,8 @@ def main(argv):
     folders = [a for a in argv if not a.startswith('--')]
     allowed = take_permissions(flags)
     if flags or not folders:
-        raise EvalError("the flags of damage.py are --trust_remote_code=True and "
-                        "--data_dir=FOLDER, beside one or more runs.")
+        raise EvalError("the usage is python tools/damage.py out/RUN [out/RUN-seed1 ..] "
+                        "[--trust_remote_code=True] [--data_dir=FOLDER].")
     one_system(folders)
     runs = [damaged(folder, **allowed) for folder in folders]
     first = read_run(folders[0])

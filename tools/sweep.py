@@ -1,22 +1,27 @@
 """
-A paper's table as one command.
+Trains and evaluates all rows of a paper's table with one command.
 
-    python tools/sweep.py config/sweeps/deepmlf.py                the tables that there are
+    python tools/sweep.py config/sweeps/deepmlf.py                lists the tables
     python tools/sweep.py config/sweeps/deepmlf.py --table=11     on the toy corpus, 3 seeds
     python tools/sweep.py config/sweeps/deepmlf.py --table=11 --config=config/deepmlf_mosei.py
-                    --corpus=unaligned_50.pkl --seeds=5 --jobs=4        on another
+                    --corpus=unaligned_50.pkl --seeds=5 --jobs=4        on another corpus
 
-A table is a list of (row, knob changes, what the paper has there). Each row is trained for each
-seed by train.py, in a folder of its own under out/sweeps/; what is finished is skipped, what was
-cut off goes on, what fails is reported and the rest goes on. Flags of train.py go to every row
-whose system has such a knob. A row with at_test=[..] is not trained: the first row's runs meet the
-test set with these modalities only.
+    --seeds=3           seeds per row
+    --jobs=1            runs at a time; by default the number of GPUs, or 1 without GPUs
+    --config=CONFIG     trains this config in place of the sweep's
+    --out=out/sweeps    the folder of the runs and tables
 
-What may be claimed (README): a row beats another if both have at least 3 seeds, the 95 % interval
-of their paired difference over clips and seeds excludes 0, and everything was chosen on validation,
-which is all that train.py can choose by (of many rows, one in forty looks better by luck: intervals
-are not corrected for how many there are). The table has a row in bold where it beats the first row
-by this rule, or is the first and beats all others; nothing else is bold.
+A table is a list of rows (label, changed knobs, what the paper prints). train.py trains each row
+with each seed in its own folder under out/sweeps/. The same command again skips finished runs and
+resumes interrupted ones. A failed run is reported, and the others continue. Other flags are passed
+to train.py for every row whose system has the knob. A row with at_test=[..] is not trained: the
+runs of the first row are tested with these modalities only.
+
+When we call a difference real (README): both rows have at least 3 seeds, the 95 % interval of their
+paired difference over clips and seeds excludes 0, and every choice was made on validation, which is
+all that train.py selects by. Intervals are not corrected for the number of rows: by chance alone,
+one row in forty looks better. A row is bold if it beats the first row by this rule; the first row
+is bold if it beats all others.
 """
 import hashlib
 import json
@@ -45,23 +50,23 @@ from run.report import RUN_KNOBS, EvalError, read_predictions, read_run
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 FLAGS = dict(table='', seeds='3', jobs='', config='', out='out/sweeps')
-# what a sweep sets itself for each run
+# knobs that the sweep itself sets for each run
 OWN = {'seed', 'out_dir', 'resume', 'fresh', 'needs'}
-# may differ between equal runs
+# knobs in which a finished run may differ from the one that is asked for
 FREE = RUN_KNOBS | OWN
-# the knobs that every run has: of no system
+# the knobs of every run, whatever its system
 COMMON, ANNOTATIONS = declared_knobs(os.path.join(ROOT, 'train.py'))
 
 
 def text(value):
-    """ A knob's value as it stands on a command line. """
+    """ A knob's value in the form of the command line. """
     if isinstance(value, (list, tuple)):
         return ','.join(map(str, value)) or '[]'
     return str(value)
 
 
 def resolve(path):
-    """ A path as it is, or inside this repository. """
+    """ The path itself if it exists, else the path inside this repository. """
     return path if os.path.exists(path) else os.path.join(ROOT, path)
 
 
@@ -71,18 +76,19 @@ def stem_of(path):
 
 
 def as_flags(knobs):
-    """ Knobs as a command line. """
+    """ Knobs as command line flags. """
     return [f'--{k}={text(v)}' for k, v in knobs.items()]
 
 
 def knobs_of_run(config, knobs):
-    """ All knobs of the run that a config and some knobs describe. """
+    """ All knobs of a run of `config` with some knobs changed. """
     return run_knobs([resolve(config), *as_flags(knobs)], COMMON, ANNOTATIONS, SYSTEMS)[1]
 
 
 def settings_of_row(config, short, changes, flags):
-    """ What a row's runs have beside their config: short settings and flags as far as its system
-    has such knobs, and the row's own changes between the two. """
+    """ The knobs that a row's runs change in their config. Later ones win: the short settings, the
+    row's changes, the flags. Short settings and flags that the row's system has no knob for are
+    left out. """
     deciding = {k: v for k, v in flags.items() if k in ('system', 'dataset')}
     known = knobs_of_run(config, changes | deciding)
     short = {k: v for k, v in short.items() if k in known}
@@ -90,8 +96,8 @@ def settings_of_row(config, short, changes, flags):
 
 
 class Run:
-    """ One row and seed: its folder, its command, and how it went. Rows of equal settings are one
-    run, in whatever table. """
+    """ A run of one row with one seed: its folder, its command and its outcome. Rows with equal
+    settings share a run, also across tables. """
     def __init__(self, folder, label, config, settings, seed):
         self.label = label
         self.seed = seed
@@ -104,32 +110,33 @@ class Run:
         self.folder = os.path.join(folder, f'{stem_of(config)}-{mark}-seed{seed}')
         self.command = ['train.py', config, f'--out_dir={self.folder}', f'--seed={seed}']
         self.command += as_flags(settings)
-        # Its prerequisites are trained beside it, before its own config.json is there: two runs of
-        # one seed must not make the same one at the same time.
-        self.stands_on = {(seed, need) for need in self.wanted['needs']}
+        # The run trains its prerequisites before it writes its own config.json. Two runs of one
+        # seed must not train the same prerequisite at the same time.
+        self.prerequisites = {(seed, need) for need in self.wanted['needs']}
 
     def has(self, name):
-        """ True if there is such a file in its folder. """
+        """ True if the run's folder has this file. """
         return os.path.exists(os.path.join(self.folder, name))
 
     def finished(self):
-        """ True if its result is there. Raises EvalError where train.py or the config has changed
-        since. """
+        """ True if the run has a result. Raises EvalError if train.py or the config has changed
+        since then. """
         if not self.has('result.json'):
             return False
-        theirs = read_run(self.folder)['about']['knobs']
+        recorded = read_run(self.folder)['about']['knobs']
         needs = [stem_of(need) for need in self.wanted['needs']]
         for k, v in self.wanted.items():
-            if k in FREE or v in needs:   # train.py puts the folder of a prerequisite in its place
+            # train.py replaces the name of a prerequisite by its folder
+            if k in FREE or v in needs:
                 continue
-            was, now = text(theirs.get(k)), text(v)
-            if was != now:
-                raise EvalError(f"{self.folder} was trained with {k}={was}, and it would be "
-                                f"{now} now: remove it, or give another --out.")
+            old, new = text(recorded.get(k)), text(v)
+            if old != new:
+                raise EvalError(f"{self.folder} was trained with {k}={old}, but the sweep now has "
+                                f"{k}={new}: remove the folder, or choose another --out.")
         return True
 
     def start(self, slot, threads):
-        """ Trains it in a process of its own, on one of several GPUs, if there are any. """
+        """ Starts train.py in its own process, on GPU number `slot` if there are GPUs. """
         self.slot = slot
         os.makedirs(os.path.dirname(self.folder), exist_ok=True)
         argv = [sys.executable, os.path.join(ROOT, self.command[0]), *self.command[1:]]
@@ -140,16 +147,17 @@ class Run:
             all_gpus = ','.join(map(str, range(torch.cuda.device_count())))
             gpus = (os.environ.get('CUDA_VISIBLE_DEVICES') or all_gpus).split(',')
             env['CUDA_VISIBLE_DEVICES'] = gpus[slot % len(gpus)]
-        if os.path.lexists(self.folder + '.txt'):   # a link would lead elsewhere, a FIFO would wait
+        # a link could point to another file, and opening a FIFO would block
+        if os.path.lexists(self.folder + '.txt'):
             os.remove(self.folder + '.txt')
         with open(self.folder + '.txt', 'x', encoding='utf-8') as out:
-            # in a session of its own: Ctrl-C reaches it through us, once
+            # in its own session: run_all passes Ctrl-C on, so that it arrives only once
             self.process = subprocess.Popen(
                 argv, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         self.since = time.time()
 
     def ended(self):
-        """ True once its process is gone; notes why, if it failed. """
+        """ True if the process has ended. Sets `failed` to the reason if it failed. """
         if self.process.poll() is None:
             return False
         if self.process.returncode:
@@ -161,10 +169,10 @@ class Run:
 
 
 def run_all(runs, jobs):
-    """ Trains what is not finished, `jobs` at a time, and says how far it is. Ctrl-C lets each save
-    and stops. """
+    """ Trains the unfinished runs, `jobs` at a time, and prints the progress. On Ctrl-C each run
+    saves, and the sweep stops. """
     todo = [r for r in runs if not r.finished()]
-    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before; {jobs} at a time")
+    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them already finished; {jobs} at a time")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     active, done, started = [], 0, time.time()
     try:
@@ -175,12 +183,11 @@ def run_all(runs, jobs):
                 left = len(todo) + len(active)
                 eta = (time.time() - started) / done * left
                 minutes = (time.time() - r.since) / 60
-                how = f"FAILED ({r.failed})" if r.failed else f"{minutes:.1f} min"
-                print(f"  {done} of {done + left}  {r.label}, seed {r.seed}: {how}; "
+                outcome = f"FAILED ({r.failed})" if r.failed else f"{minutes:.1f} min"
+                print(f"  {done} of {done + left}  {r.label}, seed {r.seed}: {outcome}; "
                       f"ETA {eta / 60:.0f} min", flush=True)
-            making = [r.stands_on for r in active if not r.has('config.json')]
-            busy = set().union(*making)
-            ready = next((r for r in todo if not r.stands_on & busy), None)
+            busy = set().union(*(r.prerequisites for r in active if not r.has('config.json')))
+            ready = next((r for r in todo if not r.prerequisites & busy), None)
             if ready is not None and len(active) < jobs:
                 todo.remove(ready)
                 ready.start(min(set(range(jobs)) - {r.slot for r in active}), threads)
@@ -192,63 +199,65 @@ def run_all(runs, jobs):
             r.process.send_signal(signal.SIGINT)
         for r in active:
             r.process.wait()
-        sys.exit("sweep: stopped; what had begun to train has saved, "
-                 "and the same command goes on.")
+        sys.exit("sweep: stopped; runs that had started training have saved, and the same command "
+                 "resumes them.")
 
 
 def read_row(runs):
-    """ A row's finished runs -> dict(label, test (list of metrics), valid, preds [n,N], seconds,
-    n_trainable, failed). """
-    good = [r for r in runs if r.has('result.json')]
-    results = [read_run(r.folder) for r in good]
-    predictions = [read_predictions(r.folder) for r in good]  # (ids, arrays) each
+    """ Reads the finished runs of a row -> a dict: label, folders, commands, commit, failed; lists
+    with an entry per run: test, valid (metrics), seconds, n_trainable, preds [N]; and those of the
+    test set: ids, truth [N], info. """
+    finished = [r for r in runs if r.has('result.json')]
+    results = [read_run(r.folder) for r in finished]
+    predictions = [read_predictions(r.folder) for r in finished]  # (ids, arrays) each
     abouts = [result['about'] for result in results]
     row = dict(
         label=runs[0].label,
         preds=[p['pred'] for _, p in predictions],
-        folders=[r.folder for r in good],
+        folders=[r.folder for r in finished],
         failed=[r.failed for r in runs if r.failed],
         commands=[about['command'] for about in abouts],
         commit=[about['commit'] + '*' * about['dirty'] for about in abouts])
     for k in ('test', 'valid', 'seconds', 'n_trainable'):
         row[k] = [result[k] for result in results]
-    if not good:
+    if not finished:
         return row | dict(ids=None, truth=None, info=None)
     ids, first = predictions[0]
     return row | dict(ids=ids, truth=first['label'], info=results[0]['info'])
 
 
 def at_test(label, first, modalities):
-    """ A row that is not trained: the runs of the first row on the test set, with these modalities
-    alone. """
+    """ A row that is not trained: the runs of the first row, tested with these modalities only. """
     row = dict(first, label=label, test=[], preds=[], seconds=[], n_trainable=[], valid=[],
                failed=[], commands=[])
     for folder in first['folders']:
         try:
             run = revive(folder, data_dir=read_run(folder)['about']['knobs']['data_dir'])
-            left = [m for m in run.knobs['modalities'] if m in modalities]
-            metrics, got = run.test(run.corpus, run.knobs | dict(modalities=left))
+            kept = [m for m in run.knobs['modalities'] if m in modalities]
+            metrics, predictions = run.test(run.corpus, run.knobs | dict(modalities=kept))
         except (EvalError, CorpusError, ModelError, ValueError) as e:
             row['failed'].append(str(e))
             continue
         row['test'].append(metrics)
-        row['preds'].append(got['pred'])
+        row['preds'].append(predictions['pred'])
     return row
 
 
 def table(rows, paper):
-    """ The Markdown table, and the same as a dict for the JSON. rows: read_row's; the first is what
-    the others are compared with. """
+    """ rows: of read_row; the others are compared with the first one. paper: dict of label -> what
+    the paper prints. Returns the Markdown table and the list of dicts for the JSON. """
     first = rows[0]
     if not first['test']:
-        raise EvalError(f"no run of the first row, {first['label']}, has finished: "
-                        "there is nothing to compare with.")
+        raise EvalError(f"no run of the first row, {first['label']}, has finished, so there is "
+                        "nothing to compare with: read its output in the .txt file beside its "
+                        "folder.")
     by, metric = score_by(first['info'])
     for row in rows[1:]:
         same_clips = row['ids'] == first['ids'] and np.array_equal(row['truth'], first['truth'])
         if row['test'] and not same_clips:
-            raise EvalError(f"the rows {first['label']} and {row['label']} were tested on other "
-                            "clips or labels: they do not pair.")
+            raise EvalError(f"the rows {first['label']} and {row['label']} were tested on "
+                            "different clips or labels, so their errors cannot be paired: give "
+                            "both rows the same corpus and label.")
 
     claims = [None]
     for row in rows[1:]:
@@ -284,56 +293,58 @@ def table(rows, paper):
 
 
 def read_sweep(path):
-    """ The globals of a sweep file. Raises EvalError. """
+    """ The globals of the sweep file at `path`. Raises EvalError. """
     try:
         sweep = runpy.run_path(resolve(path))
     except OSError:
         sweep = {}
     if not isinstance(sweep.get('tables'), dict):
-        there = sorted(os.listdir(os.path.join(ROOT, 'config', 'sweeps')))
-        there = [name for name in there if name.endswith('.py')]
-        raise EvalError(f"there is no sweep {path}: config/sweeps has {', '.join(there)}.")
+        names = sorted(os.listdir(os.path.join(ROOT, 'config', 'sweeps')))
+        names = [name for name in names if name.endswith('.py')]
+        raise EvalError(f"{path} is not a sweep file: choose one of config/sweeps, which has "
+                        f"{', '.join(names)}.")
     return sweep
 
 
 def read_numbers(own):
-    """ Seeds and jobs as the flags say. Raises EvalError. """
+    """ The numbers of seeds and of jobs in the sweep's own flags. Raises EvalError. """
     try:
         n_seeds = int(own['seeds'])
         jobs = int(own['jobs'] or max(1, torch.cuda.device_count()))
     except ValueError:
-        raise EvalError("--seeds and --jobs are whole numbers.") from None
+        raise EvalError("--seeds and --jobs must be whole numbers.") from None
     if n_seeds < 1 or jobs < 1:
-        raise EvalError("--seeds and --jobs are at least 1.")
+        raise EvalError("--seeds and --jobs must be at least 1.")
     return n_seeds, jobs
 
 
-def refuse_strangers(flags, runs):
-    """ Stops at a flag that no run has a knob for. """
+def refuse_unknown_flags(flags, runs):
+    """ Stops with a sentence if no run has a knob for a flag. """
     for k in flags:
         if not any(k in run.wanted for run in runs):
             parse_flags({k: flags[k]}, runs[0].wanted, systems=SYSTEMS)
 
 
 def write_table(rows, paper, heading, where):
-    """ The table of the rows as where.md and where.json -> its text. heading: dict of title,
-    command, common (what all rows have) and note. """
+    """ Writes the table as where.md and where.json, and returns the text of the former. heading:
+    dict of title, command, note and common, the flags of all rows. """
     drawn, numbers = table(rows, paper)
     commits = ', '.join(sorted({commit for row in rows for commit in row['commit']}))
-    words = (f"# {heading['title']}\n\n`python tools/sweep.py {shlex.join(heading['command'])}`; "
-             f"every run, but for its row's own knobs: `{heading['common'] or 'as its config'}`; "
-             f"commit {commits}.\n\n{heading['note']}\n\n{drawn}\n")
+    common = f"`{heading['common']}` and " if heading['common'] else ''
+    page = (f"# {heading['title']}\n\n`python tools/sweep.py {shlex.join(heading['command'])}`; "
+            f"each run has {common}the knobs of its row; commit {commits}.\n\n"
+            f"{heading['note']}\n\n{drawn}\n")
     for row in rows:
-        for why in row['failed']:
-            words += f"\n{row['label']} failed: {why}\n"
-    write_text(where + '.md', words)
+        for reason in row['failed']:
+            page += f"\n{row['label']} failed: {reason}\n"
+    write_text(where + '.md', page)
     saved = dict(title=heading['title'], command=heading['command'], rows=numbers)
     write_text(where + '.json', json.dumps(saved, indent=1))
-    return words
+    return page
 
 
 def main(argv):
-    """ The command line of the docstring. Raises EvalError and its kin for a sentence. """
+    """ The command line. Raises EvalError, CorpusError, ModelError. """
     flags = dict(arg[2:].partition('=')[::2] for arg in argv if arg.startswith('--'))
     files = [arg for arg in argv if not arg.startswith('-')]
     if 'help' in flags or '-h' in argv or len(files) != 1:
@@ -341,21 +352,21 @@ def main(argv):
         return
     own = {k: flags.pop(k, v) for k, v in FLAGS.items()}
     if set_here := OWN & set(flags):
-        raise EvalError(f"--{sorted(set_here)[0]} is what a sweep sets itself for each run: "
-                        "leave it out.")
+        raise EvalError(f"--{sorted(set_here)[0]} is a knob that the sweep itself sets for each "
+                        "run: leave it out.")
     sweep = read_sweep(files[0])
     tables = sweep['tables']
     if own['table'] not in tables:
         if own['table']:
             raise EvalError(f"{files[0]} has no table {own['table']!r}: "
-                            f"it has {', '.join(tables)}.")
+                            f"choose one of {', '.join(tables)}.")
         for k, t in tables.items():
             print(f"--table={k:<12} {t['title']} ({len(t['rows'])} rows)")
         return
     n_seeds, jobs = read_numbers(own)
     t = tables[own['table']]
     if own['config'] and t.get('toy'):
-        raise EvalError(f"table {own['table']} is sized for the toy corpus: it takes no --config.")
+        raise EvalError(f"table {own['table']} is sized for the toy corpus: leave --config out.")
 
     config = own['config'] or t.get('config') or sweep['config']
     source = knobs_of_run(config, {k: flags[k] for k in ('dataset', 'corpus') if k in flags})
@@ -364,7 +375,7 @@ def main(argv):
     short = {}
     if source == 'toy':
         short = sweep.get('short', {}) | t.get('short', {})
-    folder = os.path.join(own['out'], corpus)  # what two tables ask for is trained once
+    folder = os.path.join(own['out'], corpus)  # shared by all tables, so that equal runs are reused
     trained, tested, paper = {}, {}, {}
     for label, changes, printed in t['rows']:
         paper[label] = printed
@@ -377,15 +388,15 @@ def main(argv):
         trained[label] = [Run(folder, label, row_config, settings, seed)
                           for seed in range(n_seeds)]
     runs = [of_row[seed] for seed in range(n_seeds) for of_row in trained.values()]
-    refuse_strangers(flags, runs)
+    refuse_unknown_flags(flags, runs)
 
     os.makedirs(folder, exist_ok=True)
-    # prerequisites of two sweeps are made once, and neither knows what the other is making; the
-    # lock is held as long as this variable lives
-    alone = lock(folder)
-    if alone is None:
+    # Two sweeps in one folder could train the same prerequisite at the same time. The lock is held
+    # as long as this variable lives.
+    folder_lock = lock(folder)
+    if folder_lock is None:
         raise EvalError(f"another sweep is running in {folder}: wait for it (--jobs=2 trains two "
-                        "runs at once), or give another --out.")
+                        "runs at a time), or choose another --out.")
     started = time.time()
     run_all(runs, jobs)
     rows = {label: read_row(of_row) for label, of_row in trained.items()}
@@ -399,8 +410,8 @@ def main(argv):
     where = os.path.join(own['out'], '-'.join(name))
     heading = dict(title=f"{sweep['name']}, {t['title']}", command=argv, note=t.get('note', ''),
                    common=' '.join(as_flags(short | flags)))
-    words = write_table([rows[label] for label, *_ in t['rows']], paper, heading, where)
-    print(f"\n{words}\n{where}.md, {(time.time() - started) / 60:.1f} min")
+    page = write_table([rows[label] for label, *_ in t['rows']], paper, heading, where)
+    print(f"\n{page}\n{where}.md, {(time.time() - started) / 60:.1f} min")
 
 
 if __name__ == '__main__':
@@ -410,4 +421,4 @@ if __name__ == '__main__':
         sys.exit(f"sweep: {e}")
     except OSError as e:
         sys.exit(f"sweep: cannot write {e.filename} ({e.strerror}): "
-                 "make room, or give another --out.")
+                 "free some space, or choose another --out.")
