@@ -82,7 +82,7 @@ MOST_LINES = {
     'baselines.py': 1060,  # the aim is 900
     'lm.py': 650,
     'run/load_lm.py': 470,  # the aim is 450, and so below
-    'tools/bench.py': 900,
+    'tools/bench.py': 925,
 }
 
 
