@@ -1,6 +1,6 @@
 """
-How the repository is built: imports one way, files of a size that can be read, each system's name
-in one place, knobs that are read, configs that run, and prerequisites that end with their parent.
+The structure of the repository: no circular imports, a limit on the length of files, each system's
+name in one place, no unused knobs, valid configs, and prerequisites that end with their parent.
 
     python -m pytest -q tests/test_house.py
 """
@@ -38,7 +38,7 @@ SOURCES = parsed(AT_ROOT + [p for name in PACKAGES for p in sorted((HERE / name)
 
 
 def nodes(kind):
-    """Every node of a kind in the repository's own code: (file, node)."""
+    """(file, node) for every AST node of a class in the repository's own code."""
     for file, tree in SOURCES.items():
         for node in ast.walk(tree):
             if isinstance(node, kind):
@@ -50,7 +50,7 @@ def nodes(kind):
 
 
 def imported(tree):
-    """The modules of this repository that a file imports, at its top or inside a function."""
+    """The files of this repository that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -61,65 +61,63 @@ def imported(tree):
     return files & set(SOURCES)
 
 
-def test_no_module_imports_itself_through_others():
+def test_imports_are_not_circular():
     graph = {file: imported(tree) for file, tree in SOURCES.items()}
     assert graph['train.py'] > {'model.py', 'eval.py', 'run/folder.py'}
     for file in graph:
-        reached, to_do = set(), list(graph[file])
-        while to_do:
-            other = to_do.pop()
+        reached, waiting = set(), list(graph[file])
+        while waiting:
+            other = waiting.pop()
             if other not in reached:
                 reached.add(other)
-                to_do += graph[other]
+                waiting += graph[other]
         assert file not in reached, file
 
 
-# The most lines that a file may have. Files that are not named: 450.
+# The most lines that a file may have; 450 for the others
 MOST_LINES = {
     'train.py': 380,
     'model.py': 940,  # 900, and room for the system that docs/fork.md adds
     'adapters.py': 900,
     'baselines.py': 1060,  # the aim is 900
     'lm.py': 650,
-    'run/load_lm.py': 470,  # the aim is 450, and so below
-    'tools/bench.py': 925,
+    'run/load_lm.py': 470,  # the aim is 450
+    'tools/bench.py': 925,  # the aim is 450
 }
 
 
-def test_files_are_of_a_size_that_can_be_read():
+def test_files_are_not_too_long():
     for file in SOURCES:
         n = len((HERE / file).read_text(encoding='utf-8').splitlines())
         assert n <= MOST_LINES.get(file, 450), (file, n)
 
 
-def test_few_files_stand_at_the_root_and_one_of_them_is_a_test():
+def test_the_root_has_at_most_13_python_files_and_one_test():
     names = [p.name for p in HERE.glob('*.py')]
     assert len(names) <= 13
     assert [name for name in names if 'test' in name] == ['test_smoke.py']
 
 
 def function_named(tree, name, cls=None):
-    """The node of a function, or of a method of the class `cls` where it has one of that name."""
+    """The node of the method `name` of the class `cls`, or else of the function `name`."""
     in_class = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls]
     for body in [n.body for n in in_class] + [tree.body]:
         found = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == name]
         if found:
             return found[0]
-    raise AssertionError(f'{cls}.{name} is not there')
+    raise AssertionError(f'there is neither a method {cls}.{name} nor a function {name}')
 
 
 def code_lines(lines, first, last):
-    """
-    How many of the lines first .. last (from 1) hold code: no comment, docstring or blank line.
-    """
+    """How many of the lines first .. last (from 1) are code: not a comment, docstring or blank."""
     part = '\n'.join(lines[first - 1 : last])
     for doc in re.findall(r'^ *""".*?"""$', part, re.M | re.S):
         part = part.replace(doc, '')
     return sum(bool(re.match(r'\s*[^#\s]', line)) for line in part.split('\n'))
 
 
-def test_one_step_of_deepmlf_is_read_in_six_files_and_300_lines():
-    """What docs/reading.md lists, `Class.method`, `method of the same class`; `function`."""
+def test_one_step_of_deepmlf_is_at_most_six_files_and_300_lines():
+    """A cell of docs/reading.md lists `Class.method`, `method of the same class`; `function`."""
     page = (HERE / 'docs' / 'reading.md').read_text(encoding='utf-8')
     rows = re.findall(r'^\| `(\S+\.py)` +\| (.+) \|$', page, re.M)
     assert rows[0][0] == 'train.py' and 4 <= len(dict(rows)) <= 6
@@ -144,28 +142,28 @@ def test_one_step_of_deepmlf_is_read_in_six_files_and_300_lines():
 
 
 # --------------------------------------------------------------------------------------------------
-# A system is one class and one config: nobody else asks which it is
+# A system is one class and one config: no other code depends on which system it is
 
-# Names of systems that are names of other things too: a knob, a stream, a bound of the toy corpus.
-OTHER_THINGS = {'lm', 'av', 'late'}
+# Names of systems that also name a knob, a stream and a bound of the toy corpus
+AMBIGUOUS = {'lm', 'av', 'late'}
 
 
-def test_nobody_spells_the_name_of_a_system():
-    """Outside SYSTEMS and BASELINES, whose keys are keywords, and the default of train.py."""
+def test_no_code_spells_the_name_of_a_system():
+    """Except the keys of SYSTEMS and BASELINES (they are keywords) and the default in train.py."""
     spelled = []
     for file, node in nodes(ast.Constant):
-        if node.value in set(SYSTEMS) - OTHER_THINGS:
+        if node.value in set(SYSTEMS) - AMBIGUOUS:
             spelled.append((file, node.value))
     assert spelled == [('train.py', declared_knobs(HERE / 'train.py')[0]['system'])]
 
 
 def is_system(node):
-    """True for the knob, however it is spelled: system, k['system'], x.system."""
+    """True for an expression that reads the knob: system, k['system'], x.system."""
     return re.search(r"(^system|\.system|\['system'\])$", ast.unparse(node)) is not None
 
 
-def test_nobody_compares_the_name_of_a_system_or_keys_by_it():
-    """It is looked up in SYSTEMS, and asked whether it is there, and nothing else."""
+def test_the_name_of_a_system_is_only_looked_up_in_systems():
+    """Nothing compares it with a name or uses it as the key of another dict."""
     tables = ('SYSTEMS', 'systems')
     for file, node in nodes(ast.Compare):
         sides = [node.left, *node.comparators]
@@ -179,7 +177,7 @@ def test_nobody_compares_the_name_of_a_system_or_keys_by_it():
             assert not any(map(is_system, node.args)), (file, node.lineno, ast.unparse(node))
 
 
-def test_nobody_asks_a_model_or_a_system_what_it_is():
+def test_no_code_asks_for_the_class_of_a_model_or_system():
     for file, node in nodes(ast.Call):
         if ast.unparse(node.func) in ('isinstance', 'issubclass', 'hasattr', 'getattr', 'type'):
             asked = ast.unparse(node.args[0]).split('.')[-1].lower()
@@ -193,12 +191,12 @@ CONFIGS = sorted(p.name for p in (HERE / 'config').glob('*.py'))
 
 
 def variants_of(path):
-    """The data sets that a config has settings for."""
+    """The values of --dataset that a config has settings for: its dicts."""
     return [name for name, v in runpy.run_path(str(path)).items() if isinstance(v, dict)]
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_a_config_names_its_own_command_and_every_knob_is_one_of_its_system(name):
+def test_a_config_prints_its_command_and_sets_only_knobs_of_its_system(name):
     path = HERE / 'config' / name
     lines = path.read_text(encoding='utf-8').splitlines()
     named = [line for line in lines if line.startswith('# python train.py')]
@@ -212,14 +210,14 @@ def test_a_config_names_its_own_command_and_every_knob_is_one_of_its_system(name
         assert k['dataset'] == dataset and SYSTEMS[k['system']].check(k) == []
         for flag in re.findall(r' --(\w+)=', ' '.join(named)):
             assert flag in known, flag
-    if variants:  # the one that it takes by itself
+    if variants:  # the default is one of them
         assert run_knobs([str(path)], *common, SYSTEMS)[1]['dataset'] in variants
 
 
 def test_every_knob_is_read():
     """
-    A common knob by its name in train.py, below the knobs, or in a dict; a system's in a dict, as
-    k['lr'], k.get('lr') or k['weight_' + name].
+    A common knob is read as a name in train.py or from a dict of knobs. A knob of a system is read
+    from a dict: k['lr'], k.get('lr') or k['weight_' + name].
     """
     keys, prefixes, texts = set(), set(), set()
     for _, node in nodes(ast.Subscript):
@@ -249,7 +247,7 @@ def test_every_knob_is_read():
 
 
 # --------------------------------------------------------------------------------------------------
-# Prerequisites end with their parent
+# A prerequisite is trained in a child process, which ends with its parent
 
 CHILD = """
 system = 'av'
@@ -271,10 +269,10 @@ save_interval = 1
 """
 
 
-def test_kill_9_of_the_parent_alone_ends_its_child_and_loses_nothing(corpora, curriculum, tmp_path):
+def test_a_child_ends_when_its_parent_is_killed_and_both_resume(corpora, curriculum, tmp_path):
     """
-    The parent is killed while it waits for a prerequisite. The child, which no signal reaches, ends
-    by itself. The same command again goes on, to the bits of a run that was never killed.
+    The parent is killed while it waits for a prerequisite. The child gets no signal and ends by
+    itself. The same command resumes both and gives the bits of a run that was never killed.
     """
     (tmp_path / 'child.py').write_text(CHILD)
     run = PARENT_RUN.format(child=str(tmp_path / 'child.py'), lm=str(curriculum / 'lm_toy'))
@@ -288,10 +286,10 @@ def test_kill_9_of_the_parent_alone_ends_its_child_and_loses_nothing(corpora, cu
         command = [*map(str, argv), f'--out_dir={tmp_path}/{out}/parent']
         return subprocess.Popen(command, cwd=HERE, env=env, **pipes)
 
-    def to_the_end(out):
+    def run_to_the_end(out):
         process = start(out)
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-2000:]
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-2000:]
 
     killed, whole = tmp_path / 'killed', tmp_path / 'whole'
     process = start('killed')
@@ -299,19 +297,20 @@ def test_kill_9_of_the_parent_alone_ends_its_child_and_loses_nothing(corpora, cu
         while process.poll() is None and not (killed / 'child' / 'last.safetensors').exists():
             time.sleep(0.02)
         assert process.poll() is None
-        assert lock(killed / 'child') is None  # the child is at work
+        assert lock(killed / 'child') is None  # the child is training
     finally:
         process.kill()
     since = time.time()
-    said, _ = process.communicate(timeout=60)  # the child has this pipe too: it ends with both
+    # the child holds this pipe too, so this returns when both have ended
+    output, _ = process.communicate(timeout=60)
     assert time.time() - since < 20
-    assert 'training a prerequisite first, child' in said
+    assert 'training a prerequisite first, child' in output
     assert not (killed / 'child' / 'result.json').exists()
     assert lock(killed / 'child') is not None
     assert not (killed / 'parent').exists()
 
-    to_the_end('killed')
-    to_the_end('whole')
+    run_to_the_end('killed')
+    run_to_the_end('whole')
     for name in ('child', 'parent'):
         same_run(whole / name, killed / name)
         predictions = [(out / name / 'test.jsonl').read_bytes() for out in (whole, killed)]
@@ -322,7 +321,7 @@ def test_kill_9_of_the_parent_alone_ends_its_child_and_loses_nothing(corpora, cu
 # Runs of other versions
 
 
-def test_a_run_of_another_format_is_refused_with_a_sentence(curriculum, tmp_path):
+def test_a_run_of_another_format_is_refused(curriculum, tmp_path):
     shutil.copytree(curriculum / 'whole', tmp_path / 'old')
     forge(tmp_path / 'old', format=1)
     for script, folders in (
@@ -333,13 +332,13 @@ def test_a_run_of_another_format_is_refused_with_a_sentence(curriculum, tmp_path
     ):
         with pytest.raises(SystemExit) as stopped:
             command(script, *(tmp_path / folder for folder in folders))
-        said = str(stopped.value)
-        assert 'was written by another version (format 1, and this is' in said
-        assert '\n' not in said
+        message = str(stopped.value)
+        assert 'was written by another version (format 1, and this is' in message
+        assert '\n' not in message
 
 
-def test_a_metric_that_a_run_lacks_is_a_dash_in_a_comparison(curriculum, tmp_path):
-    """An old run does not have the metrics of today: it is compared by those that it has."""
+def test_a_comparison_prints_a_dash_for_a_metric_that_a_run_lacks(curriculum, tmp_path):
+    """A run of an older version may lack a metric; it is compared by the others."""
     shutil.copytree(curriculum / 'av_toy', tmp_path / 'older')
     path = tmp_path / 'older' / 'result.json'
     result = json.loads(path.read_text())
@@ -355,42 +354,42 @@ def test_a_metric_that_a_run_lacks_is_a_dash_in_a_comparison(curriculum, tmp_pat
 
 
 # --------------------------------------------------------------------------------------------------
-# A system that does not keep the contract gets a sentence
+# A system that breaks the contract of system.py is refused with one sentence
 
 
-class Odd(System):
+class Broken(System):
     class Knobs:
         pass
 
 
 @pytest.mark.parametrize('out', [torch.zeros(()), dict(loss=torch.zeros(())), dict(terms={}), None])
-def test_a_forward_that_is_not_the_contracts_gets_a_sentence(out):
-    with pytest.raises(ModelError, match='Odd.forward must return dict'):
-        checked_loss(Odd(), out)
+def test_forward_must_return_a_loss_and_terms(out):
+    with pytest.raises(ModelError, match='Broken.forward must return dict'):
+        checked_loss(Broken(), out)
 
 
 @pytest.mark.parametrize(
-    'out, says',
+    'out, message',
     [
-        (torch.zeros(3), 'Odd.predict must return dict'),
-        (dict(prob=torch.zeros(3, 2)), 'Odd.predict must return dict'),
+        (torch.zeros(3), 'Broken.predict must return dict'),
+        (dict(prob=torch.zeros(3, 2)), 'Broken.predict must return dict'),
         (dict(pred=torch.zeros(3, 1)), r'pred of shape \[3, 1\] for 3 clips'),
         (dict(pred=torch.zeros(1)), r'pred of shape \[1\] for 3 clips'),
         (dict(pred=torch.zeros(3), prob=torch.zeros(2, 2)), r'prob of shape \[2, 2\]'),
     ],
 )
-def test_a_prediction_of_another_shape_gets_a_sentence(out, says):
-    with pytest.raises(ModelError, match=says):
-        checked_prediction(Odd(), out, 3)
+def test_predict_must_return_one_prediction_a_clip(out, message):
+    with pytest.raises(ModelError, match=message):
+        checked_prediction(Broken(), out, 3)
 
 
-def test_a_loss_does_not_broadcast():
+def test_losses_refuse_shapes_that_would_broadcast():
     for loss in (l1, mse):
         with pytest.raises(ModelError, match=r'\[3, 1\] do not fit labels of shape \[3\]'):
             loss(torch.zeros(3, 1), torch.zeros(3))
 
 
-def test_a_prerequisite_that_is_not_there_gets_a_sentence(corpora, tmp_path):
+def test_a_missing_prerequisite_config_and_a_missing_run_are_refused(corpora, tmp_path):
     (tmp_path / 'config.py').write_text(
         "needs = ['config/lm_tyo.py']\nsystem = 'deepmlf'\nlm = "
         "'lm_toy'\nav_init = 'random'\nmm_layers = [2]\n"
@@ -415,10 +414,10 @@ def test_a_refused_resume_trains_no_prerequisite(corpora, curriculum, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['run']
 
 
-def test_a_systems_knob_has_no_common_knobs_name():
+def test_a_knob_of_a_system_must_not_have_the_name_of_a_common_knob():
     class Shadow(System):
         class Knobs:
-            batch_size = 3  # of something else
+            batch_size = 3
 
     with pytest.raises(SystemExit, match='batch_size is a knob of every run, and odd has one'):
         run_knobs(['--system=odd'], *declared_knobs(HERE / 'train.py'), dict(odd=Shadow))

@@ -13,6 +13,7 @@ import pickle
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -746,18 +747,38 @@ def test_real_mosi_with_a_real_lm_runs(tmp_path):
     assert np.isfinite(result['test']['mae'])
 
 
-# what stands in the README, and what this test has in its place
+# What the documents name -> what is here in its place. Weights of the hub cannot be had: the toy LM.
 STANDS_FOR = {
     'out/RUN': 'out/deepmlf_toy',
     'OTHER': 'data/toy',
     'data/mosi': 'data/toy',
     'data/mosei': 'data/toy',
     'sentence-transformers/all-mpnet-base-v2': 'out/lm_toy-steps2',
+    'gpt2': 'out/lm_toy-steps2',
+}
+# the toy LM in the place of a config's own, by config
+SMALL_LM = {
+    'config/deepmlf_mosei.py': ['--lm=out/lm_toy-steps2', '--mm_layers=2,4', '--mm_heads=4'],
+    'config/mse_mosei.py': ['--lm=out/lm_toy_rated-steps2', '--prompt=toy', '--label_plus=False'],
 }
 SMALL_BENCH = """
     --bench_clips=3 --batch_size=2 --repeats=1 --lm_shape=2,32,2,500 --large_shape=2,64,2,500
     --warmup_rounds=1 --timed_rounds=2
 """
+PAGES = ['README.md', *sorted(p.relative_to(HERE).as_posix() for p in HERE.glob('docs/*.md'))]
+
+
+def shell_commands(page):
+    """
+    The commands of a page: lines of ```bash blocks, and of indented blocks where they start a program
+    that is known here.
+    """
+    text = (HERE / page).read_text(encoding='utf-8')
+    lines = re.findall(r'^    ((?:python|torchrun|pip|git|cd) .+)$', text, re.M)
+    for block in re.findall(r'^```(?:bash|sh)\n(.*?)^```', text, re.M | re.S):
+        lines += block.splitlines()
+    lines = [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    return [line for line in lines if line]
 
 
 def run_script(words, monkeypatch):
@@ -769,37 +790,86 @@ def run_script(words, monkeypatch):
         assert not e.code, (words, e.code)
 
 
-def test_readme_commands_run(corpora, tmp_path, monkeypatch, capsys):
+def run_shortened(line, monkeypatch):
     """
-    Each command of the README, in its order, in an empty folder: training cut to 2 steps, real files
-    replaced by small ones of their layout, pip and pytest (which is running this) left out.
+    A command of the documents in this folder: training with 2 steps, what cannot be had replaced.
+    Installing, cloning and pytest (which is running this) are left out.
+    """
+    words = shlex.split(line)
+    program, words = words[0], words[1:]
+    if program in ('pip', 'git', 'cd') or words[:2] == ['-m', 'pytest']:
+        return
+    if program == 'torchrun':
+        at = words.index('train.py')
+        words = words[:at] + [str(HERE / 'train.py')] + words[at + 1 :] + ['--max_steps=2']
+        words = [re.sub('nproc_per_node=.*', 'nproc_per_node=2', w) for w in words]
+        words += ['--device=cpu', '--out_dir=out/torchrun', *SMALL_LM[words[at + 1]]]
+        if not os.path.exists('out/lm_toy_rated-steps2'):
+            train('config/lm_toy_rated.py', '--max_steps=2', '--device=cpu')
+        command = [sys.executable, '-m', 'torch.distributed.run', *words]
+        done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr[-2000:])
+        return
+    assert program == 'python', line
+    if words[0] == '-c':
+        exec(words[1], {})
+    elif words[0] == 'train.py':
+        small = next((v for k, v in SMALL_LM.items() if k in words), [])
+        # two commands may name one folder
+        fresh = [] if '--resume=True' in words else ['--fresh=True']
+        short = [] if '--help' in words else ['--max_steps=2', '--device=cpu', *fresh, *small]
+        try:
+            train(*words[1:], *short)
+        except SystemExit as e:  # of --help
+            assert not e.code, (line, e.code)
+    elif words[0] == 'tools/bench.py':
+        run_script(words + SMALL_BENCH.split(), monkeypatch)
+    else:
+        assert words[0] in ('eval.py', 'data.py') or words[0].startswith('tools/'), line
+        for real, small in STANDS_FOR.items():
+            words = [re.sub(rf'{real}$', small, w) for w in words]
+        words = [w + '-steps2' if w.startswith('out/') and w.count('/') == 1 else w for w in words]
+        run_script(words, monkeypatch)
+
+
+def test_commands_of_the_documents_run(corpora, tmp_path, monkeypatch, capsys):
+    """
+    Each command of README.md and docs/, once and in this order, in an empty folder with small files
+    of the layouts that they name; and the Python of docs/corpora.md. tests/test_fork.py runs those of
+    docs/fork.md.
     """
     monkeypatch.chdir(tmp_path)
     shutil.copytree(corpora / 'toy', tmp_path / 'data' / 'toy')
     change = dict(audio=of_width(74), vision=of_width(35), vision_lengths=six_frames)
     a_corpus(tmp_path, 'unaligned_50', **change)
+    emotion_lists(tmp_path / 'CHERMA0723')
     clip = dict(audio=np.zeros((4, 12), 'f4'), vision=np.zeros((3, 16), 'f4'))
     np.savez('mine.npz', text='it was superb', **clip)
-    # in the place of GPT-2-large
-    fit = ['--lm=out/lm_toy-steps2', '--mm_layers=2,4', '--mm_heads=4']
-    readme, ran = (HERE / 'README.md').read_text(encoding='utf-8'), []
-    for line in re.findall(r'^    (python .+)$', readme, re.M):
-        words = line.split()[1:]
-        ran.append(words[0])
-        if words[0] == 'train.py':
-            small = fit if 'config/deepmlf_mosei.py' in words else []
-            train(*words[1:], '--max_steps=2', '--device=cpu', *small)
-        elif words[0] == 'tools/bench.py':
-            run_script(words + SMALL_BENCH.split(), monkeypatch)
-        elif words[0] in ('eval.py', 'data.py') or words[0].startswith('tools/'):
-            for real, small in STANDS_FOR.items():
-                words = [w.replace(real, small) for w in words]
-            words = [w + '-steps2' if w.startswith('out/') else w for w in words]
-            run_script(words, monkeypatch)
-        else:
-            assert words[:3] == ['-m', 'pytest', '-q'], line
-    assert ran.count('train.py') >= 2 and {'eval.py', 'data.py', '-m'} <= set(ran)
+    handmade = re.search(r'^```python\n(.*?)^```', (HERE / 'docs/corpora.md').read_text(), re.M | re.S)
+    exec(handmade[1], {})
+
+    ran = ['python train.py']
+    run_shortened(ran[0], monkeypatch)  # the run that the others are about
+    for page in PAGES:
+        for line in shell_commands(page) if page != 'docs/fork.md' else []:
+            if line not in ran:
+                ran.append(line)
+                run_shortened(line, monkeypatch)
+    programs = {line.split()[1] for line in ran}
+    assert {'train.py', 'eval.py', 'data.py', '-m', 'tools/bench.py', 'tools/sweep.py'} <= programs
     assert 'train on it: python train.py CONFIG --corpus=data/mosei' in capsys.readouterr().out
+
+
+def emotion_lists(folder):
+    """A folder of NAME_train.pkl and so on: lists of clips with an emotion."""
+    folder.mkdir()
+    for split in ('train', 'valid', 'test'):
+        clips = []
+        for i in range(6):
+            audio, video = np.ones((3 + i, 7), 'f4'), np.ones((2, 4), 'f4')
+            features = dict(text='hello there', audio=audio, video=video)
+            clips.append(dict(label=['joy', 'anger'][i % 2], features=features))
+        (folder / f'CHERMA0723_{split}.pkl').write_bytes(pickle.dumps(clips))
 
 
 def test_only_the_allowed_packages_are_imported():
