@@ -1,22 +1,23 @@
 """
-Flat knobs, as in nanoGPT: a script's own globals are its settings.
+Configuration as in nanoGPT: the knobs (settings) of a script are its own globals.
 
     from configurator import configure
     lr: AtLeast(0) = 1e-4          # peak learning rate
     config = configure(globals())  # python train.py [config/x.py ...] [--lr=3e-4 ...]
 
-Later wins: defaults < config files, in order < flags, in order. An unknown name, a wrong type, a
-value outside the knob's range or a malformed flag stops the run with one sentence: a typo that
-trains for an hour and then sits in a table as an ablation is the costliest bug there is. int ->
-float is the only silent conversion. --help prints every knob.
+Config files and flags override the defaults, in the order in which they stand on the command line:
+a later one overrides an earlier one. An unknown name, a wrong type, a value outside the knob's
+range or a malformed flag stops the run with one sentence. Otherwise a typo could train for hours
+and end up in a table as an ablation. int -> float is the only silent conversion. --help prints
+every knob.
 
 A knob is a global without a leading underscore that holds a bool, int, float, str, None or a list
-of these. Call configure right after the knobs, before other constants: `from math import pi` would
-be a knob too.
+of these. Call configure right after the knobs, before other constants are defined or imported:
+after `from math import pi`, pi would be a knob.
 
-A script that trains one of several systems passes them, `configure(globals(), systems=SYSTEMS)`. The
-knobs of a run are then the script's own and those in the `Knobs` class of the system that the last
-layer names. A knob's annotation says what it may be: `Literal['a', 'b']`, `AtLeast(1)`, `Share()`.
+A script that trains one of several systems passes them: `configure(globals(), systems=SYSTEMS)`.
+The knobs of a run are then the script's own and those in the `Knobs` class of the chosen system. A
+knob's annotation restricts its values: `Literal['a', 'b']`, `AtLeast(1)`, `Share()`.
 """
 import ast
 import difflib
@@ -35,7 +36,7 @@ from typing import Literal, get_args, get_origin
 
 
 class AtLeast:
-    """ The annotation of a number, or of a list of numbers, that is at least `low`, and below 2^`bits`. """
+    """ Annotates numbers of at least `low` and, if `bits` is given, below 2^`bits`. """
     def __init__(self, low, bits=None):
         self.low, self.bits = low, bits
 
@@ -47,7 +48,7 @@ class AtLeast:
 
 
 class Share:
-    """ The annotation of a number in [0, 1); with_one=True: in [0, 1]; with_zero=False: without 0. """
+    """ Annotates a number in [0, 1). with_one=True includes 1, with_zero=False excludes 0. """
     def __init__(self, with_one=False, with_zero=True):
         self.with_one, self.with_zero = with_one, with_zero
 
@@ -59,7 +60,7 @@ class Share:
 
 
 def wrong_values(config, annotations):
-    """ Phrases for the values of `config` that the annotations (name -> annotation) do not allow. """
+    """ An error phrase for each value of `config` that its annotation (by name) does not allow. """
     wrong = []
     for name, allowed in annotations.items():
         values = config[name] if type(config[name]) in (list, tuple) else [config[name]]
@@ -71,19 +72,18 @@ def wrong_values(config, annotations):
     return wrong
 
 
-def _stop(what):
-    sys.exit(f"config: {what}")
+def _stop(sentence):
+    sys.exit(f"config: {sentence}")
 
 
 def _is_knob(value):
     values = value if type(value) in (list, tuple) else [value]
-    # by exact type: to isinstance a bool is an int and np.float64 a float
+    # exact types, because isinstance takes a bool for an int and np.float64 for a float
     return all(type(v) in (bool, int, float, str, type(None)) for v in values)
 
 
 def _check(key, value, default, where):
-    """ value in the type of its default, or stop. A default of None says nothing, so any type may
-    come. """
+    """ The value in the type of its default; stops if it has another. None allows any type. """
     if type(value) is float and math.isnan(value):
         _stop(f"{key} is nan {where}; give a number or inf")
     if _is_knob(value):
@@ -101,7 +101,7 @@ def _check(key, value, default, where):
 
 
 def _known(key, known, where, systems=None):
-    """ Stop if there is no knob of this name; say whose it is if another system has it. """
+    """ Stop if the run has no knob `key`; the message names the systems that have it. """
     if key in known:
         return
     owners = [name for name, cls in (systems or {}).items() if key in class_knobs(cls)]
@@ -110,15 +110,15 @@ def _known(key, known, where, systems=None):
     everybody = set(known).union(*(class_knobs(cls) for cls in (systems or {}).values()))
     near = difflib.get_close_matches(key, sorted(everybody), n=1)
     hint = f", did you mean {near[0]!r}?" if near else (
-        "; --help lists the keys, and in a config file the name of a helper starts with '_'")
+        "; --help lists the keys, and a helper variable of a config file starts with '_'")
     _stop(f"unknown key {key!r} {where}{hint}")
 
 
 def _parse(text, default):
-    """ A flag's text as a value. For a str knob that is the text itself: --name=1e5 is '1e5'. """
+    """ The value of a flag's text. A str knob takes the text itself: --name=1e5 gives '1e5'. """
     if isinstance(default, str):
         return text
-    is_bare_list = text not in ('', 'None') and text[0] not in '[('  # 2,3,4
+    is_bare_list = text not in ('', 'None') and text[0] not in '[('  # such as 2,3,4
     if isinstance(default, (list, tuple)) and is_bare_list:
         like = default[0] if default else None
         return [_parse(word.strip(), like) for word in text.split(',')]
@@ -126,40 +126,41 @@ def _parse(text, default):
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         pass
-    return float(text) if text in ('inf', '-inf', 'nan') else text  # any other bare word is a str
+    return float(text) if text in ('inf', '-inf', 'nan') else text
 
 
 def _no_config(path):
-    """ Stop at a path that is no config file, with a guess at what was meant. """
+    """ Stop because `path` is no config file; the message suggests similar names. """
     stems = {p.stem: p.as_posix() for p in sorted(Path('config').rglob('*.py'))}
     near = [s for s in stems if path.stem in s][:3]
     near = near or difflib.get_close_matches(path.stem, stems, n=3)
     hint = f"did you mean {' or '.join(stems[s] for s in near)}?" if near else "see ls config/"
-    _stop(f"'{path}' is not a config file, a .py that exists; {hint}")
+    _stop(f"'{path}' is not a config file (a .py that exists); {hint}")
 
 
 def _load_settings(path, known, variant=None):
     """
-    What one config file sets, unchecked: name -> value. `known` are names that are knobs whatever
-    they hold. Stops at a file that does not run, sets a name twice, or lacks the variant.
+    {name: value} of the settings in one config file, unchecked. A name in `known` is a setting
+    whatever its value is. Stops if the file does not run, sets a knob twice, or has no data set
+    `variant`.
     """
     path, where = Path(path), f"in {path}"
-    if path.suffix != '.py' or not path.is_file():  # runpy itself would also run a folder or a zip
+    if path.suffix != '.py' or not path.is_file():  # runpy would also run a folder or a zip file
         _no_config(path)
     try:
         found = runpy.run_path(str(path))
         body = ast.parse(path.read_text(encoding='utf-8')).body
     except (Exception, SystemExit) as e:
         why = f"{type(e).__name__}: {' '.join(str(e).split())}"
-        _stop(f"{path} does not run, mend it first ({why})")
+        _stop(f"{path} does not run ({why}); correct it first")
     targets = [t.id for node in body if isinstance(node, ast.Assign) for t in node.targets
                if isinstance(t, ast.Name)]
     twice = [name for name in targets if name in known and targets.count(name) > 1]
     if twice:
         _stop(f"{twice[0]} is set twice {where}; keep one of the two lines")
 
-    # modules and functions are no settings unless they take a knob's name; all else that a file
-    # leaves is one
+    # Every name that the file defines is a setting, except modules, functions and names with a
+    # leading underscore. Under the name of a knob these count too, so that _check refuses them.
     new = {}
     for k, v in found.items():
         is_helper = k.startswith('_') or isinstance(v, ModuleType) or callable(v)
@@ -173,20 +174,22 @@ def _load_settings(path, known, variant=None):
             _stop(f"there is no dataset {variant!r} {where}: it has {', '.join(variants)}")
         new |= variants[variant] | dict(dataset=variant)
     elif variant:
-        _stop(f"--dataset={variant} picks one of a config's data sets, and {path} has none")
+        _stop(f"--dataset={variant} needs a config with several data sets, and {path} has none")
     return new
 
 
 # -------------------------------------------------------------------------------------------------
-# Knobs that stand in a script and in classes, read without running them
+# How knobs are declared in a script, which is parsed and not run, and in the classes of systems
 
 _ANNOTATIONS = dict(Literal=Literal, AtLeast=AtLeast, Share=Share)
 
 
 @functools.cache
 def declared_knobs(path):
-    """ ({knob: default}, {knob: annotation}) of a script: its literal assignments up to the first
-    private name. """
+    """
+    ({knob: default}, {knob: annotation}) of a script. Its knobs are the top-level assignments above
+    the first name with a leading underscore.
+    """
     knobs, annotations = {}, {}
     for node in ast.parse(Path(path).read_text(encoding='utf-8')).body:
         if not isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -202,7 +205,7 @@ def declared_knobs(path):
 
 
 def class_knobs(cls):
-    """ {knob: default} of a system: the literals of its Knobs class and of the classes before it. """
+    """ {knob: default} of a system: its Knobs class and the bases of that. """
     return {k: v for c in reversed(cls.Knobs.__mro__) for k, v in vars(c).items()
             if not k.startswith('_') and _is_knob(v)}
 
@@ -213,7 +216,7 @@ def class_annotations(cls):
 
 
 def class_comments(cls):
-    """ {knob: comment behind it} of a system; a class whose source is not in a file has none. """
+    """ {knob: its comment} of a system; {} for a class whose source is not in a file. """
     comments = {}
     for c in reversed(cls.Knobs.__mro__[:-1]):
         try:
@@ -225,10 +228,10 @@ def class_comments(cls):
 
 
 def check_declaration(cls):
-    """ Raises TypeError where a knob of a system has no comment, or a default that it does not allow. """
+    """ Raises TypeError if a knob of a system has no comment, or a default outside its range. """
     wrong = wrong_values(class_knobs(cls), class_annotations(cls))
     own, comments = vars(cls.Knobs), class_comments(cls)
-    if comments:   # where there is a file to read
+    if comments:   # none at all: the class is not in a file
         wrong += [f"{k} has no comment behind it" for k, v in own.items()
                   if not k.startswith('_') and _is_knob(v) and not comments.get(k)]
     if wrong:
@@ -236,27 +239,27 @@ def check_declaration(cls):
 
 
 def known_knobs(script, systems, system):
-    """ ({knob: default}, {knob: annotation}) of a run: the script's, and those of its system. """
+    """ ({knob: default}, {knob: annotation}) of a run: of the script and of its system. """
     known, annotations = declared_knobs(script)
     return known | class_knobs(systems[system]), annotations | class_annotations(systems[system])
 
 
 def check_knobs(knobs, known, annotations, where):
-    """ Raises ValueError where `knobs` are not the known ones, of their types, within their ranges. """
+    """ Raises ValueError if `knobs` has an unknown or missing name, a wrong type or value. """
     try:
         for key, value in knobs.items():
             _known(key, known, where)
             _check(key, value, known[key], where)
     except SystemExit as e:
         raise ValueError(str(e).removeprefix('config: ')) from None
-    lacks = sorted(set(known) - set(knobs))
-    wrong = [f"{lacks[0]} is missing"] if lacks else wrong_values(knobs, annotations)
+    missing = sorted(set(known) - set(knobs))
+    wrong = [f"{missing[0]} is missing"] if missing else wrong_values(knobs, annotations)
     if wrong:
         raise ValueError('; '.join(wrong))
 
 
 def _comments_of(source, column=0):
-    """ {knob: the comment behind its first assignment} in a source text, for names at a column. """
+    """ {name: comment on the line of its first assignment}, for names that start at `column`. """
     comments, name = {}, None
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NAME and token.start[1] == column:
@@ -264,12 +267,12 @@ def _comments_of(source, column=0):
         if token.type == tokenize.COMMENT and name:
             comments.setdefault(name, token.string.strip('# '))
         if token.type == tokenize.NEWLINE:
-            name = None  # a comment on its own line belongs to no knob
+            name = None  # a comment on a line of its own belongs to no knob
     return comments
 
 
 def _comments(path):
-    """ The comments of a script's knobs; {} in a notebook, which has no file. """
+    """ {knob: its comment} of a script; {} in a notebook, which has no file. """
     if not path or not Path(path).is_file():
         return {}
     with tokenize.open(path) as f:
@@ -280,8 +283,7 @@ def _comments(path):
 # The settings of a run
 
 def parse_flags(flags, known, where="on the command line", systems=None):
-    """ {knob: text} -> {knob: value}, checked against known (defaults by name) as the command line
-    is. """
+    """ {knob: text} -> {knob: value}, checked against `known`, {knob: default}. """
     for key in flags:
         _known(key, known, where, systems)
     values = {key: _parse(text, known[key]) for key, text in flags.items()}
@@ -289,14 +291,14 @@ def parse_flags(flags, known, where="on the command line", systems=None):
 
 
 def _print_help(defaults, comments):
-    """ Every knob as a flag that can be pasted back into a shell, with its comment. """
+    """ Print every knob as a flag that can be pasted into a shell, with its comment. """
     for k, v in defaults.items():
         text = ','.join(map(str, v)) or '[]' if type(v) in (list, tuple) else str(v)
         print(f"{f'--{k}={shlex.quote(text)}':<32} {comments.get(k, '')}".rstrip())
 
 
 def _layers(argv, known):
-    """ The layers of settings of a command line, in its order: (where, {knob: value or text}). """
+    """ (where, {knob: value or text}) of each config file and flag of a command line, in order. """
     picked = [arg.partition('=')[2] for arg in argv if arg.startswith('--dataset=')]
     variant = picked[-1] if picked else None
     layers = []
@@ -313,9 +315,8 @@ def _layers(argv, known):
 
 def run_knobs(argv, common, annotations, systems=None):
     """
-    The knobs of a run, from its command line: (defaults, values). `common` are the script's own
-    defaults, `annotations` what they may be; the rest is the system's. Everybody who needs the
-    knobs of a run gets them here.
+    The knobs of a run, from its command line: ({knob: default}, {knob: value}). `common` has the
+    defaults of the script's own knobs, `annotations` their annotations; the system's are added.
     """
     everybody = set(common).union(*(class_knobs(cls) for cls in (systems or {}).values()))
     layers = _layers([a for a in argv if a not in ('-h', '--help')], everybody)
@@ -327,8 +328,8 @@ def run_knobs(argv, common, annotations, systems=None):
             _stop(f"system={name!r} is none of {', '.join(systems)}")
         own = class_knobs(systems[name])
         if both := sorted(set(own) & set(common)):
-            _stop(f"{both[0]} is a knob of every run, and {name} has one of that name too; give "
-                  "the system's another name")
+            _stop(f"{both[0]} is a knob of every run, and {name} has one of that name too; rename "
+                  "the system's knob")
         known |= own
         annotations = annotations | class_annotations(systems[name])
     config = dict(known)
@@ -347,14 +348,14 @@ def run_knobs(argv, common, annotations, systems=None):
 
 def configure(g, argv=None, echo=True, systems=None):
     """
-    Set the knobs in g, a script's globals(), from argv; print what changed; return all as a dict,
-    those of the run's system among them.
+    Set the knobs in g, a script's globals(), from argv, and print those that differ from their
+    defaults. Returns all knobs as a dict, the system's included. --help prints them and exits.
     """
     argv = sys.argv[1:] if argv is None else argv
     common = {k: v for k, v in g.items() if not k.startswith('_') and _is_knob(v)}
     path = g.get('__file__')
     declared, annotations = declared_knobs(path) if path and Path(path).is_file() else ({}, {})
-    if systems:   # such a script imports its parts first: constants among them are no knobs
+    if systems:   # this script imports before its knobs: imported constants are not knobs
         common = {k: v for k, v in common.items() if k in declared}
     asks_for_help = '-h' in argv or '--help' in argv
     known, config = run_knobs(argv, common, annotations, systems)

@@ -10,22 +10,22 @@ import torch
 from run.folder import make_folder, save_picture
 
 WIDE, HIGH = 3.35, 2.4   # inches: 85 mm, the width of a column
-STYLE = {   # of our figures alone: whoever imports this keeps the style of other pictures
+STYLE = {   # for rc_context around our figures, so that no other figure changes
     'font.size': 8, 'axes.titlesize': 8, 'legend.fontsize': 7, 'legend.frameon': False,
     'savefig.dpi': 200, 'lines.linewidth': 1.2}
 
 
 def pyplot():
-    """ matplotlib's pyplot, imported when a picture is drawn: training should not wait for it. """
+    """ matplotlib's pyplot. It is imported only here, because training should not wait for it. """
     import matplotlib
     if 'matplotlib.pyplot' not in sys.modules:
-        matplotlib.use('Agg')   # a notebook has chosen where its pictures go
+        matplotlib.use('Agg')   # not if pyplot is there already: a notebook has chosen a backend
     import matplotlib.pyplot as plt
     return plt
 
 
 def save(fig, folder, name):
-    """ The picture as folder/name.png; says where. """
+    """ Save a figure as folder/name.png, close it and print its path. """
     make_folder(folder)
     path = os.path.join(folder, name + '.png')
     save_picture(fig, path)
@@ -34,7 +34,7 @@ def save(fig, folder, name):
 
 
 def canvas(rows=1, columns=1, high=HIGH, wide=WIDE):
-    """ A figure of a column's width and its axes [rows][columns]; inches. """
+    """ A figure of one column's width, and its axes [rows][columns]. high, wide: in inches. """
     return pyplot().subplots(rows, columns, figsize=(wide, high), layout='constrained', squeeze=False)
 
 

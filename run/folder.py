@@ -1,10 +1,10 @@
 """
-How a run's files are read and written, when the folder may come from a stranger.
+Reads and writes the files of a run's folder, which may come from a stranger.
 
-Reading: regular files alone. A link could lead outside the folder, and a FIFO or a device could
-block the reader or never end. Writing: to a new file of a random name, which then replaces the old
-file. So nothing is written through a link that lies in the folder, two writers never share a file,
-and a reader sees the old file or the new one.
+Only regular files are read: a link could lead outside the folder, and a FIFO or a device could
+block the reader or never end. A file is written under a new random name and then renamed. So
+nothing is written through a link in the folder, two writers never share a file, and a reader sees
+the complete old file or the complete new one.
 """
 import errno
 import json
@@ -26,12 +26,12 @@ from lm import ModelError
 
 def open_regular(path, mode='r', follow=False):
     """
-    The open file `path` (mode 'r': UTF-8 text, 'rb': bytes, 'r+': text to read and write, made if
-    missing). `follow` allows a link to a regular file: for paths that the user typed. Raises
-    OSError, with a sentence in strerror where the file is a link or no regular file.
+    Open a regular file. mode 'r': UTF-8 text; 'rb': bytes; 'r+': text to read and write, created if
+    missing. follow=True allows a link to a regular file, for paths that the user typed. Raises
+    OSError; if the file is a link or no regular file, its strerror is a sentence for the user.
     """
     flags = os.O_RDWR | os.O_CREAT if mode == 'r+' else os.O_RDONLY
-    flags |= getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)   # a FIFO is not waited for
+    flags |= getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)   # do not wait for a FIFO
     if not follow:
         flags |= getattr(os, 'O_NOFOLLOW', 0)
     try:
@@ -39,8 +39,8 @@ def open_regular(path, mode='r', follow=False):
     except OSError as e:
         if e.errno != errno.ELOOP:
             raise
-        raise _refusal(path, "is a link, and a run's files must be regular files: put the file "
-                             "itself there") from None
+        raise _refusal(path, "is a link, but a run's files must be regular files: replace it by "
+                             "the file itself") from None
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise _refusal(path, "is a folder, a FIFO or a device, not a regular file: remove it")
@@ -48,15 +48,12 @@ def open_regular(path, mode='r', follow=False):
 
 
 def check_regular(path, follow=False):
-    """
-    Raises OSError where `path` is missing, is no regular file, or is a link that `follow` does not
-    allow.
-    """
+    """ Raises OSError if open_regular cannot open `path`. """
     open_regular(path, 'rb', follow).close()
 
 
 def is_regular(path):
-    """ Whether `path` is a regular file, and no link to one. """
+    """ True if `path` is a regular file and not a link to one. """
     return os.path.lexists(path) and stat.S_ISREG(os.lstat(path).st_mode)
 
 
@@ -67,11 +64,11 @@ def _refusal(path, sentence):
 @contextmanager
 def replacing(path):
     """
-    The name of a new, empty file beside `path`. It replaces `path` when the block ends well, and is
-    removed when the block raises. Raises OSError.
+    Yields the name of a new, empty file beside `path`. The file replaces `path` when the block
+    ends, and is removed if the block raises. Raises OSError.
     """
     new = f'{path}.{secrets.token_hex(4)}.new'
-    open(new, 'xb').close()   # exclusive: neither follows a link nor takes another writer's file
+    open(new, 'xb').close()   # 'x' follows no link and opens no file of another writer
     try:
         yield new
         os.replace(new, path)
@@ -83,13 +80,13 @@ def replacing(path):
 
 def write_text(path, text):
     """
-    Write a whole text file, UTF-8. A reader sees the old file or the new one, never half of it.
+    Write a complete UTF-8 text file. A reader sees the old file or the new one, never a part.
     """
     write_bytes(path, text.encode('utf-8'))
 
 
 def write_bytes(path, content):
-    """ Write a whole file, as write_text does. """
+    """ Write a complete file, as write_text does. """
     with replacing(path) as new, open(new, 'wb') as f:
         f.write(content)
 
@@ -101,20 +98,17 @@ def save_picture(figure, path, **options):
 
 
 def make_folder(path):
-    """
-    Make the folder `path` inside a run's folder. Raises OSError where a link or a file has that
-    name.
-    """
+    """ Make a folder inside a run's folder. Raises OSError if `path` is a link or a file. """
     if os.path.islink(path):
-        raise _refusal(path, "is a link, and files are written into the run's own folder alone: "
+        raise _refusal(path, "is a link, but files are only written into the run's own folder: "
                              "remove it")
     os.makedirs(path, exist_ok=True)
 
 
 def make_plain_folder(path):
     """
-    Make the folder `path` inside a run's folder, for a library that opens its files by name: what
-    lies in it and is a link or a special file goes. Raises OSError as make_folder does.
+    Make a folder inside a run's folder, for a library that opens files in it by name. Links and
+    special files in it are removed. Raises OSError as make_folder does.
     """
     make_folder(path)
     for entry in os.scandir(path):
@@ -124,8 +118,8 @@ def make_plain_folder(path):
 
 def remove_leftovers(folder):
     """
-    Remove the new files that killed writers left in a folder. Call it while no other process writes
-    there.
+    Remove the temporary files of writers that were killed. Call it only while no other process
+    writes into the folder.
     """
     for entry in os.scandir(folder):
         if entry.name.endswith('.new'):
@@ -134,9 +128,9 @@ def remove_leftovers(folder):
 
 def lock(folder):
     """
-    The lock of a folder, an open file that goes with this process however that ends; None if
-    another process has it. Where there is no such lock (Windows), everybody gets it. Raises OSError
-    where the lock file is a link or no regular file.
+    Lock a folder -> the open lock file, or None if another process holds the lock. The system frees
+    the lock when this process ends in any way. On Windows there is no lock, and every process gets
+    the file. Raises OSError if the lock file is a link or no regular file.
     """
     file = open_regular(os.path.join(folder, '.lock'), 'r+')
     if not fcntl:
@@ -153,31 +147,33 @@ def lock(folder):
 
 def save_checkpoint(path, tensors, info):
     """
-    One safetensors file at `path`, with `info` (JSON) and a checksum of the tensors in its header
-    and, for people, info in a .json beside it. Written under another name and renamed, so `path` is
-    at any moment the old file or the new one. Raises ModelError on a full disk.
+    Write tensors as one safetensors file at `path`, with `info` (JSON) and a checksum in its
+    header. A .json file beside it shows info to people. Written by `replacing`, so `path` is the
+    complete old file or the complete new one at any moment. Raises ModelError if the disk is full.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     try:
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        said = json.dumps(info)
+        info_text = json.dumps(info)
         with replacing(path) as new:
-            save_file(tensors, new, {'info': said, 'crc32': checksum(tensors, said)})
+            header = {'info': info_text, 'crc32': checksum(tensors, info_text)}
+            save_file(tensors, new, header)
             with open(new, 'rb') as f:
                 os.fsync(f.fileno())
         write_text(path.removesuffix('.safetensors') + '.json', json.dumps(info, indent=1))
     except (OSError, SafetensorError) as e:
-        raise ModelError(f"could not save {path} ({e}): the checkpoint before it is untouched; make "
-                         "room and --resume=True.") from None
+        raise ModelError(f"could not save {path} ({e}): the previous checkpoint is untouched, so "
+                         "free disk space and continue with --resume=True.") from None
 
 
-def checksum(tensors, said):
+def checksum(tensors, info_text):
     """
-    8 hex digits of the text `said` and of all tensors' names and bytes: safetensors itself would
-    read a flipped bit as another weight. CRC-32, as a hash would take seconds for a large `last`.
+    CRC-32 of the info and of all tensors' names and bytes, as 8 hex digits. safetensors has no
+    checksum and would read a flipped bit as another weight. A cryptographic hash would take seconds
+    for a large `last` checkpoint.
     """
-    crc = zlib.crc32(said.encode())
+    crc = zlib.crc32(info_text.encode())
     for name in sorted(tensors):
         raw = tensors[name].reshape(-1).view(torch.uint8).numpy()
         crc = zlib.crc32(raw, zlib.crc32(name.encode(), crc))
@@ -185,21 +181,17 @@ def checksum(tensors, said):
 
 
 def load_checkpoint(path):
-    """
-    tensors, info of a file that save_checkpoint wrote. Raises ModelError where it is missing or
-    damaged.
-    """
+    """ (tensors, info) of a checkpoint. Raises ModelError if it is missing or damaged. """
     with _opened_checkpoint(path) as f:
         tensors, info = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
         if info.get('crc32') != checksum(tensors, info['info']):
-            raise ValueError("its checksum does not fit")
+            raise ValueError("its checksum is wrong")
         return tensors, json.loads(info['info'])
 
 
 def load_info(path):
     """
-    The info of a checkpoint alone, from the file's header. Raises ModelError as load_checkpoint
-    does.
+    The info of a checkpoint, without its tensors. Raises ModelError as load_checkpoint does.
     """
     with _opened_checkpoint(path) as f:
         return json.loads(f.metadata()['info'])
@@ -207,48 +199,47 @@ def load_info(path):
 
 @contextmanager
 def _opened_checkpoint(path):
-    """
-    The open safetensors file. What goes wrong while it is read becomes a ModelError that names the
-    file.
-    """
+    """ Yields the open safetensors file. Errors in the block become a ModelError with its name. """
     from safetensors import SafetensorError, safe_open
     if not os.path.lexists(path):
-        raise ModelError(f"there is no checkpoint {path}: has that run finished its first "
-                         "validation?")
+        raise ModelError(f"there is no checkpoint {path}: train that run at least until its first "
+                         "validation.")
     try:
         check_regular(path)
         with safe_open(path, 'pt') as f:
             yield f
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         reason = getattr(e, 'strerror', None) or str(e)
-        raise ModelError(f"{path} is damaged or not a checkpoint of ours ({reason[:120]}): remove "
-                         "it, or take its other copy (best and last are two files).") from None
+        raise ModelError(f"{path} is damaged or not a checkpoint of nanoMSA ({reason[:120]}): "
+                         "restore a copy, or train the run again with --fresh=True.") from None
 
 
 def own_tensors(model):
     """
-    What a checkpoint holds: every parameter and persistent buffer outside the frozen LM, tied ones
-    once.
+    The tensors that a checkpoint holds: all parameters and persistent buffers outside the frozen
+    LM. Tied ones are in it once.
     """
     persistent = model.state_dict()
-    named = dict(model.named_parameters()) | {k: v for k, v in model.named_buffers() if k in persistent}
+    buffers = {k: v for k, v in model.named_buffers() if k in persistent}
+    named = dict(model.named_parameters()) | buffers
     return {k: v for k, v in named.items() if not k.startswith('lm.')}
 
 
 @torch.no_grad()
 def load_tensors(model, tensors, where):
     """
-    Copy a checkpoint's tensors in. Strict both ways: names and shapes must be the model's own.
-    Raises ModelError.
+    Copy a checkpoint's tensors into the model. Raises ModelError unless it has exactly the model's
+    names and shapes. `where` is the file's or folder's name for the message.
     """
     own = own_tensors(model)
-    odd = sorted(set(own) ^ set(tensors))
-    if odd:
-        raise ModelError(f"{where} does not fit this model: {odd[0]!r} is in only one of the two "
-                         f"({len(odd)} such names); was it trained with other knobs?")
+    unmatched = sorted(set(own) ^ set(tensors))
+    if unmatched:
+        raise ModelError(f"{where} does not fit this model: {len(unmatched)} names, such as "
+                         f"{unmatched[0]!r}, are only in the file or only in the model; use the "
+                         "knobs that it was trained with.")
     for name, v in own.items():
         if v.shape != tensors[name].shape:
             raise ModelError(f"{where} does not fit this model: {name} is "
-                             f"{list(tensors[name].shape)} in the file and {list(v.shape)} here; a "
-                             "corpus with other feature widths, another LM, or other knobs.")
+                             f"{list(tensors[name].shape)} in the file and {list(v.shape)} here; "
+                             "use the corpus, LM and knobs that it was trained with.")
         v.copy_(tensors[name])

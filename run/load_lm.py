@@ -36,7 +36,7 @@ COUNT_FROM_PADDING = ('roberta', 'xlm-roberta', 'xlm-roberta-xl', 'camembert', '
 # -------------------------------------------------------------------------------------------------
 # What transformers prints and raises
 
-def hush():
+def silence_transformers():
     """
     No progress bars of Hugging Face's, for weights that take a second; and no request to the hub to
     convert somebody's weights to safetensors, which transformers would send from a thread of its
@@ -106,7 +106,7 @@ def lm_config(name, remote=False, as_data=False):
     asks to run code is refused, whatever `remote` says. Raises ModelError.
     """
     from transformers import AutoConfig
-    hush()
+    silence_transformers()
     if os.path.isdir(os.path.join(name, 'hf')):
         name = os.path.join(name, 'hf')
         if as_data and os.path.islink(name):

@@ -1,5 +1,5 @@
 """
-The machine: its devices, their memory, and how freed memory is kept.
+The machine that a run is on: its devices and their memory.
 """
 import ctypes
 import os
@@ -12,21 +12,21 @@ from lm import ModelError
 
 
 def devices():
-    """ The kinds of device that torch knows, best first, and whether this machine has one. """
+    """ {kind of device: whether this machine has one}, the preferred kind first. """
     return dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
 
 
 def choose_device(device, dtype, float32_bytes, k):
     """
-    The device and dtype of a run, with 'auto' filled in: float32_bytes(k) is the size of its frozen
-    weights in float32, those of k['lm']. Raises ModelError.
+    The device and dtype of a run, with 'auto' replaced by a choice. float32_bytes(k) is the size of
+    the frozen LM k['lm'] in float32. Raises ModelError if the device is not available.
     """
-    there = devices()
+    available = devices()
     if device == 'auto':
-        device = next(d for d in there if there[d])
-    if not there[device]:
-        raise ModelError(f"device={device} is not there: this machine has "
-                         f"{', '.join(d for d in there if there[d])}.")
+        device = next(d for d in available if available[d])
+    if not available[device]:
+        raise ModelError(f"this machine has no device={device}: choose one of "
+                         f"{', '.join(d for d in available if available[d])}.")
     if dtype != 'auto':
         return device, dtype
     if device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -34,7 +34,8 @@ def choose_device(device, dtype, float32_bytes, k):
     if float32_bytes(k) <= 0.8 * memory(device):
         return device, 'float32'
     dtype = 'float16' if device == 'cuda' else 'bfloat16'
-    print(f"  {k['lm']} in float32 is too large for the memory of this machine: {dtype}")
+    print(f"  the LM {k['lm']} in float32 is too large for the memory of this machine: {dtype} is "
+          "used")
     return device, dtype
 
 
@@ -55,23 +56,23 @@ def check_compiler(device):
 
 def memory(device):
     """
-    Bytes that this machine or its GPU has: not what is free now, or a run's numbers would depend on
-    that.
+    Total memory of this machine or its GPU, in bytes. Free memory would make the dtype of a run,
+    and so its numbers, depend on what else is running.
     """
     if device == 'cuda':
         return torch.cuda.mem_get_info()[1]
     try:
         return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    except (ValueError, OSError, AttributeError):   # Windows does not say
+    except (ValueError, OSError, AttributeError):   # Windows
         return float('inf')
 
 
 def hold_memory(hold=True):
     """
-    Keep the memory of freed tensors in this process for those that come next. glibc would return it
-    to Linux and be given it again page by page: up to a third of a training step on the CPU.
-    hold=False gives all back, and is as glibc does once large tensors have come and gone. Where the
-    C library is another (macOS, Windows, musl), nothing happens.
+    Keep the memory of freed tensors in this process for later tensors. By default glibc returns it
+    to Linux and gets it back page by page, which takes up to a third of a training step on the CPU.
+    hold=False returns all of it and restores glibc's behaviour. With other C libraries (macOS,
+    Windows, musl) this does nothing.
     """
     try:
         mallopt, malloc_trim = ctypes.CDLL(None).mallopt, ctypes.CDLL(None).malloc_trim

@@ -1,6 +1,7 @@
 """
-Prerequisite runs: a config lists the configs of runs that it stands on in `needs`; those that are
-not finished are trained first, each by train.py in a child process that ends with its parent.
+Prerequisites: runs that another run needs, such as the pretraining of its LM. A config lists their
+configs in `needs`. Those that are not finished are trained first, each by train.py in a child
+process, which ends when its parent process ends.
 """
 import hashlib
 import json
@@ -15,21 +16,22 @@ from configurator import declared_knobs, run_knobs
 from run import ranks
 from run.report import RUN_KNOBS, EvalError, read_json, read_run
 
-WATCHED = 'NANOMSA_ENDS_WITH_PARENT'   # set for a child: its stdin is a pipe that closes when its parent ends
-# knobs that the folder's name says, or that all runs beside it share
+# Environment variable that is set for a child, whose stdin is a pipe from its parent
+WATCHED = 'NANOMSA_ENDS_WITH_PARENT'
+# Knobs that are in the folder's name, or the same for all runs beside it
 IN_THE_NAME = {'corpus', 'seed', 'max_steps', 'train_fraction'}
 
 
 def end_with_parent():
     """
-    In a child: end this process as soon as its parent is gone, however that ended. What was saved
-    stays whole.
+    In a child: exit as soon as the parent process has ended, even by kill -9. Saved files stay
+    intact.
     """
     if os.environ.pop(WATCHED, None) is None:
         return
 
     def watch():
-        os.read(sys.stdin.fileno(), 1)   # returns when the parent's end of the pipe is closed
+        os.read(sys.stdin.fileno(), 1)   # returns when the parent ends, which closes the pipe
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -37,44 +39,47 @@ def end_with_parent():
 
 def make_prerequisites(k, script, systems, suffix):
     """
-    Trains what is missing of the runs that k['needs'] lists, beside k['out_dir']. The knobs that
-    named them (such as lm) then hold their folders. Returns the folders. Raises ModelError where the
-    run itself could not be built (System.rehearse), EvalError where a prerequisite is there that was
-    trained otherwise, or cannot be trained here; SystemExit where its training stops.
+    Train the unfinished prerequisites in k['needs'], in folders beside k['out_dir']. A knob that
+    names a prerequisite (such as lm='lm_toy') is set to its folder. Returns the folders. Raises
+    ModelError if the run itself could not be built later (System.rehearse), EvalError if a
+    prerequisite exists with other knobs or cannot be trained here, SystemExit if its training
+    fails.
     """
-    root, folders, missing = os.path.dirname(script), [], []
+    root, folders, commands = os.path.dirname(script), [], []
     for need in k['needs']:
         if not os.path.isfile(os.path.join(root, need)):
-            raise EvalError(f"needs lists {need}, and there is no such config file: correct its name.")
+            raise EvalError(f"needs lists {need}, but there is no such config: correct its name.")
     pending = pending_knobs(k, systems)
-    systems[k['system']].rehearse(k, pending)   # before hours of training
-    used = {k[knob]: knob for knob in pending}   # name of a run -> the knob that names it
+    systems[k['system']].rehearse(k, pending)   # raises before hours of training
+    used = {k[knob]: knob for knob in pending}   # name of a prerequisite -> the knob that names it
     for need in k['needs']:
         child, config = os.path.splitext(os.path.basename(need))[0], os.path.join(root, need)
         if child not in used:
             continue
-        wanted, flags, mark = wanted_knobs(k, config, script, systems)
-        folder = os.path.join(os.path.dirname(k['out_dir']), child + suffix + mark)
+        wanted, flags, digest = wanted_knobs(k, config, script, systems)
+        folder = os.path.join(os.path.dirname(k['out_dir']), child + suffix + digest)
         k[used[child]] = folder
         folders.append(folder)
         if ranks.agreed(os.path.exists(os.path.join(folder, 'result.json'))):
-            take_finished(folder, wanted)
+            check_finished(folder, wanted)
             continue
         argv = [config, f'--out_dir={folder}', *flags]
         if ranks.agreed(os.path.exists(os.path.join(folder, 'last.safetensors'))):
             argv.append('--resume=True')
-        missing.append(shlex.join(['python', 'train.py', *argv]))
+        commands.append(shlex.join(['python', 'train.py', *argv]))
         if ranks.N_RANKS == 1:
-            print(f"training a prerequisite first, {child}, in {folder}", flush=True)
+            print(f"training the prerequisite {child} first, in {folder}", flush=True)
             train_in_child([script, *argv])
-    if missing and ranks.N_RANKS > 1:
-        raise EvalError("under torchrun, prerequisites are not trained: run first "
-                        + ' and '.join(missing))
+    if commands and ranks.N_RANKS > 1:
+        raise EvalError("prerequisites are not trained under torchrun: run first "
+                        + ' and '.join(commands))
     return folders
 
 
 def folder_suffix(k):
-    """ What the name of a run's folder has behind its config's, by the knobs that are not as usual. """
+    """
+    The suffix of a run's folder behind its config's name: the knobs that are not at default.
+    """
     parts = [(k['dataset'], k['dataset'] not in ('', 'toy')), (f"seed{k['seed']}", k['seed']),
              (f"steps{k['max_steps']}", k['max_steps'] > 0),
              (f"train{k['train_fraction']:g}", k['train_fraction'] != 1)]
@@ -82,56 +87,57 @@ def folder_suffix(k):
 
 
 def pending_knobs(k, systems):
-    """ The knobs of a run that name a prerequisite, which may not be trained yet. """
+    """ The knobs of a run whose value is the name of a prerequisite (not its folder). """
     children = {os.path.splitext(os.path.basename(need))[0] for need in k['needs']}
     return [knob for knob in systems[k['system']].stands_on(k) if k[knob] in children]
 
 
 def wanted_knobs(k, config, script, systems):
     """
-    The knobs that a prerequisite must have, the flags that give them, and what they add to its
-    folder's name.
+    The knobs that a prerequisite must have: (knobs, the flags of train.py that set them, a suffix
+    for its folder). It takes those in its System.passes_on from the run that needs it.
     """
     _, plain = run_knobs([config], *declared_knobs(script), systems)
     shared = {knob: k[knob] for knob in systems[plain['system']].passes_on if knob in k}
     flags = [f'--{knob}={value}' for knob, value in shared.items()]
-    # one with other knobs than its config's is another run, and gets another folder
+    # knobs that differ from its config make another run, in another folder
     free = RUN_KNOBS | IN_THE_NAME
-    other = {knob: v for knob, v in shared.items() if plain[knob] != v and knob not in free}
-    digest = hashlib.sha256(json.dumps(other, sort_keys=True).encode()).hexdigest()[:6]
-    return plain | shared, flags, f'-{digest}' if other else ''
+    changed = {knob: v for knob, v in shared.items() if plain[knob] != v and knob not in free}
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:6]
+    return plain | shared, flags, f'-{digest}' if changed else ''
 
 
-def take_finished(folder, wanted):
+def check_finished(folder, wanted):
     """
-    Prints that a finished run is used. Raises EvalError where it was trained with other knobs than
-    these.
+    Print that a finished prerequisite is used. Raises EvalError if its knobs are not `wanted`.
     """
     result = read_run(folder)
     knobs, best = result['about']['knobs'], result['state']['best']
     other = [knob for knob, v in wanted.items() if knob not in RUN_KNOBS and knobs.get(knob) != v]
     if other:
-        raise EvalError(f"{folder} was trained with {other[0]}={knobs.get(other[0])!r} and this run "
-                        f"wants {wanted[other[0]]!r}: remove it, or give this run an --out_dir in "
-                        "another folder.")
-    print(f"uses the finished run {folder} (valid {knobs['select']} {best:.4f})")
+        raise EvalError(f"{folder} was trained with {other[0]}={knobs.get(other[0])!r}, but this "
+                        f"run needs {wanted[other[0]]!r}: remove that folder, or give an --out_dir "
+                        "that is not beside it.")
+    print(f"using the finished prerequisite {folder} (valid {knobs['select']} {best:.4f})")
 
 
 def refuse_other_corpus(folders, corpus):
-    """ Raises EvalError where a prerequisite was trained on another corpus than this one. """
+    """ Raises EvalError if a prerequisite was trained on another corpus than this one. """
     for folder in folders:
         if read_json(folder, 'config.json')['corpus']['sha256'] != corpus.sha256:
-            raise EvalError(f"{folder} was trained on another file than {corpus.folder} was made "
-                            "from: remove it, or give this run an --out_dir in another folder.")
+            raise EvalError(f"{folder} was trained on another file than the source of "
+                            f"{corpus.folder}: remove {folder}, or give an --out_dir that is not "
+                            "beside it.")
 
 
 def train_in_child(argv):
     """
-    One run of train.py in a process of its own. Ctrl-C lets it save. Exits with its status where it
-    is not 0.
+    Run train.py with these arguments in a child process, which saves at Ctrl-C. Exits with the
+    child's status if that is not 0.
     """
-    child = subprocess.Popen([sys.executable, *argv], stdin=subprocess.PIPE, env=os.environ | {WATCHED: '1'},
-                             start_new_session=True)   # so that Ctrl-C reaches it through us, once
+    # in a new session the terminal does not send it Ctrl-C too: we pass that on, once
+    child = subprocess.Popen([sys.executable, *argv], stdin=subprocess.PIPE, start_new_session=True,
+                             env=os.environ | {WATCHED: '1'})
     while True:
         try:
             status = child.wait()

@@ -6,7 +6,7 @@ import os
 
 from lm import ModelError, TextEncoder
 from run.folder import make_plain_folder
-from run.load_lm import hush, load_encoder, load_tokenizer
+from run.load_lm import load_encoder, load_tokenizer, silence_transformers
 
 
 def new_tokenizer(texts, k, folder, ends=False):
@@ -75,7 +75,7 @@ def new_lm(texts, k, folder, again=False, as_data=False):
     folder when the trained weights are saved there.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
-    hush()  # train.py saves it
+    silence_transformers()  # train.py saves it
     if again:
         tokenizer = load_tokenizer(folder, as_data=as_data)
     else:

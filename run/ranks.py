@@ -1,7 +1,7 @@
 """
-One process of several, on torch.distributed, once start() has been called under torchrun; else this
-is rank 0 of 1, and nothing here does anything. Who trains on what is in train.py's loop: these are
-the few ways in which the processes meet.
+Distributed training (DDP, FSDP2) under torchrun. start() makes this process one of several ranks.
+Without torchrun there is one process, rank 0, and the functions here do nothing. train.py's loop
+says which rank trains on which micro-batch; this file holds the communication between ranks.
 """
 import atexit
 import os
@@ -13,13 +13,12 @@ import torch
 import torch.distributed as dist
 
 RANK, N_RANKS = 0, 1
-# how long ranks wait for rank 0 while it converts a corpus or downloads an LM
+# how long the ranks wait for rank 0, which may convert a corpus or download an LM
 PATIENCE = timedelta(hours=2)
 
 
 def start():
-    """ Meets the others, by what torchrun has put in the environment. All but rank 0 are silent
-    from here on. """
+    """ Join the process group that torchrun describes in the environment. Only rank 0 prints. """
     global RANK, N_RANKS
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
         return
@@ -28,32 +27,36 @@ def start():
     local = int(os.environ.get('LOCAL_RANK', 0))
     gpus = torch.cuda.device_count()
     if gpus and local >= gpus:
-        sys.exit(f"process {local} of this machine has no GPU, as there are {gpus}: "
+        sys.exit(f"process {local} of this machine has no GPU, because there are only {gpus}: "
                  f"start torchrun with --nproc_per_node={gpus}.")
     if gpus:
         torch.cuda.set_device(local)
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', timeout=PATIENCE)
-    if not gpus:   # NCCL's group would wait for the others
+    if not gpus:   # with NCCL, closing at exit would wait for the other ranks
         atexit.register(close)
     if RANK:
         sys.stdout = open(os.devnull, 'w')
 
 
 def leave():
-    """ The end of a run: nobody leaves before rank 0 has written everything. A rank that stops with
-    a sentence does not come here; torchrun then stops the others. """
+    """
+    The end of a run: wait until rank 0 has written everything, then leave the group. A rank that
+    stops with an error does not come here; torchrun then stops the others.
+    """
     gathered(None)
     close()
 
 
 def close():
-    """ Ends the process group. A rank that exits with gloo's threads at work may be aborted (SIGABRT). """
+    """
+    Leave the process group. Exiting while gloo's threads run may abort the process (SIGABRT).
+    """
     if N_RANKS > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def gathered(value):
-    """ Every rank's value, in a list. """
+    """ The values of all ranks, in a list. Waits for all ranks. """
     if N_RANKS == 1:
         return [value]
     out = [None] * N_RANKS
@@ -62,15 +65,13 @@ def gathered(value):
 
 
 def agreed(value):
-    """ Rank 0's value: what it sees on disk may be a moment older or newer than what the others
-    see. """
+    """ Rank 0's value, so that all ranks decide alike, for example on whether a file exists. """
     return gathered(value)[0]
 
 
 @contextmanager
 def first():
-    """ Rank 0 goes through the block alone, so that the files it makes are there when the others
-    come. """
+    """ Rank 0 runs the block first, the others after it, so that they find the files it made. """
     if RANK:
         gathered(None)
     yield
@@ -79,16 +80,16 @@ def first():
 
 
 def any_of(flag):
-    """ True if it is so on any rank. """
+    """ True if `flag` is true on any rank. """
     if N_RANKS == 1:
         return bool(flag)
-    flag = torch.tensor(int(bool(flag)))  # on the CPU: it waits for no GPU
+    flag = torch.tensor(int(bool(flag)))  # on the CPU, so that no GPU is waited for
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
 
 def summed(tensors):
-    """ dict of [] tensors -> the sums over the ranks. """
+    """ {name: tensor []} -> {name: sum over the ranks []}. """
     if N_RANKS == 1:
         return tensors
     flat = torch.stack([torch.as_tensor(v).float() for v in tensors.values()])
@@ -97,28 +98,31 @@ def summed(tensors):
 
 
 def shared(model, trained):
-    """ The model whose gradients are averaged over the ranks in each backward pass; what is not
-    among the names `trained` is left alone. """
+    """
+    The model in DDP, which averages gradients over the ranks in each backward pass. DDP ignores
+    parameters and buffers whose name is not in `trained`.
+    """
     if N_RANKS == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel as DDP
     names = [n for n, _ in (*model.named_parameters(), *model.named_buffers())]
-    alone = [n for n in names if n not in trained]
-    DDP._set_params_and_buffers_to_ignore_for_model(model, alone)
+    ignored = [n for n in names if n not in trained]
+    DDP._set_params_and_buffers_to_ignore_for_model(model, ignored)
     return DDP(model, broadcast_buffers=False)
 
 
 def unsynced(model, last):
-    """ For a backward pass that is not a step's last: gradients stay on this rank. """
+    """ Context of a backward pass: DDP exchanges gradients only in the last one of a step. """
     return nullcontext() if N_RANKS == 1 or last else model.no_sync()
 
 
 def shard(lm, among, device):
     """
-    Each rank holds a share of the frozen LM's layers on its `device`, and gathers a linear's or
-    norm's weights when it needs them (FSDP2); `among` the ranks of a 'node', or 'all'. The LM
-    comes from the CPU, so no GPU ever holds all of it. We call a layer's parts one by one, so each
-    part is a unit of its own; embeddings, which may be the LM head too, stay whole.
+    Shard the frozen LM's layers with FSDP2: each rank stores a share of each weight on its `device`
+    and gathers the weights of a linear or norm when it computes it. among: the ranks of a 'node',
+    each node with a whole copy, or 'all' ranks. The LM comes from the CPU, so that no GPU ever
+    holds all of it. Each linear or norm is an FSDP unit of its own, because FrozenLM calls a
+    layer's parts one by one. Embeddings, which may also be the LM head, are not sharded.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

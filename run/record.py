@@ -1,6 +1,6 @@
 """
-What a run writes down while it trains: what it is, its log, and its checkpoints. Rank 0 of several
-processes writes.
+Writes a run's folder while it trains: config.json, log.jsonl and checkpoints. Of several processes
+only rank 0 writes.
 """
 import json
 import os
@@ -16,7 +16,7 @@ import transformers
 
 from lm import ModelError
 from run import ranks
-from run.clips import facts_of
+from run.clips import corpus_facts
 from run.folder import (
     load_checkpoint,
     load_tensors,
@@ -34,20 +34,22 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def describe_run(name, knobs, corpus, model, tokenizer, device, dtype, lm_fingerprint):
-    """ What a run is: goes into config.json, every checkpoint and result.json. """
+    """ The description of a run that config.json, every checkpoint and result.json hold. """
     return dict(
-        format=FORMAT, name=name, command=shlex.join(['python', 'train.py', *sys.argv[1:]]), knobs=knobs,
-        commit=git('rev-parse', '--short', 'HEAD'), dirty=bool(git('status', '--porcelain', '--', '*.py')),
-        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                      transformers=transformers.__version__),
+        format=FORMAT, name=name, command=shlex.join(['python', 'train.py', *sys.argv[1:]]),
+        knobs=knobs, commit=git('rev-parse', '--short', 'HEAD'),
+        dirty=bool(git('status', '--porcelain', '--', '*.py')),
+        versions=dict(python=platform.python_version(), torch=torch.__version__,
+                      numpy=np.__version__, transformers=transformers.__version__),
         device=device, dtype=dtype, threads=torch.get_num_threads(), processes=ranks.N_RANKS,
-        matmul_gflops=round(matmul_rate(), 1), corpus=facts_of(corpus), lm_fingerprint=lm_fingerprint,
+        matmul_gflops=round(matmul_rate(), 1), corpus=corpus_facts(corpus),
+        lm_fingerprint=lm_fingerprint,
         lm_answer=model.lm.answer() if model.lm else None,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None)
 
 
 def matmul_rate(n=1024):
-    """ This machine's float32 matmul rate now, GFLOP/s: a wall time means little without it. """
+    """ The float32 matmul rate of this machine now, in GFLOP/s, by which times can be compared. """
     a, seconds = torch.randn(n, n), []  # [n,n]
     for _ in range(6):
         since = time.perf_counter()
@@ -57,51 +59,53 @@ def matmul_rate(n=1024):
 
 
 def norm_of(tensors):
-    """ The Euclidean norm of all numbers of some tensors. """
+    """ The Euclidean norm of all values of the tensors together. """
     return float(torch.stack([t.detach().float().norm() for t in tensors]).norm())
 
 
 def git(*argv):
-    """ What git prints of this checkout; '' where there is no git. """
+    """ The output of a git command in this repository; '' if there is no git. """
+    command = ['git', '-C', ROOT, *argv]
     try:
-        return subprocess.run(['git', '-C', ROOT, *argv], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ''
 
 
 def refuse_other_knobs(folder, before, knobs, filled_in=()):
     """
-    Raises ModelError where the knobs of a run that goes on are not those of `before`, describe_run's
-    dict of its checkpoint. `filled_in`: knobs that name a prerequisite, whose folder comes later.
+    Raises ModelError if a run cannot be resumed with `knobs`, because its checkpoint has others.
+    `before` is describe_run's dict in the checkpoint. Knobs in `filled_in` are not compared: they
+    name prerequisites, and are set to the folders of these later.
     """
     if before.get('format') != FORMAT:
         raise ModelError(f"{folder} was written by another version (format {before.get('format')}, "
-                         f"and this is {FORMAT}): check out that version to go on with it.")
+                         f"and this is {FORMAT}): check out that version to resume it.")
     for knob, value in knobs.items():
-        theirs = before['knobs'].get(knob)
-        if knob not in RUN_KNOBS and knob not in filled_in and theirs != value:
-            raise ModelError(f"{folder} was trained with {knob}={theirs!r}, not {value!r}: resuming "
-                             "goes on with the same run, so give another --out_dir.")
+        old_value = before['knobs'].get(knob)
+        if knob not in RUN_KNOBS and knob not in filled_in and old_value != value:
+            raise ModelError(f"{folder} was trained with {knob}={old_value!r}, not {value!r}: "
+                             "resume it with the same knobs, or give another --out_dir.")
 
 
 def refuse_other_run(folder, before, now):
     """
-    Raises ModelError where a run cannot go on as `now`: `before` and `now` are describe_run's, of
-    the checkpoint and here.
+    Raises ModelError if a run cannot be resumed: its checkpoint has other knobs, another corpus or
+    another LM. `before` and `now` are describe_run's dicts, in the checkpoint and of this process.
     """
     refuse_other_knobs(folder, before, now['knobs'])
     for what, a, b in (('corpus file', before['corpus']['sha256'], now['corpus']['sha256']),
                        ('LM', before['lm_fingerprint'], now['lm_fingerprint'])):
         if a != b:
-            raise ModelError(f"{folder} was trained on another {what} than is there now: put that "
-                             "one back, or give another --out_dir.")
+            raise ModelError(f"{folder} was trained with another {what} than the present one: "
+                             "restore that one, or give another --out_dir.")
 
 
 def resume_from(path, about, model, named, optimizer):
     """
-    Puts a `last` checkpoint into the model and the optimizer of its trained weights `named`. Returns
-    its state and describe_run's dict of then. Raises ModelError where it is damaged or of another run
-    than `about`.
+    Load a `last` checkpoint into the model and the optimizer. named: name -> trainable weight.
+    Returns the run's state and describe_run's dict from the checkpoint. Raises ModelError if the
+    checkpoint is damaged or of another run than `about`.
     """
     saved, info = load_checkpoint(path)
     folder = os.path.dirname(path)
@@ -115,10 +119,7 @@ def resume_from(path, about, model, named, optimizer):
 
 
 class Record:
-    """
-    The folder of a run while it trains: locked, with its log and its checkpoints. `stop(sentence)`
-    ends the run.
-    """
+    """ Locks a run's folder and writes its log and checkpoints. stop(sentence) ends the run. """
 
     def __init__(self, folder, about, stop):
         self.folder, self.about, self.stop = folder, about, stop
@@ -127,54 +128,58 @@ class Record:
 
     def open(self, step, resume, fresh):
         """
-        Makes the folder this run's own. Lines of the log of steps that will be run again are gone.
+        Lock the folder and remove the files of the former run that no longer hold. Log lines after
+        `step` are removed, because those steps will run again.
         """
         if ranks.RANK:
             return
         try:
             os.makedirs(self.folder, exist_ok=True)
-            self.lock = lock(self.folder)   # held as long as this object is
+            self.lock = lock(self.folder)   # held while this object lives
             if self.lock is None:
-                self.stop(f"another run is writing into {self.folder}: wait for it, or give another "
-                          "--out_dir.")
+                self.stop(f"another run is writing into {self.folder}: wait for it, or give "
+                          "another --out_dir.")
             remove_leftovers(self.folder)
-            # result.json and report.md say that a run is finished, so they go while this one is
-            # not; and a fresh start has no past
-            past = 'last.safetensors last.json best.safetensors best.json test.jsonl curve.png'.split()
-            for old in ['result.json', 'report.md'] + (past if fresh else []):
-                if os.path.exists(os.path.join(self.folder, old)):
-                    os.remove(os.path.join(self.folder, old))
+            # result.json and report.md mean that a run is finished, which this one is not yet
+            outdated = ['result.json', 'report.md']
+            if fresh:
+                outdated += ['last.safetensors', 'last.json', 'best.safetensors', 'best.json',
+                             'test.jsonl', 'curve.png']
+            for file in outdated:
+                if os.path.exists(os.path.join(self.folder, file)):
+                    os.remove(os.path.join(self.folder, file))
             write_text(os.path.join(self.folder, 'config.json'), json.dumps(self.about, indent=1))
-            lines = open_regular(self.log_path).readlines() if resume and os.path.lexists(self.log_path) else []
-            # a line that was being written when the run was killed goes too
-            lines = [line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= step]
+            lines = []
+            if resume and os.path.lexists(self.log_path):
+                lines = open_regular(self.log_path).readlines()
+            # without a line that was not written to its end when the run was killed
+            lines = [s for s in lines if s.endswith('\n') and json.loads(s)['step'] <= step]
             write_text(self.log_path, ''.join(lines))
             self.file = open(self.log_path, 'a', encoding='utf-8', buffering=1)
         except OSError as e:
-            self.stop(f"cannot write to {self.folder} ({e.strerror}): make room, or give another "
-                      "--out_dir.")
+            self.stop(f"cannot write to {self.folder} ({e.strerror}): free disk space, or give "
+                      "another --out_dir.")
 
     def log(self, **entry):
-        """ A line of log.jsonl. """
+        """ Write a line of log.jsonl. """
         if ranks.RANK:
             return
         try:
             self.file.write(json.dumps(entry) + '\n')
         except OSError as e:
-            self.stop(f"cannot write {self.log_path} ({e.strerror}): make room; --resume=True goes "
-                      "on from the last checkpoint.")
+            self.stop(f"cannot write {self.log_path} ({e.strerror}): free disk space; "
+                      "--resume=True continues from the last checkpoint.")
 
     def save_best(self, model, state):
-        """ What evaluation needs. """
+        """ Save the tensors that evaluation needs. """
         self._save('best', own_tensors(model), state)
 
     def save_last(self, model, named, optimizer, state):
-        """
-        What resuming needs: the model, and the optimizer's moments of its trained weights `named`.
-        """
+        """ Save what resuming needs: the model's tensors and the optimizer's moments. """
         tensors = {f'model.{key}': v for key, v in own_tensors(model).items()}
         for name, p in named.items():
-            tensors |= {f'optimizer.{name}.{key}': v for key, v in optimizer.state.get(p, {}).items()}
+            for key, v in optimizer.state.get(p, {}).items():
+                tensors[f'optimizer.{name}.{key}'] = v
         self._save('last', tensors, state)
 
     def _save(self, kind, tensors, state):

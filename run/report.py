@@ -1,5 +1,5 @@
 """
-A finished run's folder: its records, its report and its pictures.
+Reads the folder of a finished run, and writes its report and pictures.
 """
 import difflib
 import json
@@ -13,25 +13,25 @@ from metrics import METRIC_HELP, SHOWN, check_finite, confusion, markdown_table,
 from model import SYSTEMS
 from run.folder import load_info, open_regular, save_picture, write_text
 
-FORMAT = 2   # of a run's folder: raise it when older folders can no longer be read
+FORMAT = 2   # version of the run folder's format; raise it when older folders cannot be read
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class EvalError(Exception):
-    """ A sentence for the user: what was wrong, where, and what to do. """
+    """ One sentence for the user: what was wrong, where, and what to do. """
 
 
-# Knobs of the run, not of the experiment: a run may go on, and may be read, with other values of
-# these.
+# Knobs that say how a run is carried out, not what is trained. A run may be resumed and read with
+# other values of these.
 RUN_KNOBS = frozenset('''needs out_dir data_dir device dtype resume fresh log_interval save_interval
     patience shard_lm deterministic'''.split())
 
 
 def read_run(folder):
     """
-    result.json of a finished run. What makes the model (knobs, corpus, LM) is what the checkpoint's
-    header says; where result.json says otherwise, it was edited or belongs to another checkpoint.
-    Raises EvalError, ModelError.
+    result.json of a finished run, as a dict. What determines the model (knobs, corpus, LM) is taken
+    from the checkpoint's header. If result.json differs from it, it was edited or belongs to
+    another checkpoint, which is an error. Raises EvalError, ModelError.
     """
     result = read_json(folder, 'result.json')
     try:
@@ -44,61 +44,58 @@ def read_run(folder):
         if os.path.lexists(checkpoint):
             header = load_info(checkpoint)['about']
             refuse_edits(folder, about, header, result['info'])
-            asked = about['knobs'].get('trust_remote_code')
-            place = about['corpus']['folder']   # another one, where a run went on elsewhere
-            source = ('name', 'knobs', 'corpus', 'device', 'dtype', 'lm_answer')
-            about |= {k: header[k] for k in source}
-            about['corpus']['folder'] = place
-            if asked:
+            needs_trust = about['knobs'].get('trust_remote_code')
+            corpus_folder = about['corpus']['folder']   # a resumed run may have read it elsewhere
+            from_header = ('name', 'knobs', 'corpus', 'device', 'dtype', 'lm_answer')
+            about |= {k: header[k] for k in from_header}
+            about['corpus']['folder'] = corpus_folder
+            if needs_trust:
                 about['knobs']['trust_remote_code'] = True
         check_facts(about)
         check_scores(result)
         name = about['knobs']['system']
         if name not in SYSTEMS:
-            raise EvalError(f"{folder} is of the system {name!r}, which is not "
-                            "in SYSTEMS.")
+            raise EvalError(f"{folder} is of the system {name!r}, which is not in SYSTEMS: check "
+                            "out the version that has it.")
         known, allowed = known_knobs(os.path.join(ROOT, 'train.py'), SYSTEMS, name)
         check_knobs(about['knobs'], known, allowed, f"in {folder}")
         wrong = SYSTEMS[name].check(about['knobs'])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise EvalError(f"{folder}/result.json is damaged ({type(e).__name__}: {e}): python "
-                        "train.py with --resume=True writes it anew.") from None
+                        "train.py with --resume=True writes it again.") from None
     if wrong:
-        raise EvalError(f"the knobs of {folder} are not those of a run: {'; '.join(wrong)}.")
+        raise EvalError(f"{folder} has wrong knobs, so restore its files: {'; '.join(wrong)}.")
     return result
 
 
 def check_kinds(kinds):
-    """ kinds: (dict, type or types, keys). Raises ValueError where an entry is of another kind. """
+    """
+    kinds: list of (dict, type or types, keys). Raises ValueError if an entry has another type.
+    """
     for holder, kind, keys in kinds:
         for key in keys:
             if not isinstance(holder[key], kind):
-                raise ValueError(f"its {key} is {short(holder[key])}")
+                raise ValueError(f"its {key} is {shorten(holder[key])}")
 
 
 def check_facts(about):
-    """
-    Raises ValueError where what a run says of itself and its corpus (clips.facts_of) is of another
-    kind than train.py writes.
-    """
+    """ Raises ValueError if describe_run's dict has entries of wrong types. """
     facts = about['corpus']
-    check_kinds([(about, str, ('name', 'device', 'dtype')), (facts, str, ('folder', 'sha256', 'name')),
+    check_kinds([(about, str, ('name', 'device', 'dtype')),
+                 (facts, str, ('folder', 'sha256', 'name')),
                  (facts, dict, ('widths', 'labels', 'clips', 'streams'))])
     for m, stream in facts['streams'].items():
         n = facts['widths'].get(m)
         numbers = [v for key in ('mean', 'std') for v in stream[key]]
         all_numbers = all(type(v) in (int, float) for v in numbers)
         if len(stream['mean']) != n or len(stream['std']) != n or not all_numbers:
-            raise ValueError(f"its mean and std of {m} are not {short(n)} numbers each")
+            raise ValueError(f"its mean and std of {m} are not {shorten(n)} numbers each")
     if set(facts['streams']) != set(facts['widths']):
-        raise ValueError("its widths and its streams are not of the same names")
+        raise ValueError("its widths and its streams have different names")
 
 
 def check_scores(result):
-    """
-    Raises ValueError where what result.json says of training and of scores is of another kind than
-    train.py writes.
-    """
+    """ Raises ValueError if the results in result.json are missing or of wrong types. """
     number, ceilings = (int, float), result['ceilings'] or {}
     scores = [result['test'], result['valid'], result['majority'] or {}]
     scores += [*result['controls'].values(), *ceilings.values()]
@@ -113,40 +110,39 @@ def check_scores(result):
         raise ValueError("its test or valid has no metrics")
 
 
-def refuse_edits(folder, said, about, info):
+def refuse_edits(folder, about, header, info):
     """
-    Raises EvalError where result.json (`said`, `info`) and the checkpoint's header (`about`)
-    describe two models.
+    Raises EvalError if result.json (its `about` and `info`) and the checkpoint's `header` describe
+    different models.
     """
-    # trust_remote_code is a permission, which revive asks the command line for: it says nothing of
-    # the model
+    # trust_remote_code is a permission of the command line and no property of the model
     free = (*RUN_KNOBS, 'trust_remote_code')
-    pairs = [(k, said['knobs'].get(k), v) for k, v in about['knobs'].items() if k not in free]
-    pairs += [(k, v, None) for k, v in said['knobs'].items() if k not in about['knobs']]
-    facts = {k: v for k, v in about['corpus'].items() if k != 'folder'}
-    pairs += [(f'corpus {k}', said['corpus'].get(k), v) for k, v in facts.items()]
+    pairs = [(k, about['knobs'].get(k), v) for k, v in header['knobs'].items() if k not in free]
+    pairs += [(k, v, None) for k, v in about['knobs'].items() if k not in header['knobs']]
+    facts = {k: v for k, v in header['corpus'].items() if k != 'folder'}
+    pairs += [(f'corpus {k}', about['corpus'].get(k), v) for k, v in facts.items()]
     fingerprints = ('lm_fingerprint', 'tokenizer_fingerprint')
-    pairs += [(k, said.get(k), about.get(k)) for k in fingerprints]
-    # a run may have gone on with another --dtype or on another device, after its best step
-    here, there = ((a['knobs']['dtype'], a.get('device')) for a in (said, about))
-    if here == there:
-        pairs += [('dtype', said.get('dtype'), about.get('dtype'))]
-    pairs += [('info', info, about['corpus']['labels'][about['knobs']['label']])]
-    for what, here, there in pairs:
-        if json.dumps(here, sort_keys=True) != json.dumps(there, sort_keys=True):
-            raise EvalError(f"{folder}/result.json has {what}={short(here)} and its checkpoint was "
-                            f"trained with {short(there)}: put the old result.json back, or train "
-                            "again with another value.")
+    pairs += [(k, about.get(k), header.get(k)) for k in fingerprints]
+    # a run may have been resumed with another --dtype or device after its best step
+    ours, theirs = ((a['knobs']['dtype'], a.get('device')) for a in (about, header))
+    if ours == theirs:
+        pairs += [('dtype', about.get('dtype'), header.get('dtype'))]
+    pairs += [('info', info, header['corpus']['labels'][header['knobs']['label']])]
+    for what, ours, theirs in pairs:
+        if json.dumps(ours, sort_keys=True) != json.dumps(theirs, sort_keys=True):
+            raise EvalError(f"{folder}/result.json has {what}={shorten(ours)}, but its checkpoint "
+                            f"was trained with {shorten(theirs)}: restore the original "
+                            "result.json, or train a new run with the other value.")
 
 
-def short(value, n=60):
-    """A value as text of at most n characters."""
+def shorten(value, n=60):
+    """ repr(value), cut to at most n characters and '..'. """
     text = repr(value)
     return text if len(text) <= n else text[:n] + '..'
 
 
 def read_json(folder, file):
-    """A JSON file of a run's folder. Raises EvalError."""
+    """ The content of a JSON file in a run's folder. Raises EvalError. """
     path = os.path.join(folder, file)
     if not os.path.isdir(folder):
         home = os.path.dirname(folder) or '.'
@@ -156,21 +152,19 @@ def read_json(folder, file):
         raise EvalError(f"there is no folder {folder}{hint}")
     if not os.path.lexists(path):
         raise EvalError(f"{folder} holds no finished run (no {file}): train it to the end, with "
-                        "--resume=True if it was cut off.")
+                        "--resume=True if it was interrupted.")
     try:
         with open_regular(path) as f:
             return json.load(f)
     except OSError as e:
-        raise EvalError(f"{path} cannot be read: it {e.strerror}.") from None
+        raise EvalError(f"{path} cannot be read ({e.strerror}).") from None
     except (ValueError, RecursionError) as e:
-        raise EvalError(f"{path} is damaged ({e}): train that run to the end again, with "
-                        "--resume=True.") from None
+        raise EvalError(f"{path} is damaged ({e}): python train.py with --resume=True writes it "
+                        "again.") from None
 
 
 def write_predictions(folder, corpus, predictions):
-    """
-    folder/test.jsonl: a line a clip, its id, label and every prediction that the model made of it.
-    """
+    """ Write folder/test.jsonl: a line for each test clip with its id, label and predictions. """
     def rounded(v):
         return [round(float(p), 6) for p in v] if v.ndim else round(float(v), 6)
 
@@ -182,10 +176,9 @@ def write_predictions(folder, corpus, predictions):
 
 def read_predictions(folder):
     """
-    test.jsonl of a finished run -> (list of ids, dict of arrays [N], or [N,K] for prob). Raises
-    EvalError.
+    test.jsonl of a finished run -> (ids, {name: array [N], or [N,K] for prob}). Raises EvalError.
     """
-    path, again = f"{folder}/test.jsonl", f"python eval.py {folder} writes it anew"
+    path = f"{folder}/test.jsonl"
     try:
         with open_regular(path) as f:
             rows = [json.loads(line) for line in f]
@@ -193,7 +186,8 @@ def read_predictions(folder):
         predictions = {k: np.array([r[k] for r in rows], np.float32) for k in rows[0] if k != 'id'}
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         reason = getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'
-        raise EvalError(f"{path} is missing or damaged ({reason}): {again}.") from None
+        raise EvalError(f"{path} is missing or damaged ({reason}): python eval.py {folder} writes "
+                        "it again.") from None
     try:
         check_finite(predictions, ids)
     except ValueError as e:
@@ -201,41 +195,44 @@ def read_predictions(folder):
     return ids, predictions
 
 
-def readings(folder, r):
+def comparison_rows(folder, r):
     """
-    Rows of the report beside the run's own: (name, metrics, which of the corpus's bounds it is
-    compared with).
+    The rows of the report's table above the run's own: a list of (name, metrics, bound). They are
+    the majority baseline, the system's controls, its prerequisites, and parts of its own
+    predictions (System.readings). `bound` names the corpus's bound for that row, one of BOUNDS or
+    ''.
     """
     k, cls = r['about']['knobs'], SYSTEMS[r['about']['knobs']['system']]
     rows = [('majority', r['majority'], 'majority')]
     bounds = {row: bound for row, (_, bound) in cls.controls(k).items()}
     rows += [(row, metrics, bounds.get(row, '')) for row, metrics in r['controls'].items()]
     _, p = read_predictions(folder)
-    own = cls.readings(k, p)
+    parts = cls.readings(k, p)
     for row, run in prerequisite_runs(r['about']).items():
         rows.append((row, run['test'], SYSTEMS[run['about']['knobs']['system']].bound()))
-        own = {name: (key, bound) for name, (key, bound) in own.items() if bound != rows[-1][2]}
-    for row, (key, bound) in own.items():
+        # a prerequisite stands in place of the part with the same bound
+        parts = {name: (key, bound) for name, (key, bound) in parts.items() if bound != rows[-1][2]}
+    for row, (key, bound) in parts.items():
         rows.append((row, regression_metrics(p[key], p['label'], r['info']['range']), bound))
     return sorted(rows, key=lambda row: BOUNDS.index(row[2]) if row[2] in BOUNDS else len(BOUNDS))
 
 
-# A corpus's bounds, what a perfect reader of so much can reach, in the report's order
+# The bounds of a corpus: what an optimal predictor with these inputs reaches, in the report's order
 MAJORITY, TEXT, AV, LATE_FUSION, FULL = BOUNDS = 'majority text av late full'.split()
-# the row of a prerequisite run, by its bound
+# bound -> name of the row of a prerequisite
 PART = {AV: 'audio+video only', TEXT: 'text only'}
 
 
 def prerequisite_runs(about):
     """
-    Row -> result.json of the runs that this one started from and that predict the label on the same
-    corpus.
+    {name of the row: result.json} of the runs from which this one started, if they predict the
+    label on the same corpus.
     """
     k, runs = about['knobs'], {}
     for knob in SYSTEMS[k['system']].stands_on(k):
         try:
             r = read_run(k[knob])
-        except (EvalError, ModelError):   # no run, or none that is there
+        except (EvalError, ModelError):   # the knob names no run, or the run is not there
             continue
         cls = SYSTEMS[r['about']['knobs']['system']]
         if cls.predicts and r['about']['corpus']['sha256'] == about['corpus']['sha256']:
@@ -245,21 +242,23 @@ def prerequisite_runs(about):
 
 def summary(folder, r):
     """
-    The rows of the report's table: majority, what parts of the run say by themselves (text only is
-    the text head y_t, which never saw audio or video, or what the frozen LM answers without pseudo
-    tokens; audio+video only is the AV encoder's own run, or the head y_av), the best additive late
-    fusion where the corpus knows it, and the run itself.
+    The report's table of test metrics and the notes under it, as text. Its rows: those of
+    comparison_rows (text only: DeepMLF's text head, which sees no audio or video, or the frozen LM
+    without pseudo tokens; audio+video only: the AV encoder's own run, or DeepMLF's AV head), the
+    late-fusion bound if the corpus has bounds, and the run itself.
     """
     k, name = r['about']['knobs'], r['about']['name']
     cls = SYSTEMS[k['system']]
     classes = r['info']['kind'] == 'classes'
-    # bounds are for readers of everything
+    # the bounds assume audio and video
     ceilings = r['ceilings'] if r['ceilings'] and len(k['modalities']) == 2 else {}
-    rows = readings(folder, r) if cls.reads_text else [('majority', r['majority'], 'majority')]
+    rows = [('majority', r['majority'], 'majority')]
+    if cls.reads_text:
+        rows = comparison_rows(folder, r)
     if ceilings and cls.reads_text:
-        rows.append(('best late fusion', {}, LATE_FUSION))
+        rows.append(('late-fusion bound', {}, LATE_FUSION))
     rows.append((name, r['test'], cls.bound()))
-    best = 'acc' if classes else 'mae'   # what the ceilings are about
+    best = 'acc' if classes else 'mae'   # the metric of the bounds
     keys = list(r['test']) if classes else [key for key in SHOWN if key in r['test']]
 
     def cell(metrics, key):
@@ -269,44 +268,54 @@ def summary(folder, r):
     for row, metrics, bound in rows:
         reached = [cell(ceilings.get(bound, {}), best)] if ceilings else []
         table.append([row] + [cell(metrics, key) for key in keys] + reached)
-    header = ['test'] + keys + ([f'{best} of a perfect reader'] if ceilings else [])
+    header = ['test'] + keys + ([f'best possible {best}'] if ceilings else [])
     text = markdown_table(header, table)
+    if ceilings:
+        text += (f"\n\nBest possible {best}: that of an optimal predictor with the same inputs as the "
+                 "row, known exactly for this corpus.")
     if ceilings and cls.reads_text:
-        text += '\n\n' + distance_to_bounds(name, best, r['test'][best], ceilings)
+        text += (f" Late-fusion bound: the best {best} of a sum of a text predictor and an "
+                 "audio+video predictor.\n\n")
+        text += distance_to_bounds(name, best, r['test'][best], ceilings)
     if r.get('lm_kept') is not None:
-        text += "\n\n" + ("Without the adapter the LM goes on with two texts as it did before "
+        text += "\n\n" + ("Without the adapter, the frozen LM continues two texts as it did before "
                           "training, token for token."
                           if r['lm_kept'] else
-                          "**Without the adapter the LM no longer goes on as it did before "
-                          "training.**")
+                          "**Without the adapter, the frozen LM does not continue two texts as it "
+                          "did before training.**")
     return text
 
 
 def distance_to_bounds(name, best, reached, ceilings):
-    """ A sentence on how far a run is between the best late fusion and the best there is. """
+    """ A sentence on where a run is between the late-fusion bound and the best possible metric. """
     late, full = ceilings[LATE_FUSION][best], ceilings[FULL][best]
     closed = (late - reached) / (late - full)
     if closed > 0:
-        return f"{name} closes {100 * closed:.0f} % of the gap from the best late fusion to the best there is."
-    return f"{name} is no better than the best late fusion ({best} {late:.3f}): this alone is no sign that it fuses."
+        return (f"{name} ({best} {reached:.3f}) closes {100 * closed:.0f} % of the gap between the "
+                f"late-fusion bound ({late:.3f}) and the best possible {best} ({full:.3f}).")
+    return (f"{name} ({best} {reached:.3f}) does not pass the late-fusion bound ({late:.3f}), so "
+            "this run does not show that it fuses the modalities.")
 
 
 def report(folder):
     """
-    Writes folder/report.md from the files of a finished run, and returns its table. Raises
-    EvalError.
+    Write folder/report.md from the files of a finished run. Returns its first table and a line on
+    the run, for the terminal. Raises EvalError.
     """
     r = read_run(folder)
     about, state, clips = r['about'], r['state'], r['clips']
     name, k = about['name'], about['knobs']
     predicts = SYSTEMS[k['system']].predicts
-    took = (f"trained in {r['seconds'] / 60:.1f} min on {about['device']} ({about['threads']} "
-            f"threads, {about['matmul_gflops']} GFLOP/s float32 matmul)")
-    table = summary(folder, r) if predicts else f"{name}: test loss {r['test']['loss']:.4f}"
+    seconds = r['seconds']
+    took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    took += (f" on {about['device']} ({about['threads']} CPU thread{'s' * (about['threads'] > 1)}, "
+             f"{about['matmul_gflops']} GFLOP/s in a float32 matmul)")
+    table = summary(folder, r) if predicts else f"Test loss: {r['test']['loss']:.4f}"
     each = []
     for key, v in r['test'].items():
-        what = METRIC_HELP.get(key, METRIC_HELP['f1_<class>'])
-        each.append([key, f"{v:.4f}", f"{r['valid'][key]:.4f}" if key in r['valid'] else '-', what])
+        better, what = METRIC_HELP.get(key, METRIC_HELP['f1_<class>']).split(' is better: ')
+        valid = f"{r['valid'][key]:.4f}" if key in r['valid'] else '-'
+        each.append([key, f"{v:.4f}", valid, better, what])
     pictures = '![learning curve](curve.png)'
     if predicts and r['info']['kind'] == 'classes':
         _, p = read_predictions(folder)
@@ -315,34 +324,37 @@ def report(folder):
         pictures += '\n\n![confusion matrix](confusion.png)'
         if not ''.join(names).isascii():
             numbered = ', '.join(f'{i} {n}' for i, n in enumerate(names))
-            pictures += f'\n\nThe classes: {numbered}.'
+            pictures += f'\n\nClasses: {numbered}.'
     changed = ' with uncommitted changes' if about['dirty'] else ''
+    corpus = os.path.basename(about['corpus']['folder'])
     write_text(os.path.join(folder, 'report.md'), f"""# {name}
 
-`{about['command']}`, commit {about['commit'] or 'none'}{changed}.
-{clips['train']} / {clips['valid']} / {clips['test']} clips of {os.path.basename(about['corpus']['folder'])};
-{r['n_trainable']:,} trainable and {r['n_frozen']:,} frozen weights; {took}.
-The best checkpoint by validation {k['select']} ({state['best']:.4f}) is of step {state['best_step']}
-of {state['step']}; the test set had no part in choosing it.
+- Command: `{about['command']}`
+- Commit: {about['commit'] or 'none'}{changed}
+- Corpus: {corpus} ({clips['train']} training, {clips['valid']} validation, {clips['test']} test clips)
+- Weights: {r['n_trainable']:,} trainable, {r['n_frozen']:,} frozen
+- Training and testing took {took}
+- Checkpoint: step {state['best_step']} of {state['step']}, chosen by validation {k['select']}
+  ({state['best']:.4f}), not by the test set
 
 {table}
 
-{markdown_table(['metric', 'test', 'valid', 'what it is'], each)}
+{markdown_table(['metric', 'test', 'valid', 'better', 'definition'], each)}
 
 {pictures}
 """)
-    return f"{table}\n\n{name}: {took}; {folder}/report.md"
+    return f"{table}\n\n{name}: trained and tested in {took}; the report is {folder}/report.md"
 
 
 def read_log(folder):
-    """A run's log.jsonl -> list of dicts, in the order of training. Raises EvalError."""
+    """ The lines of a run's log.jsonl as a list of dicts, in order. Raises EvalError. """
     path = os.path.join(folder, 'log.jsonl')
     try:
         with open_regular(path) as f:
             return [json.loads(line) for line in f]
     except (OSError, ValueError) as e:
         reason = getattr(e, 'strerror', None) or e
-        raise EvalError(f"{path} is missing or damaged ({reason}).") from None
+        raise EvalError(f"{path} is missing or damaged ({reason}): restore a copy.") from None
 
 
 def curve_picture(folder, select='mae'):

@@ -1,4 +1,4 @@
-""" What more than one test file stands on. """
+""" Fixtures that several test files share. """
 
 import os
 
@@ -15,7 +15,7 @@ from run.new_lm import new_lm
 
 @pytest.fixture(scope='session')
 def corpora(tmp_path_factory):
-    """ A data_dir with a small toy corpus in it: 120 / 32 / 32 clips, made as the real one is. """
+    """ A data_dir with a toy corpus of 120 / 32 / 32 clips, otherwise made like the real one. """
     folder = tmp_path_factory.mktemp('data')
     toy.make_toy(str(folder / 'toy'), n_clips=(120, 32, 32))
     return folder
@@ -24,8 +24,8 @@ def corpora(tmp_path_factory):
 @pytest.fixture(scope='session')
 def curriculum(corpora, tmp_path_factory):
     """
-    LM -> AV encoder -> DeepMLF, 11 steps each, never interrupted: what the killed runs are compared
-    with.
+    A folder with finished runs of 11 steps each: lm_toy, av_toy, and whole, the DeepMLF run on
+    both. None was interrupted, so killed and resumed runs can be compared with them.
     """
     out = tmp_path_factory.mktemp('out')
     train(
@@ -43,19 +43,19 @@ def curriculum(corpora, tmp_path_factory):
 @pytest.fixture(scope='session')
 def tokenizers(corpora, tmp_path_factory):
     """
-    Byte-level BPE as GPT-2 and Qwen have it, and a bare sentencepiece model as old Llamas have it.
+    A byte-level BPE tokenizer (as of GPT-2, Qwen) and a sentencepiece one (as of old Llamas).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     corpus = open_corpus('toy', corpora)
     classes = ', '.join(f'{name}:{i}' for i, name in enumerate(corpus.labels['emotion']['names']))
-    asked = [
+    questions = [
         PROMPTS['en'][kind].format(low='-3.0', high='3.0', classes=classes)
         for kind in ('regression', 'classes')
     ]
     texts = rated(corpus, 'train')
-    for question in asked:
+    for question in questions:
         for i in range(-30, 31):
             texts.append(f'<Multimodal> </Multimodal>{question} {i / 10:+.1f} {i / 10:.1f}')
 

@@ -1,6 +1,6 @@
 """
-What more than one test file stands on: tiny random models, small corpora, and commands run in this
-process.
+Helpers that several test files share: tiny random models, small corpora, and functions that run the
+repository's scripts in this process.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-# before anything imports huggingface_hub: it would retry for half a minute
+# set before huggingface_hub is imported, which would otherwise retry downloads for half a minute
 os.environ['HF_HUB_OFFLINE'] = '1'
 
 import numpy as np
@@ -111,7 +111,7 @@ EVERY_LM = sorted(set(FAMILIES) | set(VARIANTS))
 def tiny_lm(family='gpt2', seed=0):
     """
     A random Hugging Face LM of a family, or of a variant in VARIANTS: width 32, 3 layers, 60
-    tokens. Norms and biases are moved off 1 and 0, so that a test would see them left out.
+    tokens. Every weight gets noise, because norms of 1 and biases of 0 would hide errors.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -143,7 +143,7 @@ def tiny_lm(family='gpt2', seed=0):
 
 
 def knobs_of_system(cls, **changes):
-    """ The knobs of a run: the defaults of train.py and of a system's class, and changes. """
+    """ The knobs of a run: the defaults of train.py and of a system's class, with changes. """
     known = declared_knobs(HERE / 'train.py')[0] | class_knobs(cls)
     assert set(changes) <= set(known), set(changes) - set(known)
     return known | changes
@@ -197,7 +197,7 @@ def tiny_batch(seed=0):
 
 
 def clip_alone(batch, i):
-    """ Clip i of tiny_batch as a batch of one, without the padding; an absent stream keeps one row. """
+    """ Clip i of tiny_batch as a batch of one without padding. An empty stream keeps one row. """
     one = {k: t[i : i + 1] for k, t in batch.items()}
     cut = {'tokens': 'text_len', 'text_mask': 'text_len'}
     for stream in ('audio', 'vision'):
@@ -218,10 +218,7 @@ ENV = os.environ | {'HF_HUB_OFFLINE': '1'}  # test_smoke sets it for this proces
 
 
 def train(*argv):
-    """
-    train.py in this process, as the command line would run it. Returns its globals, or raises
-    SystemExit.
-    """
+    """ Run train.py in this process with these arguments -> its globals. May raise SystemExit. """
     before = sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = ['train.py', *map(str, argv)]
     try:
@@ -248,8 +245,8 @@ def deepmlf(corpora, out, name, *more):
 
 def forge(folder, knobs=None, header=True, **about):
     """
-    Changes knobs and other entries of `about` in result.json and (header) in the checkpoint, with a
-    right checksum.
+    Change knobs and other entries of `about` in result.json and, with header=True, in the
+    checkpoint's header. The checkpoint gets a valid checksum.
     """
     path = folder / 'result.json'
     result = json.loads(path.read_text())
@@ -264,12 +261,12 @@ def forge(folder, knobs=None, header=True, **about):
 
 
 class Killed(BaseException):
-    """ Like kill -9, nobody expects it: it goes past every except Exception. """
+    """ Simulates kill -9: a BaseException, so that no `except Exception` catches it. """
 
 
 @contextmanager
 def killed_in_batch(n):
-    """ Training in the block is killed when it asks for its n-th batch; it fails if nothing is. """
+    """ Training in the block is killed at its n-th batch. Fails if it has fewer batches. """
     real, left = data.get_batch, n
 
     def dying(*args, **more):
@@ -284,9 +281,10 @@ def killed_in_batch(n):
         yield
 
 
-def a_corpus(tmp_path, name, **change):
+def make_corpus(tmp_path, name, **change):
     """
-    A small M-SENA pickle with real sentences; `change` maps a key to a function of (split, value).
+    Write a small pickle in M-SENA's layout -> the flag --corpus=.. for it. change: key -> a
+    function of (split, value) that returns the new value, or None to leave the key out.
     """
     rng, source = np.random.default_rng(0), {}
     for split, n in (('train', 40), ('valid', 16), ('test', 16)):
@@ -312,8 +310,8 @@ def a_corpus(tmp_path, name, **change):
     return f'--corpus={tmp_path}/{name}.pkl'
 
 
-def wide(d):
-    """ A change of a_corpus: streams of width d, 6 frames a clip. """
+def of_width(d):
+    """ For make_corpus: random streams of width d with 6 frames in each clip. """
 
     def change(split, x):
         return np.random.default_rng(1).normal(size=(len(x), 6, d)).astype('f4')
@@ -321,7 +319,9 @@ def wide(d):
     return change
 
 
-def at(index, value):
+def with_value_at(index, value):
+    """ For make_corpus: set the entry at `index` of the train split to `value`. """
+
     def change(split, x):
         if split == 'train':
             x[index] = value
@@ -331,6 +331,7 @@ def at(index, value):
 
 
 def same_run(a, b):
+    """ Asserts that two run folders have equal checkpoints, logs (without times) and metrics. """
     for kind in ('best', 'last'):
         x, y = load_file(a / f'{kind}.safetensors'), load_file(b / f'{kind}.safetensors')
         assert x.keys() == y.keys()
@@ -348,7 +349,7 @@ def log_without_times(folder):
 
 
 def command(script, *argv):
-    """ A script as its command line would run it; raises SystemExit with its sentence. """
+    """ Run a script in this process with these arguments. May raise SystemExit. """
     before, sys.argv = sys.argv, [script, *map(str, argv)]
     try:
         runpy.run_path(str(HERE / script), run_name='__main__')
@@ -356,8 +357,8 @@ def command(script, *argv):
         sys.argv = before
 
 
-class Ends:
-    """ A tokenizer that puts 2 in front of a text and 3 behind it. """
+class TinyTokenizer:
+    """ A tokenizer that makes every text one token, 9, between the special tokens 2 and 3. """
 
     eos_token_id, bos_token_id, pad_token_id = 3, 2, 0
 
@@ -368,7 +369,7 @@ class Ends:
 
 
 def tiny_bert(family='bert', seed=0):
-    """ A random encoder of width 32, 3 layers, 60 tokens. """
+    """ A random Hugging Face text encoder: width 32, 3 layers, 60 tokens. """
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.for_model(
@@ -394,7 +395,7 @@ TOLERANCE = 2e-5
 
 
 def golden(name, prefix):
-    """ The arrays of one case and those that all cases share: name -> tensor. """
+    """ ({name: tensor} of one case, {name: tensor} that all cases share) of a golden file. """
     z = np.load(GOLDEN / name)
 
     def arrays(prefix):
@@ -406,7 +407,7 @@ def golden(name, prefix):
 
 needs_golden = pytest.mark.skipif(
     not GOLDEN.exists(),
-    reason="../shared/golden is not here: these arrays belong to the developers' house",
+    reason="../shared/golden is missing; these arrays are not in the repository",
 )
 
 
@@ -414,7 +415,7 @@ rng = np.random.default_rng(0)
 
 
 def msena(n=(6, 3, 2), L=7, d_a=5, d_v=2, lengths=True):
-    """ A small dict in M-SENA's layout; clip i has 1 + i % L valid frames of audio and vision. """
+    """ A small dict in M-SENA's layout. Clip i has 1 + i % L valid frames of audio and vision. """
     source = {}
     for split, N in zip(('train', 'valid', 'test'), n):
         length = 1 + np.arange(N) % L
@@ -475,14 +476,14 @@ def prompted(
     **changes,
 ):
     """
-    A system of pseudo tokens on a tiny random LM, its Feed of the small toy corpus, and a batch of
-    three clips. kind: which of `tokenizers`. base and changes: the knobs.
+    A pseudo-token system on a tiny random LM, its Feed of the small toy corpus, and a batch of
+    three clips. kind: the name of a tokenizer in `tokenizers`. base, changes: the knobs.
     """
     assert set(changes) <= set(base), set(changes) - set(base)
     k, tokenizer, corpus = base | changes, tokenizers[kind], open_corpus('toy', corpora)
-    own = tokenizer.sp.vocab_size() if kind == 'sentencepiece' else len(tokenizer)
+    n_tokens = tokenizer.sp.vocab_size() if kind == 'sentencepiece' else len(tokenizer)
     hf = tiny_lm(family)
-    hf.resize_token_embeddings(own, mean_resizing=False)
+    hf.resize_token_embeddings(n_tokens, mean_resizing=False)
     hf.eval()
     hf.config.max_position_embeddings = hf.config.n_positions = 256
     if getattr(hf.config, 'sliding_window', None):
@@ -498,8 +499,8 @@ def prompted(
 
 def mutate_pickles(tmp_path, n, seed=1):
     """
-    n damaged pickles: each either converts or stops with a CorpusError, wherever the damage is ->
-    how many did either.
+    Convert n randomly damaged pickles, and assert that each one converts or raises a CorpusError of
+    one line -> {True: number that converted, False: number that raised}.
     """
     r, outcomes = random.Random(seed), {True: 0, False: 0}
     for trial in range(n):
@@ -531,7 +532,7 @@ def mutate_pickles(tmp_path, n, seed=1):
 
 
 def script_knobs():
-    """ The globals of a script like SCRIPT, at the call of configure. """
+    """ The globals of a small script at its call of configure. """
     return dict(
         out_dir='out',
         learning_rate=1e-3,
@@ -550,7 +551,9 @@ def script_knobs():
 
 
 def random_flags(n, seed=0):
-    """ A flag of any text either sets a value of the knob's own type or stops with a sentence. """
+    """
+    Assert that n random flags each set a value of the knob's type or stop with one sentence.
+    """
     rng = random.Random(seed)
     for _ in range(n):
         key = rng.choice(list(configure(script_knobs(), [])))

@@ -1,25 +1,25 @@
 """
-Record the results of twelve short training runs bit by bit, and compare a later checkout with them.
+Records the results of twelve short training runs exactly, and compares a later checkout with them.
 
-    python tests/record_results.py --write FILE      train, and write hashes and metrics to FILE (JSON)
-    python tests/record_results.py --compare FILE    train again, and say per run what is equal
+    python tests/record_results.py --write FILE     train, and write hashes and metrics to FILE
+    python tests/record_results.py --compare FILE   train again, and print for each run what differs
 
-A change that should not change any result is checked in this way: --write before it, --compare after
-it. --compare exits with status 1 if anything differs. Both need the same machine, the same versions of
-Python and PyTorch, and one thread, which this script sets: other machines and other numbers of threads
-round differently. All runs together take about 4 minutes.
+To check that a change of the code changes no result, run --write before it and --compare after it.
+--compare exits with status 1 if anything differs. Both need the same machine, the same versions of
+Python and PyTorch, and one thread, which this script sets: other machines and other numbers of
+threads round differently. All runs together take about 4 minutes.
 
-Per run the file holds the SHA-256 of every tensor in best.safetensors and of the model's tensors in
-last.safetensors, of test.jsonl, and the metrics of result.json as exact floats. Each tensor also has
-its sum, the sum of its absolute values and the largest of them, so that the size of a difference can
-be estimated without the tensors. The estimate is a lower bound: a difference that leaves these three
-numbers alone shows in the hash only.
+For each run the file holds the SHA-256 of every tensor in best.safetensors, of the model's tensors
+in last.safetensors and of test.jsonl, and the metrics of result.json as exact floats. For each
+tensor it also holds the sum, the sum of absolute values and the largest absolute value. From these
+the size of a difference is estimated, as a lower bound: a difference that does not change the three
+numbers shows only in the hash.
 
-    --steps=60       optimizer steps of each run; FILE remembers it, so --compare needs no --steps
-    --data_dir=DIR   where the converted toy corpus is kept; without it, it is made anew each time
-    --only=NAME,..   the commands whose config has one of these names
+    --steps=60       optimizer steps of each run; stored in FILE, so --compare does not need it
+    --data_dir=DIR   folder for the converted toy corpus; without it, the corpus is made each time
+    --only=NAME,..   run only the configs with these names
 
-It runs the train.py that lies one folder above this file, and knows no other module of the repository.
+It runs the train.py one folder above this file and imports no other module of the repository.
 """
 import argparse
 import hashlib
@@ -35,8 +35,8 @@ from safetensors.torch import load_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# config of each run; '' is plain `python train.py`, which is deepmlf_toy. Prerequisites are trained once,
-# beside the first run that needs them, and are recorded too: lm_toy, av_toy and lm_toy_rated.
+# The config of each run; '' is plain `python train.py`, which trains deepmlf_toy. The prerequisites
+# lm_toy, av_toy and lm_toy_rated are trained once, by the first run that needs them, and recorded.
 COMMANDS = [
     '', 'mse_toy', 'mse_toy_emotion', 'cmpta_toy', 'cmpta_toy_emotion', 'crosssent_toy',
     'baseline_tfn', 'baseline_mult', 'baseline_misa',
@@ -49,15 +49,16 @@ def run_command(config, out_dir, data_dir, steps):
     if config:
         argv.append(os.path.join(ROOT, 'config', config + '.py'))
     name = config or 'deepmlf_toy'
-    argv += [f'--out_dir={os.path.join(out_dir, name)}', f'--data_dir={data_dir}', f'--max_steps={steps}']
-    one_thread = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    done = subprocess.run(argv, cwd=ROOT, env=os.environ | one_thread, capture_output=True, text=True)
+    argv += [f'--out_dir={os.path.join(out_dir, name)}', f'--data_dir={data_dir}']
+    argv += [f'--max_steps={steps}']
+    env = os.environ | dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def record_tensor(x):
-    """ A tensor's hash, and three numbers by which the size of a difference can be estimated. """
+    """ A tensor's hash, and the three numbers that estimate the size of a difference. """
     raw = x.contiguous().reshape(-1)
     digest = hashlib.sha256(f'{x.dtype} {list(x.shape)} '.encode())
     digest.update(raw.view(torch.uint8).numpy().tobytes())
@@ -68,7 +69,7 @@ def record_tensor(x):
 
 
 def record_run(folder):
-    """ What is compared of one run folder. """
+    """ (name of the run, its record) of a run folder. """
     best = load_file(os.path.join(folder, 'best.safetensors'))
     last = load_file(os.path.join(folder, 'last.safetensors'))
     last = {k.removeprefix('model.'): x for k, x in last.items() if k.startswith('model.')}
@@ -83,7 +84,7 @@ def record_run(folder):
     with open(os.path.join(folder, 'result.json'), encoding='utf-8') as f:
         result = json.load(f)
     record['metrics'] = {k: result[k] for k in ('valid', 'test', 'lm_alone') if k in result}
-    # what the LM answers without its adapter was `lm_alone` before run folders had a format
+    # before run folders had a format number, the only control was stored as `lm_alone`
     for metrics in result.get('controls', {}).values():
         record['metrics']['lm_alone'] = metrics
     return result['about']['name'], record
@@ -105,13 +106,13 @@ def record_all(steps, data_dir, only):
                 continue
             name, record = record_run(entry.path)
             if name in runs:
-                sys.exit(f"two run folders are of {name}: a prerequisite was trained twice.")
+                sys.exit(f"{name} was trained twice, by two runs that need it.")
             runs[name] = record
     return runs
 
 
 def leaves(metrics, prefix=''):
-    """ Nested metrics as {dotted name: value}. """
+    """ Nested metrics as a flat dict {dotted name: value}. """
     found = {}
     for key, value in metrics.items():
         if isinstance(value, dict):
@@ -122,13 +123,13 @@ def leaves(metrics, prefix=''):
 
 
 def relative(a, b, scale=None):
-    """ |a - b| over a scale, or over the larger of both where none is given. """
+    """ |a - b| / scale. The default scale is the larger absolute value. """
     scale = max(abs(a), abs(b)) if scale is None else scale
     return abs(a - b) / scale if scale else float(a != b)
 
 
 def tensor_difference(old, new):
-    """ A lower bound of the relative difference of two recorded tensors. """
+    """ A lower bound on the relative difference of two recorded tensors. """
     scale = max(old['abs_sum'], new['abs_sum'])
     return max(
         relative(old['sum'], new['sum'], scale), relative(old['abs_sum'], new['abs_sum']),
@@ -136,7 +137,7 @@ def tensor_difference(old, new):
 
 
 def compare_tensors(old, new):
-    """ A sentence on the tensors of one checkpoint, and whether they are equal. """
+    """ Compare the tensors of a checkpoint -> (text, whether all are equal). """
     changed = {k: tensor_difference(old[k], new[k])
                for k in old.keys() & new.keys() if old[k]['sha256'] != new[k]['sha256']}
     words = f"{len(old)} tensors"
@@ -152,7 +153,7 @@ def compare_tensors(old, new):
 
 
 def compare_metrics(old, new):
-    """ A sentence on the metrics of one run, and whether they are equal to the last bit. """
+    """ Compare the metrics of a run -> (text, whether all are equal to the last bit). """
     old, new = leaves(old), leaves(new)
     changed = {}
     for key in old.keys() | new.keys():
@@ -168,7 +169,7 @@ def compare_metrics(old, new):
 
 
 def compare_all(old, new):
-    """ Print per run what is equal, and return whether everything is. """
+    """ Print what is equal and what differs for each run -> whether everything is equal. """
     all_equal = True
     for name in sorted(old.keys() | new.keys()):
         if name not in old or name not in new:

@@ -42,7 +42,7 @@ from fakes import (
     HERE,
     TINY,
     TOLERANCE,
-    Ends,
+    TinyTokenizer,
     golden,
     killed_in_batch,
     needs_golden,
@@ -94,8 +94,8 @@ def tiny_baseline(cls, corpus=None, **knobs):
     if 'text' not in cls.seen(k):
         return cls.assemble(k, corpus, None, None)
     if cls.frozen_features(k):
-        return cls.assemble(k, corpus, None, Ends(), 32)
-    return cls.assemble(k, corpus, TextEncoder(tiny_bert()), Ends())
+        return cls.assemble(k, corpus, None, TinyTokenizer(), 32)
+    return cls.assemble(k, corpus, TextEncoder(tiny_bert()), TinyTokenizer())
 
 
 def alone(batch, i):
@@ -158,7 +158,7 @@ def test_every_knob_is_read(cls):
     read = set()
     k = RecordingDict(tiny_knobs(cls))
     cls.frozen_features(k)
-    model = cls.assemble(k, TinyCorpus(), TextEncoder(tiny_bert()), Ends()).train()
+    model = cls.assemble(k, TinyCorpus(), TextEncoder(tiny_bert()), TinyTokenizer()).train()
     model.param_groups()
     model(tiny_batch() | dict(epoch=torch.tensor(0)))
     parts = [*EncoderKnobs.__mro__, *OrdinalKnobs.__mro__]
@@ -363,7 +363,7 @@ def read_frames(z):
 def load_mmsa(cls, w, **knobs):
     """ A system on hidden states of width 8, with MMSA's weights w. """
     k = tiny_knobs(cls, text_features='frozen', **knobs)
-    model = cls.assemble(k, TinyCorpus(), None, Ends(), 8).eval()
+    model = cls.assemble(k, TinyCorpus(), None, TinyTokenizer(), 8).eval()
     own = model.state_dict()
     counts = {n: t for n, t in own.items() if n.endswith('num_batches_tracked')}
     model.load_state_dict({n: w[n] for n in own if n in w} | counts)
@@ -647,7 +647,7 @@ def test_a_killed_run_resumes_bitwise_and_eval_reads_it(system, corpora, tmp_pat
     config = f'config/baseline_{system}.py'
     train(config, *flags, f'--out_dir={tmp_path}/whole')
     before = json.loads((tmp_path / 'whole' / 'result.json').read_text())['test']
-    evaluation.rerun(str(tmp_path / 'whole'))
+    evaluation.evaluate_again(str(tmp_path / 'whole'))
     after = json.loads((tmp_path / 'whole' / 'result.json').read_text())['test']
     assert after == pytest.approx(before, abs=1e-5, nan_ok=True)
 

@@ -1,5 +1,5 @@
 """
-Clips of one's own, exported runs, and damaged modalities.
+Predicting a user's own clips, exported runs, and evaluation with damaged modalities.
 
     python -m pytest -q tests/test_clips.py
 """
@@ -24,18 +24,20 @@ from tools import damage
 
 @pytest.fixture(scope='module')
 def run(curriculum, tmp_path_factory):
-    """A copy of the whole run: clips' pictures are written into it, and other tests list its files."""
+    """
+    A copy of the DeepMLF run, because clips/ is written into it and other tests list its files.
+    """
     copy = tmp_path_factory.mktemp('clips') / 'whole'
     shutil.copytree(curriculum / 'whole', copy)
     return copy
 
 
-def mine(run, tmp_path, n=0, **changes):
+def save_clip(run, tmp_path, n=0, **changes):
     """
-    Test clip n of the toy corpus as a .npz of one's own -> its path and what the run said of it in
-    training.
+    Save test clip n of the toy corpus as mine.npz, with changes -> its path, and the run's
+    prediction for the unchanged clip after training.
     """
-    corpus = evaluation.revive(str(run)).corpus
+    corpus = evaluation.load_run(str(run)).corpus
     clip = dict(text=corpus.text('test')[n]) | {
         m: np.array(corpus.frames('test', m, n)) for m in corpus.widths
     }
@@ -44,14 +46,14 @@ def mine(run, tmp_path, n=0, **changes):
     return tmp_path / 'mine.npz', float(p['pred'][n])
 
 
-def test_a_clip_from_outside_is_read_as_the_same_clip_of_the_corpus(run, tmp_path):
-    bare = evaluation.revive(str(run), without_corpus=True)
+def test_a_clip_file_gets_the_same_prediction_as_the_clip_in_the_corpus(run, tmp_path):
+    loaded = evaluation.load_run(str(run), without_corpus=True)
     for n in range(3):
-        path, said = mine(run, tmp_path, n)
-        rows, mended = clips.read_clips(str(path), bare.facts)
-        report, pred = clips.opinions(bare, rows)
-        assert pred[0] == pytest.approx(said, abs=1e-5) and not mended
-        assert [line.split(':')[0].strip() for line in report.splitlines()] == [
+        path, expected = save_clip(run, tmp_path, n)
+        rows, notes = clips.read_clips(str(path), loaded.facts)
+        text, pred = clips.describe_predictions(loaded, rows)
+        assert pred[0] == pytest.approx(expected, abs=1e-5) and not notes
+        assert [line.split(':')[0].strip() for line in text.splitlines()] == [
             'mine.npz',
             'without audio',
             'without vision',
@@ -59,10 +61,10 @@ def test_a_clip_from_outside_is_read_as_the_same_clip_of_the_corpus(run, tmp_pat
         ]
 
 
-def test_an_export_needs_no_corpus_no_lm_and_no_other_folder(
+def test_an_export_works_without_the_corpus_and_the_lms_folder(
     run, curriculum, tmp_path, monkeypatch, capsys
 ):
-    path, said = mine(run, tmp_path)
+    path, expected = save_clip(run, tmp_path)
     command('eval.py', run, f'--export={tmp_path}/away')
     capsys.readouterr()
     shutil.move(curriculum / 'lm_toy', curriculum / 'hidden')
@@ -71,16 +73,16 @@ def test_an_export_needs_no_corpus_no_lm_and_no_other_folder(
         command('eval.py', 'away', f'--clip={path}')
     finally:
         shutil.move(curriculum / 'hidden', curriculum / 'lm_toy')
-    assert f'mine.npz: {said:+.2f} in [-3, 3]' in capsys.readouterr().out
+    assert f'mine.npz: {expected:+.2f} in [-3, 3]' in capsys.readouterr().out
     assert (tmp_path / 'away' / 'clips' / 'mine.png').stat().st_size > 5000
     readme = (tmp_path / 'away' / 'README.md').read_text()
     assert readme.startswith('---\nlibrary_name: nanomsa')
     assert 'audio 12, vision 16' in readme and 'base_model' not in readme
-    with pytest.raises(SystemExit, match='is there already'):
+    with pytest.raises(SystemExit, match='already exists'):
         command('eval.py', run, f'--export={tmp_path}/away')
 
 
-def test_a_jsonl_of_clips_with_modalities_left_out(run, tmp_path, capsys):
+def test_clips_of_a_jsonl_may_lack_modalities(run, tmp_path, capsys):
     rows = [
         dict(id='a', text='the film was awful', audio=None),
         dict(text='', audio=[[0.0] * 12] * 4),
@@ -88,36 +90,36 @@ def test_a_jsonl_of_clips_with_modalities_left_out(run, tmp_path, capsys):
     ]
     (tmp_path / 'many.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     command('eval.py', run, f'--clip={tmp_path}/many.jsonl')
-    said = capsys.readouterr().out
-    assert 'a: ' in said
-    assert 'many.jsonl, clip 2: 48 values of vision were NaN or inf, and are 0' in said
-    assert 'clip 1: vision is not there' in said
+    printed = capsys.readouterr().out
+    assert 'a: ' in printed
+    assert 'many.jsonl, clip 2: 48 values of vision were NaN or inf and are replaced' in printed
+    assert 'clip 1: there is no vision' in printed
 
 
 @pytest.mark.parametrize(
-    'changes, says',
+    'changes, sentence',
     [
         (
             dict(audio=np.zeros((5, 33), 'f4')),
-            r"\[5, 33\] \(librosa\), and this run was trained on frames 12 wide",
+            r"\[5, 33\] \(librosa\), but this run was trained on toy, whose frames are 12 wide",
         ),
-        (dict(vision=np.zeros(16, 'f4')), r'an array \[16\]: give its frames one a row'),
+        (dict(vision=np.zeros(16, 'f4')), r'shape \[16\]: give \[frames, 16\]'),
         (
             dict(text=' ', audio=np.zeros((0, 12), 'f4'), vision=None),
-            'is empty: it has nothing that this run looks at',
+            'has none of the modalities that this run reads',
         ),
         (dict(audio=np.array(['x'])), 'no array of numbers'),
-        (dict(smell=np.zeros(3)), 'nothing else'),
+        (dict(smell=np.zeros(3)), 'may hold only text'),
         (dict(text=None, audio=None, vision=None, id='x'), 'neither text'),
     ],
 )
-def test_a_wrong_clip_gets_a_sentence(changes, says, run, tmp_path):
-    path, _ = mine(run, tmp_path, **changes)
-    with pytest.raises(SystemExit, match=says):
+def test_a_wrong_clip_stops_with_a_sentence(changes, sentence, run, tmp_path):
+    path, _ = save_clip(run, tmp_path, **changes)
+    with pytest.raises(SystemExit, match=sentence):
         command('eval.py', run, f'--clip={path}')
 
 
-def test_files_that_are_no_clips_get_a_sentence(run, tmp_path):
+def test_a_file_without_clips_stops_with_a_sentence(run, tmp_path):
     (tmp_path / 'broken.npz').write_bytes(b'PK\x03\x04 no')
     (tmp_path / 'broken.jsonl').write_text('{')
     (tmp_path / 'empty.jsonl').write_text('\n')
@@ -143,25 +145,22 @@ def test_files_that_are_no_clips_get_a_sentence(run, tmp_path):
             command('eval.py', run, f'--clip={tmp_path / name}')
 
 
-def test_what_is_no_system_and_what_cannot_be_written_get_a_sentence(run, curriculum, tmp_path):
+def test_an_lm_run_or_a_wrong_export_folder_stops_with_a_sentence(run, curriculum, tmp_path):
     (tmp_path / 'one.jsonl').write_text('{"text": "a"}')
-    for flag, says in (
-        (f'--clip={tmp_path}/one.jsonl', 'says no score'),
-        (f'--export={tmp_path}/x', 'says no score'),
-    ):
-        with pytest.raises(SystemExit, match=says):
+    for flag in (f'--clip={tmp_path}/one.jsonl', f'--export={tmp_path}/x'):
+        with pytest.raises(SystemExit, match='predicts no score'):
             command('eval.py', curriculum / 'lm_toy', flag)
-    for flags, says in (
-        (['--export='], 'wants a folder'),
+    for flags, sentence in (
+        (['--export='], 'needs a folder'),
         (['--export=/proc/x'], 'cannot write'),
         ([f'--clip={tmp_path}/one.jsonl', '--modalities=text'], 'alone'),
     ):
-        with pytest.raises(SystemExit, match=says):
+        with pytest.raises(SystemExit, match=sentence):
             command('eval.py', run, *flags)
 
 
-def test_a_clip_of_a_corpus_that_was_stored_standardised(corpora, tmp_path):
-    """A float16 folder holds standardised frames; clips of one's own are raw all the same."""
+def test_a_clip_file_is_raw_even_if_the_corpus_was_stored_standardised(corpora, tmp_path):
+    """A float16 corpus folder holds standardised frames, a user's clips are always raw."""
     rng = np.random.default_rng(0)
     tree = msena(n=(40, 20, 20), L=6)
     for split in tree.values():
@@ -182,21 +181,22 @@ def test_a_clip_of_a_corpus_that_was_stored_standardised(corpora, tmp_path):
         audio=tree['test']['audio'][n][: length[0]],
         vision=tree['test']['vision'][n][: length[1]],
     )
-    bare = evaluation.revive(str(tmp_path / 'r'), without_corpus=True)
-    rows, _ = clips.read_clips(str(tmp_path / 'mine.npz'), bare.facts)
+    loaded = evaluation.load_run(str(tmp_path / 'r'), without_corpus=True)
+    rows, _ = clips.read_clips(str(tmp_path / 'mine.npz'), loaded.facts)
     _, p = read_predictions(str(tmp_path / 'r'))
-    assert clips.opinions(bare, rows)[1][0] == pytest.approx(float(p['pred'][n]), abs=2e-3)
+    _, pred = clips.describe_predictions(loaded, rows)
+    assert pred[0] == pytest.approx(float(p['pred'][n]), abs=2e-3)
 
 
-def test_each_condition_damages_what_it_names_and_nothing_else(run):
-    back, feed = evaluation.revive_and_feed(str(run))
+def test_each_condition_damages_only_the_modalities_in_its_name(run):
+    loaded, feed = evaluation.load_run_and_feed(str(run))
     batch = feed('test', np.arange(8))
     ways = damage.conditions(dict(audio=1.0, vision=np.ones(16)))
     assert len(ways) == 15
-    whole = back.predict(batch)['pred']
+    whole = loaded.predict(batch)['pred']
     for name, way in ways.items():
         variant = way(batch, np.linspace(0, 0.99, 8), np.random.default_rng(0))
-        pred = back.predict(batch | variant)['pred']
+        pred = loaded.predict(batch | variant)['pred']
         assert torch.equal(pred, whole) == (name == damage.WHOLE), name
         both = name.startswith(('noise', 'frames'))
         for m in ('audio', 'vision'):
@@ -206,24 +206,24 @@ def test_each_condition_damages_what_it_names_and_nothing_else(run):
         assert all(key.startswith(('audio', 'vision')) for key in variant), name
 
 
-def test_damage_as_a_table(run, capsys):
+def test_damage_prints_a_table(run, capsys):
     command('tools/damage.py', run)
-    said = capsys.readouterr().out
-    as_it_is = json.load(open(run / 'result.json'))['test']['mae']
-    assert re.search(rf'undamaged +\| {as_it_is:.3f} \(n=1\)', said)
-    assert 'no audio nor vision for 100%' in said
+    printed = capsys.readouterr().out
+    mae = json.load(open(run / 'result.json'))['test']['mae']
+    assert re.search(rf'undamaged +\| {mae:.3f} \(n=1\)', printed)
+    assert 'no audio nor vision for 100%' in printed
 
 
-def test_no_frames_at_all_is_what_training_calls_no_modalities(run):
-    """Dropping both streams of every clip is the same as a feed without modalities."""
+def test_dropping_all_frames_equals_modalities_of_none(run):
+    """Without both streams of every clip, metrics are those of --modalities=[]."""
     metrics = damage.damaged(str(run))['no audio nor vision for 100%']
-    back = evaluation.revive(str(run))
-    without, _ = back.test(back.corpus, back.knobs | dict(modalities=[]))
+    loaded = evaluation.load_run(str(run))
+    without, _ = loaded.test(loaded.corpus, loaded.knobs | dict(modalities=[]))
     assert metrics['mae'] == pytest.approx(without['mae'], abs=1e-5)
 
 
-def test_other_systems_have_opinions_and_fall_too(corpora, tmp_path, capsys):
-    """Classes with probabilities (MSE-Adapter), an encoder made from nothing (CrossSent)."""
+def test_other_systems_predict_clips_and_are_damaged_too(corpora, tmp_path, capsys):
+    """MSE-Adapter predicts classes with probabilities; CrossSent has a new encoder (lm='new')."""
     short = [f'--data_dir={corpora}', '--max_steps=2', '--device=cpu']
     train('config/mse_toy_emotion.py', f'--out_dir={tmp_path}/e', *short)
     train('config/crosssent_toy.py', f'--out_dir={tmp_path}/c', *short)
@@ -233,8 +233,8 @@ def test_other_systems_have_opinions_and_fall_too(corpora, tmp_path, capsys):
         command('eval.py', tmp_path / name, f'--export={tmp_path}/{name}x')
         capsys.readouterr()
         command('eval.py', tmp_path / f'{name}x', f'--clip={tmp_path}/one.jsonl')
-        said = capsys.readouterr().out
-        assert 'without text' in said and (', probability of ' in said) == (name == 'e')
+        printed = capsys.readouterr().out
+        assert 'without text' in printed and ('(probability of ' in printed) == (name == 'e')
         command('tools/damage.py', tmp_path / name)
         assert 'frames in random order' in capsys.readouterr().out
     assert os.path.isdir(tmp_path / 'ex' / 'lm') and os.path.isdir(tmp_path / 'cx' / 'hf')

@@ -20,18 +20,18 @@ from data import Feed
 from fakes import (
     KNOBS,
     TINY,
-    Ends,
-    a_corpus,
+    TinyTokenizer,
     clip_alone,
     killed_in_batch,
     knobs_of_system,
+    make_corpus,
+    of_width,
     same_run,
     tiny_batch,
     tiny_bert,
     tiny_deepmlf,
     tiny_lm,
     train,
-    wide,
 )
 from lm import ModelError, TextEncoder
 from losses import eioi_loss, mpr_loss, ordinal_loss
@@ -54,7 +54,7 @@ CROSS_KNOBS = knobs_of_system(
 
 def tiny_crosssent(family='bert', widths=dict(audio=5, vision=7), **knobs):
     torch.manual_seed(1)
-    return CrossSent(TextEncoder(tiny_bert(family)), Ends(), widths, CROSS_KNOBS | knobs)
+    return CrossSent(TextEncoder(tiny_bert(family)), TinyTokenizer(), widths, CROSS_KNOBS | knobs)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def toy_run(corpora, tmp_path_factory):
 
 def test_runs_end_to_end_and_again_from_its_files(toy_run, corpora):
     before = json.load(open(toy_run / 'result.json'))
-    assert 'perfect reader' in evaluation.rerun(str(toy_run))
+    assert 'best possible' in evaluation.evaluate_again(str(toy_run))
     assert json.load(open(toy_run / 'result.json'))['test'] == before['test']
     log = [json.loads(line) for line in open(toy_run / 'log.jsonl')]
     assert {'task', 'mpr', 'eioi', 'loss'} <= set(log[0]['train'])
@@ -307,8 +307,8 @@ def test_zero_shot_on_another_corpus(toy_run, corpora, tmp_path):
         meta['streams'][m]['mean'] = [v + 5 for v in meta['streams'][m]['mean']]
     json.dump(meta, open(tmp_path / 'shifted' / 'meta.json', 'w'))
     assert same(evaluation.evaluate_on(str(toy_run), str(tmp_path / 'shifted')))
-    change = dict(audio=wide(5), vision=wide(9), vision_lengths=lambda s, x: [6] * len(x))
-    other = a_corpus(tmp_path, 'other', **change).removeprefix('--corpus=')
+    change = dict(audio=of_width(5), vision=of_width(9), vision_lengths=lambda s, x: [6] * len(x))
+    other = make_corpus(tmp_path, 'other', **change).removeprefix('--corpus=')
     sentence = 'audio is 12 wide in toy and 5 in other.*leave it out'
     with pytest.raises(evaluation.EvalError, match=sentence):
         evaluation.evaluate_on(str(toy_run), other)
@@ -362,15 +362,15 @@ def test_real_configs_run_on_files_of_their_layout(config, resample, tmp_path):
     d_a, d_v, limit = layouts[config.split('_')[1]]
     n = 4 if resample == 'words' else 6  # words of THE FILM WAS GOOD
     change = dict(
-        audio=wide(d_a),
-        vision=wide(d_v),
+        audio=of_width(d_a),
+        vision=of_width(d_v),
         audio_lengths=lambda s, x: [n] * len(x),
         vision_lengths=lambda s, x: [n] * len(x),
         regression_labels=lambda s, y: y * limit / 3,
     )
     train(
         f'config/{config}.py',
-        a_corpus(tmp_path, 'unaligned_50', **change),
+        make_corpus(tmp_path, 'unaligned_50', **change),
         f'--lm={tmp_path}/bert',
         f'--resample={resample}',
         '--max_text_len=30',
@@ -469,7 +469,7 @@ def test_killed_and_resumed_is_the_run_that_was_not_and_eval_leaves_the_tokenize
     flags = [f'--data_dir={corpora}', *TINY, '--lm_vocab=60', '--save_interval=2']
     train('config/crosssent_toy.py', *flags, f'--out_dir={tmp_path}/whole', '--fresh=True')
     before = (tmp_path / 'whole' / 'hf' / 'tokenizer.json').stat().st_mtime_ns
-    evaluation.rerun(str(tmp_path / 'whole'))
+    evaluation.evaluate_again(str(tmp_path / 'whole'))
     assert (tmp_path / 'whole' / 'hf' / 'tokenizer.json').stat().st_mtime_ns == before
 
     with killed_in_batch(6):

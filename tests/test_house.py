@@ -304,7 +304,7 @@ def test_a_child_ends_when_its_parent_is_killed_and_both_resume(corpora, curricu
     # the child holds this pipe too, so this returns when both have ended
     output, _ = process.communicate(timeout=60)
     assert time.time() - since < 20
-    assert 'training a prerequisite first, child' in output
+    assert 'training the prerequisite child first' in output
     assert not (killed / 'child' / 'result.json').exists()
     assert lock(killed / 'child') is not None
     assert not (killed / 'parent').exists()

@@ -31,15 +31,15 @@ from fakes import (
     HERE,
     MSE_KNOBS,
     TINY,
-    a_corpus,
     fingerprint,
     killed_in_batch,
+    make_corpus,
     needs_golden,
+    of_width,
     prompted,
     same_run,
     tiny_lm,
     train,
-    wide,
 )
 from lm import FrozenLM, ModelError
 from losses import label_loss
@@ -933,8 +933,8 @@ def test_runs_end_to_end_and_the_lm_keeps_its_abilities(config, rated_lm, corpor
     ids, p = read_predictions(str(folder))
     assert p['prob'].shape == (32, 5 if classes else 61)
     assert np.allclose(p['prob'].sum(1), 1, atol=1e-3)
-    table = evaluation.rerun(str(folder))
-    assert 'the LM alone (text)' in table and 'perfect reader' in table
+    table = evaluation.evaluate_again(str(folder))
+    assert 'the LM alone (text)' in table and 'best possible' in table
     assert json.load(open(folder / 'result.json'))['test'] == r['test']
     assert not any(k.startswith('lm.') for k in load_file(folder / 'best.safetensors'))
     best = load_file(rated_lm / 'lm' / 'best.safetensors')
@@ -1001,12 +1001,12 @@ def test_micro_batches_are_one_big_batch_with_labels_of_unequal_length(
         (
             'mse_toy',
             '--select=wf1',
-            "select='wf1' is no metric of the label 'label': it has acc2_non0",
+            "select='wf1' is no metric of 'label': choose one of acc2_non0",
         ),
         (
             'mse_toy',
             '--label=emotion',
-            "select='mae' is no metric of the label 'emotion': it has acc, wf1",
+            "select='mae' is no metric of 'emotion': choose one of acc, wf1",
         ),
         ('mse_toy', '--train_fraction=0', r'train_fraction=0.0 must be in \(0, 1\]'),
         ('mse_toy', '--max_text_len=126', 'past the 128 positions'),
@@ -1113,12 +1113,12 @@ def test_real_configs_run_on_files_of_their_layout(config, rated_lm, tmp_path):
     else:
         d_a, d_v, limit = (74, 35, 3) if 'mosei' in config else (25, 177, 1)
         change = dict(
-            audio=wide(d_a),
-            vision=wide(d_v),
+            audio=of_width(d_a),
+            vision=of_width(d_v),
             vision_lengths=lambda s, x: [6] * len(x),
             regression_labels=lambda s, y: y * limit / 3,
         )
-        corpus = a_corpus(tmp_path, 'unaligned_50', **change)
+        corpus = make_corpus(tmp_path, 'unaligned_50', **change)
     train(
         f'config/{config}.py',
         corpus,

@@ -1,6 +1,6 @@
 """
-Several processes are one: torchrun with 2 of them, on the CPU with gloo, against the same run in
-this process.
+Distributed training: torchrun with 2 processes, on the CPU with gloo, compared with the same run in
+one process.
 
     python -m pytest -q tests/test_ranks.py
 """
@@ -22,15 +22,15 @@ from model import SYSTEMS
 
 OLD = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 7)
 no_fsdp = pytest.mark.skipif(OLD, reason="FSDP2 of torch 2.6 needs a GPU")
-# 8 micro-batches an epoch for 2 processes: 2+1, 2+1, 1+1
+# 8 micro-batches an epoch in steps of 3, 3 and 2; 2 processes share them 2 + 1, 2 + 1, 1 + 1
 UNEVEN = ['--accumulate=3', '--save_interval=2']
 
 
 def torchrun(*argv, n=2):
     """
-    train.py (or a worker.py) in n processes -> (exit status, what they printed). In 2 of about 60 of
-    these runs a process was aborted (SIGABRT) for a cause not found (LOG.md): that is tried once
-    more, and shown as a warning.
+    Run train.py (or a worker.py) in n processes -> (exit status, printed output). In 2 of about 60
+    of these runs a process was aborted (SIGABRT), and the cause was not found (LOG.md). Such a run
+    is repeated once, with a warning.
     """
     is_worker = str(argv[0]).endswith('worker.py')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
@@ -39,12 +39,12 @@ def torchrun(*argv, n=2):
     done = subprocess.run(
         list(map(str, command)), cwd=HERE, env=env, capture_output=True, text=True, timeout=300
     )
-    said = done.stdout + done.stderr
-    if 'exitcode: -6' in said and '--fresh=True' not in argv:
-        warnings.warn(f'a process was aborted: {said[-8000:]}')
-        again = [] if '--resume=True' in argv or is_worker else ['--fresh=True']
-        return torchrun(*argv, *again, n=n)
-    return done.returncode, said
+    printed = done.stdout + done.stderr
+    if 'exitcode: -6' in printed and '--fresh=True' not in argv:
+        warnings.warn(f'a process was aborted: {printed[-8000:]}')
+        fresh = [] if '--resume=True' in argv or is_worker else ['--fresh=True']
+        return torchrun(*argv, *fresh, n=n)
+    return done.returncode, printed
 
 
 def read_log(folder):
@@ -56,19 +56,20 @@ def read_result(folder):
     return json.loads((folder / 'result.json').read_text())
 
 
-def same_within(a, b, gap=1e-5):
+def assert_close_runs(a, b, gap=1e-5):
+    """Run folder a, of one process, and b, of two, have nearly equal weights, logs and metrics."""
     for kind in ('best', 'last'):
         x, y = load_file(a / f'{kind}.safetensors'), load_file(b / f'{kind}.safetensors')
         assert x.keys() == y.keys()
         for k in x:
             if k.endswith('qkv.bias'):
-                # a bias of keys moves all logits of a query alike: its gradient is rounding, of
-                # which AdamW makes whole steps
+                # A bias of keys shifts all attention logits of a query equally, so its gradient is
+                # 0 up to rounding, and AdamW turns the rounding into steps of full size.
                 keys = slice(len(x[k]) // 3, 2 * len(x[k]) // 3)
                 torch.testing.assert_close(x[k][keys], y[k][keys], atol=10 * gap, rtol=0)
                 x[k][keys] = y[k][keys]
             torch.testing.assert_close(x[k], y[k], atol=gap, rtol=gap)
-    # one log: rank 0's, of all clips
+    # only rank 0 writes the log, for the clips of all ranks
     for one, other in zip(read_log(a), read_log(b), strict=True):
         assert one['step'] == other['step']
         for k, v in one.get('train', {}).items():
@@ -89,67 +90,68 @@ def alone(corpora, curriculum):
 @pytest.mark.parametrize(
     'more', [[], pytest.param(['--shard_lm=node'], marks=no_fsdp)], ids=['DDP', 'FSDP2']
 )
-def test_two_processes_are_one(more, corpora, alone):
-    """Dropout, SeqAug, an uneven last step and a rank without a micro-batch included."""
+def test_two_processes_train_the_same_model_as_one(more, corpora, alone):
+    """With dropout, SeqAug, an uneven last step and a rank that gets no micro-batch."""
     name = 'two' + '-'.join(more)
-    status, said = torchrun(*deepmlf(corpora, alone, name, *UNEVEN, *more))
-    assert status == 0, said[-8000:]
-    assert said.count('the best late fusion') == 1  # one report
-    same_within(alone / 'alone', alone / name)
+    status, printed = torchrun(*deepmlf(corpora, alone, name, *UNEVEN, *more))
+    assert status == 0, printed[-8000:]
+    assert printed.count('Best possible mae: ') == 1  # only one rank prints the report
+    assert_close_runs(alone / 'alone', alone / name)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(corpora, alone):
+def test_a_run_resumes_with_another_number_of_processes(corpora, alone):
     with killed_in_batch(14):
         train(*deepmlf(corpora, alone, 'grown', *UNEVEN))
-    # POSIX: this process's lock, which a killed one would not hold, is gone with it
+    # free the lock, which this process holds and a killed one would not: in POSIX, closing any
+    # handle of the file frees it
     open(alone / 'grown' / '.lock').close()
-    status, said = torchrun(*deepmlf(corpora, alone, 'grown', *UNEVEN, '--resume=True'))
-    assert status == 0, said[-8000:]
-    same_within(alone / 'alone', alone / 'grown')
+    status, printed = torchrun(*deepmlf(corpora, alone, 'grown', *UNEVEN, '--resume=True'))
+    assert status == 0, printed[-8000:]
+    assert_close_runs(alone / 'alone', alone / 'grown')
 
 
-def commands_to_run_first(said):
-    """The arguments of train.py for each prerequisite that the sentence of a run names."""
-    assert 'train.py", line' not in said, said[-8000:]  # a traceback of ours
-    refused = 'under torchrun, prerequisites are not trained: run first '
-    name, sentence = re.search(rf'^(\w+: ){refused}(.+)', said, re.M).groups()
-    sentence = sentence.split(name + refused)[0]  # two processes can write into one line
+def commands_to_run_first(printed):
+    """The arguments of train.py for each prerequisite that the error message of a run names."""
+    assert 'train.py", line' not in printed, printed[-8000:]  # no traceback
+    refused = 'prerequisites are not trained under torchrun: run first '
+    name, sentence = re.search(rf'^(\w+: ){refused}(.+)', printed, re.M).groups()
+    sentence = sentence.split(name + refused)[0]  # two processes may have printed into one line
     commands = [shlex.split(command) for command in sentence.split(' and ')]
     assert all(words[:2] == ['python', 'train.py'] for words in commands)
     return [words[2:] for words in commands]
 
 
-def test_prerequisites_are_trained_first_each_by_a_command_of_its_own(tmp_path):
+def test_torchrun_names_the_command_of_a_missing_prerequisite(tmp_path):
     """
-    Under torchrun a run whose prerequisites are not finished names their commands, and trains
-    nothing. These make them, with two processes as with one: the LM's tokenizer and the corpus are
-    made once. Then the run goes on them.
+    Under torchrun, a run with an unfinished prerequisite trains nothing and prints the command that
+    trains it. That command works with two processes, where the LM's tokenizer and the corpus are
+    made once. Afterwards the first run works.
     """
     mse = ['config/mse_toy.py', f'--data_dir={tmp_path}/data', f'--out_dir={tmp_path}/out/r']
     mse += ['--max_steps=2', '--batch_size=8', '--device=cpu']
-    status, said = torchrun(*mse)
+    status, printed = torchrun(*mse)
     assert status == 1 and not (tmp_path / 'out').exists()
-    (needed,) = commands_to_run_first(said)
-    status, said = torchrun(*needed)
-    assert status == 0, said[-8000:]
+    (needed,) = commands_to_run_first(printed)
+    status, printed = torchrun(*needed)
+    assert status == 0, printed[-8000:]
     assert read_result(tmp_path / 'out' / 'lm_toy_rated-steps2')['about']['processes'] == 2
-    status, said = torchrun(*mse)
-    assert status == 0, said[-8000:]
-    assert 'some of them wait' in said and 'uses the finished run' in said
+    status, printed = torchrun(*mse)
+    assert status == 0, printed[-8000:]
+    assert 'some are idle' in printed and 'using the finished prerequisite' in printed
 
 
-def test_every_unfinished_prerequisite_is_named_with_its_command(corpora, tmp_path):
+def test_torchrun_names_the_commands_of_all_missing_prerequisites(corpora, tmp_path):
     """
-    The commands are words of a shell: read back, they are the knobs that the run wants. No process
-    is aborted as it stops, which was so in four of five such runs.
+    The commands are quoted for a shell and set the knobs that the run needs. No process is aborted
+    when it stops (once, four of five such runs were).
     """
     run = ['config/deepmlf_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/r']
     with warnings.catch_warnings():
-        warnings.simplefilter('error')   # torchrun's, of an abort
-        status, said = torchrun(*run, '--device=cpu')
+        warnings.simplefilter('error')   # the warning of torchrun(), above, about an abort
+        status, printed = torchrun(*run, '--device=cpu')
     assert status == 1 and not list(tmp_path.iterdir())
     common = declared_knobs(HERE / 'train.py')
-    for words, config in zip(commands_to_run_first(said), ('lm_toy', 'av_toy'), strict=True):
+    for words, config in zip(commands_to_run_first(printed), ('lm_toy', 'av_toy'), strict=True):
         assert words[0] == str(HERE / 'config' / f'{config}.py')
         _, k = run_knobs(words, *common, SYSTEMS)
         assert k['out_dir'] == f'{tmp_path}/{config}' and k['device'] == 'cpu'
@@ -157,7 +159,7 @@ def test_every_unfinished_prerequisite_is_named_with_its_command(corpora, tmp_pa
 
 
 @no_fsdp
-def test_a_shard_is_half_and_computes_the_whole(tmp_path):
+def test_two_ranks_store_half_of_a_sharded_lm_each_and_compute_the_same(tmp_path):
     (tmp_path / 'worker.py').write_text(f"""
 import sys
 sys.path[:0] = [{str(HERE)!r}, {str(HERE / 'tests')!r}]
@@ -177,18 +179,18 @@ assert 0.4 < size() / before < 0.6, size() / before
 torch.testing.assert_close(lm(tokens), whole)
 assert 0.4 < size() / before < 0.6 and lm.fingerprint() == print_
 """)
-    status, said = torchrun(tmp_path / 'worker.py')
-    assert status == 0, said[-8000:]
+    status, printed = torchrun(tmp_path / 'worker.py')
+    assert status == 0, printed[-8000:]
 
 
-def test_what_several_processes_cannot_do_gets_a_sentence(corpora, tmp_path):
-    status, said = torchrun(
+def test_wrong_numbers_of_processes_stop_with_a_sentence(corpora, tmp_path):
+    status, printed = torchrun(
         'config/baseline_selfmm.py',
         f'--data_dir={corpora}',
         f'--out_dir={tmp_path}/s',
         '--max_steps=1',
         '--device=cpu',
     )
-    assert status and 'train it in one' in said
-    with pytest.raises(SystemExit, match='start it with torchrun'):
+    assert status and 'train it in one process' in printed
+    with pytest.raises(SystemExit, match='start with torchrun'):
         train('config/mse_toy.py', '--shard_lm=all', f'--out_dir={tmp_path}/t')

@@ -1,6 +1,7 @@
 """
-A folder from a stranger is data: reading a run that somebody else made runs no code of theirs, and
-reads and writes nothing outside the folder but the LM and the corpus folder that it names.
+Security of received run folders: loading a run that somebody else made runs none of their code,
+reads nothing outside the folder except the LM and the corpus folder that it names, and writes
+nothing outside it.
 
     python -m pytest -q tests/test_security.py
 """
@@ -25,23 +26,22 @@ from model import SYSTEMS
 from run.folder import load_checkpoint, replacing, save_checkpoint
 from run.load_lm import lm_config
 
-# Why a stranger may set a knob. A number, a switch or a list of numbers is part of the model's
-# arithmetic, and the weights of the checkpoint must fit it; a choice of a list is checked against
-# the list. Every other knob, a text or a switch that permits something, stands here with its
-# reason.
+# Why it is harmless that a stranger's folder sets a knob. Numbers, switches and lists of numbers
+# only change the model's arithmetic, and the checkpoint's weights must fit it. Choices from a list
+# are checked against the list. Every other knob is here: reason -> knobs.
 WHY_HARMLESS = {
-    "a place: replaced by the reader's own, or not read": 'data_dir out_dir corpus dataset needs',
-    "names another run: its result.json is read as data, if it is a run on the same "
-    "corpus": 'av_from',
-    "names an LM: it is read as data and must have the fingerprint of the checkpoint": 'lm',
-    "a permission: asked of the command line, whatever the folder says": 'trust_remote_code',
-    "a name of SYSTEMS, of a label of the corpus, or of a metric: another one is "
+    "a path, which is not read or replaced by the "
+    "reader's own": 'data_dir out_dir corpus dataset needs',
+    "names another run, whose result.json is read as data if it is on the same corpus": 'av_from',
+    "names an LM, which is read as data and must have the checkpoint's fingerprint": 'lm',
+    "a permission, which only the command line can give": 'trust_remote_code',
+    "a name in SYSTEMS, of a label of the corpus, or of a metric; others are "
     "refused": 'system label select',
-    "text that the tokenizer reads": 'prompt_start',
+    "a text that the tokenizer reads": 'prompt_start',
 }
 
 
-def test_every_knob_has_a_reason_why_a_stranger_may_set_it():
+def test_every_knob_is_harmless_in_a_strangers_folder_for_a_known_reason():
     reasons = [knob for names in WHY_HARMLESS.values() for knob in names.split()]
     assert len(reasons) == len(set(reasons))
     for cls in SYSTEMS.values():
@@ -59,7 +59,7 @@ def test_every_knob_has_a_reason_why_a_stranger_may_set_it():
 
 @pytest.fixture
 def received(curriculum, tmp_path):
-    """A run that somebody exported, and a clip to try on it."""
+    """An exported run, and a clip file beside it."""
     command('eval.py', curriculum / 'whole', f'--export={tmp_path}/received')
     clip = dict(text='the film was superb', audio=[[0.1] * 12] * 9, vision=[[0.2] * 16] * 7)
     (tmp_path / 'clip.jsonl').write_text(json.dumps(clip))
@@ -68,14 +68,14 @@ def received(curriculum, tmp_path):
 
 @pytest.fixture
 def copied(curriculum, tmp_path):
-    """A whole run whose corpus and LM are where it says."""
+    """A copy of a run folder whose corpus and LM exist where it names them."""
     shutil.copytree(curriculum / 'whole', tmp_path / 'copied')
     return tmp_path / 'copied'
 
 
 @contextmanager
 def no_longer_than(seconds):
-    """Fails where the block waits, as for a writer of a FIFO."""
+    """Fails if the block takes longer, for example because it waits for a FIFO."""
 
     def late(*_):
         raise AssertionError(f"still waiting after {seconds} s")
@@ -95,8 +95,8 @@ def no_longer_than(seconds):
 
 def plant_code(folder, where):
     """
-    Python in an LM's folder that writes a file when it runs, and an auto_map that asks for it. ->
-    the file.
+    Put Python code into an LM's folder, and an auto_map into its JSON file `where` that loads it.
+    If the code runs, it writes a file, whose path is returned.
     """
     ran = folder.parent / 'ran.txt'
     code = f'open({str(ran)!r}, "w").write("yes")\n'
@@ -120,7 +120,7 @@ def plant_code(folder, where):
 @pytest.mark.parametrize('where', ['config.json', 'tokenizer_config.json'])
 @pytest.mark.parametrize('asks', [True, False])
 def test_a_received_folder_runs_no_code(where, header, asks, received):
-    """Whether the folder says trust_remote_code or not, in one of its records or in both."""
+    """Whether or not it sets trust_remote_code, in result.json alone or in the checkpoint too."""
     ran = plant_code(received / 'lm', where)
     if asks:
         forge(received, dict(trust_remote_code=True), header)
@@ -144,10 +144,10 @@ def test_a_received_folder_runs_no_code(where, header, asks, received):
     ],
 )
 def test_no_command_runs_the_code_of_an_lm_that_a_folder_names(argv, copied, corpora, received):
-    """The LM is behind an absolute path that the folder names."""
-    shutil.copytree(received / 'lm', copied.parent / 'elsewhere')
-    ran = plant_code(copied.parent / 'elsewhere', 'config.json')
-    forge(copied, dict(trust_remote_code=True, lm=str(copied.parent / 'elsewhere')))
+    """The folder names the LM by an absolute path."""
+    shutil.copytree(received / 'lm', copied.parent / 'other_lm')
+    ran = plant_code(copied.parent / 'other_lm', 'config.json')
+    forge(copied, dict(trust_remote_code=True, lm=str(copied.parent / 'other_lm')))
     places = dict(
         OUT=copied.parent / 'out', CORPUS=corpora / 'toy', CLIP=received.parent / 'clip.jsonl'
     )
@@ -160,11 +160,8 @@ def test_no_command_runs_the_code_of_an_lm_that_a_folder_names(argv, copied, cor
     assert not ran.exists() and not places['OUT'].exists()
 
 
-def test_the_command_line_may_allow_the_code(received):
-    """
-    The flag of this command lets the authors' code run: it stops later, as their LM is not the
-    checkpoint's.
-    """
+def test_the_flag_trust_remote_code_lets_the_lms_code_run(received):
+    """The command may stop afterwards, because that LM is not the one of the checkpoint."""
     ran = plant_code(received / 'lm', 'config.json')
     forge(received, dict(trust_remote_code=True))
     try:
@@ -176,8 +173,8 @@ def test_the_command_line_may_allow_the_code(received):
     assert ran.exists()
 
 
-def test_a_pickle_of_weights_is_not_opened(received):
-    """An LM that a folder names is read from safetensors alone."""
+def test_pickled_weights_of_an_lm_are_not_read(received):
+    """The LM of a received folder is read from safetensors only."""
     from safetensors.torch import load_file
 
     torch.save(
@@ -189,19 +186,16 @@ def test_a_pickle_of_weights_is_not_opened(received):
 
 
 # --------------------------------------------------------------------------------------------------
-# Places
+# Paths
 
 
 def tree(folder):
-    """Every file below a folder with its bytes."""
+    """{path: bytes} of all files in a folder tree."""
     return {p: p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
 def test_a_folder_cannot_choose_where_files_are_written(copied, monkeypatch):
-    """
-    Whatever it says of data_dir, out_dir, corpus, needs and dataset: files are written into the
-    run's folder alone.
-    """
+    """Its data_dir, out_dir, corpus, needs and dataset are ignored; only its own files change."""
     outside = copied.parent / 'outside'
     outside.mkdir()
     places = dict(
@@ -239,8 +233,8 @@ def test_features_of_a_frozen_text_model_go_to_the_readers_data_dir(
     assert list((tmp_path / 'mine' / 'features').iterdir()) and not (tmp_path / 'theirs').exists()
 
 
-def test_a_folder_makes_no_corpus(copied):
-    """A folder that names a source, or no corpus folder, is refused: nothing is converted."""
+def test_no_corpus_is_converted_for_a_received_folder(copied):
+    """A folder that names a source file, or a folder without a corpus, is refused."""
     corpus = json.loads((copied / 'result.json').read_text())['about']['corpus']
     source = copied.parent / 'theirs.pkl'
     source.write_bytes(b'\x80\x04}.')
@@ -250,12 +244,12 @@ def test_a_folder_makes_no_corpus(copied):
             command('eval.py', copied)
 
 
-def test_what_a_folder_names_is_printed(copied, capsys):
+def test_the_corpus_and_the_lm_that_a_folder_names_are_printed(copied, capsys):
     about = json.loads((copied / 'result.json').read_text())['about']
     command('eval.py', copied)
-    said = capsys.readouterr().out
-    assert f"names the corpus folder {about['corpus']['folder']}" in said
-    assert f"names the LM {about['knobs']['lm']}" in said
+    printed = capsys.readouterr().out
+    assert f"names the corpus folder {about['corpus']['folder']}, which is read" in printed
+    assert f"names the LM {about['knobs']['lm']}, which is read as data" in printed
 
 
 def test_another_corpus_another_lm_and_another_tokenizer_are_refused(copied, received):
@@ -283,9 +277,7 @@ def test_another_corpus_another_lm_and_another_tokenizer_are_refused(copied, rec
 
 
 def test_nothing_is_written_through_a_link(copied, received):
-    """
-    Every name that a command writes, as itself and with .new behind, is a link to a file outside.
-    """
+    """Each file that a command writes, and its name with .new, is a link to a file outside."""
     victim = copied.parent / 'victim.txt'
     names = ['report.md', 'result.json', 'test.jsonl', 'curve.png', 'confusion.png', 'best.json']
     for name in [n + '.new' for n in names] + [
@@ -317,7 +309,7 @@ def test_no_file_is_written_into_a_folder_behind_a_link(name, argv, copied, rece
     assert not list(outside.iterdir())
 
 
-def test_a_run_that_goes_on_writes_nothing_through_its_lock(copied, corpora, curriculum):
+def test_a_resumed_run_writes_nothing_through_a_link_named_lock(copied, corpora, curriculum):
     victim = copied.parent / 'victim.txt'
     victim.write_text('precious')
     (copied / '.lock').unlink()
@@ -330,7 +322,7 @@ def test_a_run_that_goes_on_writes_nothing_through_its_lock(copied, corpora, cur
 
 @pytest.mark.parametrize('name', ['result.json', 'best.safetensors', 'test.jsonl', 'log.jsonl'])
 @pytest.mark.parametrize('kind', ['fifo', 'link', 'folder'])
-def test_a_file_of_a_run_is_a_regular_file(name, kind, copied):
+def test_only_regular_files_of_a_run_are_read(name, kind, copied):
     path = copied / name
     shutil.move(path, copied.parent / name)
     if kind == 'fifo':
@@ -344,8 +336,8 @@ def test_a_file_of_a_run_is_a_regular_file(name, kind, copied):
     assert name in str(stopped.value) and '\n' not in str(stopped.value)
 
 
-def test_an_export_has_regular_files_alone(curriculum, tmp_path, capsys):
-    """A link beside the LM's own files is not followed: the file behind it is not published."""
+def test_an_export_copies_only_regular_files(curriculum, tmp_path, capsys):
+    """A link in the LM's folder is not followed, so a private file behind it is not published."""
     secret = tmp_path / 'secret.txt'
     secret.write_text('the password')
     shutil.copytree(curriculum / 'lm_toy', tmp_path / 'lm')
@@ -374,8 +366,8 @@ def test_a_failed_export_leaves_nothing(copied, monkeypatch):
     assert sorted(copied.parent.iterdir()) == before
 
 
-def test_writers_do_not_share_a_file(tmp_path):
-    """Two writers of one file at a time: each has a file of its own, and the last one stays."""
+def test_two_writers_of_one_file_write_different_temporary_files(tmp_path):
+    """The file holds the text of the writer that ended last."""
     with replacing(tmp_path / 'a') as one, replacing(tmp_path / 'a') as two:
         assert one != two
         Path(one).write_text('one')
@@ -385,7 +377,7 @@ def test_writers_do_not_share_a_file(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# What result.json says, and scores that are no numbers
+# Edited and damaged records, and scores that are NaN or inf
 
 
 @pytest.mark.parametrize(
@@ -407,11 +399,8 @@ def test_writers_do_not_share_a_file(tmp_path):
         ('n_fusion', 2),
     ],
 )
-def test_a_knob_that_was_edited_is_refused(knob, value, copied):
-    """
-    The checkpoint's header is the source; nothing is scored with the edited knob, and nothing is
-    written.
-    """
+def test_a_knob_that_was_edited_in_result_json_is_refused(knob, value, copied):
+    """It differs from the checkpoint's header. Nothing is evaluated or written."""
     forge(copied, {knob: value}, header=False)
     before = tree(copied)
     for argv in (
@@ -426,7 +415,7 @@ def test_a_knob_that_was_edited_is_refused(knob, value, copied):
 
 
 @pytest.mark.parametrize(
-    'edit, says',
+    'edit, sentence',
     [
         (lambda r: r['info'].update(range=[-1, 1]), 'info='),
         (lambda r: r['about'].update(lm_fingerprint='f' * 16), 'lm_fingerprint='),
@@ -441,12 +430,12 @@ def test_a_knob_that_was_edited_is_refused(knob, value, copied):
         (lambda r: r['about']['knobs'].update(smell=1), 'smell'),
     ],
 )
-def test_other_edits_are_refused(edit, says, copied):
+def test_other_edits_of_result_json_are_refused(edit, sentence, copied):
     path = copied / 'result.json'
     result = json.loads(path.read_text())
     edit(result)
     path.write_text(json.dumps(result))
-    with pytest.raises(SystemExit, match=says):
+    with pytest.raises(SystemExit, match=sentence):
         command('eval.py', copied)
 
 
@@ -465,17 +454,16 @@ def test_other_edits_are_refused(edit, says, copied):
         dict(train_fraction=0.0),
     ],
 )
-def test_knobs_of_a_wrong_kind_get_a_sentence(knobs, copied):
+def test_knobs_of_wrong_types_or_values_stop_with_a_sentence(knobs, copied):
     forge(copied, knobs)
     with pytest.raises(SystemExit) as stopped:
         command('eval.py', copied)
     assert '\n' not in str(stopped.value).strip() and str(stopped.value).startswith('eval: ')
 
 
-def test_a_run_may_go_on_with_other_knobs_of_the_run(corpora, curriculum):
+def test_result_json_may_have_other_values_of_run_knobs(corpora, curriculum):
     """
-    patience and log_interval are the run's, not the experiment's: the best checkpoint may be older
-    than the change.
+    A run may be resumed with another patience or log_interval, after its best checkpoint was saved.
     """
     train(*deepmlf(corpora, curriculum, 'patient'))
     path = curriculum / 'patient' / 'result.json'
@@ -486,14 +474,14 @@ def test_a_run_may_go_on_with_other_knobs_of_the_run(corpora, curriculum):
 
 
 @pytest.mark.parametrize('value', [3e38, -3e38])
-def test_a_score_that_is_no_number_is_an_error(value, received):
+def test_a_predicted_score_of_nan_or_inf_is_an_error(value, received):
     clip = dict(text='the film was superb', audio=[[value] * 12] * 9, vision=[[0.2] * 16] * 7)
     (received.parent / 'clip.jsonl').write_text(json.dumps(clip))
     with pytest.raises(SystemExit, match='is NaN or inf'):
         command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
 
 
-def test_a_checkpoint_of_nan_has_no_score(copied):
+def test_a_checkpoint_with_nan_is_not_evaluated(copied):
     tensors, info = load_checkpoint(str(copied / 'best.safetensors'))
     tensors['task_head.2.bias'][:] = float('nan')
     save_checkpoint(str(copied / 'best.safetensors'), tensors, info)
@@ -508,7 +496,7 @@ def test_a_checkpoint_of_nan_has_no_score(copied):
     assert tree(copied) == before
 
 
-def test_predictions_that_are_no_numbers_are_an_error(copied):
+def test_nan_in_stored_predictions_is_an_error(copied):
     path = copied / 'test.jsonl'
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[3]['pred'] = float('nan')
@@ -520,11 +508,8 @@ def test_predictions_that_are_no_numbers_are_an_error(copied):
             command(*argv)
 
 
-def test_an_encoder_of_ones_own_is_in_the_folder_itself(corpora, tmp_path):
-    """
-    hf/ is a link to a folder that fits, with a private file beside: it is not read, and not
-    published.
-    """
+def test_an_encoder_behind_a_link_is_neither_read_nor_exported(corpora, tmp_path):
+    """hf/ is a link to a folder with the right encoder and a private file."""
     train(
         'config/crosssent_toy.py',
         f'--data_dir={corpora}',
@@ -543,7 +528,7 @@ def test_an_encoder_of_ones_own_is_in_the_folder_itself(corpora, tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['folder', 'files', 'fifo'])
-def test_an_lm_that_goes_on_writes_nothing_through_a_link(kind, corpora, curriculum, tmp_path):
+def test_a_resumed_lm_writes_nothing_through_a_link(kind, corpora, curriculum, tmp_path):
     shutil.copytree(curriculum / 'lm_toy', tmp_path / 'run')
     (tmp_path / 'run' / 'result.json').unlink()
     outside, hf = tmp_path / 'outside', tmp_path / 'run' / 'hf'
@@ -578,10 +563,10 @@ def test_an_lm_that_goes_on_writes_nothing_through_a_link(kind, corpora, curricu
     assert tree(outside) == {outside / 'victim': b'precious'}
 
 
-def test_a_snapshot_of_the_hubs_cache_may_have_folders(curriculum, tmp_path):
+def test_links_to_blobs_in_the_hubs_cache_are_allowed(curriculum, tmp_path):
     """
-    Its files are links to blobs, also those in a folder, as sentence-transformers' 1_Pooling;
-    others are refused.
+    All files of a snapshot in the Hugging Face cache are links to its blobs, also those in a folder
+    such as 1_Pooling of sentence-transformers. Other links are refused.
     """
     cache = tmp_path / 'models--a--b'
     snapshot = cache / 'snapshots' / 'abc'
@@ -600,10 +585,10 @@ def test_a_snapshot_of_the_hubs_cache_may_have_folders(curriculum, tmp_path):
 
 
 @pytest.mark.parametrize('what', ['data_dir', 'dtype'])
-def test_a_run_may_go_on_elsewhere_after_its_best_step(what, copied, corpora):
+def test_a_run_may_be_resumed_elsewhere_after_its_best_step(what, copied, corpora):
     """
-    result.json is then of another corpus folder or dtype than the best checkpoint: the scores are
-    those of before.
+    result.json then has another corpus folder or dtype than the best checkpoint. Its scores are the
+    same.
     """
     path = copied / 'result.json'
     result = json.loads(path.read_text())
@@ -629,7 +614,7 @@ def test_a_run_may_go_on_elsewhere_after_its_best_step(what, copied, corpora):
         lambda a: a['corpus']['streams']['audio'].update(std=[1.0]),
     ],
 )
-def test_a_header_of_a_wrong_kind_gets_a_sentence(change, copied, received):
+def test_header_entries_of_wrong_types_stop_with_a_sentence(change, copied, received):
     about = json.loads((copied / 'result.json').read_text())['about']
     change(about)
     forge(copied, **about)
@@ -655,7 +640,7 @@ def test_a_header_of_a_wrong_kind_gets_a_sentence(change, copied, received):
         ('n_trainable', None),
     ],
 )
-def test_scores_of_a_wrong_kind_get_a_sentence(key, value, copied, received):
+def test_results_of_wrong_types_stop_with_a_sentence(key, value, copied, received):
     path = copied / 'result.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     clip = f'--clip={received.parent}/clip.jsonl'
@@ -666,8 +651,8 @@ def test_scores_of_a_wrong_kind_get_a_sentence(key, value, copied, received):
 
 
 @pytest.mark.parametrize('knob, value', [('activation_function', 'relu'), ('scale_attn_weights', False)])
-def test_an_lm_of_the_same_weights_and_another_configuration_is_refused(knob, value, received):
-    """The fingerprint is of the weights: what the LM computes is compared too."""
+def test_an_lm_with_the_same_weights_and_another_configuration_is_refused(knob, value, received):
+    """The fingerprint covers the weights alone, so the LM's outputs are compared too."""
     path = received / 'lm' / 'config.json'
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {knob: value}))

@@ -1,6 +1,6 @@
 """
-What may be trusted: frozen stays frozen, what trains moves, a killed run resumes to the bit, bad
-input gets a sentence and leaves nothing half-written, and the commands that the docs name do run.
+Reliability: frozen weights do not change and trainable ones do; a killed run resumes bit for bit;
+bad input stops with a sentence and leaves no partial files; and the commands of the docs run.
 
     python -m pytest -q tests/test_trust.py
 """
@@ -33,17 +33,18 @@ from fakes import (
     PARENT,
     TINY,
     Killed,
-    a_corpus,
-    at,
     deepmlf,
     fingerprint,
     forge,
     killed_in_batch,
+    make_corpus,
+    of_width,
     same_run,
     tiny_batch,
     tiny_deepmlf,
     tiny_lm,
     train,
+    with_value_at,
 )
 from lm import ModelError
 from run import machine
@@ -59,25 +60,18 @@ def read_result(folder):
     return json.loads((folder / 'result.json').read_text())
 
 
-def of_width(d):
-    """For a_corpus: a stream of this width, 6 frames a clip."""
-
-    def change(split, x):
-        return np.random.default_rng(1).normal(size=(len(x), 6, d)).astype('f4')
-
-    return change
-
-
 def six_frames(split, lengths):
+    """For make_corpus: six frames in each clip."""
     return [6] * len(lengths)
 
 
 def left_out(split, value):
+    """For make_corpus: no such key."""
     return None
 
 
 # --------------------------------------------------------------------------------------------------
-# Frozen and trained
+# Frozen and trainable weights
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -95,11 +89,11 @@ def left_out(split, value):
     ],
 )
 @pytest.mark.parametrize('family', ['gpt2', 'llama'])
-def test_frozen_is_bit_identical_and_everything_else_moves(family, knobs, dtype):
+def test_training_changes_all_trainable_weights_and_no_bit_of_the_lm(family, knobs, dtype):
     """
-    Evaluation first (a cached or merged weight would show), then two steps: zero-initialised gates
-    and LoRA's B hold their partners back for one. Every trainable weight has a gradient and has
-    moved; the LM has not, by one bit.
+    Predicts first, so that weights cached or merged in evaluation would show, and then trains two
+    steps: after the first one, weights behind zero-initialised gates or LoRA's B still have no
+    gradient.
     """
     torch.manual_seed(0)
     model = tiny_deepmlf(family, **knobs)
@@ -108,7 +102,8 @@ def test_frozen_is_bit_identical_and_everything_else_moves(family, knobs, dtype)
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW([p for g in model.param_groups() for p in g['params']], lr=1e-2)
 
-    # a context a forward, as in train.py: autocast keeps its bf16 copies of the weights until it ends
+    # one context per forward pass, as in train.py: within one, autocast reuses its bfloat16 copies
+    # of the weights
     def autocast():
         return torch.autocast('cpu', torch.bfloat16, enabled=dtype is torch.bfloat16)
 
@@ -130,22 +125,22 @@ def test_frozen_is_bit_identical_and_everything_else_moves(family, knobs, dtype)
     assert not any(m.training for m in model.lm.modules())
 
 
-def test_training_never_touches_the_frozen_lm(curriculum):
+def test_training_does_not_change_the_frozen_lms_folder(curriculum):
     """
-    The LM's folder is the best checkpoint of its own run to the bit, and the DeepMLF checkpoint
-    holds nothing of it.
+    After DeepMLF's run, the LM's folder still equals the best checkpoint of the LM's own run, and
+    no weight of the LM is in DeepMLF's checkpoint.
     """
     best = load_file(curriculum / 'whole' / 'best.safetensors')
     assert best and not any(k.startswith('lm.') for k in best)
-    now = load_file(curriculum / 'lm_toy' / 'hf' / 'model.safetensors')
-    then = load_file(curriculum / 'lm_toy' / 'best.safetensors')
-    assert len(now) > 40 and all(torch.equal(v, then['hf.' + k]) for k, v in now.items())
+    folder = load_file(curriculum / 'lm_toy' / 'hf' / 'model.safetensors')
+    own_run = load_file(curriculum / 'lm_toy' / 'best.safetensors')
+    assert len(folder) > 40 and all(torch.equal(v, own_run['hf.' + k]) for k, v in folder.items())
 
 
-def test_a_frozen_av_encoder_stays_the_pretrained_one(corpora, curriculum):
+def test_av_init_keeps_tunes_or_ignores_the_pretrained_av_encoder(corpora, curriculum):
     """
-    av_init='frozen': the encoder in the checkpoint is the AV run's to the bit, 'tune' moves it,
-    'random' never saw it.
+    av_init='frozen': the checkpoint's encoder equals that of the AV run bit for bit. 'tune' (the
+    run 'whole') trains it further. 'random' does not start from it.
     """
     pretrained = load_file(curriculum / 'av_toy' / 'best.safetensors')
     for how in ('frozen', 'random'):
@@ -160,30 +155,29 @@ def test_a_frozen_av_encoder_stays_the_pretrained_one(corpora, curriculum):
     assert sum(same('random')) < len(same('random')) / 2
 
 
-def test_accumulated_micro_batches_are_one_big_batch(corpora, curriculum):
+def test_accumulated_micro_batches_give_the_step_of_one_big_batch(corpora, curriculum):
     """
-    40 clips as 16 + 16 + 8 and as one batch, no dropout: the same gradient norm, loss and terms, the
-    LM loss (a mean over tokens, not clips) among them, and the same weights. Clipping is off: it,
-    and Adam, would hide a wrong scale.
+    40 clips as 16 + 16 + 8 and as one batch, without dropout, give the same gradient norm, loss
+    terms (also the LM loss, a mean over tokens and not over clips) and weights. Gradient clipping
+    is off, because it would hide a wrong scale. Adam would hide it too, so the norm is compared.
     """
-    still = ['--dropout=0', '--av_dropout=0', '--text_reg=none', '--clip=0']
-    still += ['--max_steps=2', '--log_interval=1']
+    no_noise = ['--dropout=0', '--av_dropout=0', '--text_reg=none', '--clip=0']
+    no_noise += ['--max_steps=2', '--log_interval=1']
 
-    # 40 clips a step in both, the last micro-batch smaller: bucketing depends on batch_size, so one
-    # order is cut in two ways
-    def flat(cost, batch_size, seed, epoch):
+    # Both runs take the same 40 clips in each step. The real order depends on batch_size.
+    def same_order(cost, batch_size, seed, epoch):
         if epoch is None:
             return [np.arange(len(cost))]
         return [np.arange(40)[i : i + batch_size] for i in range(0, 40, batch_size)]
 
     order, logs, weights = data.epoch_order, [], []
-    data.epoch_order = flat
+    data.epoch_order = same_order
     try:
         shapes = dict(
             micro=['--batch_size=16', '--accumulate=3'], big=['--batch_size=40', '--accumulate=1']
         )
         for name, shape in shapes.items():
-            train(*deepmlf(corpora, curriculum, name), *still, *shape)
+            train(*deepmlf(corpora, curriculum, name), *no_noise, *shape)
             logs.append([e for e in read_lines(curriculum / name / 'log.jsonl') if 'train' in e])
             weights.append(load_file(curriculum / name / 'last.safetensors'))
     finally:
@@ -201,12 +195,10 @@ def test_accumulated_micro_batches_are_one_big_batch(corpora, curriculum):
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_killed_at_a_random_step_and_resumed_is_the_run_that_was_not(
-    seed, corpora, curriculum
-):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(seed, corpora, curriculum):
     """
-    Twice killed, at random batches, saving every second step: weights, moments, generator and log
-    are bitwise equal.
+    Killed twice at random batches, saving every second step: weights, moments, log and metrics are
+    bitwise equal.
     """
     rng, name = np.random.default_rng(seed), f'killed{seed}'
     resume = []
@@ -220,16 +212,13 @@ def test_killed_at_a_random_step_and_resumed_is_the_run_that_was_not(
 
 
 def start(command, cwd=HERE):
-    """A process whose output, both streams, can be read."""
+    """Start a process with a pipe for its stdout and stderr together."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(list(map(str, command)), cwd=cwd, env=ENV, **pipes)
 
 
-def test_real_kill_9_and_real_ctrl_c(corpora, curriculum):
-    """
-    The same with real signals from outside: SIGKILL in mid-run, then SIGINT (which saves first), then
-    to the end.
-    """
+def test_a_run_resumes_bitwise_after_sigkill_and_after_ctrl_c(corpora, curriculum):
+    """A process gets SIGKILL, is resumed, gets SIGINT (at which it saves), and is resumed."""
     run = deepmlf(corpora, curriculum, 'signalled', '--save_interval=1')
     args = [sys.executable, str(HERE / 'train.py'), *map(str, run)]
     last = curriculum / 'signalled' / 'last.safetensors'
@@ -239,21 +228,18 @@ def test_real_kill_9_and_real_ctrl_c(corpora, curriculum):
         while process.poll() is None and not (last.exists() and last.stat().st_mtime > since):
             time.sleep(0.02)
         process.send_signal(number)
-        said = process.communicate()[0]
+        printed = process.communicate()[0]
         if process.returncode == 0:
-            break  # it was faster than the signal
+            break  # it ended before the signal
     else:
-        assert 'Traceback' not in said and '--resume=True goes on' in said
+        assert 'Traceback' not in printed and '--resume=True continues' in printed
     if not (curriculum / 'signalled' / 'result.json').exists():
         train(*run, '--resume=True')
     same_run(curriculum / 'whole', curriculum / 'signalled')
 
 
-def test_the_same_seed_twice_is_the_same_run(corpora, curriculum):
-    """
-    Tensors of both checkpoints to the bit, and the log but for its times; with torch's own check
-    that nothing is left to chance.
-    """
+def test_two_runs_with_the_same_seed_are_bitwise_equal(corpora, curriculum):
+    """--deterministic=True makes torch raise at any operation that is not deterministic."""
     try:
         train(*deepmlf(corpora, curriculum, 'again', '--deterministic=True'))
     finally:
@@ -261,8 +247,8 @@ def test_the_same_seed_twice_is_the_same_run(corpora, curriculum):
     same_run(curriculum / 'whole', curriculum / 'again')
 
 
-def large_source(path):
-    """A pickle of M-SENA's layout that takes long enough to convert to be killed in."""
+def save_large_source(path):
+    """A pickle in M-SENA's layout, so large that a conversion can be killed halfway."""
     rng = np.random.default_rng(0)
 
     def split(n):
@@ -278,21 +264,21 @@ def large_source(path):
 
 
 def hashes(folder):
-    """Every file below a folder: its path in there -> its SHA-256."""
+    """{relative path: SHA-256} of all files in a folder tree."""
     files = [p for p in sorted(folder.rglob('*')) if p.is_file()]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 class Victims:
-    """Converting, training (saving after each step) and evaluating, as commands that are killed."""
+    """The commands that are killed: 'convert', 'train' (saving after each step) and 'eval'."""
 
     def __init__(self, corpora, curriculum, folder):
         self.corpora, self.curriculum, self.folder = corpora, curriculum, folder
         self.source = corpora / 'toy-source.pkl'
         if not self.source.exists():
-            large_source(self.source)
+            save_large_source(self.source)
 
-    def run_of(self, name):
+    def run_name(self, name):
         return f'{self.folder.name}-{name}'
 
     def command(self, kind, name):
@@ -300,59 +286,60 @@ class Victims:
             return [HERE / 'data.py', self.source, f'--name={name}']
         if kind == 'eval':
             return [HERE / 'eval.py', self.curriculum / 'whole']
-        run = deepmlf(self.corpora, self.curriculum, self.run_of(name), '--save_interval=1')
+        run = deepmlf(self.corpora, self.curriculum, self.run_name(name), '--save_interval=1')
         argv = [HERE / 'train.py', *run]
-        last = self.curriculum / self.run_of(name) / 'last.safetensors'
+        last = self.curriculum / self.run_name(name) / 'last.safetensors'
         if last.parent.exists():
             argv.append('--resume=True' if last.exists() else '--fresh=True')
         return argv
 
     def go(self, kind, name, after=None):
-        """Runs it; killed `after` seconds -> True if it came to its end."""
-        # as many threads as 'whole' had, or bits differ
+        """Run the command, and kill it `after` seconds -> whether it ended before."""
+        # with as many threads as the run 'whole', or bits would differ
         where = self.folder if kind == 'convert' else HERE
         process = start([sys.executable, *self.command(kind, name)], cwd=where)
         try:
-            said, _ = process.communicate(timeout=after)
+            printed, _ = process.communicate(timeout=after)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             return False
-        assert process.returncode == 0, said[-500:]
+        assert process.returncode == 0, printed[-500:]
         return True
 
     def result(self, kind, name):
+        """What the command wrote, for comparison; a training run is compared here."""
         if kind == 'convert':
             files = hashes(self.folder / 'data' / name)
             return {k: v for k, v in files.items() if k != 'meta.json'}
         if kind == 'eval':
             files = ('test.jsonl', 'result.json')
             return [(self.curriculum / 'whole' / f).read_bytes() for f in files]
-        same_run(self.curriculum / 'whole', self.curriculum / self.run_of(name))
+        same_run(self.curriculum / 'whole', self.curriculum / self.run_name(name))
         return True
 
 
 def kill_at_random(corpora, curriculum, folder, n, seed):
     """
-    kill -9 at n random points of converting, training and evaluating, each from its start to its end;
-    then the same command again, as a user would, until it is through. -> how many ended as the one
-    that was never killed.
+    kill -9 n commands (in turn training, converting, evaluating), each at a random time, and run
+    the same command again, as a user would. Asserts that its result equals that of a command that
+    was never killed -> the number of commands.
     """
     victims, rng, survived = Victims(corpora, curriculum, folder), np.random.default_rng(seed), 0
-    took, seen = {}, {}
+    took, expected = {}, {}   # by kind, of a command that is never killed
     for i in range(n):
         kind, name = ('train', 'convert', 'eval')[i % 3], f'{seed}-{i}'
         if kind not in took:
             since = time.time()
             victims.go(kind, 'never')
             took[kind] = time.time() - since
-            seen[kind] = victims.result(kind, 'never')
-        through = victims.go(kind, name, after=rng.uniform(0.05, 1.0) * took[kind])
+            expected[kind] = victims.result(kind, 'never')
+        finished = victims.go(kind, name, after=rng.uniform(0.05, 1.0) * took[kind])
         if kind == 'convert' and (folder / 'data' / name).exists():
-            through = True  # a corpus has its name once it is whole
-        if not through:
+            finished = True  # a corpus folder gets its name when it is complete
+        if not finished:
             victims.go(kind, name)
-        assert victims.result(kind, name) == seen[kind], (kind, i)
+        assert victims.result(kind, name) == expected[kind], (kind, i)
         if kind == 'convert':
             assert not list((folder / 'data').glob('*.tmp-*'))
         survived += 1
@@ -360,17 +347,17 @@ def kill_at_random(corpora, curriculum, folder, n, seed):
     return survived
 
 
-def test_kill_9_anywhere(corpora, curriculum, tmp_path):
-    """Once in converting, training and evaluating; `tests/test_trust.py --soak` does it 25 times."""
+def test_converting_training_and_evaluating_survive_kill_9(corpora, curriculum, tmp_path):
+    """Each is killed once. `python tests/test_trust.py --soak` kills 25 times."""
     assert kill_at_random(corpora, curriculum, tmp_path, n=3, seed=0) == 3
 
 
 FAULTS = """
 import resource, sys, torch
-import model   # as training does: what is imported fills the gaps of the heap
+import model   # as in training: imports fill gaps in the heap
 from run.machine import hold_memory
 hold_memory(sys.argv[1] == 'hold')
-for i in range(8):   # of 64 MB; the first ones find the room
+for i in range(8):   # tensors of 64 MB; the first four allocate the memory
     if i == 4:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2 ** 24)
@@ -379,10 +366,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(
-    platform.libc_ver()[0] != 'glibc', reason="only glibc can be told to hold memory"
+    platform.libc_ver()[0] != 'glibc', reason="hold_memory works with glibc only"
 )
-def test_freed_memory_is_held_for_the_next_tensor():
-    """Pages that Linux must find for four large tensors, one after the other."""
+def test_hold_memory_reuses_the_memory_of_freed_tensors():
+    """Counts the page faults of four large tensors that are made one after the other."""
 
     def faults(how):
         command = [sys.executable, '-c', FAULTS, how]
@@ -391,22 +378,22 @@ def test_freed_memory_is_held_for_the_next_tensor():
     assert faults('hold') < 16 < faults('give back')
 
 
-def test_a_c_library_that_cannot_hold_memory_is_left_alone(monkeypatch):
+def test_hold_memory_does_nothing_with_other_c_libraries(monkeypatch):
     def windows(name):
         raise TypeError("Windows")
 
-    def odd(name):
+    def without_mallopt(name):
         return object()
 
-    for library in (odd, windows):
+    for library in (without_mallopt, windows):
         monkeypatch.setattr(machine.ctypes, 'CDLL', library)
         machine.hold_memory()
 
 
-def test_a_full_disk_loses_nothing(corpora, curriculum, monkeypatch):
+def test_a_run_on_a_full_disk_can_be_resumed(corpora, curriculum, monkeypatch):
     """
-    Writing the third checkpoint fails half-way: one sentence, no debris, the earlier checkpoint is
-    whole, and resuming works.
+    Writing the third checkpoint fails halfway: the run stops with a sentence, leaves no partial
+    file, and resumes bit for bit from the checkpoint before.
     """
     import safetensors.torch
 
@@ -421,14 +408,14 @@ def test_a_full_disk_loses_nothing(corpora, curriculum, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(safetensors.torch, 'save_file', full)
-        with pytest.raises(SystemExit, match='could not save .* untouched; make room'):
+        with pytest.raises(SystemExit, match='could not save .* untouched, so free'):
             train(*deepmlf(corpora, curriculum, 'full', '--save_interval=2'))
     assert not list((curriculum / 'full').glob('*.new'))
     train(*deepmlf(corpora, curriculum, 'full', '--save_interval=2', '--resume=True'))
     same_run(curriculum / 'whole', curriculum / 'full')
 
 
-def test_best_and_last_are_two_files_and_best_is_the_best(corpora, curriculum):
+def test_a_finished_run_has_its_files_and_best_has_the_best_validation(corpora, curriculum):
     for kind in ('best', 'last'):
         info = json.load(open(curriculum / 'whole' / f'{kind}.json'))
         assert info == load_checkpoint(str(curriculum / 'whole' / f'{kind}.safetensors'))[1]
@@ -441,24 +428,24 @@ def test_best_and_last_are_two_files_and_best_is_the_best(corpora, curriculum):
     assert {p.name for p in (curriculum / 'whole').iterdir()} == set(files.split())
 
 
-def test_eval_rebuilds_the_run_from_its_files(curriculum):
+def test_eval_reproduces_the_test_metrics_and_compares_runs(curriculum):
     """
-    python eval.py out/NAME: the same test metrics from best.safetensors and the corpus alone; two
-    runs give a paired interval.
+    Evaluating the best checkpoint again gives the same test metrics. Two runs of one experiment
+    share a row; two experiments get a paired difference with an interval.
     """
     before = read_result(curriculum / 'whole')['test']
-    table = evaluation.rerun(str(curriculum / 'whole'))
+    table = evaluation.evaluate_again(str(curriculum / 'whole'))
     assert read_result(curriculum / 'whole')['test'] == before and 'majority' in table
     shutil.copytree(curriculum / 'whole', curriculum / 'copy', dirs_exist_ok=True)
     assert '(n=2)' in evaluation.compare([str(curriculum / 'whole'), str(curriculum / 'copy')])
     both = evaluation.compare([str(curriculum / 'av_toy'), str(curriculum / 'whole')])
     assert re.search(r'[+-]0\.\d{4} \[[+-]0\.\d{4}, [+-]0\.\d{4}\]', both)
     with pytest.raises(evaluation.EvalError, match='no result.json'):
-        evaluation.rerun(str(curriculum))
+        evaluation.evaluate_again(str(curriculum))
 
 
 # --------------------------------------------------------------------------------------------------
-# Bad input: a sentence and exit status 1, before training
+# Bad input stops with a sentence and exit status 1, before training
 
 
 @pytest.mark.parametrize(
@@ -488,14 +475,14 @@ def test_eval_rebuilds_the_run_from_its_files(curriculum):
         (['config/missing.py'], 'missing.py'),
     ],
 )
-def test_bad_knobs_get_a_sentence_before_training(flags, sentence, corpora, curriculum):
+def test_bad_knobs_stop_with_a_sentence_before_training(flags, sentence, corpora, curriculum):
     with pytest.raises(SystemExit) as stopped:
         train(*deepmlf(corpora, curriculum, 'refused', *flags))
     assert re.search(sentence, str(stopped.value)) and '\n' not in str(stopped.value).strip()
     assert not (curriculum / 'refused').exists()
 
 
-def test_an_lm_that_cannot_be_had_stops_before_the_av_encoder_is_trained(corpora, tmp_path):
+def test_a_missing_or_unsuitable_lm_stops_the_run_before_its_prerequisites(corpora, tmp_path):
     run = ['config/deepmlf_mosi.py', '--corpus=toy', f'--data_dir={corpora}']
     run += [f'--out_dir={tmp_path}/run', *TINY]
     tiny_lm().save_pretrained(tmp_path / 'lm')
@@ -508,24 +495,23 @@ def test_an_lm_that_cannot_be_had_stops_before_the_av_encoder_is_trained(corpora
         assert not (tmp_path / 'av_mosi-steps11').exists()
 
 
-def test_a_finished_run_is_left_alone(corpora, curriculum, capsys):
-    """--resume=True on it says so: nothing is written, and the test set is not read again."""
+def test_resuming_a_finished_run_changes_nothing(corpora, curriculum, capsys):
     files = {p: p.stat().st_mtime_ns for p in (curriculum / 'whole').iterdir()}
     with pytest.raises(SystemExit) as done:
         train(*deepmlf(corpora, curriculum, 'whole', '--resume=True'))
-    assert not done.value.code and 'finished before' in capsys.readouterr().out
+    assert not done.value.code and 'already finished' in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in (curriculum / 'whole').iterdir()} == files
 
 
-def test_a_run_is_never_overwritten_or_continued_as_another(corpora, curriculum):
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_knobs(corpora, curriculum):
     with pytest.raises(SystemExit, match='already holds a run: --resume=True'):
         train(*deepmlf(corpora, curriculum, 'whole'))
     with pytest.raises(SystemExit, match='was trained with n_fusion=8, not 5'):
         train(*deepmlf(corpora, curriculum, 'whole', '--resume=True', '--n_fusion=5'))
 
 
-def test_a_flipped_byte_is_no_weight(curriculum, tmp_path):
-    """In the tensors, in the header, or the file cut short: a sentence; the other copy is whole."""
+def test_a_checkpoint_with_a_flipped_bit_or_cut_short_is_refused(curriculum, tmp_path):
+    """The bit is in the tensors or in the header."""
     whole = (curriculum / 'whole' / 'best.safetensors').read_bytes()
     path = tmp_path / 'best.safetensors'
     flips = ((len(whole) - 5, 1), (whole.index(b'n_fusion') + 3, 8), (len(whole) // 2, 128))
@@ -540,8 +526,8 @@ def test_a_flipped_byte_is_no_weight(curriculum, tmp_path):
     load_checkpoint(str(path))
 
 
-def test_two_runs_into_one_folder(corpora, tmp_path):
-    """The second says so and leaves; the first does not notice."""
+def test_a_second_run_into_the_same_folder_stops(corpora, tmp_path):
+    """The first run continues undisturbed."""
     argv = [sys.executable, str(HERE / 'train.py'), 'config/av_toy.py', f'--data_dir={corpora}']
     argv += [f'--out_dir={tmp_path}/run', '--device=cpu']
     argv += ['--epochs=9000', '--patience=9000', '--batch_size=16']
@@ -560,15 +546,15 @@ def test_two_runs_into_one_folder(corpora, tmp_path):
         first.wait()
 
 
-def test_what_a_run_stands_on_must_be_what_it_says(corpora, tmp_path):
+def test_prerequisites_with_other_knobs_or_another_corpus_are_refused(corpora, tmp_path):
     """
-    A finished run in needs is taken where it fits (an LM reads no audiovisual knob), and refused
-    where it was trained with other knobs, on another file, or by a config that has been edited since.
+    A finished prerequisite is used if its knobs fit. A run with another av_layers shares the LM,
+    which has no such knob, and trains another AV encoder in a folder of its own.
     """
     flags = [f'--data_dir={corpora}', '--device=cpu', '--max_steps=2']
     train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/run')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['av_toy-steps2', 'lm_toy-steps2', 'run']
-    # another encoder, and the LM that there is
+    # another AV encoder, and the same LM
     train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/three', '--av_layers=3')
     made = sorted(p.name for p in tmp_path.iterdir())
     assert len(made) == 5 and made[1].startswith('av_toy-steps2-') and made[3:] == ['run', 'three']
@@ -584,32 +570,26 @@ def test_what_a_run_stands_on_must_be_what_it_says(corpora, tmp_path):
         train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/other')
 
 
-def test_a_random_lm_is_drawn_again_and_another_lm_is_refused(corpora, curriculum):
-    """
-    lm_init='random' is in no checkpoint: eval draws the same one from the seed. A retrained LM is not
-    taken for the old.
-    """
+def test_eval_draws_a_random_lm_again_and_refuses_another_lm(corpora, curriculum):
+    """The weights of lm_init='random' are in no checkpoint, and come from the seed again."""
     train(*deepmlf(corpora, curriculum, 'random_lm', '--lm_init=random'))
     before = read_result(curriculum / 'random_lm')
-    evaluation.rerun(str(curriculum / 'random_lm'))
+    evaluation.evaluate_again(str(curriculum / 'random_lm'))
     assert read_result(curriculum / 'random_lm')['test'] == before['test']
     shutil.copytree(curriculum / 'whole', curriculum / 'other_lm')
     forge(curriculum / 'other_lm', lm_fingerprint='f' * 16)
     with pytest.raises(evaluation.EvalError, match='is not the one that'):
-        evaluation.rerun(str(curriculum / 'other_lm'))
+        evaluation.evaluate_again(str(curriculum / 'other_lm'))
 
 
-def test_other_widths_than_the_checkpoints_get_both_numbers(corpora, curriculum, tmp_path):
-    other = a_corpus(tmp_path, 'other', audio=of_width(9), audio_lengths=six_frames)
+def test_the_error_on_other_feature_widths_has_both_shapes(corpora, curriculum, tmp_path):
+    other = make_corpus(tmp_path, 'other', audio=of_width(9), audio_lengths=six_frames)
     with pytest.raises(SystemExit, match=r'is \[30, 12\] in the file and \[30, 9\] here'):
         train(*deepmlf(corpora, curriculum, 'widths', other))
 
 
-def test_a_fresh_start_that_dies_leaves_no_old_result(corpora, curriculum, monkeypatch):
-    """
-    result.json says "finished" to a run that stands on this one: it must not outlive the run that it
-    belongs to.
-    """
+def test_a_killed_fresh_start_leaves_no_result_of_the_former_run(corpora, curriculum, monkeypatch):
+    """A run that needs this one would take result.json as a sign that it is finished."""
     shutil.copytree(curriculum / 'whole', curriculum / 'again', dirs_exist_ok=True)
 
     def dying(*a, **k):
@@ -622,7 +602,7 @@ def test_a_fresh_start_that_dies_leaves_no_old_result(corpora, curriculum, monke
     assert not (curriculum / 'again' / 'best.safetensors').exists()
 
 
-def test_a_damaged_checkpoint_is_named(corpora, curriculum):
+def test_resuming_from_a_damaged_checkpoint_stops_with_a_sentence(corpora, curriculum):
     shutil.copytree(curriculum / 'whole', curriculum / 'damaged', dirs_exist_ok=True)
     path = curriculum / 'damaged' / 'last.safetensors'
     path.write_bytes(path.read_bytes()[:1000])
@@ -630,36 +610,39 @@ def test_a_damaged_checkpoint_is_named(corpora, curriculum):
         train(*deepmlf(corpora, curriculum, 'damaged', '--resume=True'))
 
 
-def test_nan_stops_with_the_step_and_the_term(corpora, curriculum, monkeypatch):
+def test_nan_stops_the_run_and_names_the_step_and_the_terms(corpora, curriculum, monkeypatch):
     real = data.get_batch
 
     def poisoned(corpus, split, index, *a, **k):
         batch = real(corpus, split, index, *a, **k)
         steps.append(split)
         if len(steps) == 2:
-            batch['label'][:] = float('nan')  # step 2 is not one that is logged
+            batch['label'][:] = float('nan')  # step 2 is not a logged step
         return batch
 
     steps = []
     monkeypatch.setattr(data, 'get_batch', poisoned)
-    says = 'av, fusion, loss, task, text became NaN or inf in step 2, and nothing was saved'
-    with pytest.raises(SystemExit, match=says):
+    sentence = 'av, fusion, loss, task, text became NaN or inf in step 2, and nothing was saved'
+    with pytest.raises(SystemExit, match=sentence):
         train(*deepmlf(corpora, curriculum, 'nan'))
 
 
 @pytest.mark.parametrize(
     'name, change',
     [
-        ('zero-length audio', dict(audio_lengths=at(3, 0))),
-        ('all-zero video', dict(vision=at(3, 0.0))),
-        ('empty text', dict(raw_text=at(3, ''))),
-        ('nan and inf', dict(audio=at((3, 0), np.inf), vision=at((5, 1), np.nan))),
+        ('zero-length audio', dict(audio_lengths=with_value_at(3, 0))),
+        ('all-zero video', dict(vision=with_value_at(3, 0.0))),
+        ('empty text', dict(raw_text=with_value_at(3, ''))),
+        (
+            'nan and inf',
+            dict(audio=with_value_at((3, 0), np.inf), vision=with_value_at((5, 1), np.nan)),
+        ),
         ('no vision at all', dict(vision=left_out, vision_lengths=left_out)),
     ],
 )
 def test_damaged_but_repairable_corpora_train(name, change, curriculum, tmp_path):
     flags = [
-        a_corpus(tmp_path, 'repairable', **change),
+        make_corpus(tmp_path, 'repairable', **change),
         f'--out_dir={tmp_path}/run',
         f'--data_dir={tmp_path}/data',
         f'--lm={curriculum}/lm_toy',
@@ -669,7 +652,7 @@ def test_damaged_but_repairable_corpora_train(name, change, curriculum, tmp_path
     assert np.isfinite(read_result(tmp_path / 'run')['test']['mae'])
 
 
-def test_a_modality_that_is_switched_off_arrives_empty(curriculum, corpora, tmp_path):
+def test_a_run_trains_with_one_modality(curriculum, corpora, tmp_path):
     run = ['config/av_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/audio']
     train(*run, '--modalities=audio', *TINY)
     about = json.loads((tmp_path / 'audio' / 'config.json').read_text())
@@ -680,24 +663,21 @@ def test_a_modality_that_is_switched_off_arrives_empty(curriculum, corpora, tmp_
 # The docs
 
 
-def test_plain_train_py_is_the_whole_curriculum(corpora, tmp_path):
-    """
-    `python train.py` (here 3 steps of each run): makes what it needs first, prints the table with the
-    ceilings.
-    """
+def test_plain_train_py_trains_its_prerequisites_and_prints_the_bounds(corpora, tmp_path):
+    """`python train.py`, with 3 steps for each run."""
     (tmp_path / 'data').mkdir()
     shutil.copytree(corpora / 'toy', tmp_path / 'data' / 'toy')
     command = [sys.executable, str(HERE / 'train.py'), '--max_steps=3']
     done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for word in (
-        'training a prerequisite first, lm_toy',
-        'training a prerequisite first, av_toy',
+        'training the prerequisite lm_toy first',
+        'training the prerequisite av_toy first',
         '| majority',
         '| text only',
         '| audio+video only',
-        '| best late fusion',
-        'perfect reader',
+        '| late-fusion bound',
+        'best possible mae',
         'ETA',
     ):
         assert word in done.stdout, word
@@ -713,8 +693,8 @@ REAL_CONFIGS = sorted(p.name for p in HERE.glob('config/deepmlf_*.py') if 'toy' 
 @pytest.mark.parametrize('config', REAL_CONFIGS)
 def test_real_configs_run_on_files_of_their_layout(config, curriculum, tmp_path):
     """
-    Each real config end to end on a small M-SENA pickle of its corpus's widths, with the toy LM for
-    the one that cannot be had here.
+    Each config of a real corpus runs to its end on a small M-SENA pickle with that corpus's widths,
+    and with the toy LM in place of the large one.
     """
     corpus = re.search('mosei|mosi|sims', config)[0]
     d_a, d_v, limit = REAL[corpus]
@@ -723,7 +703,7 @@ def test_real_configs_run_on_files_of_their_layout(config, curriculum, tmp_path)
         return y * limit / 3
 
     change = dict(audio=of_width(d_a), vision=of_width(d_v), vision_lengths=six_frames)
-    source = a_corpus(tmp_path, 'unaligned_50', regression_labels=in_range, **change)
+    source = make_corpus(tmp_path, 'unaligned_50', regression_labels=in_range, **change)
     places = [f'--out_dir={tmp_path}/out/run', f'--data_dir={tmp_path}/data']
     small = ['--mm_layers=[2,4]', '--mm_heads=4', '--lora_rank=4', '--max_steps=2', '--device=cpu']
     train(f'config/{config}', source, f'--lm={curriculum}/lm_toy', *places, *small)
@@ -733,11 +713,11 @@ def test_real_configs_run_on_files_of_their_layout(config, curriculum, tmp_path)
 
 
 def test_real_mosi_with_a_real_lm_runs(tmp_path):
-    """The issue's command on real CMU-MOSI transcripts and a real pretrained Llama, two steps of it."""
+    """Two steps of DeepMLF on real CMU-MOSI transcripts and a real pretrained Llama."""
     corpus = PARENT / 'shared' / 'data' / 'mosi_official.pkl'
     lm = PARENT / 'shared' / 'lm' / 'stories260K'
     if not corpus.exists() or not lm.exists():
-        pytest.skip("../shared is not here: it belongs to the developers' house")
+        pytest.skip("../shared is missing; it is not in the repository")
     places = [f'--out_dir={tmp_path}/out/mosi', f'--data_dir={tmp_path}/data']
     small = ['--mm_layers=[3,4,5]', '--lora_rank=8', '--lora_alpha=16', '--mm_heads=8']
     small += ['--max_steps=2', '--device=cpu']
@@ -782,7 +762,7 @@ def shell_commands(page):
 
 
 def run_script(words, monkeypatch):
-    """A script of the repository as its command line would run it: its path and its arguments."""
+    """Run a script in this process. words: its path and its arguments."""
     monkeypatch.setattr(sys, 'argv', words)
     try:
         runpy.run_path(str(HERE / words[0]), run_name='__main__')
@@ -841,7 +821,7 @@ def test_commands_of_the_documents_run(corpora, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(corpora / 'toy', tmp_path / 'data' / 'toy')
     change = dict(audio=of_width(74), vision=of_width(35), vision_lengths=six_frames)
-    a_corpus(tmp_path, 'unaligned_50', **change)
+    make_corpus(tmp_path, 'unaligned_50', **change)
     emotion_lists(tmp_path / 'CHERMA0723')
     clip = dict(audio=np.zeros((4, 12), 'f4'), vision=np.zeros((3, 16), 'f4'))
     np.savez('mine.npz', text='it was superb', **clip)
@@ -874,7 +854,8 @@ def emotion_lists(folder):
 
 def test_only_the_allowed_packages_are_imported():
     allowed = """
-        torch transformers tokenizers safetensors huggingface_hub tqdm numpy sentencepiece matplotlib
+        torch transformers tokenizers safetensors huggingface_hub tqdm numpy sentencepiece
+        matplotlib
     """
     paths = [p for p in HERE.rglob('*.py') if '.ci' not in p.parts]
     paths = [p for p in paths if p.parent.name != 'tests' and not p.name.startswith('test_')]
@@ -894,11 +875,11 @@ def test_only_the_allowed_packages_are_imported():
 
 
 # --------------------------------------------------------------------------------------------------
-# python tests/test_trust.py --soak: the long form, about a quarter of an hour
+# python tests/test_trust.py --soak: the long form, which takes about 15 minutes
 
 
 def test_soak(corpora, curriculum, tmp_path):
-    """25 kills, 20,000 damaged pickles, 20,000 odd flags. Only when asked for."""
+    """25 kills, 20,000 damaged pickles and 20,000 random flags; runs only with --soak."""
     if not os.environ.get('NANOMSA_SOAK'):
         pytest.skip('python tests/test_trust.py --soak runs it')
     print(f'{kill_at_random(corpora, curriculum, tmp_path, n=25, seed=1)} of 25 kills survived')
@@ -910,11 +891,11 @@ def test_soak(corpora, curriculum, tmp_path):
         f'{outcomes[False]} refused with a sentence'
     )
     random_flags(20_000, seed=3)
-    print('20000 of 20000 odd flags survived')
+    print('20000 of 20000 random flags survived')
 
 
 if __name__ == '__main__':
     if sys.argv[1:] != ['--soak']:
-        sys.exit('the usage is python tests/test_trust.py --soak')
+        sys.exit('usage: python tests/test_trust.py --soak')
     os.environ['NANOMSA_SOAK'] = '1'
     sys.exit(pytest.main(['-q', '-s', f'{__file__}::test_soak']))

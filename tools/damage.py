@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
 from data import STREAMS, CorpusError, epoch_order
-from eval import one_system, revive_and_feed, take_permissions
+from eval import check_same_experiment, load_run_and_feed, take_permissions
 from lm import ModelError
 from metrics import SHOWN, markdown_table, mean_std_n, score_by, task_metrics
 from run.report import EvalError, read_run
@@ -93,7 +93,7 @@ def conditions(std):
 def damaged(folder, **allowed):
     """ Tests a run under every condition -> dict of name -> metrics. Raises EvalError, CorpusError,
     ModelError. """
-    run, feed = revive_and_feed(folder, **allowed)
+    run, feed = load_run_and_feed(folder, **allowed)
     in_corpus = run.corpus.meta['streams']
     streams = [m for m in STREAMS if m in run.corpus.widths and m in feed.streams]
     if not streams:
@@ -133,7 +133,7 @@ def main(argv):
     if flags or not folders:
         raise EvalError("the usage is python tools/damage.py out/RUN [out/RUN-seed1 ..] "
                         "[--trust_remote_code=True] [--data_dir=FOLDER].")
-    one_system(folders)
+    check_same_experiment(folders)
     runs = [damaged(folder, **allowed) for folder in folders]
     first = read_run(folders[0])
     by, _ = score_by(first['info'])

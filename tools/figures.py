@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 
 from adapters import FFW, GMRA, AVEncoder, CrossAttention, MMBlock, MSEAdapter
 from data import CorpusError, Feed
-from eval import one_system, revive_and_feed, take_permissions
+from eval import check_same_experiment, load_run_and_feed, take_permissions
 from lm import FrozenLM, ModelError, TextEncoder
 from metrics import check_finite
 from model import SYSTEMS, CrossSent, DeepMLF, PseudoTokenLM
@@ -262,7 +262,7 @@ def fused_vectors(run, feed, n):
 def embeddings(folder, out, n_most=1000, **allowed):
     """ t-SNE of the fused vectors of the test clips, coloured by label (CrossSent's Figures 3 and
     4). """
-    run, feed = revive_and_feed(folder, **allowed)
+    run, feed = load_run_and_feed(folder, **allowed)
     n = min(feed.n_clips['test'], n_most)
     found = fused_vectors(run, feed, n)
     if found is None:
@@ -299,7 +299,7 @@ def clip_number(feed, clip):
 
 def attention(folder, out, clip='', **allowed):
     """ Where the system looks at one test clip, if it attends to anything. """
-    run, feed = revive_and_feed(folder, **allowed)
+    run, feed = load_run_and_feed(folder, **allowed)
     draw_attention(run, feed, clip_number(feed, clip), out)
 
 
@@ -313,7 +313,7 @@ def tokens(folders, out, clip='', **allowed):
                             "them.")
     fig, axes = canvas(len(folders), 2, high=0.6 + 1.1 * len(folders))
     for folder, row in zip(sorted(folders, key=n_pseudo.get), axes):
-        run, feed = revive_and_feed(folder, **allowed)
+        run, feed = load_run_and_feed(folder, **allowed)
         i = clip_number(feed, clip)
         batch = feed('test', np.array([i]))
         with torch.no_grad():
@@ -420,7 +420,7 @@ def main(argv):
         tokens(paths, out, clip, **allowed)
         return
     system = read_run(paths[0])['about']['knobs']['system']
-    one_system(paths)
+    check_same_experiment(paths)
     curves(paths, out)
     gates(paths, out)
     if not SYSTEMS[system].predicts:

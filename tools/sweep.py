@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 
 from configurator import declared_knobs, parse_flags, run_knobs
 from data import CorpusError
-from eval import revive
+from eval import load_run
 from lm import ModelError
 from metrics import SHOWN, claim, markdown_table, mean_std_n, score_by
 from model import SYSTEMS
@@ -232,7 +232,7 @@ def at_test(label, first, modalities):
                failed=[], commands=[])
     for folder in first['folders']:
         try:
-            run = revive(folder, data_dir=read_run(folder)['about']['knobs']['data_dir'])
+            run = load_run(folder, data_dir=read_run(folder)['about']['knobs']['data_dir'])
             kept = [m for m in run.knobs['modalities'] if m in modalities]
             metrics, predictions = run.test(run.corpus, run.knobs | dict(modalities=kept))
         except (EvalError, CorpusError, ModelError, ValueError) as e:
