@@ -22,7 +22,7 @@ from corpora.convert import convert, describe, folder_name, staging
 from corpora.names import STREAMS
 from corpora.toy import VERSION, make_toy
 from corpora.unpickle import CorpusError
-from lm import ModelError
+from run.errors import ModelError
 from run.folder import check_regular
 from run.load_lm import frozen_text, refuse_unknown_tokens
 

@@ -6,7 +6,6 @@ or makes it from nothing.
 Axis letters, the same in every file:
     B clips   T text tokens   L any sequence   D LM width   V vocabulary   h heads
 """
-import hashlib
 from typing import Literal
 
 import torch
@@ -14,6 +13,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import AtLeast
+from run.errors import ModelError
+from run.lm_checks import longest_text, refuse_variants
 
 
 class TextModelKnobs:
@@ -40,10 +41,6 @@ class EncoderKnobs(TextModelKnobs, NewModelKnobs):
     """
     A text encoder: lm names it (BERT or RoBERTa family); 'new' makes one of lm_layers x lm_width.
     """
-
-
-class ModelError(Exception):
-    """ A sentence for the user: what was wrong, where, and what to do. """
 
 
 # -------------------------------------------------------------------------------------------------
@@ -320,9 +317,6 @@ class FrozenLM(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    def fingerprint(self):
-        return fingerprint(self.hf)
-
     def part(self, l, name):
         """ Layer l's part of this name in its row; None where it has none. """
         return self.layer_parts[l][name]
@@ -520,17 +514,6 @@ class FrozenLM(nn.Module):
             x, _ = self.block(l, x, rope)
         return self.final_norm(x)
 
-    @torch.no_grad()
-    def answer(self, n_tokens=8, n_logits=4):
-        """
-        A few numbers that change with the LM's configuration, which the weights' fingerprint does not
-        see: the first logits behind fixed tokens, and the largest magnitude of all -> list of floats.
-        """
-        embed = self.parts['embed'].weight  # [V,D]
-        tokens = 7 * torch.arange(n_tokens, device=embed.device)[None] % self.vocabulary  # [1,n]
-        logits = self.lm_head(self(tokens))[0, -1].float()  # [V]
-        return [round(float(v), 6) for v in (*logits[:n_logits], logits.abs().max())]
-
     def go_on(self, x, n_read, token, n_new):
         """
         Greedy decoding: n_new tokens after a text of embeddings x [B,T,D], of which n_read [B] are
@@ -578,39 +561,6 @@ def unknown_family(family):
     """
     return ModelError(f"the LM family {family!r} is not known here: known are "
                       f"{', '.join(FAMILIES)}, and a new one is a row in FAMILIES (lm.py).")
-
-
-def refuse_variants(c):
-    """ Raises ModelError where a config asks for what no row of FAMILIES computes. """
-    if getattr(c, 'scale_attn_by_inverse_layer_idx', False) or not getattr(c, 'scale_attn_weights', True):
-        raise ModelError("this GPT-2 scales attention in a way of its own (scale_attn_* in its "
-                         "config), which the frozen LM here does not do: take another LM.")
-    if getattr(c, 'word_embed_proj_dim', c.hidden_size) != c.hidden_size:
-        raise ModelError(f"this LM's embeddings are {c.word_embed_proj_dim} wide and its layers "
-                         f"{c.hidden_size} (as OPT-350m's), which the frozen LM here does not do: "
-                         "take another LM.")
-    if not getattr(c, 'do_layer_norm_before', True):
-        raise ModelError("this OPT has its norms behind attention (do_layer_norm_before=false in "
-                         "its config), which the frozen LM here does not do: take another LM.")
-
-
-def longest_text(c):
-    """
-    How many tokens an LM takes here by its config, and what the limit is: its positions, or less
-    where layers see a window of the text, or where rotary angles change with the length.
-    """
-    limits = [(c.max_position_embeddings, 'its positions')]
-    window = getattr(c, 'sliding_window', None)
-    windowed = 'sliding_attention' in (getattr(c, 'layer_types', None) or ['sliding_attention'])
-    if window and windowed and getattr(c, 'use_sliding_window', True):
-        limits.append((window, 'the window of its attention, sliding_window in its config'))
-    rope = getattr(c, 'rope_scaling', None) or getattr(c, 'rope_parameters', None) or {}
-    if rope.get('rope_type', rope.get('type')) == 'longrope':
-        short = (rope.get('original_max_position_embeddings')
-                 or getattr(c, 'original_max_position_embeddings', None))
-        if short:
-            limits.append((short, 'original_max_position_embeddings, from which its rope changes'))
-    return min(limits, key=lambda limit: limit[0])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -684,30 +634,6 @@ class TextEncoder(nn.Module):
         for l in range(self.n_layers):
             x = self.layer(l, x, mask)
         return x
-
-
-# -------------------------------------------------------------------------------------------------
-# What a model is, and where it looks
-
-def _whole(p):
-    """ A parameter without its gradient; in one piece where processes share it. """
-    p = p.detach()
-    return p.full_tensor() if hasattr(p, 'full_tensor') else p
-
-
-def same_answer(ours, theirs, dtype):
-    """ Whether two FrozenLM.answer are the same but for the rounding of a dtype on another machine. """
-    tolerance = (1e-3 if dtype == 'float32' else 5e-2) * max(1e-6, abs(theirs[-1]))
-    return len(ours) == len(theirs) and all(abs(a - b) <= tolerance for a, b in zip(ours, theirs))
-
-
-def fingerprint(model):
-    """
-    16 hex digits that another LM, or this one trained again, would not have: of the first 256
-    values of each tensor, as hashing gigabytes at every start would take long.
-    """
-    first = [_whole(p).flatten()[:256].float().cpu().numpy().tobytes() for p in model.parameters()]
-    return hashlib.sha256(b''.join(first)).hexdigest()[:16]
 
 
 def attention_of_last_layer(encoder, predict, batch):

@@ -26,14 +26,15 @@ import torch
 from configurator import AtLeast, Share, configure
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import constant, continuation, evaluate, evaluate_controls
-from lm import ModelError
 from metrics import BETTER
 from model import SYSTEMS
 from run import ranks
+from run.errors import ModelError
+from run.fingerprints import fingerprint
 from run.finite import FirstBad
 from run.folder import load_checkpoint, load_info, load_tensors, write_text
 from run.interrupt import Interrupt
-from run.machine import check_compiler, choose_device, hold_memory
+from run.machine import choose_device, hold_memory
 from run.needs import (
     end_with_parent,
     folder_suffix,
@@ -139,8 +140,6 @@ try:
         refuse_other_knobs(out_dir, saved, config, pending_knobs(config, SYSTEMS))
     prerequisites = make_prerequisites(config, os.path.join(_here, 'train.py'), SYSTEMS, suffix)
     device, dtype = choose_device(device, dtype, System.float32_bytes, config)
-    if compile:
-        check_compiler(device)
     with ranks.first():
         clips = open_corpus(corpus, data_dir)
     refuse_other_corpus(prerequisites, clips)
@@ -167,7 +166,7 @@ def autocast():
     return torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32')
 
 
-lm_fingerprint = model.lm.fingerprint() if model.lm else feed.lm_fingerprint
+lm_fingerprint = fingerprint(model.lm.hf) if model.lm else feed.lm_fingerprint
 if shard_lm != 'off':
     ranks.shard(model.lm, shard_lm, device)
 model.to(device)
@@ -360,7 +359,7 @@ except ModelError as e:
 except OSError as e:
     stop(f"cannot write to {out_dir} ({e.strerror or e}): free disk space; --resume=True finishes.")
 lm_kept = text_before and (continuation(model, tokenizer) == text_before
-                           and model.lm.fingerprint() == lm_fingerprint)
+                           and fingerprint(model.lm.hf) == lm_fingerprint)
 result = dict(about=about, state=state, n_trainable=n_trainable, n_frozen=n_frozen,
               clips=feed.n_clips, info=feed.info, ceilings=clips.meta.get('ceilings'),
               majority=majority, lm_kept=lm_kept)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from lm import ModelError, TextEncoder, fingerprint, unknown_family
+from lm import ModelError, TextEncoder, unknown_family
+from run.fingerprints import fingerprint
 from run.folder import replacing, write_text
 from run.lm_checks import (
     ALLOW_CODE,
@@ -222,21 +223,6 @@ def specials(tokenizer):
         if full[i:i + len(bare)] == bare:
             return full[:i], full[i + len(bare):]
     return [], []
-
-
-def tokenizer_fingerprint(tokenizer):
-    """
-    16 hex digits of the token ids that a tokenizer makes of a few texts, as fingerprint is for
-    weights.
-    """
-    texts = [
-        "The film was GREAT, wasn't it? I'd say 7/10 (+0.6, -1.5).",
-        ' two  spaces\n',
-        'na\u00efve \u6211\u4e0d\u559c\u6b22 \U0001f642',
-    ]
-    ids = tokenizer(texts, add_special_tokens=True)['input_ids']
-    ids = [[int(t) for t in text] for text in ids]
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
 def refuse_unknown_tokens(lists, rows, what):

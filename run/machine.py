@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from lm import ModelError
+from run.errors import ModelError
 
 
 def devices():
@@ -24,6 +24,8 @@ def choose_device(device, dtype, float32_bytes, k):
     available = devices()
     if device == 'auto':
         device = next(d for d in available if available[d])
+    if k['compile']:
+        check_compiler(device)
     if not available[device]:
         raise ModelError(f"this machine has no device={device}: choose one of "
                          f"{', '.join(d for d in available if available[d])}.")

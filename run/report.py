@@ -8,9 +8,9 @@ import os
 import numpy as np
 
 from configurator import check_knobs, known_knobs
-from lm import ModelError
 from metrics import METRIC_HELP, SHOWN, check_finite, confusion, markdown_table, regression_metrics
 from model import SYSTEMS
+from run.errors import ModelError
 from run.folder import load_info, open_regular, save_picture, write_text
 
 FORMAT = 2   # version of the run folder's format; raise it when older folders cannot be read
