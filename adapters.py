@@ -1,12 +1,13 @@
 """
-Every block that is trained, from scratch in plain PyTorch. model.py wires them into a frozen LM.
+The trainable blocks of the systems in model.py, in plain PyTorch. model.py puts them into a frozen
+LM or an encoder. The baselines' own blocks are in baselines.py.
 
 Axis letters, the same in every file:
     B clips   T text tokens   S audio or video frames   F fusion tokens
     m slots of the audiovisual sequence Z   D LM width   d adapter width   h heads
 
-All forwards are pure: features, lengths and masks come in as arguments, and so do the frozen LM's
-own layers where a block builds on them. Masks are True where there is something to see.
+All forwards are pure: features, lengths, masks and the frozen LM's layers are arguments. Masks are
+True at real positions.
 """
 import copy
 import math
@@ -24,23 +25,24 @@ class LoRA(nn.Module):
     The low-rank update of one frozen linear layer W (Hu et al. 2021, eq. 3):
     W x + (alpha / r) B A dropout(x).
 
-    W stays in the LM and comes in as an argument, so nothing is wrapped, copied or merged behind
-    your back. A is r x n_in, uniform in +-1/sqrt(n_in); B is zero, so at the start the output is
-    W x to the bit. Both are float32 whatever W is: a bf16 A would lose updates smaller than 1/256
-    of itself.
+    W stays in the LM and is an argument of forward(), so it is never wrapped, copied or changed. A
+    is r x n_in and starts uniform in +-1/sqrt(n_in). B is n_out x r and starts at zero, so the
+    first output equals W x bit for bit. Both are float32 whatever the dtype of W: in bf16, updates
+    smaller than 1/256 of a weight would be lost.
     """
     def __init__(self, n_in, n_out, rank, alpha, dropout=0.0):
         super().__init__()
         self.A = nn.Parameter(torch.empty(rank, n_in))
         self.B = nn.Parameter(torch.zeros(n_out, rank))
-        # fan_in is n_in. The released DeepMLF stores A as n_in x r, so the same Kaiming call draws
-        # +-1/sqrt(r).
+        # PyTorch's Kaiming start with fan_in = n_in. The release of DeepMLF stores A as n_in x r,
+        # so there the same call takes fan_in = r and draws from +-1/sqrt(r).
         nn.init.uniform_(self.A, -1 / math.sqrt(n_in), 1 / math.sqrt(n_in))
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, W):
-        """ x [.., n_in], W the frozen layer (callable) -> [.., n_out] in W's dtype. """
+        """ x [.., n_in], W the frozen layer (a callable) -> [.., n_out] in the dtype of W's
+        output. """
         y = W(x)  # [.., n_out]
         hidden = F.linear(self.dropout(x).to(self.A.dtype), self.A)  # [.., r]
         delta = F.linear(hidden, self.B)  # [.., n_out]
@@ -48,21 +50,23 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self, weight):
-        """ A new weight [n_out, n_in] with the update in it, computed in float32. The only way to
-        merge, and it never touches the argument: merging back and forth in bf16 changes a quarter
-        of the 'frozen' weights. """
+        """
+        A new weight [n_out, n_in] that includes the update, computed in float32. The argument is
+        not changed: merging into a bf16 weight in place and unmerging it changes a quarter of its
+        values.
+        """
         return (weight.float() + self.scale * self.B.float() @ self.A.float()).to(weight.dtype)
 
 
 def weight_of(layer):
-    """ [n_out, n_in] of an LM's linear layer. GPT-2 keeps its own as Conv1D, weight
-    [n_in, n_out]. """
+    """ The weight of an LM's linear layer as [n_out, n_in]. GPT-2 stores it as [n_in, n_out], in a
+    Conv1D. """
     return layer.weight.T if type(layer).__name__ == 'Conv1D' else layer.weight
 
 
 def linear_like(layer, init):
-    """ A trainable float32 nn.Linear of an LM layer's shape; init='lm' copies weight and bias,
-    'random' does not. """
+    """ A trainable float32 nn.Linear with the shape of an LM's linear layer. init='lm' copies its
+    weight and bias, 'random' does not. """
     weight = weight_of(layer)  # [n_out, n_in]
     n_out, n_in = weight.shape
     new = nn.Linear(n_in, n_out, bias=layer.bias is not None, device=weight.device)
@@ -76,35 +80,37 @@ def linear_like(layer, init):
 
 class FFW(nn.Module):
     """
-    A trainable FFW with the shape, the activation and (init='lm') the weights *and biases* of an LM
-    block's own.
+    A trainable FFW with the shape and the activation of an LM block's FFW. With init='lm' it starts
+    from the LM's weights and biases.
 
-    `lm_ffw` is (gate, up, down, act): down(act(up x)) for GPT-2, where gate is None; the SwiGLU
-    product down(act(gate x) * up x) for Llama and its kin. (The release adds where it should
-    multiply, and leaves GPT-2's biases random: test_parity.py has both as subclasses.)
+    `lm_ffw` is (gate, up, down, act). GPT-2 has no gate (None): down(act(up x)). Llama and its
+    relatives have the SwiGLU product: down(act(gate x) * up x). The release differs in two points:
+    it adds act(gate x) and up x (AdditiveSwiGLU in tests/test_parity.py does the same), and it
+    leaves GPT-2's biases at a random start.
     """
     def __init__(self, lm_ffw, init='lm', dropout=0.0):
         super().__init__()
         gate, up, down, act = lm_ffw
-        self.act = copy.deepcopy(act)  # the LM's own would follow our train() and eval()
+        self.act = copy.deepcopy(act)  # a copy, because train() and eval() of this block reach it
         self.gate = linear_like(gate, init) if gate is not None else None
         self.up = linear_like(up, init)
         self.down = linear_like(down, init)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, lm_ffw):
-        """ x [B,L,D] -> [B,L,D]; lm_ffw is not needed here, it is what LoRAFFW builds on. """
+        """ x [B,L,D] -> [B,L,D]. lm_ffw is not used; LoRAFFW.forward needs it. """
         if self.gate is None:
             hidden = [self.up(x)]  # [B,L,4D]
         else:
             hidden = [self.gate(x), self.up(x)]  # 2x [B,L,4D]
-        # the activation's output is computed again in the backward pass: else it is a tenth of a
-        # step's memory
+        # the backward pass computes the activation again: stored, it would be a tenth of the memory
+        # of a step
         y = checkpoint(self.second_half, *hidden, use_reentrant=False, preserve_rng_state=False)
         return self.dropout(y)  # [B,L,D]
 
     def second_half(self, *hidden):
-        """ The activation and the last linear: (up x) or (gate x, up x), [B,L,4D] -> [B,L,D]. """
+        """ The activation and the last linear layer: (up x) or (gate x, up x), [B,L,4D] each ->
+        [B,L,D]. """
         y = self.act(hidden[0])  # [B,L,4D]
         if self.gate is not None:
             y = y * hidden[1]
@@ -112,7 +118,7 @@ class FFW(nn.Module):
 
 
 class LoRAFFW(nn.Module):
-    """ The LM block's own frozen FFW with LoRA on each of its linears: the way DeepMLF trains
+    """ The frozen FFW of the LM block with LoRA on each of its linear layers, as DeepMLF trains
     SmolLM2 on MOSI. """
     def __init__(self, lm_ffw, rank, alpha, dropout=0.0):
         super().__init__()
@@ -127,7 +133,7 @@ class LoRAFFW(nn.Module):
         self.down = lora(down)
 
     def forward(self, x, lm_ffw):
-        """ x [B,L,D], lm_ffw the LM block's (gate, up, down, act) -> [B,L,D]. """
+        """ x [B,L,D], lm_ffw (gate, up, down, act) of the LM block -> [B,L,D]. """
         gate, up, down, act = lm_ffw
         if gate is None:
             hidden = act(self.up(x, up))  # [B,L,4D]
@@ -141,15 +147,15 @@ class LoRAFFW(nn.Module):
 
 class CrossAttention(nn.Module):
     """
-    Multi-head attention from LM tokens to the audiovisual sequence Z. No biases. Scaled by
-    1/sqrt(head width) (the release divides by sqrt(D): sixteen heads then see logits four times too
-    small).
+    Multi-head cross-attention: queries from LM tokens, keys and values from the audiovisual
+    sequence Z. No biases. The logits are scaled by 1/sqrt(D / n_heads). The release scales them by
+    1/sqrt(D), which makes them four times smaller with its 16 heads.
     """
     def __init__(self, D, d_context, n_heads, dropout=0.0):
         super().__init__()
         if D % n_heads:
             raise ValueError(f"mm_heads={n_heads} does not divide the LM width {D}: "
-                             "take a divisor of it.")
+                             "set it to a divisor.")
         self.n_heads = n_heads
         self.scale = (D // n_heads) ** -0.5
         self.dropout = dropout
@@ -170,30 +176,32 @@ class CrossAttention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
     def weights(self, x, z, z_mask):
-        """ The attention itself, for figures: x [B,L,D], z [B,m,d], z_mask [B,m] -> [B,h,L,m]. """
+        """ The attention weights, for figures: x [B,L,D], z [B,m,d], z_mask [B,m] -> [B,h,L,m]. """
         B, L, D = x.shape
         q = self.q_proj(x).view(B, L, self.n_heads, -1).transpose(1, 2)  # [B,h,L,D/h]
-        k = self.kv_proj(z).view(B, z.shape[1], 2, self.n_heads, -1)[:, :, 0].transpose(1, 2)  # [B,h,m,D/h]
+        kv = self.kv_proj(z).view(B, z.shape[1], 2, self.n_heads, -1)  # [B,m,2,h,D/h]
+        k = kv[:, :, 0].transpose(1, 2)  # [B,h,m,D/h]
         scores = self.scale * q @ k.transpose(2, 3)  # [B,h,L,m]
         return scores.masked_fill(~z_mask[:, None, None], -torch.inf).softmax(-1)
 
 
 class MMBlock(nn.Module):
     """
-    DeepMLF's multimodal block (paper 4.3.3, eqs. 8-11), run after an LM block:
+    DeepMLF's multimodal block (paper 4.3.3, eqs. 8-11). It runs after an LM block:
 
-        x_f <- x_f + g(a_1) GCA(norm_1(x_f), Z)                fusion tokens look at audio, video
+        x_f <- x_f + g(a_1) GCA(norm_1(x_f), Z)                fusion tokens attend to Z
         x   <- x   + g(a_2) FFW(norm_2(x)),  x = [x_t ; x_f]   every token, text too
 
-    gate g: 'sigmoid' (a = 0 gives .5), 'tanh' (a = 0 gives 0: the LM is untouched at the start, and
-    in the first step only the gates learn) or 'none' (1). ffw: 'full', 'lora', 'none'. query: who
-    looks at Z, 'fusion', 'text+fusion' or 'text' (paper's Table 10; with 'text' the fusion tokens
-    stay, and read Z through the text: the release drops them there). norm_2 and the full FFW start
-    as the LM block's own; so do, in the families that have them, a norm behind the FFW and a factor
-    of what it adds.
+    gate: the function g. 'sigmoid' starts at .5. 'tanh' starts at 0: the block changes nothing at
+    first, and only its gates get a gradient in the first step. 'none' is the constant 1.
+    query: the tokens that attend to Z, 'fusion', 'text+fusion' or 'text' (the paper's Table 10).
+    With 'text' the fusion tokens stay and read Z through the text; the release drops them.
+    ffw: 'full', 'lora' or 'none'.
+    norm_2 and, with ffw_init='lm', the full FFW start as copies of the LM block's. So does post_2, the
+    norm behind the FFW that some families have.
 
-    norms: the LM block's (norm before its FFW or None, norm behind it or None); norm_offset: 1 where
-    these multiply by 1 + weight, else 0; scale: the LM's factor of what an FFW adds.
+    norms: the LM block's norms before and behind its FFW, None where it has none. norm_offset: 1 if
+    they multiply by 1 + weight, else 0. scale: the LM's factor of what an FFW adds.
     """
     def __init__(self, D, d, norms, lm_ffw, n_heads=16, query='fusion', gate='sigmoid',
                  ffw='full', ffw_init='lm', lora_rank=512, lora_alpha=8192, lora_dropout=0.05,
@@ -202,8 +210,7 @@ class MMBlock(nn.Module):
         self.query = query
         self.gate = gate
         self.scale = scale
-        # a copy of the LM's norm is of the right kind (LayerNorm or RMSNorm, eps and all) in every
-        # family
+        # copies of the LM's norms: their type (LayerNorm or RMSNorm) and eps depend on the family
         before, behind = (copy.deepcopy(norm).float().requires_grad_(True) if norm is not None
                           else None for norm in norms)
         self.norm_1 = copy.deepcopy(before if before is not None else behind)
@@ -224,16 +231,16 @@ class MMBlock(nn.Module):
         self.a_2 = nn.Parameter(torch.zeros(1)) if gated and ffw != 'none' else None
 
     def gates(self):
-        """ The two gate values as they multiply: (GCA, FFW). """
+        """ The two gate values (GCA, FFW): g(a_1) and g(a_2), or 1.0 where there is no gate. """
         g = {'sigmoid': torch.sigmoid, 'tanh': torch.tanh, 'none': None}[self.gate]
         return [1.0 if a is None else g(a) for a in (self.a_1, self.a_2)]
 
     def attend(self, x, z, z_mask, gate):
-        """ x [B,L,D] and what it finds in z [B,m,d], added -> [B,L,D]. """
+        """ x [B,L,D] plus its gated cross-attention to z [B,m,d] -> [B,L,D]. """
         return x + (gate * self.gca(self.norm_1(x), z, z_mask)).to(x.dtype)
 
     def project(self, x, lm_ffw, gate):
-        """ x [B,L,D] and the FFW of it, added -> [B,L,D]. """
+        """ x [B,L,D] plus the gated FFW of x -> [B,L,D]. """
         y = x if self.norm_2 is None else self.norm_2(x)  # [B,L,D]
         y = self.ffw(y, lm_ffw)  # [B,L,D]
         if self.post_2 is not None:
@@ -241,8 +248,8 @@ class MMBlock(nn.Module):
         return x + (gate * self.scale * y).to(x.dtype)
 
     def forward(self, x_t, x_f, z, z_mask, lm_ffw):
-        """ x_t [B,T,D], x_f [B,F,D], z [B,m,d], z_mask [B,m], lm_ffw of the LM block before
-        -> new x_t, x_f. """
+        """ x_t [B,T,D], x_f [B,F,D], z [B,m,d], z_mask [B,m], lm_ffw of the LM block before -> the
+        new x_t and x_f. """
         g_1, g_2 = self.gates()
         if 'fusion' in self.query:
             x_f = self.attend(x_f, z, z_mask, g_1)  # [B,F,D]
@@ -250,25 +257,28 @@ class MMBlock(nn.Module):
             x_t = self.attend(x_t, z, z_mask, g_1)  # [B,T,D]
         if self.ffw is None:
             return x_t, x_f
-        # the FFW sees one token at a time, so two calls give what one on the concatenation would
+        # the FFW works on each token by itself, so two calls equal one call on [x_t ; x_f]
         return self.project(x_t, lm_ffw, g_2), self.project(x_f, lm_ffw, g_2)
 
 
 # --------------------------------------------------------------------------------------------------
-# Regularising embeddings
+# Augmentation of embeddings
 
 def seqaug(x, lengths, rate, p_apply=1.0, draw='fixed'):
     """
-    SeqAug (Georgiou & Potamianos 2023): some feature dimensions of a clip take their values in
+    SeqAug (Georgiou & Potamianos 2023): some feature dimensions of a clip get their values in
     another time order.
 
-    Per clip: one permutation of its real steps (padding stays where it is), and a Bernoulli(rate)
-    choice of dimensions, the same at all steps. draw: 'fixed' rate; 'beta' rate ~ Beta(.2, .2),
-    nearly none or nearly all and `rate` is not read; 'halfnormal' rate + |N(0, .05)|, at most 1. A
-    clip is left alone with probability 1 - p_apply.
+    Each clip draws one permutation of its real steps and a Bernoulli(rate) subset of its
+    dimensions. The chosen dimensions take their values in the permuted order, at all steps; the
+    others do not change, and padding stays where it is. With probability 1 - p_apply a clip is not
+    changed at all.
 
-    x [B,S,d], lengths [B] -> [B,S,d]. Uses torch's global generator, which train.py seeds for each
-    micro-batch.
+    draw: how a clip's rate is drawn. 'fixed': `rate`. 'beta': Beta(.2, .2), which is mostly close
+    to 0 or 1; `rate` is not used. 'halfnormal': rate + |N(0, .05)|, at most 1.
+
+    x [B,S,d], lengths [B] -> [B,S,d]. Draws come from torch's global generator, which train.py
+    seeds for each micro-batch.
     """
     B, S, d = x.shape
     device = x.device
@@ -279,8 +289,8 @@ def seqaug(x, lengths, rate, p_apply=1.0, draw='fixed'):
         rates = (rates + .05 * torch.randn(B, device=device).abs()).clamp(max=1)  # [B]
     rates = rates * (torch.rand(B, device=device) < p_apply)
 
-    # real steps in random order, then the padding: a stable sort keeps equal keys (all inf) in
-    # place
+    # a random key for each real step and inf for padding: the stable sort permutes the real steps
+    # and keeps the padding, whose keys are equal, in place
     padding = torch.arange(S, device=device) >= lengths[:, None]  # [B,S]
     keys = torch.rand(B, S, device=device).masked_fill(padding, torch.inf)  # [B,S]
     order = keys.argsort(dim=1, stable=True)  # [B,S]
@@ -290,14 +300,17 @@ def seqaug(x, lengths, rate, p_apply=1.0, draw='fixed'):
     return torch.where(chosen, shuffled, x)  # [B,S,d]
 
 
-def regularise(x, lengths, how, rate, p_apply, draw):
-    """ Embedding regularisation while training (paper's Table 12): 'seqaug', 'noise' (Gaussian, std
-    `rate`), 'dropout' (p `rate`) or 'none'. x [B,T,D] -> [B,T,D]. """
-    if how == 'seqaug':
+def augment_embeddings(x, lengths, kind, rate, p_apply, draw):
+    """
+    Text embeddings as they enter the LM in training (DeepMLF's Table 12). kind: 'seqaug'; 'noise'
+    (Gaussian, std `rate`); 'dropout' (probability `rate`); 'none'. p_apply and draw are for
+    'seqaug'. x [B,T,D], lengths [B] -> [B,T,D].
+    """
+    if kind == 'seqaug':
         return seqaug(x, lengths, rate, p_apply, draw)
-    if how == 'noise':
+    if kind == 'noise':
         return x + rate * torch.randn_like(x)
-    if how == 'dropout':
+    if kind == 'dropout':
         return F.dropout(x, rate)
     return x
 
@@ -307,14 +320,14 @@ def regularise(x, lengths, how, rate, p_apply, draw):
 
 def pool_frames(x, lengths, n_slots, m):
     """
-    Each clip's n real frames as n_slots means of neighbouring frames, whatever their number: slot j
-    averages the frames from floor(j n / n_slots) up to ceil((j+1) n / n_slots). Where both are
-    equal it changes nothing, where n is smaller frames repeat, and a clip without frames gives
-    zeros. (The release averages frames t, t+m, t+2m, .. together with the padding: nearly a mean
-    over the clip in every slot.)
+    Pools each clip's n real frames into n_slots slots: slot j is the mean of the frames from
+    floor(j n / n_slots) to ceil((j+1) n / n_slots) - 1. With n = n_slots the frames do not change,
+    with n < n_slots some repeat, and a clip without frames gives zeros. (The release averages
+    frames t, t+m, t+2m, .. with the padding: nearly the mean over the clip in every slot.)
 
-    x [B,S,d], lengths [B], n_slots [B], the largest of them m (an int: asking a GPU tensor would
-    stall it) -> [B,m,d]
+    x [B,S,d], lengths [B], n_slots [B] -> [B,m,d], with zeros behind a clip's slots. m is an int,
+    at least the largest of n_slots. It is an argument because reading that number from a GPU would
+    stall the GPU.
     """
     j = torch.arange(m, device=x.device)  # [m]
     n, k = lengths[:, None], n_slots[:, None]  # [B,1] each
@@ -329,8 +342,8 @@ def pool_frames(x, lengths, n_slots, m):
 
 
 def sinusoid(n, d, device=None):
-    """ Sine and cosine halves, positions from 1 (fairseq's layout, which MulT and DeepMLF share)
-    -> [n,d]. """
+    """ Sinusoidal positions from 1: d/2 sines, then d/2 cosines -> [n,d]. This is fairseq's layout,
+    which MulT and DeepMLF use. """
     half = d // 2
     step = -math.log(10000) / max(half - 1, 1)
     frequency = torch.exp(torch.arange(half, device=device) * step)  # [d/2]
@@ -339,7 +352,7 @@ def sinusoid(n, d, device=None):
 
 
 class EncoderLayer(nn.Module):
-    """ Pre-norm Transformer encoder layer (DeepMLF eqs. 1-2): self-attention, then a GELU FFW of
+    """ A pre-norm Transformer encoder layer (DeepMLF eqs. 1-2): self-attention, then a GELU FFW of
     width 4d. """
     def __init__(self, d, n_heads, dropout=0.1):
         super().__init__()
@@ -370,23 +383,25 @@ class EncoderLayer(nn.Module):
 
 class AVEncoder(nn.Module):
     """
-    DeepMLF's AV encoder (paper 4.2, eq. 6): a Transformer encoder for audio, one for video, their
-    outputs joined along features and mapped back to width d. It gives Z and which of its slots are
-    real.
+    DeepMLF's AV encoder (paper 4.2, eq. 6): a Transformer encoder for audio and one for video.
+    Their outputs are joined along features and mapped back to width d. It returns Z and the mask of
+    its real slots.
 
-    Both streams are pooled onto one time line of min(av_len, longest stream) slots a clip, so that
-    slot j of audio and of video are the same moment. A stream that a clip lacks is zeros there; one
-    that the corpus lacks has no encoder. The last LayerNorm is the release's; the paper does not
-    show it, but a pre-norm stack that ends without one hands its consumer whatever scale it grew.
+    Both streams of a clip are pooled onto one time line of min(av_len, longer stream) slots, so
+    that slot j of audio and slot j of video cover the same part of the clip. A stream that a clip
+    lacks is zeros there; a stream that the corpus lacks has no encoder. The last LayerNorm is in
+    the release and not in the paper: without it, the output of a pre-norm stack has no
+    fixed scale.
     """
     def __init__(self, widths, d=30, n_layers=3, n_heads=6, av_len=50, dropout=0.1,
                  seqaug_rate=0.2):
         super().__init__()
         if not widths:
-            raise ValueError("the AV encoder needs audio or vision, and this corpus has neither.")
+            raise ValueError("the AV encoder needs audio or vision, and this corpus has neither: "
+                             "take another corpus.")
         if d % n_heads:
             raise ValueError(f"av_heads={n_heads} does not divide av_width={d}: "
-                             "take a divisor of it.")
+                             "set it to a divisor.")
         self.d = d
         self.av_len = av_len
         self.dropout = dropout
@@ -399,7 +414,7 @@ class AVEncoder(nn.Module):
         self.norm = nn.LayerNorm(d)
 
     def encode(self, stream, x, lengths, n_slots, mask):
-        """ One stream: frames [B,S,d_a] of real `lengths` [B] -> [B,m,d]. """
+        """ One stream: frames x [B,S,d_a], of which `lengths` [B] are real -> [B,m,d]. """
         if self.training and self.seqaug_rate:
             x = seqaug(x, lengths, self.seqaug_rate)  # [B,S,d_a]
         x = pool_frames(x, lengths, n_slots, mask.shape[1])  # [B,m,d_a]
@@ -411,13 +426,13 @@ class AVEncoder(nn.Module):
         return x
 
     def forward(self, batch):
-        """ batch: audio [B,S,d_a], audio_len [B], vision .. -> Z [B,m,d], mask [B,m] (at least one
-        slot a clip). """
+        """ batch: audio [B,S,d_a], audio_len [B], vision .. -> Z [B,m,d], mask [B,m], which has at
+        least one slot a clip. """
         lengths = torch.stack([batch[f'{s}_len'] for s in self.proj])  # [2,B]
         n_slots = lengths.amax(0).clamp(1, self.av_len)  # [B]
         m = min(self.av_len, max(batch[s].shape[1] for s in self.proj))
         mask = torch.arange(m, device=n_slots.device) < n_slots[:, None]  # [B,m]
-        # 30 wide: bf16 would gain nothing and round raw features
+        # no autocast: at width 30 bf16 gains nothing, and it would round the raw features
         with torch.autocast(mask.device.type, enabled=False):
             z = [self.encode(s, batch[s], batch[f'{s}_len'], n_slots, mask)
                  for s in self.proj]  # 2x [B,m,d]
@@ -425,37 +440,38 @@ class AVEncoder(nn.Module):
 
 
 def masked_mean(x, mask):
-    """ x [B,L,d], mask [B,L] -> [B,d], the mean over the real positions. """
+    """ x [B,L,d], mask [B,L] -> [B,d], the mean over the real positions; zeros where there is
+    none. """
     weight = mask[..., None].to(x.dtype)  # [B,L,1]
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1)  # [B,d]
 
 
-def sentence(x, mask, how):
-    """ x [B,T,D], mask [B,T] -> [B,D], a text's vector: its 'first' token, or the 'mean' of the
-    real ones. """
-    return x[:, 0] if how == 'first' else masked_mean(x, mask)
+def text_vector(x, mask, pool):
+    """ One vector per text: its first token ('first') or the mean of its real tokens ('mean'). x
+    [B,T,D], mask [B,T] -> [B,D]. """
+    return x[:, 0] if pool == 'first' else masked_mean(x, mask)
 
 
 # --------------------------------------------------------------------------------------------------
 # MSE-Adapter: pseudo tokens from one vector a modality
 
 def reverse(x, lengths):
-    """ x [B,S,d], each clip turned round within its own length (padding stays behind): what an LSTM
-    needs to read backwards. """
+    """ x [B,S,d] with the real steps of each clip in reverse order and its padding in place, for an
+    LSTM that reads backwards. """
     s = torch.arange(x.shape[1], device=x.device)  # [S]
     n = lengths[:, None]  # [B,1]
-    turn = torch.where(s < n, n - 1 - s, s)[..., None]  # [B,S,1]
-    return x.gather(1, turn.expand_as(x))  # [B,S,d]
+    source = torch.where(s < n, n - 1 - s, s)[..., None]  # [B,S,1]
+    return x.gather(1, source.expand_as(x))  # [B,S,d]
 
 
 def last_step(x, lengths):
-    """ x [B,S,d] -> [B,d], each clip's last real step (its first, if it has none). """
+    """ The last real step of each clip, or step 0 where it has none: x [B,S,d] -> [B,d]. """
     return x[torch.arange(len(x), device=x.device), lengths.clamp(min=1) - 1]
 
 
 class MatchScale(nn.Module):
-    """ Pseudo tokens with the root mean square of the LM's own token embeddings, times a learned
-    gain for each. """
+    """ Scales each pseudo token to the root mean square of the LM's token embeddings, times a
+    learned gain. """
     def __init__(self, n_pseudo, embed_rms):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(n_pseudo))
@@ -470,23 +486,26 @@ class MSEAdapter(nn.Module):
     """
     MSE-Adapter (Yang et al. 2025): text, audio and video -> P pseudo tokens for a frozen LM.
 
-    A one-way LSTM for each modality, of which the last real step is kept, v_s [B,d];
-    Text-Guide-Mixer, the Hadamard product of each with the projected mean text embedding, summed;
-    Multi-Scale-Fusion, bottlenecks of D/8, D/32 and D/16 and one weight for each; then up to the
-    LM's width and out to P tokens. The bottlenecks are of the LM's width, as in the release whose
-    parameter counts the paper prints; the paper's text has them of d.
+    Audio and video each pass a forward LSTM. The last real step, projected to width d, is v_s
+    [B,d]. Text-Guide-Mixer multiplies each v_s elementwise by t, the projected mean text embedding,
+    and sums the products. Multi-Scale-Fusion applies bottlenecks of width D/8, D/32 and D/16 and
+    mixes their outputs with one weight each. A linear layer leads to the LM's width, another to P
+    tokens. The widths of the bottlenecks are fractions of the LM's width D, as in the release; they
+    give the parameter counts that the paper prints. The paper's text has fractions of d.
 
-    projection 'released': token p = w_p m + b_p, so the P tokens span two directions, m and the
-    all-ones vector. 'full': each token its own matrix, scaled to the LM's embeddings. A clip
-    without frames counts as one frame of zeros, a modality that the corpus lacks has no encoder.
-    Ablations: without the mixer (tgm=False) the three are added up; without Multi-Scale-Fusion
-    (msf=False) what the mixer gives goes on as it is.
+    projection 'released': token p is w_p m + b_p, so all P tokens lie in the span of m and the
+    all-ones vector. 'full': each token has a matrix of its own and the scale of the LM's
+    embeddings.
+    A clip without frames counts as one frame of zeros. A modality that the corpus lacks has no
+    encoder.
+    Ablations: tgm=False adds t and the v_s instead. msf=False skips Multi-Scale-Fusion.
     """
     def __init__(self, widths, D, n_pseudo=4, d=256, lstm_widths=dict(audio=64, vision=32),
                  scales=(8, 32, 16), projection='released', embed_rms=1.0, tgm=True, msf=True):
         super().__init__()
         if not widths:
-            raise ValueError("MSE-Adapter needs audio or vision, and this corpus has neither.")
+            raise ValueError("MSE-Adapter needs audio or vision, and this corpus has neither: "
+                             "take another corpus.")
         self.n_pseudo = n_pseudo
         self.tgm = tgm
         self.msf = msf
@@ -498,7 +517,7 @@ class MSEAdapter(nn.Module):
         hidden = [max(1, D // k) for k in scales] if msf else []
         self.squeeze = nn.ModuleList(nn.Linear(d, h) for h in hidden)
         self.expand = nn.ModuleList(nn.Linear(h, d) for h in hidden)
-        # the paper's 1x1 convolution: one weight a scale for all features
+        # the paper's 1x1 convolution: one weight per scale, the same for all features
         self.mix = nn.Linear(len(scales), 1) if msf else None
 
         full = projection == 'full'
@@ -506,9 +525,9 @@ class MSEAdapter(nn.Module):
         self.out = MatchScale(n_pseudo, embed_rms) if full else nn.Linear(1, n_pseudo)
 
     def mixed(self, batch, text, text_mask):
-        """ Text-Guide-Mixer: text [B,T,D] -> [B,d]. """
+        """ Text-Guide-Mixer: text [B,T,D], text_mask [B,T] and the streams in batch -> [B,d]. """
         t = self.text_proj(masked_mean(text, text_mask))  # [B,d]
-        # padding comes after the last real step of a one-way LSTM, so nothing needs packing
+        # a forward LSTM reads padding after the last real step, so sequences need no packing
         v = [self.proj[s](last_step(lstm(batch[s])[0], batch[f'{s}_len']))
              for s, lstm in self.lstm.items()]  # 2x [B,d]
         return t * sum(v) if self.tgm else t + sum(v)
@@ -530,24 +549,26 @@ class MSEAdapter(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# CMPTA: pseudo tokens from what each modality finds in each other
+# CMPTA: pseudo tokens from cross-attention between pairs of modalities
 
 class Align(nn.Module):
-    """ CMPTA's temporal alignment (eqs. 3-5): LayerNorm(W h_t + b) of a BiLSTM's h_t, all time
-    steps kept, then dropout. how: 'bi', 'one-way' (its ablation), 'off' (h_t is the frame
-    itself). """
-    def __init__(self, width, d, how='bi', dropout=0.1):
+    """
+    CMPTA's temporal alignment (eqs. 3-5): LayerNorm(W h_t + b) of a BiLSTM's output h_t at every
+    time step, then dropout. lstm: 'bi', 'one-way' (the paper's ablation) or 'off' (h_t is the frame
+    itself).
+    """
+    def __init__(self, width, d, lstm='bi', dropout=0.1):
         super().__init__()
-        hidden = d // 2 if how == 'bi' else d
-        self.ahead = nn.LSTM(width, hidden, batch_first=True) if how != 'off' else None
-        self.back = nn.LSTM(width, hidden, batch_first=True) if how == 'bi' else None
-        self.proj = nn.Linear(width if how == 'off' else d, d)
+        hidden = d // 2 if lstm == 'bi' else d
+        self.ahead = nn.LSTM(width, hidden, batch_first=True) if lstm != 'off' else None
+        self.back = nn.LSTM(width, hidden, batch_first=True) if lstm == 'bi' else None
+        self.proj = nn.Linear(width if lstm == 'off' else d, d)
         self.norm = nn.LayerNorm(d)
         self.dropout = dropout
 
     def forward(self, x, lengths):
         """ x [B,S,width], lengths [B] -> [B,S,d]. """
-        h = [x if self.ahead is None else self.ahead(x)[0]]  # [B,S,d/2]
+        h = [x if self.ahead is None else self.ahead(x)[0]]  # [B,S,d/2] for 'bi'
         if self.back is not None:
             h.append(reverse(self.back(reverse(x, lengths))[0], lengths))  # [B,S,d/2]
         y = self.norm(self.proj(torch.cat(h, -1)))  # [B,S,d]
@@ -555,14 +576,17 @@ class Align(nn.Module):
 
 
 class DirectedAttention(nn.Module):
-    """ One direction X <- Y of CMPTA (eq. 7), several heads, made one token a clip: the 'mean' over
-    X's real steps, the 'last' of them, or a 'learned' weighting (not stated in the paper).
-    attend=False is its "no CMPT adapter": X by itself. """
+    """
+    One direction X <- Y of CMPTA (eq. 7): multi-head cross-attention from X's steps to Y's, pooled
+    over X to one token a clip. pool: 'mean' over X's real steps, the 'last' of them, or a 'learned'
+    weighting. (The pooling is not legible in the scan of the paper.) attend=False is the ablation
+    "no CMPT adapter": the token is X itself, pooled.
+    """
     def __init__(self, d, n_heads, pool='mean', dropout=0.1, attend=True):
         super().__init__()
         if d % n_heads:
             raise ValueError(f"cmpta_heads={n_heads} does not divide cmpta_width={d}: "
-                             "take a divisor of it.")
+                             "set it to a divisor.")
         self.n_heads = n_heads
         self.pool = pool
         self.dropout = dropout
@@ -572,7 +596,8 @@ class DirectedAttention(nn.Module):
         self.score = nn.Linear(d, 1) if pool == 'learned' else None
 
     def pool_weights(self, x, mask):
-        """ How much each step of x [B,L,d] counts, [B,L], 1 in all. """
+        """ The weight of each step of x [B,L,d] in the pooled token -> [B,L], rows that sum
+        to 1. """
         if self.pool == 'learned':
             return self.score(x)[..., 0].masked_fill(~mask, -torch.inf).softmax(-1)
         if self.pool == 'last':
@@ -583,9 +608,9 @@ class DirectedAttention(nn.Module):
         """ [B,L,d] -> [B,h,L,d/h]. """
         return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
 
-    def looks(self, x, x_mask, y, y_mask):
-        """ How much each step of y [B,M,d] counts in the token of x [B,L,d], by head -> [B,h,M], 1
-        in all but for dropout. """
+    def attention_weights(self, x, x_mask, y, y_mask):
+        """ The weight of each step of y [B,M,d] in the pooled token of x [B,L,d], for each head ->
+        [B,h,M]. Rows sum to 1, except for dropout. """
         W = self.kv_proj.weight.chunk(2)[0]  # [d,d]
         b = self.kv_proj.bias.chunk(2)[0]  # [d]
         q = self.split_heads(self.q_proj(x))  # [B,h,L,d/h]
@@ -596,12 +621,13 @@ class DirectedAttention(nn.Module):
         return (weights @ F.dropout(p, self.dropout, self.training))[:, :, 0]  # [B,h,M]
 
     def forward(self, x, x_mask, y, y_mask):
-        """ x [B,L,d] asks, y [B,M,d] answers; masks of at least one step a clip -> token [B,d]. """
+        """ x [B,L,d] gives the queries, y [B,M,d] the keys and values; each mask has at least one
+        real step a clip -> token [B,d]. """
         if self.q_proj is None:
             return self.out_proj((self.pool_weights(x, x_mask)[:, None] @ x)[:, 0])  # [B,d]
-        p = self.looks(x, x_mask, y, y_mask)  # [B,h,M]
-        # one token is wanted of all of x, so y is summed up before it is made a value: h steps to
-        # project, not M
+        p = self.attention_weights(x, x_mask, y, y_mask)  # [B,h,M]
+        # only the pooled token is needed, so y is averaged before the projection to values: this
+        # projects h vectors a clip instead of M
         W = self.kv_proj.weight.chunk(2)[1].unflatten(0, (self.n_heads, -1))  # [h,d/h,d]
         b = self.kv_proj.bias.chunk(2)[1].unflatten(0, (self.n_heads, -1))  # [h,d/h]
         z = torch.einsum('bhd,hed->bhe', p @ y, W) + p.sum(-1, keepdim=True) * b  # [B,h,d/h]
@@ -612,25 +638,31 @@ class CMPTA(nn.Module):
     """
     CMPTA (Hans CSA 2026): text, audio and video -> P pseudo tokens for a frozen LM.
 
-    Each modality is aligned in time; each looks at each other; the six tokens t1 t2 v1 v2 a1 a2
-    (T<-V T<-A V<-T V<-A A<-T A<-V, eq. 8) pass a Transformer layer and a projection to the LM's
-    width. Fewer than six keeps the first; more adds learned tokens before the Transformer layer
-    (not stated in the paper; nor are heads, layers, pooling, the LayerNorm before the projection,
-    or whether text is aligned too). A clip without frames has one frame of zeros; where the corpus
-    lacks a modality its directions are missing, and learned tokens stand in.
+    Each modality passes Align. Each direction X <- Y gives one token: t1 t2 v1 v2 a1 a2 are T<-V
+    T<-A V<-T V<-A A<-T A<-V (eq. 8). The tokens pass Transformer layers, a LayerNorm and a linear
+    layer to the LM's width. n_pseudo below 6 keeps the first tokens; above 6, learned tokens are
+    added before the Transformer layers.
+
+    The scan of the paper does not show the number of heads and layers, the pooling, the LayerNorm
+    before the linear layer, the learned tokens, or whether the text is aligned too: these are our
+    choices.
+    A clip without frames counts as one frame of zeros. Where the corpus lacks a modality, the
+    tokens of its directions are replaced by learned ones.
     """
     def __init__(self, widths, D, n_pseudo=6, d=1024, n_heads=8, n_layers=1, align='bi',
                  align_text=True, attend=True, pool='mean', dropout=0.1, projection='released',
                  embed_rms=1.0):
         super().__init__()
         if not widths:
-            raise ValueError("CMPTA needs audio or vision, and this corpus has neither.")
+            raise ValueError("CMPTA needs audio or vision, and this corpus has neither: "
+                             "take another corpus.")
         if d % 2:
-            raise ValueError(f"cmpta_width={d} must be even: a BiLSTM has two halves.")
+            raise ValueError(f"cmpta_width={d} must be even, half for each direction of the "
+                             "BiLSTM: set it to an even number.")
         streams = ['text'] + [s for s in ('vision', 'audio') if s in widths]
         directions = [(x, y) for x in streams for y in streams if x != y][:n_pseudo]
         used = {x for x, _ in directions} | {y for _, y in directions if attend}
-        self.streams = [s for s in streams if s in used]  # what feeds no token has no weights
+        self.streams = [s for s in streams if s in used]  # others get no weights
 
         aligning = {s: align for s in widths} | dict(text=align if align_text else 'off')
         self.align = nn.ModuleDict({
@@ -648,21 +680,22 @@ class CMPTA(nn.Module):
         self.out = MatchScale(n_pseudo, embed_rms) if projection == 'full' else nn.Identity()
 
     def aligned(self, batch, text, text_mask):
-        """ stream -> (x [B,L,d], mask [B,L]), at least one step a clip. """
+        """ The aligned streams: stream -> (x [B,L,d], mask [B,L]), with at least one real step a
+        clip. """
         raw = {s: (batch[s], batch[f'{s}_len'].clamp(min=1)) for s in self.streams if s != 'text'}
         if 'text' in self.streams:
             raw['text'] = text, text_mask.sum(1)
-        seen = {}
+        aligned = {}
         for s, (x, n) in raw.items():
             y = self.align[s](x, n)  # [B,L,d]
-            seen[s] = y, torch.arange(x.shape[1], device=x.device) < n[:, None]  # [B,L]
-        return seen
+            aligned[s] = y, torch.arange(x.shape[1], device=x.device) < n[:, None]  # [B,L]
+        return aligned
 
     def forward(self, batch, text, text_mask):
         """ batch: audio [B,S,d_a], audio_len [B], ..; text [B,T,D], text_mask [B,T] -> [B,P,D]. """
-        seen = self.aligned(batch, text, text_mask)
-        nobody = None, None  # for a Y that only attend=False would not look at
-        tokens = [direction(*seen[x], *seen.get(y, nobody))
+        aligned = self.aligned(batch, text, text_mask)
+        absent = None, None  # attend=False does not read y, so it may not have been aligned
+        tokens = [direction(*aligned[x], *aligned.get(y, absent))
                   for (x, y), direction in self.pairs()]  # 6x [B,d]
         z = torch.stack(tokens, 1)  # [B,6,d]
         if self.more_tokens is not None:
@@ -672,15 +705,15 @@ class CMPTA(nn.Module):
         return self.out(self.up(self.norm(z)))  # [B,P,D]
 
     def pairs(self):
-        """ [((X, Y), direction X <- Y), ..] """
+        """ The directions with their names: [((X, Y), module of X <- Y), ..]. """
         return [(name.split('_from_'), direction) for name, direction in self.directed.items()]
 
     @torch.no_grad()
     def attention(self, batch, text, text_mask):
-        """ For the figures: 'text_from_vision' -> how much each frame counts in that token, [B,M],
-        1 in all. Not for a CMPTA of attend=False, which looks nowhere. """
-        seen = self.aligned(batch, text, text_mask)
-        return {f'{x}_from_{y}': direction.looks(*seen[x], *seen[y]).mean(1)
+        """ For figures: 'text_from_vision' -> the weight of each frame in that token, the mean over
+        heads, [B,M]; rows sum to 1. Not for attend=False, which has no attention. """
+        aligned = self.aligned(batch, text, text_mask)
+        return {f'{x}_from_{y}': direction.attention_weights(*aligned[x], *aligned[y]).mean(1)
                 for (x, y), direction in self.pairs()}
 
 
@@ -688,86 +721,96 @@ class CMPTA(nn.Module):
 # CrossSent: audio and video into a fine-tuned encoder
 
 def interpolate(x, lengths, n_tokens, m):
-    """ Each clip's real frames at its n_tokens [B] tokens by linear interpolation: the first token
-    at the first frame, the last at the last. x [B,S,d], lengths [B] -> [B,m,d], zeros behind. """
+    """
+    Linear interpolation of each clip's real frames at n_tokens [B] places: the first token gets the
+    first frame and the last token the last frame. x [B,S,d], lengths [B] -> [B,m,d], with zeros
+    behind a clip's tokens.
+    """
     j = torch.arange(m, device=x.device)  # [m]
     n = lengths.clamp(min=1)[:, None]  # [B,1]
-    at = j * (n - 1) / (n_tokens[:, None] - 1).clamp(min=1)  # [B,m], a place between frames
-    at = at.clamp(max=n - 1)
-    low = at.long()  # [B,m]
+    place = j * (n - 1) / (n_tokens[:, None] - 1).clamp(min=1)  # [B,m], between two frames
+    place = place.clamp(max=n - 1)
+    low = place.long()  # [B,m]
     high = (low + 1).clamp(max=n - 1)  # [B,m]
 
     x_low = x.gather(1, low[..., None].expand(-1, -1, x.shape[2]))  # [B,m,d]
     x_high = x.gather(1, high[..., None].expand(-1, -1, x.shape[2]))  # [B,m,d]
-    y = torch.lerp(x_low, x_high, (at - low)[..., None].to(x.dtype))  # [B,m,d]
+    y = torch.lerp(x_low, x_high, (place - low)[..., None].to(x.dtype))  # [B,m,d]
     real = (j < n_tokens[:, None]) & (lengths[:, None] > 0)  # [B,m]
     return y * real[..., None]
 
 
-def to_tokens(x, lengths, n_tokens, before, T, how):
+def resample_to_tokens(x, lengths, n_tokens, before, T, resample):
     """
-    A stream on the text's time line, for CrossSent: each clip's real frames over its n_tokens [B]
-    own tokens, by 'linear' interpolation or as the 'mean' of neighbouring frames (pool_frames);
-    zeros at the `before` special tokens in front, at those behind and at padding. x [B,S,d],
-    lengths [B] -> [B,T,d].
+    A stream resampled to one frame per text token, for CrossSent. Each clip's real frames are
+    spread over its n_tokens [B] tokens, special tokens not counted, by 'linear' interpolation or as
+    the 'mean' of neighbouring frames (pool_frames). Zeros at the `before` special tokens in front,
+    at those behind and at padding. x [B,S,d], lengths [B] -> [B,T,d].
     """
     m = T - before
-    resample = pool_frames if how == 'mean' else interpolate
-    y = resample(x, lengths, n_tokens, m)  # [B,m,d]
+    function = pool_frames if resample == 'mean' else interpolate
+    y = function(x, lengths, n_tokens, m)  # [B,m,d]
     return F.pad(y, (0, 0, before, 0))  # [B,T,d]
 
 
-def frames_on_tokens(batch, streams, ends, how):
+def frames_on_tokens(batch, streams, ends, resample):
     """
-    stream -> (frames [B,L,d_m], mask [B,L]) for each of `streams`, to meet a text of tokens [B,T]:
-    on its time line (L = T), zeros at special tokens and padding, or as they are (how='none').
-    ends: special tokens before and behind each text. how: see to_tokens; 'words': batch['word']
-    [B,T] says which frame is a token's.
+    The frames of each of `streams`, laid out for a text of tokens [B,T]: stream -> (frames
+    [B,L,d_m], mask [B,L]).
+
+    resample: 'linear' or 'mean' (see resample_to_tokens), or 'words', where a token gets the frame
+    of its word, whose number is batch['word'] [B,T]. With these L = T, and special tokens and
+    padding have zeros. 'none' returns the frames as they are. ends: the number of special tokens
+    before and behind each text.
     """
     n = batch['text_len']  # [B]
     T = batch['tokens'].shape[1]
     before, behind = ends
     n_own = n - before - behind  # [B]
-    own = torch.arange(T, device=n.device) - before  # [T], 0 at the first word
+    own = torch.arange(T, device=n.device) - before  # [T], 0 at the first token of the text
     own = (own >= 0) & (own < n_own[:, None])  # [B,T]
 
     out = {}
     for s in streams:
         x, length = batch[s], batch[s + '_len']
-        if how == 'none':
+        if resample == 'none':
             out[s] = x, batch[s + '_mask']
-        elif how == 'words':
+        elif resample == 'words':
             word = batch['word']  # [B,T], -1 at special tokens
             has = (word >= 0) & (word < length[:, None])  # [B,T]
-            at = word.clamp(min=0, max=x.shape[1] - 1)[..., None]  # [B,T,1]
-            y = x.gather(1, at.expand(-1, -1, x.shape[2]))  # [B,T,d_m]
+            frame = word.clamp(min=0, max=x.shape[1] - 1)[..., None]  # [B,T,1]
+            y = x.gather(1, frame.expand(-1, -1, x.shape[2]))  # [B,T,d_m]
             out[s] = y * has[..., None], has
         else:
-            y = to_tokens(x, length, n_own.clamp(min=1), before, T, how)  # [B,T,d_m]
+            y = resample_to_tokens(x, length, n_own.clamp(min=1), before, T, resample)  # [B,T,d_m]
             out[s] = y * own[..., None], own & (length > 0)[:, None]
     return out
 
 
 class GMRA(nn.Module):
     """
-    CrossSent's Gated Multimodal Residual Adapter (Liu et al. 2026, eqs. 1-10), run once before one
-    layer of an encoder:
+    CrossSent's Gated Multimodal Residual Adapter (Liu et al. 2026, eqs. 1-10). It runs once, before
+    one layer of an encoder:
 
         C = MHA(query H_t, keys and values [H_a ; H_v])          H_m: linear maps to width d
         g = sigmoid(W_g [H_t ; C])                               a gate for each token and feature
-        F = X_t + g * C,  O = F + W_2 gelu(W_1 LN(F))            text stays the carrier
+        F = X_t + g * C,  O = F + W_2 gelu(W_1 LN(F))            X_t: the encoder's hidden states
 
-    concat 'sequence' puts audio and video one behind the other, 'features' side by side (both must
-    be on the text's time line). start 'identity' begins as the encoder without it (W_O = W_2 = 0;
-    not stated in the paper, as are the norms, the activation and that X_t itself is carried on). At
-    width 768, codes of 17 values and mult 4 it has the 8.89 M weights of the paper's Table 4.
+    concat: 'sequence' joins audio and video along time, 'features' along features, for which both
+    must be on the text's time line.
+    start: 'identity' sets W_O = W_2 = 0, so that at first the encoder computes what it does without
+    the GMRA.
+    Not stated in the paper: this start, the norms, the activation, and that F adds to X_t and not
+    to H_t.
+    With d = D = 768, streams of 17 features (one code of 17 values each) and mult=4 it has
+    the 8.89 M weights of the paper's Table 4.
     """
     def __init__(self, widths, D, d=768, n_heads=12, mult=4.0, concat='sequence',
                  start='identity', dropout=0.1):
         super().__init__()
         if d % n_heads:
             raise ValueError(f"gmra_heads={n_heads} does not divide gmra_width={d}: "
-                             "take a divisor of it.")
+                             "set it to a divisor.")
         self.n_heads = n_heads
         self.concat = concat
         self.dropout = dropout
@@ -798,8 +841,8 @@ class GMRA(nn.Module):
         return x.view(x.shape[0], x.shape[1], self.n_heads, -1).transpose(1, 2)
 
     def forward(self, x, cues):
-        """ x [B,T,D] entering an encoder layer; cues: stream -> (frames [B,L,d_m], mask [B,L])
-        -> [B,T,D]. """
+        """ x [B,T,D] enters an encoder layer; cues: stream -> (frames [B,L,d_m], mask [B,L]) ->
+        [B,T,D]. """
         B, T, _ = x.shape
         h_t = self.text_norm(self.text_proj(x))  # [B,T,d]
         h = [self.norms[s](proj(cues[s][0])) for s, proj in self.proj.items()]  # 2x [B,L,d]
@@ -814,7 +857,7 @@ class GMRA(nn.Module):
         q = self.split_heads(self.q_proj(h_t))  # [B,h,T,d/h]
         k = self.split_heads(self.k_proj(h_av))  # [B,h,2L,d/h]
         v = self.split_heads(self.v_proj(h_av))  # [B,h,2L,d/h]
-        # a clip with nothing to see sees its zeros, and the gate learns it
+        # a clip without real frames attends to its zeros: softmax over nothing would give NaN
         seen = mask | ~mask.any(1, keepdim=True)  # [B,2L]
         p = self.dropout * self.training
         c = F.scaled_dot_product_attention(q, k, v, seen[:, None, None], p)  # [B,h,T,d/h]
@@ -826,10 +869,8 @@ class GMRA(nn.Module):
 
 
 def inputs_of(module, predict, batch, every=False):
-    """
-    The first input of a module while predict(batch) runs, at its last call; every=True: all inputs,
-    of all calls.
-    """
+    """ The first input of a module at its last call while predict(batch) runs; with every=True, the
+    list of all inputs of every call. """
     seen = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args))
     try:

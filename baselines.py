@@ -29,8 +29,8 @@ from adapters import (
     last_step,
     masked_mean,
     reverse,
-    sentence,
     sinusoid,
+    text_vector,
 )
 from configurator import AtLeast, Share, class_knobs
 from data import texts_as_read
@@ -38,7 +38,7 @@ from lm import EncoderKnobs, ModelError, attention_of_last_layer
 from losses import OrdinalKnobs, l1, mse, ordinal_loss
 from run.load_lm import lm_config, load_tokenizer, specials, width_of
 from run.new_lm import load_text_encoder
-from system import System, grouped
+from system import System, weight_groups
 
 STREAMS = ('text', 'audio', 'vision')  # also the order of the numbers in a knob with one per stream
 
@@ -95,7 +95,7 @@ class Baseline(System):
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
-        if 'text' not in cls.seen(k):
+        if 'text' not in cls.modalities_read(k):
             return cls.assemble(k, facts, None, None), None
         if cls.frozen_features(k):  # batches contain the hidden states, so no weights are loaded
             config, _ = lm_config(k['lm'], k['trust_remote_code'], as_data)
@@ -151,7 +151,7 @@ class Baseline(System):
         return self.loss(self.run(batch), batch)
 
     def param_groups(self):
-        return grouped(self, {part: self.k['lr_' + part] for part in self.lr_parts})
+        return weight_groups(self, {part: self.k['lr_' + part] for part in self.lr_parts})
 
     def views(self, batch, predict):
         if self.encoder is None:
@@ -178,9 +178,9 @@ class Pooled(Baseline):
                          "hidden state has seen only the first token")
         return wrong
 
-    def sentence(self, x, batch):
+    def text_vector(self, x, batch):
         """ x [B,T,D] -> [B,D]. """
-        return sentence(x, batch['text_mask'], self.k['text_pool'])
+        return text_vector(x, batch['text_mask'], self.k['text_pool'])
 
 
 class Attentive(Baseline):
@@ -383,12 +383,12 @@ class Late(Pooled):
         return super().check(k) + empty
 
     @classmethod
-    def seen(cls, k):
+    def modalities_read(cls, k):
         return [m for m in k['late_streams'] if m == 'text' or m in cls.streams(k)]
 
     @classmethod
     def frozen_features(cls, k):
-        return super().frozen_features(k) and 'text' in cls.seen(k)
+        return super().frozen_features(k) and 'text' in cls.modalities_read(k)
 
     def text(self, batch):
         """ Hidden states of the text [B,T,D]; if no reader uses the text, a placeholder [B,1]. """
@@ -398,7 +398,7 @@ class Late(Pooled):
         scores = {}
         for m, reader in self.readers.items():
             if m == 'text':
-                y = reader(self.sentence(x, batch))  # [B,1]
+                y = reader(self.text_vector(x, batch))  # [B,1]
             else:
                 y = reader(batch[m], batch[m + '_len'])  # [B,1]
             scores[m] = y[:, 0]  # [B]
@@ -585,7 +585,7 @@ class MAGBERT(Pooled):
         return x
 
     def fuse(self, x, batch):
-        return dict(pred=self.head(self.sentence(x, batch))[:, 0])
+        return dict(pred=self.head(self.text_vector(x, batch))[:, 0])
 
 
 class MulT(Attentive):
@@ -895,7 +895,7 @@ class SelfMM(SelfLabelled, Pooled):
         self.make_heads(vectors, facts)
 
     def fuse(self, x, batch):
-        v = dict(text=self.sentence(x, batch),
+        v = dict(text=self.text_vector(x, batch),
                  audio=self.audio(batch['audio'], batch['audio_len']),
                  vision=self.vision(batch['vision'], batch['vision_len']))  # [B,d_m] each
         return self.scores_and_features(dict(fused=torch.cat(list(v.values()), -1)) | v)

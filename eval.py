@@ -218,7 +218,7 @@ def build_model(folder, k, corpus, dtype, as_data):
     system = SYSTEMS[k['system']]
     if k.get('lm') == 'lm' and os.path.isdir(own_lm):
         k['lm'] = own_lm   # an export holds its LM
-    elif k.get('lm', 'new') != 'new' and 'text' in system.seen(k):
+    elif k.get('lm', 'new') != 'new' and 'text' in system.modalities_read(k):
         how = 'is read as data' if as_data else 'may run its own code'
         print(f"  {folder} names the LM {k['lm']}, which {how}")
     torch.manual_seed(k['seed'])   # gives a random LM (lm_init) again, which no checkpoint holds
@@ -260,7 +260,7 @@ def evaluate_clips(folder, path, **allowed):
     run = load_run(folder, without_corpus=True, **allowed)
     if not run.system.predicts:
         raise EvalError(f"{folder} is a language model, which predicts no score: name another run.")
-    rows, notes = read_clips(path, run.facts, run.system.seen(run.knobs))
+    rows, notes = read_clips(path, run.facts, run.system.modalities_read(run.knobs))
     with tempfile.TemporaryDirectory() as scratch:   # for the frozen LM's features of these texts
         run.knobs |= dict(train_fraction=1.0, shuffle_streams=False, data_dir=scratch)
         text, _ = describe_predictions(run, rows)

@@ -1,19 +1,19 @@
 """
-The systems on language models, and how one is found by its name.
+The systems on language models, and SYSTEMS, the dict of all systems by name.
 
-DeepMLF, MSE-Adapter and CMPTA stand on a frozen LM, CrossSent on a fine-tuned encoder; the LM and
-the audiovisual encoder can be trained by themselves. Each is one class of the contract in
-system.py. The systems that they are compared with are in baselines.py. SYSTEMS, at the end, names
-them all.
+DeepMLF, MSE-Adapter and CMPTA use a frozen LM, CrossSent fine-tunes an encoder. The LM and the
+audiovisual encoder can also be trained by themselves. Each is one class with the contract of
+system.py. The baselines are in baselines.py.
 
 Axis letters, the same in every file:
-    B clips   T text tokens   S audio or video frames   F fusion tokens   m slots of the audiovisual sequence Z
-    P pseudo tokens   K labels that may be answered   N nodes of their trie   n tokens of an answer
-    D LM width   d adapter width   V vocabulary   h heads   L any sequence
+    B clips   T text tokens   S audio or video frames   F fusion tokens
+    m slots of the audiovisual sequence Z   P pseudo tokens   K labels that may be answered
+    N nodes of their trie   n tokens of an answer   D LM width   d adapter width   V vocabulary
+    h heads   L any sequence
 
 batch: tokens [B,T], text_len [B], text_mask [B,T]; audio [B,S,d_a], audio_len [B]; vision ..; label
-[B]; index [B]. mm_layers count from 1, as the papers print them: 8 means "an MM block after the
-LM's eighth layer".
+[B]; index [B]. mm_layers count from 1, as in the papers: 8 means an MM block after the LM's eighth
+layer.
 """
 import os
 from typing import Literal
@@ -30,11 +30,11 @@ from adapters import (
     AVEncoder,
     MMBlock,
     MSEAdapter,
+    augment_embeddings,
     frames_on_tokens,
     inputs_of,
     masked_mean,
-    regularise,
-    sentence,
+    text_vector,
 )
 from baselines import BASELINES
 from configurator import AtLeast, Share
@@ -47,30 +47,31 @@ from lm import (
     attention_of_last_layer,
 )
 from losses import OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
-from prompts import Prompt, PromptKnobs, rated
+from prompts import Prompt, PromptKnobs, rated_texts
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
 from run.lm_compare import known_lm
 from run.load_lm import empty_lm, load_lm, load_tokenizer, refuse_unknown_tokens, specials
 from run.new_lm import load_text_encoder, new_lm
-from system import System, grouped
+from system import System, weight_groups
 
-# ---------------------------------------------------------------------------------------------------------
-# The two steps before DeepMLF: an LM, and an audiovisual encoder
+# --------------------------------------------------------------------------------------------------
+# The two prerequisites of DeepMLF: an LM, and an audiovisual encoder
 
 class LanguageModel(System):
     """
-    A causal LM trained from nothing on a corpus's own text: step one of the curriculum on the toy
-    corpus.
+    A causal LM trained from random weights on a corpus's own text: the first prerequisite of a
+    system on the toy corpus.
     """
 
     class Knobs(NewModelKnobs):
-        lm_text: Literal['plain', 'rated'] = 'plain'   # 'rated': with scores behind each text
+        lm_text: Literal['plain', 'rated'] = 'plain'   # 'rated': a rating follows each text
         dropout: Share() = 0.1        # in the LM
 
-    label_kinds = ('regression', 'classes')   # it reads no label
+    label_kinds = ('regression', 'classes')   # either, because it reads no label
     predicts = False
-    passes_on = ('corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype', 'max_steps',
-                 'deterministic')
+    inherited_knobs = (
+        'corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype',
+        'max_steps', 'deterministic')
 
     def __init__(self, hf):
         super().__init__()
@@ -79,14 +80,14 @@ class LanguageModel(System):
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
         home = os.path.join(folder, 'hf')
-        # a run that goes on makes its tokenizer again where the file is gone or is none of its own
-        again = trained and (as_data or is_regular(os.path.join(home, 'tokenizer.json')))
-        texts = [] if again else texts_as_read(facts, cls, k, 'train')
-        hf, tokenizer = new_lm(texts, k, home, again=again, as_data=as_data)
+        # a trained run has its tokenizer already, unless the file is missing or not a regular one
+        reuse = trained and (as_data or is_regular(os.path.join(home, 'tokenizer.json')))
+        texts = [] if reuse else texts_as_read(facts, cls, k, 'train')
+        hf, tokenizer = new_lm(texts, k, home, again=reuse, as_data=as_data)
         return cls(hf), tokenizer
 
     @classmethod
-    def stands_on(cls, k):
+    def prerequisite_knobs(cls, k):
         return []
 
     @classmethod
@@ -95,7 +96,7 @@ class LanguageModel(System):
 
     @classmethod
     def texts(cls, k, corpus, split):
-        return rated(corpus, split) if k['lm_text'] == 'rated' else corpus.text(split)
+        return rated_texts(corpus, split) if k['lm_text'] == 'rated' else corpus.text(split)
 
     @classmethod
     def makes_files(cls, k):
@@ -108,18 +109,18 @@ class LanguageModel(System):
         return dict(loss=loss, terms={'lm': loss})
 
     def save_for_others(self, folder):
-        """ The LM as a Hugging Face folder, which other runs load. """
+        """ Saves the LM as a Hugging Face folder, which other runs load. """
         make_plain_folder(os.path.join(folder, 'hf'))
         self.hf.save_pretrained(os.path.join(folder, 'hf'))
 
 
 class AVKnobs:
-    av_width: AtLeast(1) = 30     # d
-    av_layers: AtLeast(1) = 3     # encoder layers a modality
+    av_width: AtLeast(1) = 30     # d, width of the AV encoder
+    av_layers: AtLeast(1) = 3     # encoder layers per modality
     av_heads: AtLeast(1) = 6      # attention heads
-    av_len: AtLeast(1) = 50       # slots at most of the common audiovisual time line
+    av_len: AtLeast(1) = 50       # most slots of the time line that audio and video share
     av_dropout: Share() = 0.1     # in the encoder
-    av_seqaug: Share() = 0.2      # SeqAug rate on raw features (released, not in the paper); 0 is off
+    av_seqaug: Share() = 0.2      # SeqAug rate on raw features (in the release only); 0 is off
 
 
 def build_av_encoder(k, widths):
@@ -130,16 +131,16 @@ def build_av_encoder(k, widths):
 
 class AVModel(System):
     """
-    The AV encoder by itself: its isolated pretraining (paper 4.6, "AV Initialization"). One linear
-    head on the mean over real slots; the release reads the last slot, which is mostly padding.
-    Loss: L1.
+    The AV encoder by itself, as DeepMLF pretrains it (paper 4.6, "AV Initialization"): one linear
+    head on the mean over the real slots, with an L1 loss. The release reads the last slot, which is
+    mostly padding.
     """
 
     class Knobs(AVKnobs, OrdinalKnobs):
         pass
 
     reads_text = False
-    passes_on = (
+    inherited_knobs = (
         'corpus', 'data_dir', 'train_fraction', 'label', 'modalities', 'shuffle_streams',
         'standardise', 'seed', 'device', 'dtype', 'max_steps', 'deterministic',
         'av_width', 'av_layers', 'av_heads', 'av_len')
@@ -166,80 +167,77 @@ class AVModel(System):
     def forward(self, batch):
         pred = self.predict(batch)['pred']  # [B]
         task = l1(pred, batch['label'])
-        more, extra = ordinal_loss(pred, batch['label'], self.k, batch)
-        return dict(loss=task + extra, terms={'task': task} | more)
+        ordinal_terms, ordinal = ordinal_loss(pred, batch['label'], self.k, batch)
+        return dict(loss=task + ordinal, terms={'task': task} | ordinal_terms)
 
     def fused(self, batch, predict):
         return inputs_of(self.head, predict, batch)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DeepMLF
 
 def float32_bytes_of_lm(k):
     """
-    The size of the LM that the knobs name, in float32, from its configuration alone. Raises
-    ModelError.
+    The float32 size of the LM that the knobs name, from its configuration. Raises ModelError.
     """
     return 4 * sum(p.numel() for p in empty_lm(k['lm'], k['trust_remote_code']).parameters())
 
 
 def last_real(x, n):
-    """
-    The last of n [B] real tokens of x [B,T,..] -> [B,1,..]; where x holds one token, that token.
-    """
+    """ The last of the n [B] real tokens of x [B,T,..] -> [B,1,..]; with T = 1, the only one. """
     return x[torch.arange(len(x), device=x.device), (n - 1).clamp(max=x.shape[1] - 1)][:, None]
 
 
 class DeepMLF(System):
     """
-    DeepMLF (Georgiou et al. 2025): F learnable fusion tokens after the text of a frozen causal LM,
-    MM blocks between the LM's layers, a head on what came out of each stream.
+    DeepMLF (Georgiou et al. 2025): F learnable fusion tokens behind the text of a frozen causal LM,
+    MM blocks between the LM's layers, and heads on the outputs.
 
-    Text never depends on the fusion tokens: the mask is causal and they come last. So there are two
-    streams: text, and a short suffix of fusion tokens that looks back at the text's keys and
-    values. Below the first MM block nothing trainable has touched the text, so that part runs
-    without a graph: this is where the time goes that a plain concatenated forward would spend on
-    back-propagating through 50 text tokens.
+    Text never depends on the fusion tokens, because the mask is causal and they come last. So there
+    are two streams: the text, and a short suffix of fusion tokens that attends to the text's keys
+    and values. Below the first MM block nothing trainable has changed the text, so there the text
+    runs without a graph. A plain forward of the concatenated sequence would back-propagate through
+    50 text tokens there.
     """
 
     class Knobs(LMKnobs, AVKnobs, OrdinalKnobs):
-        av_init: Literal['tune', 'frozen', 'random'] = 'tune'   # 'tune' and 'frozen' start from av_from
-        av_from = ''                  # the run that pretrained the AV encoder: a folder, or the name of a run in needs
+        av_init: Literal['tune', 'frozen', 'random'] = 'tune'  # the first two start from av_from
+        av_from = ''                  # run of the pretrained AV encoder: folder, or name in needs
         n_fusion: AtLeast(1) = 12     # F, learnable fusion tokens
-        fusion_position: Literal['after', 'fixed'] = 'after'   # behind the last token, or max_text_len
+        fusion_position: Literal['after', 'fixed'] = 'after'  # behind the text, or max_text_len
         mm_layers = [8, 15, 22, 29, 36]  # LM layers, from 1, that an MM block follows
-        mm_query: Literal['fusion', 'text+fusion', 'text'] = 'fusion'   # who sees Z (Table 10)
-        mm_gate: Literal['sigmoid', 'tanh', 'none'] = 'sigmoid'   # starts at .5, 0, or none (Table 13)
-        mm_ffw: Literal['full', 'lora', 'none'] = 'full'   # a full copy, LoRA on the LM's, none
-        mm_ffw_init: Literal['lm', 'random'] = 'lm'   # where the full copy starts
+        mm_query: Literal['fusion', 'text+fusion', 'text'] = 'fusion'  # queries for Z (Table 10)
+        mm_gate: Literal['sigmoid', 'tanh', 'none'] = 'sigmoid'  # start .5, 0, no gate (Table 13)
+        mm_ffw: Literal['full', 'lora', 'none'] = 'full'  # its own, LoRA on the LM's, none
+        mm_ffw_init: Literal['lm', 'random'] = 'lm'  # start of the full FFW: the LM's, or random
         mm_heads: AtLeast(1) = 16     # cross-attention heads
-        lora_rank: AtLeast(1) = 512   # r
+        lora_rank: AtLeast(1) = 512   # r, rank of LoRA
         lora_alpha: AtLeast(0) = 8192.0  # the update is scaled by alpha / r
-        lora_dropout: Share() = 0.05  # on the input of the update
+        lora_dropout: Share() = 0.05  # on the input of LoRA
         head_width: AtLeast(1) = 64   # hidden width of the task head
         dropout: Share() = 0.1        # in MM blocks
-        text_reg: Literal['seqaug', 'noise', 'dropout', 'none'] = 'seqaug'   # on text embeddings (Table 12)
-        text_reg_rate: AtLeast(0) = 0.3   # SeqAug's rate, the noise's std or the dropout's p
+        text_reg: Literal['seqaug', 'noise', 'dropout', 'none'] = 'seqaug'  # of the text (Table 12)
+        text_reg_rate: AtLeast(0) = 0.3   # rate of SeqAug, std of the noise, or p of dropout
         text_reg_prob: Share(with_one=True) = 0.25   # SeqAug: share of clips that get it
-        text_reg_draw: Literal['fixed', 'beta', 'halfnormal'] = 'fixed'   # SeqAug's rate is fixed, or drawn
-        weight_av: AtLeast(0) = 1.0      # lambda_av of the loss (eq. 13); the task head's L1 has weight 1
-        weight_text: AtLeast(0) = 1.0    # lambda_t
-        weight_fusion: AtLeast(0) = 1.0  # lambda_f
-        weight_lm: AtLeast(0) = 1.0      # lambda_LM (eq. 14)
+        text_reg_draw: Literal['fixed', 'beta', 'halfnormal'] = 'fixed'  # SeqAug: draw of the rate
+        weight_av: AtLeast(0) = 1.0      # lambda_av, L1 of the AV head (eq. 13); the task's is 1
+        weight_text: AtLeast(0) = 1.0    # lambda_t, L1 of the text head
+        weight_fusion: AtLeast(0) = 1.0  # lambda_f, L1 of the fusion head
+        weight_lm: AtLeast(0) = 1.0      # lambda_LM, the LM loss (eq. 14)
 
     frozen_lm = True
     text_first = True
 
     def __init__(self, lm, av_encoder, k):
         """
-        lm FrozenLM, av_encoder AVEncoder or (av_init='frozen') a frozen one, k: the run's knobs as
-        a dict.
+        lm: FrozenLM; av_encoder: AVEncoder, trainable or frozen; k: the run's knobs, a dict.
         """
         super().__init__()
         self.lm, self.av_encoder, self.k = lm, av_encoder, k
         D, d, layers = lm.width, av_encoder.d, sorted(k['mm_layers'])
-        if not layers or layers[0] < 1 or layers[-1] > lm.n_layers or len(set(layers)) < len(layers):
+        repeated = len(set(layers)) < len(layers)
+        if not layers or layers[0] < 1 or layers[-1] > lm.n_layers or repeated:
             raise ModelError(f"mm_layers={k['mm_layers']} must be different numbers from 1 to "
                              f"{lm.n_layers}, the layers of this LM.")
         lm.refuse_longer(k['max_text_len'] + k['n_fusion'], 'max_text_len + n_fusion')
@@ -253,25 +251,26 @@ class DeepMLF(System):
                 k['lora_dropout'], k['dropout'], lm.row.get('norm_offset', 0), lm.residual_scale)
         self.task_head = nn.Sequential(
             nn.Linear(d + 2 * D, k['head_width']), nn.ReLU(), nn.Linear(k['head_width'], 1))
-        self.av_head, self.text_head, self.fusion_head = nn.Linear(d, 1), nn.Linear(D, 1), nn.Linear(D, 1)
-        # a head without a loss would never get a gradient: it is left out of training, rather than
-        # decayed to nothing
-        self.weights = {head: k['weight_' + head] for head in ('av', 'text', 'fusion')}  # lambdas of eq. 13
+        self.av_head = nn.Linear(d, 1)
+        self.text_head = nn.Linear(D, 1)
+        self.fusion_head = nn.Linear(D, 1)
+        # lambdas of eq. 13; a head with weight 0 is frozen, or weight decay would shrink it to 0
+        self.weights = {head: k['weight_' + head] for head in ('av', 'text', 'fusion')}
         for head, weight in self.weights.items():
             getattr(self, head + '_head').requires_grad_(weight > 0)
 
     @classmethod
     def check(cls, k):
-        wrong = super().check(k)
+        errors = super().check(k)
         if k['text_reg'] != 'noise' and k['text_reg_rate'] > 1:
-            wrong += [f"text_reg_rate={k['text_reg_rate']} must be in [0, 1]"]
-        return wrong
+            errors += [f"text_reg_rate={k['text_reg_rate']} must be in [0, 1]"]
+        return errors
 
     @classmethod
-    def rehearse(cls, k, pending):
+    def refuse_impossible_model(cls, k, pending):
         if k['av_init'] != 'random' and not k['av_from']:
-            raise ModelError("av_init needs a pretrained AV encoder: --av_from=FOLDER of its run, "
-                             "or --av_init=random.")
+            raise ModelError(f"av_init={k['av_init']!r} needs a pretrained AV encoder: give "
+                             "--av_from=FOLDER of its run, or --av_init=random.")
         if 'lm' in pending:
             return
         hf = empty_lm(k['lm'], k['trust_remote_code'])
@@ -286,7 +285,7 @@ class DeepMLF(System):
         return float32_bytes_of_lm(k)
 
     @classmethod
-    def stands_on(cls, k):
+    def prerequisite_knobs(cls, k):
         return ['lm'] + ['av_from'] * (k['av_init'] != 'random')
 
     @classmethod
@@ -314,8 +313,7 @@ class DeepMLF(System):
 
     def train(self, mode=True):
         """
-        A frozen AV encoder runs without dropout and SeqAug, like the frozen LM (not stated in the
-        paper).
+        Keeps a frozen AV encoder in eval mode, like the frozen LM (not stated in the paper).
         """
         super().train(mode)
         if not any(p.requires_grad for p in self.av_encoder.parameters()):
@@ -324,9 +322,9 @@ class DeepMLF(System):
 
     def streams_through_lm(self, batch, whole=True):
         """
-        Both streams through the LM -> x_t [B,T,D], x_f [B,F,D] after the final norm; z [B,m,d] and
-        its mask [B,m]. whole=False computes only the last real token of the text in the last layer,
-        where no other is read: x_t [B,1,D].
+        Both streams through the LM -> x_t [B,T,D] and x_f [B,F,D] after the final norm, z [B,m,d]
+        and its mask [B,m]. whole=False computes only the last real text token in the last layer,
+        where no other is needed: x_t [B,1,D].
         """
         k, lm, (B, T) = self.k, self.lm, batch['tokens'].shape
         n_f, device, text_len = k['n_fusion'], batch['tokens'].device, batch['text_len']
@@ -334,12 +332,11 @@ class DeepMLF(System):
 
         x_t = lm.embed(batch['tokens'])  # [B,T,D]
         if self.training:
-            x_t = regularise(x_t, text_len, k['text_reg'], k['text_reg_rate'], k['text_reg_prob'],
-                             k['text_reg_draw'])  # [B,T,D]
+            x_t = augment_embeddings(x_t, text_len, k['text_reg'], k['text_reg_rate'],
+                                     k['text_reg_prob'], k['text_reg_draw'])  # [B,T,D]
         x_t, rope_t = lm.place(x_t, torch.arange(T, device=device).expand(B, T))
-        # right behind the last real token, or (as released) behind the padded length, whatever the
-        # text's own
-        start = text_len if k['fusion_position'] == 'after' else text_len * 0 + k['max_text_len']  # [B]
+        # first positions [B]: behind the last real token, or (in the release) behind max_text_len
+        start = text_len if k['fusion_position'] == 'after' else text_len * 0 + k['max_text_len']
         x_f = self.fusion_tokens.to(x_t.dtype).expand(B, n_f, -1)  # [B,F,D]
         x_f, rope_f = lm.place(x_f, start[:, None] + torch.arange(n_f, device=device))
         causal = torch.ones(n_f, n_f, dtype=torch.bool, device=device).tril()  # [F,F]
@@ -352,16 +349,15 @@ class DeepMLF(System):
                 if whole or l < lm.n_layers - 1:
                     x_t, text_kv = lm.block(l, x_t, rope_t)  # [B,T,D]
                 else:
-                    x_t, text_kv = self.last_token_alone(l, x_t, rope_t, batch)  # [B,1,D]
+                    x_t, text_kv = self.last_token_only(l, x_t, rope_t, batch)  # [B,1,D]
             x_f, _ = lm.block(l, x_f, rope_f, past=text_kv, mask=mask)  # [B,F,D]
             if str(l + 1) in self.mm_blocks:
                 x_t, x_f = self.mm_blocks[str(l + 1)](x_t, x_f, z, z_mask, lm.ffw(l))
         return lm.final_norm(x_t), lm.final_norm(x_f), z, z_mask
 
-    def last_token_alone(self, l, x, rope, batch):
+    def last_token_only(self, l, x, rope, batch):
         """
-        LM layer l for the last real token of x [B,T,D] alone; of the others keys and values. ->
-        [B,1,D], (k, v).
+        LM layer l for the last real token of x [B,T,D] -> [B,1,D], and (k, v) of all tokens.
         """
         text_len = batch['text_len']
         q, k, v = self.lm.qkv(l, x, rope)  # [B,h,T,D/h], 2x [B,h_kv,T,D/h]
@@ -371,8 +367,8 @@ class DeepMLF(System):
 
     def heads(self, x_t, x_f, z, z_mask, text_len):
         """
-        Eq. 12 and the three modality heads -> dict of [B], in float32: bf16 would round predictions
-        to 1/128.
+        The task head (eq. 12) and the three modality heads -> dict of [B]. In float32, because bf16
+        would round predictions to 1/128.
         """
         with torch.autocast(z.device.type, enabled=False):
             z_mean = masked_mean(z, z_mask)  # [B,d]
@@ -380,29 +376,30 @@ class DeepMLF(System):
             x_mean = x_f.float().mean(1)  # [B,D]
             out = dict(pred=self.task_head(torch.cat([z_mean, x_last, x_mean], -1)))  # [B,1] each
             for head, x in (('av', z_mean), ('text', x_last), ('fusion', x_mean)):
-                if self.weights[head]:   # a head without a loss has learned nothing
+                if self.weights[head]:  # without a loss the head is untrained
                     out[head] = getattr(self, head + '_head')(x)
             return {name: y[:, 0] for name, y in out.items()}  # [B] each
 
     def predict(self, batch):
         """
-        pred: the task head; text, av, fusion: the heads of each stream (text never sees audio or
-        video, unless mm_query lets it). All [B]. No logits over the vocabulary are computed.
+        pred: the task head; text, av, fusion: the modality heads; all [B]. The text head reads
+        audio and video only if mm_query includes the text. No logits over the vocabulary are
+        computed.
         """
-        whole = 'text' in self.k['mm_query']   # figures show where each text token looks, in the last layer too
+        whole = 'text' in self.k['mm_query']  # figures need all text tokens of the last layer
         return self.heads(*self.streams_through_lm(batch, whole), batch['text_len'])
 
     def forward(self, batch):
         """
-        Eqs. 13-14. The LM loss reaches only the MM blocks' FFW, norm_2 and second gate: text is
-        AV-free.
+        The loss of eqs. 13-14. With mm_query='fusion' the text does not depend on audio and video,
+        so the LM loss trains only the FFW, norm_2 and second gate of the MM blocks.
         """
         k = self.k
         x_t, x_f, z, z_mask = self.streams_through_lm(batch, whole=k['weight_lm'] > 0)
         out = self.heads(x_t, x_f, z, z_mask, batch['text_len'])
         terms, loss = deepmlf_loss(out, batch['label'], self.weights)
-        more, extra = ordinal_loss(out['pred'], batch['label'], k, batch)
-        terms, loss = terms | more, loss + extra
+        ordinal_terms, ordinal = ordinal_loss(out['pred'], batch['label'], k, batch)
+        terms, loss = terms | ordinal_terms, loss + ordinal
         if k['weight_lm']:
             terms['lm'] = lm_loss(x_t, batch, self.lm.lm_head)
             loss = loss + k['weight_lm'] * terms['lm']
@@ -417,15 +414,15 @@ class DeepMLF(System):
 
     def views(self, batch, predict):
         """
-        Each MM block's tokens over the slots of Z, the mean over heads; of fusion tokens, where
-        they look.
+        The attention of each MM block to the slots of Z, the mean over heads: rows are fusion
+        tokens, or text tokens if mm_query is 'text'.
         """
-        who = 'fusion token' if 'fusion' in self.k['mm_query'] else 'text token'
+        row = 'fusion token' if 'fusion' in self.k['mm_query'] else 'text token'
         views = {}
         for n, block in self.mm_blocks.items():
             x, z, mask = inputs_of(block.gca, predict, batch, every=True)[0]
             weights = block.gca.weights(x.float(), z.float(), mask)[0].mean(0)  # [L,m]
-            views[f'layer {n}'] = weights, who, "audiovisual slot, from the clip's start to its end"
+            views[f'layer {n}'] = weights, row, "audiovisual slot, from the clip's start to its end"
         return views
 
     def fused(self, batch, predict):
@@ -441,29 +438,30 @@ class DeepMLF(System):
         return rows
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pseudo tokens: MSE-Adapter and CMPTA
 
 class PseudoTokenKnobs(LMKnobs, PromptKnobs, OrdinalKnobs):
     n_pseudo: AtLeast(1) = 4      # P, pseudo tokens
-    pseudo_projection: Literal['released', 'full'] = 'released'   # 'full': full rank, at the embeddings' scale
-    readout: Literal['score', 'generate', 'head'] = 'score'   # how the answer is read
-    score_estimate: Literal['expected', 'mode', 'median'] = 'expected'   # the score from the labels' probabilities
-    score_over: Literal['vocabulary', 'labels'] = 'vocabulary'   # what an answer token's probability sums to 1 over
+    pseudo_projection: Literal['released', 'full'] = 'released'  # rank 2, or full rank
+    readout: Literal['score', 'generate', 'head'] = 'score'  # how the answer is read
+    score_estimate: Literal['expected', 'mode', 'median'] = 'expected'  # of the label distribution
+    score_over: Literal['vocabulary', 'labels'] = 'vocabulary'  # tokens that an answer token competes with
     head_width: AtLeast(1) = 64   # hidden width of the head of readout='head'
-    checkpoint_lm = False         # compute the LM's layers again in the backward pass, to save memory
+    checkpoint_lm = False         # recompute the LM's layers in the backward pass, to save memory
 
 
 class PseudoTokenLM(System):
     """
-    An adapter turns text, audio and video into P pseudo tokens, these stand before the text in a
-    prompt, and the frozen LM says the label. A system of this kind is its adapter: `make_adapter`,
-    and knobs for it.
+    An adapter turns text, audio and video into P pseudo tokens. They stand before the text in a
+    prompt, and the frozen LM answers with the label. A subclass defines `make_adapter` and the
+    knobs of its adapter.
 
-    Behind the prompt stand a few tokens that are read out: its last one, and the label's
-    (training), every node of the label trie (readout='score': one pass gives the probability of
-    every label), or a learned query (readout='head'). Prompts end at different places and are
-    padded there, where nothing looks; logits are for what is read out alone.
+    What is read out stands behind the prompt: in training, the tokens of the label; for
+    readout='score', every node of the label trie, so that one pass gives the probability of every
+    label; for readout='head', a learned query. Prompts have different lengths. Their padding is
+    behind them, no real token attends to it, and logits are computed for the tokens that are read
+    out only.
     """
 
     class Knobs(PseudoTokenKnobs):
@@ -474,7 +472,7 @@ class PseudoTokenLM(System):
     text_first = True
 
     def __init__(self, lm, prompt, k, widths):
-        """ lm FrozenLM; prompt Prompt; k: the knobs as a dict; widths: stream -> width. """
+        """ lm: FrozenLM; prompt: Prompt; k: the knobs, a dict; widths: stream -> width. """
         super().__init__()
         self.lm, self.prompt, self.k = lm, prompt, k
         self.adapter = self.make_adapter(k, widths, lm.width, lm.embed_rms())
@@ -495,7 +493,7 @@ class PseudoTokenLM(System):
     @classmethod
     def make_adapter(cls, k, widths, D, embed_rms):
         """
-        The module of the system: adapter(batch, text [B,T,D], text_mask [B,T]) -> pseudo tokens
+        The adapter: a module with forward(batch, text [B,T,D], text_mask [B,T]) -> pseudo tokens
         [B,P,D]. widths: stream -> width; D: the LM's width; embed_rms: the root mean square of the
         LM's embeddings.
         """
@@ -503,11 +501,11 @@ class PseudoTokenLM(System):
 
     @classmethod
     def check(cls, k):
-        wrong = super().check(k)
+        errors = super().check(k)
         if (k['weight_mpr'] or k['weight_eioi']) and k['readout'] != 'head':
-            wrong += ["weight_mpr and weight_eioi are for systems that predict a score by a head: "
-                      "--readout=head"]
-        return wrong
+            errors += ["weight_mpr and weight_eioi need a score that a head predicts: "
+                       "--readout=head"]
+        return errors
 
     @classmethod
     def float32_bytes(cls, k):
@@ -515,8 +513,9 @@ class PseudoTokenLM(System):
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
-        # labels that cannot be told apart get their sentence before gigabytes are loaded
-        Prompt(k, facts.labels[k['label']], load_tokenizer(k['lm'], k['trust_remote_code'], as_data))
+        # refuse ambiguous labels before the LM is loaded, which may take gigabytes
+        Prompt(k, facts.labels[k['label']],
+               load_tokenizer(k['lm'], k['trust_remote_code'], as_data))
         lm, tokenizer = load_lm(
             k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data, k['data_dir'])
         return cls.assemble(k, facts, lm, tokenizer), tokenizer
@@ -527,7 +526,7 @@ class PseudoTokenLM(System):
 
     def refuse_unknown_tokens(self):
         """
-        Raises ModelError where the LM has no embedding for a token of the prompt or of a label.
+        Raises ModelError where the LM has no embedding for a token of the prompt or a label.
         """
         prompt, rows = self.prompt, len(self.lm.parts['embed'].weight)
         around = [prompt.before, prompt.after]
@@ -536,9 +535,8 @@ class PseudoTokenLM(System):
 
     def read(self, batch, adapter=True):
         """
-        The prompt, embedded: x [B,T,D], n [B] real tokens. adapter=False leaves the pseudo tokens
-        out. Raises ModelError where the adapter gives another shape than one pseudo token of the
-        LM's width for each of n_pseudo.
+        The embedded prompt: x [B,T,D] and its n [B] real tokens. adapter=False leaves the pseudo
+        tokens out. Raises ModelError where the adapter returns another shape than [B,P,D].
         """
         first, P = len(self.prompt.before), self.k['n_pseudo']
         x, n = self.lm.embed(batch['tokens']), batch['text_len']  # [B,T,D], [B]
@@ -547,64 +545,65 @@ class PseudoTokenLM(System):
         pseudo = self.pseudo_tokens(batch, x)  # [B,P,D]
         wanted = (len(x), P, x.shape[2])
         if tuple(pseudo.shape) != wanted:
-            raise ModelError(f"the adapter gives pseudo tokens of shape {list(pseudo.shape)} and "
-                             f"the prompt has room for {list(wanted)}, [clips, n_pseudo, width of "
-                             "the LM]: mend the adapter, or set n_pseudo to what it gives.")
+            raise ModelError(f"the adapter returned pseudo tokens of shape {list(pseudo.shape)}, "
+                             f"and the prompt takes {list(wanted)}, [clips, n_pseudo, width of the "
+                             "LM]: correct the adapter, or set n_pseudo to its number of tokens.")
         return torch.cat([x[:, :first], pseudo.to(x.dtype), x[:, first + P:]], 1), n
 
     def pseudo_tokens(self, batch, x):
-        """ The adapter's pseudo tokens [B,P,D] for a prompt, embedded: x [B,T,D]. In float32. """
+        """ The adapter's pseudo tokens [B,P,D] for an embedded prompt x [B,T,D], in float32. """
         with torch.autocast(x.device.type, enabled=False):
             return self.adapter(batch, *self.own_text(x, batch['text_len']))  # [B,P,D]
 
     def own_text(self, x, n):
         """
-        The clip's own text in a prompt x [B,T,D] of n [B] tokens -> text [B,T,D] in float32, mask
-        [B,T].
+        The clip's own text within an embedded prompt x [B,T,D] of n [B] tokens -> text [B,T,D] in
+        float32, mask [B,T].
         """
         first, size = len(self.prompt.before) + self.k['n_pseudo'], self.k['max_text_len']
         text = x[:, first:first + size].float()  # [B,T,D]
         n_own = n - first - len(self.prompt.after)  # [B]
         return text, torch.arange(text.shape[1], device=x.device) < n_own[:, None]
 
-    def tail(self, x, n, y, depth, sees):
+    def hidden_behind_prompt(self, x, n, y, depth, sees):
         """
-        What the LM makes of tokens y [B,N,D] that stand `depth` [N] behind the last of n [B] real
-        tokens of x [B,T,D]; sees [N,N] says which of them see which. The first of y is that last
-        token -> [B,N,D] after the final norm.
+        The LM's hidden states, after the final norm, of tokens that stand behind a prompt ->
+        [B,N,D]. x [B,T,D]: the embedded prompt, with n [B] real tokens. y [B,N,D]: the embedded
+        tokens, of which the first repeats the prompt's last token. depth [N]: their distance from
+        that token. sees [N,N]: which of them attends to which.
         """
         lm, (B, T, _), N = self.lm, x.shape, y.shape[1]
-        again = self.k['checkpoint_lm'] and torch.is_grad_enabled()
-        at = torch.arange(T - 1, device=x.device)  # [T-1]
-        before = F.pad(at <= at[:, None], (0, N)).expand(B, T - 1, T - 1 + N)   # the prompt is causal
-        real = (at < n[:, None] - 1)[:, None].expand(B, N, T - 1)
+        recompute = self.k['checkpoint_lm'] and torch.is_grad_enabled()
+        t = torch.arange(T - 1, device=x.device)  # [T-1]
+        causal = F.pad(t <= t[:, None], (0, N)).expand(B, T - 1, T - 1 + N)  # for the prompt
+        real = (t < n[:, None] - 1)[:, None].expand(B, N, T - 1)
         behind = torch.cat([real, sees.expand(B, N, N)], -1)  # [B,N,T-1+N]
-        mask = torch.cat([before, behind], 1)[:, None]  # [B,1,T-1+N,T-1+N]
-        positions = torch.cat([at.expand(B, T - 1), n[:, None] - 1 + depth], 1)  # [B,T-1+N]
+        mask = torch.cat([causal, behind], 1)[:, None]  # [B,1,T-1+N,T-1+N]
+        positions = torch.cat([t.expand(B, T - 1), n[:, None] - 1 + depth], 1)  # [B,T-1+N]
         z, rope = lm.place(torch.cat([x[:, :-1], y], 1), positions)  # [B,T-1+N,D]
 
         def block(l, z):
             return lm.block(l, z, rope, mask=mask)[0]
 
         for l in range(lm.n_layers - 1):
-            if again:
+            if recompute:
                 z = checkpoint(block, l, z, use_reentrant=False, preserve_rng_state=False)
             else:
                 z = block(l, z)
-        q, k, v = lm.qkv(lm.n_layers - 1, z, rope)   # of the prompt, keys and values are enough here
+        # the last layer needs only keys and values of the prompt
+        q, k, v = lm.qkv(lm.n_layers - 1, z, rope)
         z = lm.finish(lm.n_layers - 1, z[:, -N:], q[:, :, -N:], k, v, mask[:, :, -N:])  # [B,N,D]
         return lm.final_norm(z)
 
     def label_scores(self, x, n):
         """
-        Log-probabilities of every label string, by one pass over their trie -> [B,K]. With
-        score_over='vocabulary' they are exact to the LM's dtype. With 'labels' each token's
-        probability is over the tokens that continue a label at its place: no logits of the whole
-        vocabulary are computed, and a label is likelier where the LM would have said something
-        that is no label.
+        The log-probability of every label string, by one pass over the label trie -> [B,K]. With
+        score_over='vocabulary' it is exact to the LM's dtype. With 'labels' each token competes
+        with the tokens that continue a label at its place, as in constrained decoding. Then no
+        logits of the whole vocabulary are computed.
         """
         y = self.lm.embed(self.trie_token).expand(len(x), -1, -1)  # [B,N,D]
-        h = self.tail(x, n, y, self.trie_depth, self.trie_sees)  # [B,N,D]
+        h = self.hidden_behind_prompt(x, n, y, self.trie_depth, self.trie_sees)  # [B,N,D]
         if self.k['score_over'] == 'labels':
             log_p = self.log_p_over_labels(h)  # [B,K,n]
         else:
@@ -633,36 +632,38 @@ class PseudoTokenLM(System):
         return logits[:, self.trie_node, column]  # [B,K,n]
 
     def head_out(self, x, n):
-        """
-        The hidden state of a learned query behind the prompt, through the head -> [B,1] or [B,K].
-        """
+        """ The head's output for a learned query behind the prompt -> [B,1] or [B,K]. """
         y = torch.cat([self.lm.embed(self.trie_token[:1]), self.query_tokens.to(x.dtype)])  # [2,D]
         depth = torch.arange(2, device=x.device)
-        h = self.tail(x, n, y.expand(len(x), -1, -1), depth, depth[:, None] >= depth)[:, 1]  # [B,D]
+        causal = depth[:, None] >= depth  # [2,2]
+        h = self.hidden_behind_prompt(x, n, y.expand(len(x), -1, -1), depth, causal)[:, 1]  # [B,D]
         with torch.autocast(x.device.type, enabled=False):
             return self.head(h.float())
 
     def generated(self, x, n):
         """
-        Greedy answers, understood: pred [B] and unread [B], 1 where an answer is no label; on the
-        CPU, as it is text.
+        Greedy decoding, parsed: pred [B], and unread [B], 1 where the answer is no label. Both are
+        on the CPU, where text is parsed.
         """
         token = self.trie_token[:1].expand(len(x))  # [B]
         answers = self.lm.go_on(x[:, :-1], n - 1, token, self.trie_answer.shape[1])  # [B,n]
-        nothing = -1.0 if self.prompt.kind == 'classes' else float(self.values[[0, -1]].mean())
+        # for an answer that is no label: no class, or the middle of the range
+        default = -1.0 if self.prompt.kind == 'classes' else float(self.values[[0, -1]].mean())
         pred, unread = [], []
         for ids in answers.tolist():
-            label = float('nan') if -1 in ids else self.prompt.understand(ids)
-            pred.append(nothing if label is None else float(label))
+            label = float('nan') if -1 in ids else self.prompt.parse_answer(ids)
+            pred.append(default if label is None else float(label))
             unread.append(float(label is None))
         return dict(pred=torch.tensor(pred), unread=torch.tensor(unread))
 
     def predict(self, batch, adapter=True):
         """
-        pred [B], a score or a class number; prob [B,K] over the labels, with their probabilities
-        made to sum to 1, for 'score' and for classes from a head; for 'generate' unread [B], 1
-        where the answer was no label: such a clip is scored as the middle of the range, or as no
-        class at all. adapter=False asks the LM about the text alone.
+        pred [B]: a score or a class number.
+        prob [B,K]: probabilities of the labels, normalised to sum to 1; for readout='score', and
+        for classes from a head.
+        unread [B]: for readout='generate', 1 where the answer is no label. Such a clip is scored as
+        the middle of the range, or as no class.
+        adapter=False leaves the pseudo tokens out, so the LM reads the text only.
         """
         k, (x, n) = self.k, self.read(batch, adapter)
         if k['readout'] == 'generate':
@@ -674,17 +675,17 @@ class PseudoTokenLM(System):
         if self.prompt.kind == 'classes' or k['score_estimate'] == 'mode':
             pred = self.values[prob.argmax(-1)]  # [B]
         elif k['score_estimate'] == 'expected':
-            pred = (prob * self.values).sum(-1)   # [B]; no matmul: autocast would round it
-        else:   # the median, on the CPU: CUDA's sum is not the same twice
-            at = (prob.cpu().cumsum(-1) < 0.5).sum(-1)  # [B]
-            pred = self.values[at.clamp(max=len(self.values) - 1)]
-        pred = pred.where(scores.isfinite().all(-1), torch.nan)   # argmax would hide a NaN
+            pred = (prob * self.values).sum(-1)  # [B]; autocast would round a matmul
+        else:  # the median; on the CPU, because cumsum on CUDA is not deterministic
+            index = (prob.cpu().cumsum(-1) < 0.5).sum(-1)  # [B]
+            pred = self.values[index.clamp(max=len(self.values) - 1)]
+        pred = pred.where(scores.isfinite().all(-1), torch.nan)  # argmax would hide a NaN
         return dict(pred=pred, prob=prob)
 
     def forward(self, batch):
         """
-        Cross-entropy of the label's tokens; with readout='head' L1, or cross-entropy of the
-        classes.
+        The loss: cross-entropy of the label's tokens; with readout='head', L1 of a score or
+        cross-entropy of the classes.
         """
         x, n = self.read(batch)
         label = self.prompt.index(batch['label'])  # [B]
@@ -693,18 +694,19 @@ class PseudoTokenLM(System):
         answer, real = self.trie_answer[label], self.trie_real[label]  # [B,n], [B,n]
         depth = torch.arange(answer.shape[1], device=x.device)
         y = torch.cat([self.trie_token[:1].expand(len(x), 1), answer[:, :-1]], 1)  # [B,n]
-        h = self.tail(x, n, self.lm.embed(y), depth, depth[:, None] >= depth)  # [B,n,D]
+        causal = depth[:, None] >= depth  # [n,n]
+        h = self.hidden_behind_prompt(x, n, self.lm.embed(y), depth, causal)  # [B,n,D]
         loss = label_loss(h, answer, real, self.lm.lm_head, batch.get('lm_weight', 1.0))
         return dict(loss=loss, terms={'label': loss})
 
     def head_loss(self, out, label, batch):
-        """ The loss of readout='head': out [B,1] or [B,K], label [B] as a class number. """
+        """ The loss of readout='head': out [B,1] or [B,K]; label [B], the class numbers. """
         if self.prompt.kind == 'classes':
             task = F.cross_entropy(out, label)
             return dict(loss=task + 0.0, terms={'task': task})
         task = l1(out[:, 0], batch['label'])
-        more, extra = ordinal_loss(out[:, 0], batch['label'], self.k, batch)
-        return dict(loss=task + extra, terms={'task': task} | more)
+        ordinal_terms, ordinal = ordinal_loss(out[:, 0], batch['label'], self.k, batch)
+        return dict(loss=task + ordinal, terms={'task': task} | ordinal_terms)
 
     @classmethod
     def controls(cls, k):
@@ -719,25 +721,23 @@ class PseudoTokenLM(System):
 
 
 class MSEAdapterLM(PseudoTokenLM):
-    """
-    MSE-Adapter (Yang et al. 2025): Text-Guide-Mixer and Multi-Scale-Fusion make the pseudo tokens.
-    """
+    """ MSE-Adapter: Text-Guide-Mixer and Multi-Scale-Fusion make the pseudo tokens. """
 
     class Knobs(PseudoTokenKnobs):
-        mse_width: AtLeast(1) = 256   # d
+        mse_width: AtLeast(1) = 256   # d, width of the adapter
         lstm_audio: AtLeast(1) = 64   # hidden width of the LSTM over audio
         lstm_vision: AtLeast(1) = 32  # hidden width of the LSTM over video
-        msf_scales: AtLeast(1) = [8, 32, 16]   # bottlenecks of Multi-Scale-Fusion are the LM's width over these
-        mse_tgm = True                # Text-Guide-Mixer: text times audio and video; False: added
+        msf_scales: AtLeast(1) = [8, 32, 16]  # bottleneck widths: the LM's width divided by each
+        mse_tgm = True                # Text-Guide-Mixer: multiply by the text; False: add it
         mse_msf = True                # Multi-Scale-Fusion; False: left out
-        tgm_pool: Literal['real', 'padded'] = 'real'   # tokens in the mean text embedding
+        tgm_pool: Literal['real', 'padded'] = 'real'  # tokens in the mean text embedding
 
     @classmethod
     def check(cls, k):
-        wrong = super().check(k)
+        errors = super().check(k)
         if not k['msf_scales']:
-            wrong += ["msf_scales=[] must be numbers of at least 1"]
-        return wrong
+            errors += ["msf_scales=[] must be numbers of at least 1"]
+        return errors
 
     @classmethod
     def make_adapter(cls, k, widths, D, embed_rms):
@@ -749,18 +749,19 @@ class MSEAdapterLM(PseudoTokenLM):
         super().refuse_unknown_tokens()
         if self.k['tgm_pool'] == 'padded':
             rows = len(self.lm.parts['embed'].weight)
-            what = "the padding that tgm_pool='padded' counts"
-            refuse_unknown_tokens([[self.prompt.pad_id]], rows, what)
+            padding = "the padding that tgm_pool='padded' counts"
+            refuse_unknown_tokens([[self.prompt.pad_id]], rows, padding)
 
     def own_text(self, x, n):
         """
-        As PseudoTokenLM.own_text; with tgm_pool='padded', padding counts in the mean, up to
-        max_text_len of it.
+        As PseudoTokenLM.own_text. With tgm_pool='padded', as in the release, padding up to
+        max_text_len counts as text: the mask is True everywhere.
         """
         text, mask = super().own_text(x, n)  # [B,T,D], [B,T]
         if self.k['tgm_pool'] == 'real':
             return text, mask
-        pad = self.lm.embed(torch.full((1, 1), self.prompt.pad_id, device=x.device)).float()  # [1,1,D]
+        pad_id = torch.full((1, 1), self.prompt.pad_id, device=x.device)  # [1,1]
+        pad = self.lm.embed(pad_id).float()  # [1,1,D]
         n_more = self.k['max_text_len'] - text.shape[1]
         text = text.where(mask[..., None], pad)  # [B,T,D]
         text = torch.cat([text, pad.expand(len(x), n_more, -1)], 1)  # [B,max_text_len,D]
@@ -768,18 +769,16 @@ class MSEAdapterLM(PseudoTokenLM):
 
 
 class CMPTALM(PseudoTokenLM):
-    """
-    CMPTA: BiLSTM alignment and six directed cross-attentions make six pseudo tokens, a soft prompt.
-    """
+    """ CMPTA: BiLSTM alignment and six directed cross-attentions make six pseudo tokens. """
 
     class Knobs(PseudoTokenKnobs):
-        cmpta_width: AtLeast(1) = 1024   # d
-        cmpta_heads: AtLeast(1) = 8      # attention heads (not stated in the paper)
-        cmpta_layers: AtLeast(1) = 1     # Transformer layers over the six tokens (not stated in the paper)
-        cmpta_pool: Literal['mean', 'last', 'learned'] = 'mean'   # sequence to token (not in the paper)
-        cmpta_align: Literal['bi', 'one-way', 'off'] = 'bi'   # LSTM of the alignment (Tables 5, 6)
-        cmpta_align_text = True          # align text too (the paper can be read both ways)
-        cmpta_attend = True              # False: no CMPT adapter, each token from its own modality
+        cmpta_width: AtLeast(1) = 1024   # d, width of the adapter
+        cmpta_heads: AtLeast(1) = 8      # attention heads (not legible in the paper's scan)
+        cmpta_layers: AtLeast(1) = 1     # Transformer layers over the six tokens (not legible)
+        cmpta_pool: Literal['mean', 'last', 'learned'] = 'mean'  # steps to one token (not legible)
+        cmpta_align: Literal['bi', 'one-way', 'off'] = 'bi'  # LSTM of the alignment (Tables 5, 6)
+        cmpta_align_text = True          # align the text too (the paper can be read both ways)
+        cmpta_attend = True              # False: each token from its own modality, no CMPT adapter
         dropout: Share() = 0.1           # in the adapter
 
     @classmethod
@@ -789,50 +788,49 @@ class CMPTALM(PseudoTokenLM):
                      k['cmpta_pool'], k['dropout'], k['pseudo_projection'], embed_rms)
 
     def attention(self, batch):
-        """
-        How much each frame or token counts in each pseudo token, 'text_from_vision' -> [B,S] .. (in
-        eval mode).
-        """
+        """ In eval mode: 'text_from_vision' -> the weight of each frame in that token, [B,S] .. """
         with torch.autocast(batch['tokens'].device.type, enabled=False):
             x = self.lm.embed(batch['tokens'])  # [B,T,D]
             return self.adapter.attention(batch, *self.own_text(x, batch['text_len']))
 
     def views(self, batch, predict):
-        """ Over text, audio and video: where the tokens of the other modalities look. """
+        """
+        For text, audio and video: the weights of their steps in the tokens of the other modalities.
+        """
         if not self.k['cmpta_attend']:
             return {}
         pairs, views = self.attention(batch), {}   # name -> [B,S]
-        for other in ('text', 'audio', 'vision'):
+        for source in ('text', 'audio', 'vision'):
             weights = {name.split('_from_')[0]: w[0] for name, w in pairs.items()
-                       if name.endswith('from_' + other)}
-            n = None if other == 'text' else int(batch[other + '_len'][0])
-            what = 'text token' if other == 'text' else f'{other} frame'
+                       if name.endswith('from_' + source)}
+            n = None if source == 'text' else int(batch[source + '_len'][0])
+            column = 'text token' if source == 'text' else f'{source} frame'
             if weights:
                 stacked = torch.stack(list(weights.values()))[:, :n]  # [rows,S]
-                views[f'over {other}'] = stacked, list(weights), what
+                views[f'over {source}'] = stacked, list(weights), column
         return views
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # CrossSent
 
 class CrossSent(System):
     """
-    CrossSent (Liu et al. 2026): an encoder, fine-tuned, into which a GMRA brings audio and video
-    before layer gmra_layer; the first token through a dense tanh layer gives the score. Loss: MSE,
-    and the ordinal regularisers.
+    CrossSent (Liu et al. 2026): a GMRA adds audio and video to a fine-tuned encoder before layer
+    gmra_layer. A head of two linear layers reads the score from the first token. Loss: MSE and the
+    ordinal regularisers.
     """
 
     class Knobs(EncoderKnobs, OrdinalKnobs):
-        gmra_layer: AtLeast(0) = 1    # encoder layer, from 1, that the GMRA comes before; 0: text only
-        gmra_width: AtLeast(0) = 0    # d; 0 is the encoder's own width
+        gmra_layer: AtLeast(0) = 1    # encoder layer, from 1, before which GMRA runs; 0: text only
+        gmra_width: AtLeast(0) = 0    # d, width of the GMRA; 0: the encoder's width
         gmra_heads: AtLeast(0) = 0    # attention heads; 0: as many as the encoder has
-        gmra_mult: AtLeast(0.1) = 4.0    # hidden width of the residual adapter over the encoder's; the paper's count
-        gmra_concat: Literal['sequence', 'features'] = 'sequence'   # how audio and video join
-        gmra_start: Literal['identity', 'random'] = 'identity'   # 'identity': as without it
-        resample: Literal['linear', 'mean', 'words', 'none'] = 'linear'   # frames onto text tokens
-        text_pool: Literal['first', 'mean'] = 'first'   # the sentence vector
-        lr_encoder: AtLeast(0) = 1.0  # learning rate of the encoder over that of what is new
+        gmra_mult: AtLeast(0.1) = 4.0  # hidden width of the residual adapter, in encoder widths
+        gmra_concat: Literal['sequence', 'features'] = 'sequence'  # how audio and video are joined
+        gmra_start: Literal['identity', 'random'] = 'identity'  # 'identity': no effect at first
+        resample: Literal['linear', 'mean', 'words', 'none'] = 'linear'  # of frames to text tokens
+        text_pool: Literal['first', 'mean'] = 'first'  # token or tokens that the head reads
+        lr_encoder: AtLeast(0) = 1.0  # factor of the learning rate for the encoder's own weights
         dropout: Share() = 0.1        # in the GMRA and the head
 
     def __init__(self, encoder, tokenizer, widths, k):
@@ -843,15 +841,16 @@ class CrossSent(System):
                              "the layers of this encoder, or 0 for none.")
         encoder.fits(k['max_text_len'])
         if k['gmra_concat'] == 'features' and k['resample'] == 'none':
-            raise ModelError("gmra_concat='features' puts audio and video side by side, so both "
-                             "must be on the text's time line: take another resample.")
+            raise ModelError("gmra_concat='features' joins audio and video along features, so "
+                             "both must be on the text's time line: take another resample.")
         self.ends = [len(tokens) for tokens in specials(tokenizer)]
         self.gmra = None
         if k['gmra_layer'] and widths:
             self.gmra = GMRA(
                 widths, D, k['gmra_width'] or D, k['gmra_heads'] or encoder.n_heads,
                 k['gmra_mult'], k['gmra_concat'], k['gmra_start'], k['dropout'])
-        self.head = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Dropout(k['dropout']), nn.Linear(D, 1))
+        self.head = nn.Sequential(
+            nn.Linear(D, D), nn.Tanh(), nn.Dropout(k['dropout']), nn.Linear(D, 1))
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
@@ -861,7 +860,8 @@ class CrossSent(System):
 
     @classmethod
     def assemble(cls, k, facts, encoder, tokenizer):
-        return cls(encoder, tokenizer, {s: facts.widths[s] for s in k['modalities'] if s in facts.widths}, k)
+        widths = {s: facts.widths[s] for s in k['modalities'] if s in facts.widths}
+        return cls(encoder, tokenizer, widths, k)
 
     @classmethod
     def makes_files(cls, k):
@@ -882,17 +882,18 @@ class CrossSent(System):
                 x = self.gmra(x, cues)
             x = self.encoder.layer(l, x, mask)
         with torch.autocast(x.device.type, enabled=False):
-            return dict(pred=self.head(sentence(x.float(), mask, self.k['text_pool']))[:, 0])  # [B]
+            y = text_vector(x.float(), mask, self.k['text_pool'])  # [B,D]
+            return dict(pred=self.head(y)[:, 0])  # [B]
 
     def forward(self, batch):
         pred, label = self.predict(batch)['pred'], batch['label']  # [B], [B]
-        terms, extra = ordinal_loss(pred, label, self.k, batch)
+        terms, ordinal = ordinal_loss(pred, label, self.k, batch)
         terms['task'] = mse(pred, label)
-        return dict(loss=terms['task'] + extra, terms=terms)
+        return dict(loss=terms['task'] + ordinal, terms=terms)
 
     def param_groups(self):
-        """ The encoder's own weights learn at lr_encoder times the rate of what is new. """
-        return grouped(self, dict(encoder=self.k['lr_encoder']))
+        """ As System.param_groups, with the factor lr_encoder for the encoder's own weights. """
+        return weight_groups(self, dict(encoder=self.k['lr_encoder']))
 
     def views(self, batch, predict):
         return attention_of_last_layer(self.encoder, predict, batch)
@@ -901,7 +902,7 @@ class CrossSent(System):
         return inputs_of(self.head, predict, batch)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All systems, by the name that the knob `system` takes
 
 SYSTEMS = dict(

@@ -1,12 +1,12 @@
 """
-What a frozen LM is asked, and what it may answer: prompts and label strings, as data.
+The prompt around a clip's text for a frozen LM, and the label strings that may follow it:
 
     start, <Multimodal>, P pseudo tokens, the clip's text, </Multimodal>, the question,
     the answer's lead-in | the label
 
-No family of LMs is special here: start is what its tokenizer itself puts before a text, and a label
-is whatever tokens the tokenizer adds for it behind the lead-in. The labels form a trie, so that one
-pass can score all of them.
+No LM family needs code of its own here. `start` is what the tokenizer itself puts before a text. A
+label is the tokens that the tokenizer adds for it behind the lead-in. The labels form a trie, so
+that one forward pass can score all of them.
 
 Axis letters: K labels, n tokens of the longest label, N nodes of the trie (the root first).
 """
@@ -21,14 +21,14 @@ from run.load_lm import specials
 
 
 class PromptKnobs:
-    prompt: Literal['en', 'cn', 'toy'] = 'en'  # the question that the LM is asked, a key of PROMPTS
-    prompt_start = 'auto'  # before all else: 'auto', the tokenizer's own; or as '<|im_start|>'
-    label_words: Literal['index', 'name'] = 'index'  # a class is answered by its 'index' or 'name'
-    label_plus = False     # write +0.6 for 0.6, as the paper's figure; the release does so for Qwen
-    label_eos = False      # end-of-text token behind each label
+    prompt: Literal['en', 'cn', 'toy'] = 'en'  # the language of the prompt, a key of PROMPTS
+    prompt_start = 'auto'  # its first tokens: 'auto', the tokenizer's own; or as '<|im_start|>'
+    label_words: Literal['index', 'name'] = 'index'  # the label of a class: its 'index' or 'name'
+    label_plus = False     # write +0.6 for 0.6, as the paper's figure and the release's Qwen do
+    label_eos = False      # put the end-of-text token behind each label
 
 
-# One entry a language. `space` stands before a label; {low} {high} {classes} come from the corpus.
+# The words of each prompt. `space` precedes a label; {low} {high} {classes} come from the corpus.
 PROMPTS = {
     'en': dict(
         open='<Multimodal>',
@@ -46,7 +46,7 @@ PROMPTS = {
         regression='请给上述多模态内容的情感强度打分，范围从{low}到{high}。助手: 情感为',
         classes='请从<{classes}>中选出上述多模态内容的情绪。助手: 情绪为',
     ),
-    # what the toy LM has read its ratings behind; it knows no instructions
+    # the words before the ratings in the toy LM's training text; it cannot follow instructions
     'toy': dict(
         open='',
         close='',
@@ -59,10 +59,11 @@ PROMPTS = {
 
 class Prompt:
     """
-    The question to one LM about one label of one corpus: before, after (token ids around the text),
-    labels (K strings), values [K] (regression), answers (K lists of token ids). Raises ModelError
-    where the labels cannot be told apart.
+    The question to one LM about one label of one corpus. Raises ModelError where the tokens of the
+    labels are not distinct.
 
+    before, after: token ids before and behind the text. labels: K strings. values: K numbers, None
+    for classes. answers: K lists of token ids. pad_id: the token id of padding.
     k: the run's knobs; info: the corpus's entry for the label, with `range` or `names`.
     """
 
@@ -70,26 +71,26 @@ class Prompt:
         self.k = k
         self.kind = info['kind']
         self.tokenizer = tokenizer
-        said = PROMPTS[k['prompt']]
+        words = PROMPTS[k['prompt']]
         if self.kind == 'classes':
-            question = self._ask_for_a_class(said, info['names'])
+            question = self._class_question(words, info['names'])
         else:
-            question = self._ask_for_a_number(said, *info['range'])
+            question = self._number_question(words, *info['range'])
 
         if k['prompt_start'] == 'auto':
             start = specials(tokenizer)[0]
         else:
             start = self._ids(k['prompt_start'])
-        self.before = start + self._ids(said['open'])
-        self.after = self._ids(said['close'] + question)
+        self.before = start + self._ids(words['open'])
+        self.after = self._ids(words['close'] + question)
         if not self.after:
             raise ModelError(f"the tokenizer of {k['lm']} makes no tokens of the prompt "
-                             f"{k['prompt']!r}.")
+                             f"{k['prompt']!r}: take another LM, or another prompt.")
 
-        # behind the lead-in, not by itself: a sentencepiece label begins with its space
-        lead_in = said['close'] + question + said['space']
+        # Each label is tokenized behind the lead-in: by itself, sentencepiece would put a space
+        # before it. If the end of the lead-in merges with a label, labels are tokenized alone.
+        lead_in = words['close'] + question + words['space']
         joint = [self._ids(lead_in + label) for label in self.labels]
-        # unless the lead-in's last letters melt into a label
         if all(ids[:len(self.after)] == self.after for ids in joint):
             self.answers = [ids[len(self.after):] for ids in joint]
         else:
@@ -97,17 +98,17 @@ class Prompt:
         if k['label_eos']:
             if tokenizer.eos_token_id is None:
                 raise ModelError("label_eos=True needs an end-of-text token, and the tokenizer of "
-                                 f"{k['lm']} has none.")
+                                 f"{k['lm']} has none: take another LM, or label_eos=False.")
             self.answers = [ids + [tokenizer.eos_token_id] for ids in self.answers]
-        self._tell_apart()
+        self._refuse_ambiguous_labels()
 
         unknown = getattr(tokenizer, 'unk_token_id', None)
         known = (tokenizer.pad_token_id, unknown, tokenizer.eos_token_id)
-        # for tgm_pool='padded' alone
+        # only tgm_pool='padded' reads it
         self.pad_id = next((t for t in known if t is not None and t >= 0), 0)
 
-    def _ask_for_a_class(self, said, names):
-        """ The question about classes; sets labels. """
+    def _class_question(self, words, names):
+        """ The question about classes. Sets values and labels. """
         self.values = None
         if self.k['label_words'] == 'name':
             self.labels = list(names)
@@ -115,30 +116,35 @@ class Prompt:
         else:
             self.labels = [str(i) for i in range(len(names))]
             listed = ', '.join(f'{name}:{i}' for i, name in enumerate(names))
-        return said['classes'].format(classes=listed)
+        return words['classes'].format(classes=listed)
 
-    def _ask_for_a_number(self, said, low, high):
+    def _number_question(self, words, low, high):
         """
-        The question about a number in [low, high]; sets values and labels, of one decimal as the
-        papers have it: 61 numbers in [-3, 3], 21 in [-1, 1].
+        The question about a number in [low, high]. Sets values and labels, in steps of 0.1 as in
+        the papers: 61 numbers in [-3, 3], 21 in [-1, 1].
         """
         low, high = round(10 * low, 6), round(10 * high, 6)
         self.values = [i / 10 for i in range(math.ceil(low), math.floor(high) + 1)]
         plus = '+' if self.k['label_plus'] else ''
         self.labels = [f"{plus if v >= 0 else ''}{v:.1f}" for v in self.values]
-        return said['regression'].format(low=self.labels[0], high=self.labels[-1])
+        return words['regression'].format(low=self.labels[0], high=self.labels[-1])
 
     def _ids(self, text):
-        """ The token ids of a text, without the tokenizer's own before and behind it. """
+        """
+        The token ids of a text, without the special tokens that the tokenizer would add around it.
+        """
         if not text:
             return []
         return list(self.tokenizer([text], add_special_tokens=False)['input_ids'][0])
 
-    def _tell_apart(self):
-        """ Raises ModelError where two labels cannot be told apart by their tokens. """
+    def _refuse_ambiguous_labels(self):
+        """
+        Raises ModelError where a label has no tokens or unknown ones, or where its tokens are those
+        of another label or the beginning of them.
+        """
         lm = self.k['lm']
         unknown = getattr(self.tokenizer, 'unk_token_id', None)
-        # GPT-2 calls its end of text unknown, and knows every letter
+        # GPT-2 gives its end-of-text token as the unknown one, and has tokens for every letter
         if unknown is not None and unknown != self.tokenizer.eos_token_id:
             for label, ids in zip(self.labels, self.answers):
                 if unknown in ids:
@@ -149,28 +155,31 @@ class Prompt:
         for label, ids in zip(self.labels, map(tuple, self.answers)):
             if not ids:
                 raise ModelError(f"the tokenizer of {lm} makes no token of the label {label!r}: "
-                                 "another label_words?")
+                                 "take another LM, or another label_words.")
             if ids in label_of:
                 raise ModelError(f"the tokenizer of {lm} makes the same tokens of the labels "
-                                 f"{label_of[ids]!r} and {label!r} (it has no letters for them): "
+                                 f"{label_of[ids]!r} and {label!r} (it lacks their letters): "
                                  "take another LM, or another label_words.")
             label_of[ids] = label
         for ids, label in label_of.items():
             for i in range(1, len(ids)):
                 if ids[:i] in label_of:
                     raise ModelError(f"the label {label_of[ids[:i]]!r} is the beginning of "
-                                     f"{label!r} for the tokenizer of {lm}, so one's probability "
-                                     "holds the other's: --label_eos=True ends them.")
+                                     f"{label!r} in the tokens of {lm}, so its probability "
+                                     "includes that of the longer label: set label_eos=True, which "
+                                     "ends each label with a token of its own.")
 
     def longest(self):
         """
-        Tokens of everything but the pseudo tokens and the clip's text, the longest label included.
+        The number of tokens of the prompt and the longest label, without pseudo tokens and the
+        clip's text.
         """
         return len(self.before) + len(self.after) + max(map(len, self.answers))
 
     def index(self, label):
         """
-        Labels [B] as a corpus has them -> which of the K label strings says each, [B] int64.
+        Labels [B] as the corpus has them -> the index of the label string of each, [B] int64.
+        Numbers are rounded to one decimal and clamped to the range.
         """
         if self.kind == 'classes':
             return label
@@ -179,10 +188,13 @@ class Prompt:
 
     def trie(self):
         """
-        The label trie as tensors. A node is what has been said so far, the root (number 0) nothing:
-        its token is the prompt's last. token [N], depth [N], sees [N,N] (a node sees the ones it
-        stands on and itself); answer [K,n] ids, node [K,n] the node that says each of them, real
-        [K,n].
+        The label trie as tensors. A node is a proper prefix of a label's tokens. Node 0, the root,
+        is the empty prefix.
+        token [N]: the last token of the node; for the root, the last token of the prompt.
+        depth [N]: the number of tokens of the node.
+        sees [N,N]: whether node i attends to node j, that is, whether j is i or a prefix of i.
+        answer [K,n]: the token ids of each label. node [K,n]: for each of them, the node whose
+        logits predict it. real [K,n]: False at padding.
         """
         prefixes = {tuple(ids[:i]) for ids in self.answers for i in range(len(ids))}
         prefixes = sorted(prefixes, key=lambda p: (len(p), p))  # N
@@ -204,17 +216,17 @@ class Prompt:
             real=torch.arange(n) < lengths[:, None],  # [K,n]
         )
 
-    def understand(self, ids):
+    def parse_answer(self, ids):
         """
-        What a generated answer says, as a number or a class, or None if nothing of the kind.
-        Numbers are cut to the label range: a runaway 66.3 is one wrong clip, not the mean over all
-        of them.
+        The label in a generated answer: a number, the index of a class, or None where there is
+        none. Numbers are clamped to the label range, so that a single answer such as 66.3 does not
+        dominate a mean error.
         """
         end = self.tokenizer.eos_token_id
         if end in ids:
             ids = ids[:ids.index(end)]
         text = self.tokenizer.decode(ids).strip().replace('–', '-').replace('−', '-')
-        if self.kind == 'classes':  # the longest name that it begins with
+        if self.kind == 'classes':  # of the labels that the text begins with, the longest
             fits = [k for k, label in enumerate(self.labels) if text.startswith(label)]
             return max(fits, key=lambda k: len(self.labels[k]), default=None)
         number = re.match(r'[-+]?\s*\d+(\.\d)?', text)
@@ -223,18 +235,18 @@ class Prompt:
         return min(max(float(number[0].replace(' ', '')), self.values[0]), self.values[-1])
 
 
-def rated(corpus, split, prompt='toy'):
+def rated_texts(corpus, split, prompt='toy'):
     """
-    A corpus's texts as an LM may have met them: each with a rating behind it, by turns a score and
-    an emotion (as far as the corpus has both). What lm_text='rated' trains the toy LM on: a
-    stand-in for what a pretrained LM knows of ratings.
+    The texts of a split, each followed by a rating: in turn a score and an emotion, as far as the
+    corpus has both. lm_text='rated' trains the toy LM on them, because it lacks what a pretrained
+    LM has read about ratings.
     """
-    said = PROMPTS[prompt]
-    kinds = [(said[info['kind']], corpus.label(split, name), info.get('names'))
+    words = PROMPTS[prompt]
+    kinds = [(words[info['kind']], corpus.label(split, name), info.get('names'))
              for name, info in corpus.labels.items() if name in ('label', 'emotion')]
     texts = []
     for i, text in enumerate(corpus.text(split)):
         question, y, names = kinds[i % len(kinds)]
-        rating = names[y[i]] if names else round(float(y[i]), 1) + 0.0  # + 0.0: no -0.0
-        texts.append(f"{text} {question}{said['space']}{rating}")
+        rating = names[y[i]] if names else round(float(y[i]), 1) + 0.0  # -0.0 becomes 0.0
+        texts.append(f"{text} {question}{words['space']}{rating}")
     return texts

@@ -4,38 +4,38 @@ class and one config.
 
     class MySystem(System):
         class Knobs(System.Knobs):
-            my_width = 64        # its own knobs: literals, one a line, with meaning and unit
+            my_width = 64        # its own knobs: a literal a line, with meaning and unit
 
         @classmethod
         def build(cls, k, facts, folder, dtype, trained, as_data): ..   # -> model, tokenizer
-        def forward(self, batch): ..                                     # -> dict(loss, terms)
-        def predict(self, batch): ..                                     # -> dict(pred, prob where there is one)
+        def forward(self, batch): ..                                    # -> dict(loss, terms)
+        def predict(self, batch): ..                                    # -> dict(pred, ..)
 
-`SYSTEMS` in model.py gives it a name. docs/fork.md adds one, step by step.
+`SYSTEMS` in model.py gives it a name. docs/fork.md adds a system step by step.
 """
 import numpy as np
 import torch
 import torch.nn as nn
 
 from configurator import check_declaration
-from losses import ordinal_notes, wrong_ordinal
+from losses import ordinal_errors, ordinal_notes
 from metrics import BETTER
 from run.errors import ModelError
 
 
 class System(nn.Module):
-    """ A model and what the rest of the repository must know of it. """
+    """ A model, and what the rest of the repository must know about it. """
 
     class Knobs:
         pass
 
-    reads_text = True               # batches hold tokens of the clips' text
-    label_kinds = ('regression',)   # of the labels that it learns: 'regression', 'classes'
+    reads_text = True               # batches hold the tokens of the clips' texts
+    label_kinds = ('regression',)   # kinds of labels that it can learn: 'regression', 'classes'
     frozen_lm = False               # self.lm is a FrozenLM, which may be sharded
-    predicts = True                 # False: it has a loss alone, and no prediction of a label
-    text_first = False              # clips of like text length share a batch, and of these those of like frames
-    one_process = False             # it keeps statistics of the clips, so that torchrun cannot share its batches
-    passes_on = ()                  # knobs that its run, as a prerequisite, takes from the run that needs it
+    predicts = True                 # False: it has a loss, but does not predict a label
+    text_first = False              # batches group clips by text length first, then by frame cost
+    one_process = False             # it keeps statistics of clips, so torchrun cannot train it
+    inherited_knobs = ()            # knobs that a prerequisite run takes from the run that needs it
 
     def __init__(self):
         super().__init__()
@@ -52,32 +52,33 @@ class System(nn.Module):
     @classmethod
     def check(cls, k):
         """
-        Sentences about knobs that contradict each other. Asked before anything is read or trained.
+        Sentences about knobs that contradict each other. Called before anything is read or trained.
         """
-        wrong = wrong_ordinal(k) if 'weight_mpr' in k else []
+        errors = ordinal_errors(k) if 'weight_mpr' in k else []
         if k['select'] not in BETTER:
-            wrong += [f"select={k['select']!r} is none of {', '.join(BETTER)}"]
+            errors += [f"select={k['select']!r} is none of {', '.join(BETTER)}"]
         elif (k['select'] == 'loss') == cls.predicts:
-            wrong += ["select is 'loss' for a system that predicts nothing, such as an LM, and a "
-                      "metric for the others"]
-        return wrong
+            errors += [f"select={k['select']!r} must be 'loss' for a system that predicts no "
+                       "label, such as an LM, and a metric for the others"]
+        return errors
 
     @classmethod
-    def rehearse(cls, k, pending):
+    def refuse_impossible_model(cls, k, pending):
         """
-        Raises ModelError where the knobs describe no model, from configurations alone: before
-        prerequisites are trained. pending: the knobs that name a run which is not trained yet.
+        Raises ModelError where the knobs describe no possible model. Called before prerequisites
+        are trained, so it reads configurations only. pending: the knobs that name a run that is not
+        trained yet.
         """
 
     @classmethod
-    def stands_on(cls, k):
-        """ The knobs that may name a run of k['needs'], such as lm='lm_toy'. """
+    def prerequisite_knobs(cls, k):
+        """ The knobs that may name a prerequisite in k['needs'], such as lm='lm_toy'. """
         return [knob for knob in ('lm',) if knob in k]
 
     @classmethod
     def float32_bytes(cls, k):
         """
-        The size of its frozen weights in float32, from configurations alone; 0 where nothing is
+        The size of the frozen weights in float32, from configurations only; 0 where nothing is
         frozen.
         """
         return 0
@@ -88,18 +89,19 @@ class System(nn.Module):
         The model that the knobs `k` (a dict) describe, and its tokenizer (None without text).
         Raises ModelError.
 
-        facts: the corpus, or what a run has written down of it: widths, labels, n_clips,
-        text(split). folder: the run's, for files that building makes. trained=True: the weights
-        come from a checkpoint afterwards, and the files are there. as_data=True: the LM is one that
-        a stranger's folder names.
+        facts: the corpus, or what a run recorded of it: widths, labels, n_clips, text(split).
+        folder: the run's folder, for files that building writes.
+        trained=True: the files exist already, and the weights are loaded from a checkpoint
+        afterwards.
+        as_data=True: an untrusted folder names the LM, so no code that comes with the LM is run.
         """
         raise NotImplementedError(f"{cls.__name__} has no build")
 
     @classmethod
     def assemble(cls, k, facts, text_model, tokenizer):
         """
-        The model on a text model that is there already: a FrozenLM, a TextEncoder or None. What build
-        does after loading; the benchmark calls it with a random text model.
+        The model on a text model that is already loaded: a FrozenLM, a TextEncoder or None. build
+        calls it after loading; the benchmark calls it with a random text model.
         """
         raise NotImplementedError(f"{cls.__name__} has no assemble, which the benchmark asks for")
 
@@ -108,56 +110,57 @@ class System(nn.Module):
 
     @classmethod
     def streams(cls, k):
-        """ The streams of 'audio' and 'vision' that its batches hold; others arrive empty. """
+        """ Those of 'audio' and 'vision' that its batches hold; the others arrive empty. """
         return tuple(k['modalities'])
 
     @classmethod
-    def seen(cls, k):
-        """ Which of 'text', 'audio', 'vision' a run of these knobs reads. """
+    def modalities_read(cls, k):
+        """ Those of 'text', 'audio' and 'vision' that a run with these knobs reads. """
         return (['text'] if cls.reads_text else []) + list(cls.streams(k))
 
     @classmethod
     def texts(cls, k, corpus, split):
-        """ The texts of a split as it reads them. """
+        """ The texts of a split as the system reads them. """
         return corpus.text(split)
 
     @classmethod
     def makes_files(cls, k):
         """
-        Whether building or feeding it writes files that several processes would write at once.
+        Whether building or feeding the system writes files, which several processes would write at
+        once.
         """
         return False
 
     @classmethod
     def frozen_features(cls, k):
-        """
-        Whether batches hold hidden states of k['lm'] for the text, computed once, in batch['text'].
-        """
+        """ Whether batch['text'] holds hidden states of k['lm'] for the texts, computed once. """
         return False
 
     @classmethod
     def needs_words(cls, k):
-        """ Whether batches must say which word each token begins in (batch['word']). """
+        """
+        Whether batch['word'] must hold, for each token, the number of the word that it begins in.
+        """
         return False
 
     @classmethod
     def notes(cls, k, corpus):
-        """ Sentences for the start of a run about how it reads this corpus. """
+        """ Sentences for the start of a run about how the system reads this corpus. """
         return []
 
     @classmethod
-    def run_notes(cls, k, labels, n_epochs):
+    def run_notes(cls, k, labels, last_epoch):
         """
-        Sentences for the start of a run about knobs that do less than one may think. labels [N]: of
-        the train split.
+        Sentences for the start of a run about knobs that have less effect than they suggest. labels
+        [N]: of the train split; last_epoch: number of the run's last epoch, from 0.
         """
-        return ordinal_notes(k, labels, n_epochs) if 'weight_mpr' in k else []
+        return ordinal_notes(k, labels, last_epoch) if 'weight_mpr' in k else []
 
     @classmethod
     def frame_cost(cls, k, n_frames):
         """
-        What clips of n_frames [N] of a stream cost beside text tokens: clips of like cost share a
-        batch. -> [N]
+        The cost of clips of n_frames [N] in a stream, in frames -> [N]. Clips of similar cost share
+        a batch.
         """
         return np.asarray(n_frames)
 
@@ -165,97 +168,101 @@ class System(nn.Module):
     # What it does
 
     def forward(self, batch):
-        """ dict(loss [], terms: name -> []). Pure: it stashes nothing on modules. """
+        """ dict(loss [], terms: name -> []). Pure: it stores nothing on modules. """
         raise NotImplementedError
 
     def predict(self, batch):
-        """ dict(pred [B], prob [B,K] where there is one, ..). Reads no label. """
+        """ dict(pred [B], prob [B,K] if the system has one, ..). Reads no label. """
         raise NotImplementedError
 
     def after_step(self, batch, out):
-        """ After each micro-batch of training: the one place for state between steps. """
+        """ Called after each micro-batch of training: the only place for state between steps. """
 
     def save_for_others(self, folder):
         """
-        After training: files in the run's folder that other runs load, beside its checkpoint.
+        Called after training: writes files that other runs load, beside the run's checkpoint.
         """
 
     def param_groups(self):
         """ Every trainable weight once: a list of dict(names, params, decay, lr_scale). """
-        return grouped(self)
+        return weight_groups(self)
 
     # ---------------------------------------------------------------------------------------------
     # What reports and figures show
 
     def gates(self):
         """
-        Block -> its gates as they multiply, for the log and the figures; None without gates.
+        The gate values of each block, for the log and the figures: block -> values. None without
+        gates.
         """
         return None
 
     def views(self, batch, predict):
         """
-        Where it looks, for one clip: name -> (weights [rows,columns], row names or their title,
-        title of the columns). predict(batch) runs the model as eval does. {} where nothing attends.
+        The attention of one clip, for figures: name -> (weights [rows,columns], the row names or a
+        title for them, a title for the columns). predict(batch) runs the model as eval does. {}
+        without attention.
         """
         return {}
 
     def fused(self, batch, predict):
         """
-        The vectors of a batch that its prediction is read from [B,D], for t-SNE; None where there
-        are none.
+        The vectors [B,D] from which the predictions of a batch are read, for t-SNE. None without
+        such vectors.
         """
         return None
 
     @classmethod
     def readings(cls, k, predictions):
         """
-        Rows of the report for what parts of it say by themselves: name of the row -> (key in
-        `predictions`, which of the corpus's bounds it is to be compared with: 'text', 'av').
+        Extra rows of the report for parts of the model that predict by themselves: name of the row
+        -> (key in `predictions`, bound of the corpus to compare with: 'text' or 'av').
         """
         return {}
 
     @classmethod
     def controls(cls, k):
         """
-        Rows of the report that are predicted otherwise: name of the row -> (arguments of predict,
-        which bound).
+        Extra rows of the report for other calls of predict: name of the row -> (arguments of
+        predict, bound of the corpus to compare with).
         """
         return {}
 
     @classmethod
     def bound(cls):
-        """ Which of the corpus's bounds its own row is compared with. """
+        """ The bound of the corpus with which the system's own row is compared. """
         return 'full' if cls.reads_text else 'av'
 
 
 def checked_loss(model, out):
-    """ What forward returned, if it is as the contract has it. Raises ModelError. """
+    """ What forward returned. Raises ModelError where it does not follow the contract. """
     if type(out) is not dict or not {'loss', 'terms'} <= set(out) or out['loss'].ndim:
         has = ', '.join(out) if type(out) is dict else f'a {type(out).__name__}'
-        raise ModelError(f"{model.__class__.__name__}.forward must return dict(loss=[], terms=name -> []), and "
-                         f"it returned {has}.")
+        raise ModelError(f"{model.__class__.__name__}.forward must return dict(loss=[], terms=name "
+                         f"-> []), and it returned {has}: correct its return value.")
     return out
 
 
 def checked_prediction(model, out, n_clips):
-    """ What predict returned, if it is as the contract has it. Raises ModelError. """
+    """ What predict returned. Raises ModelError where it does not follow the contract. """
     if type(out) is not dict or 'pred' not in out:
         has = ', '.join(out) if type(out) is dict else f'a {type(out).__name__}'
-        raise ModelError(f"{model.__class__.__name__}.predict must return dict(pred=[B], ..), and it returned {has}.")
+        raise ModelError(f"{model.__class__.__name__}.predict must return dict(pred=[B], ..), and "
+                         f"it returned {has}: correct its return value.")
     for name, v in out.items():
         if v.ndim < 1 or len(v) != n_clips or name == 'pred' and v.ndim != 1:
-            raise ModelError(f"{model.__class__.__name__}.predict gives {name} of shape {list(v.shape)} for "
-                             f"{n_clips} clips: pred must be [{n_clips}], the others [{n_clips}, ..].")
+            raise ModelError(f"{model.__class__.__name__}.predict returned {name} of shape "
+                             f"{list(v.shape)} for {n_clips} clips: pred must be [{n_clips}], the "
+                             f"others [{n_clips}, ..].")
     return out
 
 
-def grouped(model, lr_scales=None):
+def weight_groups(model, lr_scales=None):
     """
-    Every trainable weight in one group, by name: matrices are decayed; biases, norms, gates and
-    learnable tokens are not (the release of DeepMLF means to, and its name rule never matches: it
-    decays all but 'bias'). lr_scales: the first part of a name -> its learning rate over that of
-    the others.
+    The trainable weights of a model in groups, each weight once. Matrices get weight decay; biases,
+    norms, gates and learnable tokens do not. (The release of DeepMLF means to do this, but its rule
+    by name never matches, so it decays all but biases.) lr_scales: first part of a weight's name ->
+    factor of its learning rate; 1 for the others.
     """
     groups = {}
     for name, p in model.named_parameters():

@@ -1,5 +1,5 @@
 """
-What a reader runs and reads: the blocks and the models, one property a test.
+The blocks, the losses, DeepMLF and the configurator. Each test checks one property.
 
     python -m pytest -q test_smoke.py
 """
@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from adapters import AVEncoder, LoRA, MMBlock, masked_mean, pool_frames, regularise, seqaug
+from adapters import AVEncoder, LoRA, MMBlock, augment_embeddings, masked_mean, pool_frames, seqaug
 from configurator import (
     AtLeast,
     Share,
@@ -51,8 +51,8 @@ from system import System
 
 def test_lora_starts_as_the_frozen_layer_and_merges_into_a_copy():
     """
-    B = 0, so the output is W x to the bit; the first gradient is zero on A and not on B; merge()
-    leaves W alone.
+    B = 0, so the output equals W x bit for bit. The first gradient is zero on A and not on B.
+    merge() does not change W.
     """
     W, lora, x = nn.Linear(8, 6), LoRA(8, 6, rank=2, alpha=4), torch.randn(3, 8)
     assert torch.equal(lora(x, W), W(x))
@@ -67,7 +67,7 @@ def test_lora_starts_as_the_frozen_layer_and_merges_into_a_copy():
     assert torch.equal(W.weight, before)
 
 
-def test_lora_stays_float32_on_a_bf16_layer():
+def test_lora_has_float32_weights_on_a_bf16_layer():
     W, lora = nn.Linear(8, 6).bfloat16(), LoRA(8, 6, 2, 4)
     assert lora(torch.randn(3, 8).bfloat16(), W).dtype == torch.bfloat16
     assert lora.A.dtype == torch.float32
@@ -77,8 +77,8 @@ def test_lora_stays_float32_on_a_bf16_layer():
 @pytest.mark.parametrize('ffw', ['full', 'lora'])
 def test_mm_ffw_starts_as_the_lms_own(family, ffw):
     """
-    Weights, biases, activation, norm: at the start the FFW of an MM block computes what the LM
-    block's computes.
+    With the weights, biases, activation and norm copied, the FFW of an MM block first computes what
+    the LM block's FFW computes.
     """
     lm = FrozenLM(tiny_lm(family))
     block = MMBlock(
@@ -92,8 +92,8 @@ def test_mm_ffw_starts_as_the_lms_own(family, ffw):
     assert not torch.allclose(fresh.ffw(fresh.norm_2(x), lm.ffw(1)), wanted, atol=1e-2)
 
 
-def test_gates():
-    """ sigmoid starts at 1/2, tanh at 0 (then the block changes nothing), none is 1. """
+def test_gates_start_at_a_half_at_zero_or_at_one():
+    """ sigmoid starts at 1/2; tanh at 0, so that the block changes nothing; none is 1. """
     lm, z, m = FrozenLM(tiny_lm()), torch.randn(2, 6, 12), torch.ones(2, 6, dtype=torch.bool)
     x_t, x_f = torch.randn(2, 5, 32), torch.randn(2, 4, 32)
 
@@ -108,8 +108,8 @@ def test_gates():
 
 def test_seqaug_permutes_real_steps_of_chosen_dimensions():
     """
-    Each dimension of a clip keeps its values; padding stays; chosen dimensions share one order;
-    rate 0 is the identity.
+    Each dimension of a clip keeps its values, padding stays, the chosen dimensions share one order,
+    and rate 0 is the identity.
     """
     torch.manual_seed(0)
     x, lengths = torch.randn(6, 10, 40), torch.tensor([10, 10, 7, 3, 1, 0])
@@ -117,9 +117,9 @@ def test_seqaug_permutes_real_steps_of_chosen_dimensions():
     for b, n in enumerate(lengths):
         assert torch.equal(y[b, n:], x[b, n:])
         torch.testing.assert_close(y[b, :n].sort(0).values, x[b, :n].sort(0).values, rtol=0, atol=0)
-    moved = [d for d in range(40) if not torch.equal(x[0, :, d], y[0, :, d])]
-    assert 8 < len(moved) < 32
-    orders = {tuple((x[0, :, d] == y[0, t, d]).nonzero().item() for t in range(10)) for d in moved}
+    chosen = [d for d in range(40) if not torch.equal(x[0, :, d], y[0, :, d])]
+    assert 8 < len(chosen) < 32
+    orders = {tuple((x[0, :, d] == y[0, t, d]).nonzero().item() for t in range(10)) for d in chosen}
     assert len(orders) == 1
     assert torch.equal(seqaug(x, lengths, rate=0.0), x)
     assert torch.equal(seqaug(x, lengths, 0.5, p_apply=0.0), x)
@@ -127,41 +127,42 @@ def test_seqaug_permutes_real_steps_of_chosen_dimensions():
         assert seqaug(x, lengths, 0.3, draw=draw).shape == x.shape
 
 
-def test_regularise_alternatives():
+def test_augment_embeddings_with_noise_dropout_and_none():
     x, n = torch.ones(4, 5, 200), torch.full((4,), 5)
-    assert torch.equal(regularise(x, n, 'none', 0.3, 1, 'fixed'), x)
-    assert 0.08 < float((regularise(x, n, 'noise', 0.1, 1, 'fixed') - x).std()) < 0.12
-    assert 0.2 < float((regularise(x, n, 'dropout', 0.3, 1, 'fixed') == 0).float().mean()) < 0.4
+    assert torch.equal(augment_embeddings(x, n, 'none', 0.3, 1, 'fixed'), x)
+    assert 0.08 < float((augment_embeddings(x, n, 'noise', 0.1, 1, 'fixed') - x).std()) < 0.12
+    dropped = augment_embeddings(x, n, 'dropout', 0.3, 1, 'fixed') == 0
+    assert 0.2 < float(dropped.float().mean()) < 0.4
 
 
 def test_pool_frames_by_hand():
     """
-    6 frames into 3 slots: neighbours' means. 5 into 2: windows [0,3) and [2,5). 2 into 3: repeats.
-    None: zeros.
+    6 frames into 3 slots: means of neighbours. 5 into 2: frames [0,3) and [2,5). 2 into 3: repeats.
+    No frames: zeros.
     """
     x = torch.arange(6.0)[None, :, None].repeat(4, 1, 1)
     y = pool_frames(x, torch.tensor([6, 5, 2, 0]), torch.tensor([3, 2, 3, 1]), 3)[..., 0]
     assert y.tolist() == [[0.5, 2.5, 4.5], [1.0, 3.0, 0.0], [0.0, 0.5, 1.0], [0.0, 0.0, 0.0]]
 
 
-def test_av_encoder_never_sees_padding_and_takes_empty_streams():
+def test_av_encoder_ignores_padding_and_accepts_empty_streams():
     """
-    More padding, or garbage in it, changes nothing; a clip alone gives what it gives in company.
+    More padding, or garbage in it, changes nothing, and a batch of one equals a padded batch.
     """
     torch.manual_seed(0)
     encoder, batch = AVEncoder(dict(audio=5, vision=7), 12, 2, 3, av_len=9).eval(), tiny_batch()
     z, mask = encoder(batch)
     assert z.shape == (3, 9, 12) and mask.sum(1).tolist() == [9, 9, 3] and z.isfinite().all()
-    dirty = dict(batch)
+    padded = dict(batch)
     for s in ('audio', 'vision'):
         garbage = torch.where(batch[s + '_mask'][..., None], batch[s], torch.tensor(1e3))
-        dirty[s] = torch.cat([garbage, torch.full((3, 5, batch[s].shape[2]), -1e3)], 1)
-    torch.testing.assert_close(encoder(dirty)[0][mask], z[mask], rtol=0, atol=1e-5)
+        padded[s] = torch.cat([garbage, torch.full((3, 5, batch[s].shape[2]), -1e3)], 1)
+    torch.testing.assert_close(encoder(padded)[0][mask], z[mask], rtol=0, atol=1e-5)
     alone = {k: v[2:3] for k, v in batch.items()}
     torch.testing.assert_close(encoder(alone)[0][0, :3], z[2, :3], rtol=0, atol=1e-5)
 
 
-def test_masked_mean():
+def test_masked_mean_of_real_positions_and_of_none():
     x, mask = torch.arange(6.0).view(1, 3, 2), torch.tensor([[True, True, False]])
     assert masked_mean(x, mask).tolist() == [[1.0, 2.0]]
     assert masked_mean(x, mask & False).tolist() == [[0.0, 0.0]]
@@ -173,7 +174,8 @@ def test_masked_mean():
 
 def test_lm_loss_is_the_mean_over_real_targets():
     """
-    Against plain cross-entropy with ignored padding, in one chunk and in many; gradients too.
+    Equals plain cross-entropy with ignored padding, in one chunk and in several, and so do the
+    gradients.
     """
     torch.manual_seed(0)
     head, hidden = nn.Linear(8, 60, bias=False), torch.randn(3, 9, 8, requires_grad=True)
@@ -183,26 +185,27 @@ def test_lm_loss_is_the_mean_over_real_targets():
         head(hidden)[:, :-1].reshape(-1, 60), target.reshape(-1), ignore_index=-100
     )
     (g,) = torch.autograd.grad(plain, hidden)
-    # of a frozen head it takes the gradient on the way
+    # with a frozen head the gradient is computed in the forward pass
     for chunk, trained in itertools.product((1024, 4), (True, False)):
         ours = lm_loss(hidden, batch, head.requires_grad_(trained), chunk)
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(torch.autograd.grad(ours, hidden)[0], g)
     x = torch.randn(9, 8, requires_grad=True)
     y = torch.tensor([5, -100, 7, 0, -100, 59, 3, -100, 2])
-    asked = nn.functional.cross_entropy(head(x), y, reduction='sum')
-    # -100: rows that are not asked
+    plain_sum = nn.functional.cross_entropy(head(x), y, reduction='sum')
+    # rows with -100 are skipped
     ours = summed_cross_entropy(x, y, head.requires_grad_(False), chunk=4)
-    torch.testing.assert_close(ours, asked)
-    torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(asked, x)[0])
+    torch.testing.assert_close(ours, plain_sum)
+    (plain_g,) = torch.autograd.grad(plain_sum, x)
+    torch.testing.assert_close(torch.autograd.grad(ours, x)[0], plain_g)
     assert lm_loss(hidden, batch | dict(targets=batch['targets'][:0]), head).item() == 0.0
     torch.testing.assert_close(lm_loss(hidden, batch | dict(lm_weight=0.5), head), plain / 2)
 
 
 def test_deepmlf_loss_by_hand():
     """
-    y = (1, -1): task off by (1, 0), av by (2, 2), text by (0, 1): .5 + .8 * 2 + .5 * .5 = 2.35;
-    weight 0 is no term.
+    y = (1, -1): the task head is off by (1, 0), av by (2, 2), text by (0, 1), so the loss is .5 +
+    .8 * 2 + .5 * .5 = 2.35. A head with weight 0 gives no term.
     """
     y, t = torch.tensor([1.0, -1.0]), torch.tensor
     terms, loss = deepmlf_loss(
@@ -232,31 +235,29 @@ def test_text_never_depends_on_audio_or_video():
 
 def test_no_graph_for_text_below_the_first_mm_block():
     """
-    mm_layers = [2, 3]: text leaves LM layers 1 and 2 without a graph and layer 3 with one; fusion
-    tokens always have one.
+    With mm_layers = [2, 3], text leaves LM layers 1 and 2 without a graph and layer 3 with one.
+    Fusion tokens always have one.
     """
-    model, batch, seen = tiny_deepmlf(), tiny_batch(), []
+    model, batch, calls = tiny_deepmlf(), tiny_batch(), []
     block = model.lm.block
 
-    def spy(l, x, rope, **k):
+    def recorded(l, x, rope, **k):
         y, kv = block(l, x, rope, **k)
-        seen.append(('fusion' if 'past' in k else 'text', l + 1, y.requires_grad))
+        calls.append(('fusion' if 'past' in k else 'text', l + 1, y.requires_grad))
         return y, kv
 
-    model.lm.block = spy
+    model.lm.block = recorded
     model(batch)
-    assert [s for s in seen if s[0] == 'text'] == [
+    assert [call for call in calls if call[0] == 'text'] == [
         ('text', 1, False),
         ('text', 2, False),
         ('text', 3, True),
     ]
-    assert all(graph for who, _, graph in seen if who == 'fusion')
+    assert all(graph for stream, _, graph in calls if stream == 'fusion')
 
 
-def test_predictions_do_not_depend_on_the_company_in_a_batch():
-    """
-    A clip alone equals the clip in a padded batch, batch of one included; predict reads no label.
-    """
+def test_predictions_do_not_depend_on_the_batch():
+    """ A batch of one equals the clip in a padded batch. predict reads no label. """
     model, batch = tiny_deepmlf('llama').eval(), tiny_batch()
     together = model.predict({k: v for k, v in batch.items() if k != 'label'})
     for i in range(3):
@@ -266,8 +267,8 @@ def test_predictions_do_not_depend_on_the_company_in_a_batch():
 
 def test_lm_loss_reaches_only_the_ffw_side_of_mm_blocks():
     """
-    facts 0.1: L_LM gives gradient to FFW, norm_2 and gate 2, and nothing to attention, fusion
-    tokens or AV encoder.
+    The LM loss gives a gradient to the FFW, norm_2 and the second gate, and none to the attention,
+    the fusion tokens or the AV encoder.
     """
     model = tiny_deepmlf()
     x_t, *_ = model.streams_through_lm(tiny_batch())
@@ -282,7 +283,7 @@ def test_lm_loss_reaches_only_the_ffw_side_of_mm_blocks():
 
 def test_bf16_rounds_neither_predictions_nor_raw_features():
     """
-    The release validates under bf16 autocast, and its predictions near 1 come in steps of 1/128.
+    The release validates under bf16 autocast, so its predictions near 1 are multiples of 1/128.
     """
     model, batch = tiny_deepmlf().eval(), tiny_batch()
     model.lm.bfloat16()
@@ -296,10 +297,10 @@ def test_bf16_rounds_neither_predictions_nor_raw_features():
         assert torch.equal(alone.predict(batch)['pred'], y)
 
 
-def test_long_texts_are_cut_by_the_tokenizer_and_empty_ones_get_a_token(tmp_path):
+def test_the_tokenizer_cuts_long_texts_and_empty_ones_get_a_token(tmp_path):
     """
-    A BERT tokenizer (Chinese GPT-2 has one) keeps its [SEP] when a text is cut: the text head reads
-    the last token.
+    A BERT tokenizer, which Chinese GPT-2 uses, keeps its [SEP] when it cuts a text. This matters
+    because the text head reads the last token.
     """
     from transformers import BertTokenizerFast
 
@@ -310,13 +311,13 @@ def test_long_texts_are_cut_by_the_tokenizer_and_empty_ones_get_a_token(tmp_path
     assert [(t[0], t[-1], len(t)) for t in ids] == [(2, 3, 4), (2, 3, 5)]
     assert (n_empty, n_cut) == (0, 1)
 
-    class Bare:  # no special tokens, as GPT-2
+    class LetterTokenizer:  # adds no special tokens, as GPT-2's
         eos_token_id, bos_token_id, pad_token_id = 9, None, None
 
         def __call__(self, texts, truncation=False, max_length=None, **_):
             return {'input_ids': [[ord(ch) for ch in t][:max_length] for t in texts]}
 
-    assert tokenize(Bare(), ['', 'abc'], max_len=2) == ([[9], [97, 98]], 1, 1)
+    assert tokenize(LetterTokenizer(), ['', 'abc'], max_len=2) == ([[9], [97, 98]], 1, 1)
 
 
 def test_decay_groups_hold_every_trainable_weight_once():
@@ -357,8 +358,7 @@ def test_unknown_family_and_missing_lm_are_refused_with_a_sentence(tmp_path):
 
 def test_real_pretrained_lm_and_its_tokenizer_load():
     """
-    stories260K: a real Llama whose tokenizer is a bare sentencepiece model. It goes on with a
-    story.
+    stories260K is a real Llama with a bare sentencepiece model as tokenizer. It continues a story.
     """
     folder = PARENT / 'shared' / 'lm' / 'stories260K'
     if not folder.exists():
@@ -372,7 +372,7 @@ def test_real_pretrained_lm_and_its_tokenizer_load():
 
 
 # -------------------------------------------------------------------------------------------------
-# The configurator: the table of facts/style.md 8.1 row by row, then what the table leaves out
+# The configurator
 
 SCRIPT = '''
 """A script with knobs."""
@@ -396,7 +396,7 @@ batch_size = batch_size * 1      # not the knob's comment
 '''
 
 
-def stopped(*argv):
+def stop_message(*argv):
     """ The sentence with which these arguments stop the run. """
     with pytest.raises(SystemExit) as e:
         configure(script_knobs(), list(argv))
@@ -412,7 +412,7 @@ def config_file(tmp_path, text, name='c.py'):
 
 
 # -------------------------------------------------------------------------------------------------
-# the table: what is set, and what stops the run
+# Flags and files: what they set, and what stops the run
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,6 @@ def config_file(tmp_path, text, name='c.py'):
         ('--out_dir=2024', '2024'),
         ('--maybe=3', 3),
         ('--out_dir=1e5', '1e5'),
-        # beyond the table
         ('--out_dir=', ''),
         ('--out_dir=None', 'None'),
         ('--out_dir=True', 'True'),
@@ -451,13 +450,13 @@ def config_file(tmp_path, text, name='c.py'):
         ('--mark==', '='),
     ],
 )
-def test_flag_sets(flag, value):
+def test_a_flag_sets_only_its_knob(flag, value):
     g = script_knobs()
     config = configure(g, [flag])
     key = flag[2:].partition('=')[0]
     assert config[key] == g[key] == value
     assert type(config[key]) is type(value) and repr(config[key]) == repr(value)  # 1.0 is not 1
-    # and nothing else moved
+    # no other knob changes
     assert config | {key: None} == configure(script_knobs(), []) | {key: None}
 
 
@@ -472,7 +471,6 @@ def test_flag_sets(flag, value):
         ('--compile', ['flags look like --key=value']),
         ('--learning_rate=fast', ['learning_rate wants float, got str', "'fast'"]),
         ('--compile=1', ['compile wants bool, got int (1)']),
-        # beyond the table
         ('-lr=3', ['flags look like --key=value']),
         ('--', ['flags look like']),
         ('--=3', ['unknown key']),
@@ -500,17 +498,17 @@ def test_flag_sets(flag, value):
         ('--needs=[[1]]', ['needs wants list']),
     ],
 )
-def test_flag_stops(flag, words):
-    message = stopped(flag)
+def test_a_wrong_flag_stops_with_a_sentence(flag, words):
+    message = stop_message(flag)
     assert all(word in message for word in words), message
 
 
-def test_flags_without_equals_sign_stop_before_their_value_is_taken_for_a_file():
-    assert "flags look like --key=value, got '--batch_size'" in stopped('--batch_size', '3')
+def test_a_flag_without_equals_sign_stops_before_its_value_is_read_as_a_file():
+    assert "flags look like --key=value, got '--batch_size'" in stop_message('--batch_size', '3')
 
 
-def test_file_with_an_unknown_name(tmp_path):
-    message = stopped(config_file(tmp_path, 'learing_rate = 1.0'))
+def test_an_unknown_name_in_a_file_stops_with_a_hint(tmp_path):
+    message = stop_message(config_file(tmp_path, 'learing_rate = 1.0'))
     assert "unknown key 'learing_rate' in " in message and 'c.py' in message
     assert "did you mean 'learning_rate'?" in message
 
@@ -537,12 +535,12 @@ def test_file_with_an_unknown_name(tmp_path):
         ('raise ValueError("two\\nlines")', ['(ValueError: two lines)']),
     ],
 )
-def test_file_stops(tmp_path, text, words):
-    message = stopped(config_file(tmp_path, text))
+def test_a_wrong_file_stops_with_a_sentence(tmp_path, text, words):
+    message = stop_message(config_file(tmp_path, text))
     assert all(word in message for word in words), message
 
 
-def test_file_sets_and_helpers_are_no_settings(tmp_path):
+def test_a_file_sets_knobs_and_may_have_helpers(tmp_path):
     path = config_file(
         tmp_path,
         '''
@@ -561,18 +559,18 @@ def test_file_sets_and_helpers_are_no_settings(tmp_path):
     assert 'double' not in config
 
 
-def test_later_wins(tmp_path):
+def test_later_settings_win(tmp_path):
     a = config_file(tmp_path, 'batch_size = 1; out_dir = "a"', 'a.py')
     b = config_file(tmp_path, 'batch_size = 2', 'b.py')
     assert configure(script_knobs(), [a, b])['batch_size'] == 2
     assert configure(script_knobs(), [b, a])['batch_size'] == 1
     config = configure(script_knobs(), [a, b, '--batch_size=3', '--batch_size=4'])
     assert (config['batch_size'], config['out_dir']) == (4, 'a')
-    # in the order written
+    # a flag before a file loses
     assert configure(script_knobs(), ['--batch_size=3', a])['batch_size'] == 1
 
 
-def test_stopped_run_leaves_the_globals_alone():
+def test_a_run_that_stops_changes_no_global():
     g = script_knobs()
     with pytest.raises(SystemExit):
         configure(g, ['--batch_size=3', '--dropout=x'])
@@ -582,13 +580,13 @@ def test_stopped_run_leaves_the_globals_alone():
 @pytest.mark.parametrize(
     'arg', ['config/deepmlf_toi.py', 'toy', 'config', 'config/deepmlf_toy', 'a.txt', '']
 )
-def test_no_such_config(tmp_path, monkeypatch, arg):
+def test_a_missing_config_stops_with_a_hint(tmp_path, monkeypatch, arg):
     (tmp_path / 'config' / 'sweeps').mkdir(parents=True)
     for name in ('deepmlf_toy', 'mse_toy', 'sweeps/deepmlf'):
         (tmp_path / f'config/{name}.py').write_text('')
     (tmp_path / 'a.txt').write_text('batch_size = 1')
     monkeypatch.chdir(tmp_path)
-    message = stopped(arg)
+    message = stop_message(arg)
     assert 'is not a config file' in message
     if 'toi' in arg or 'toy' in arg:
         assert 'did you mean' in message and 'config/deepmlf_toy.py' in message
@@ -597,10 +595,10 @@ def test_no_such_config(tmp_path, monkeypatch, arg):
 
 
 # -------------------------------------------------------------------------------------------------
-# what is printed
+# What is printed
 
 
-def test_echo_shows_only_what_changed(capsys):
+def test_changed_knobs_are_printed_with_their_defaults(capsys):
     configure(script_knobs(), ['--batch_size=64', '--learning_rate=0.001', '--out_dir=x'])
     out = capsys.readouterr().out
     assert out == "    out_dir = 'x'   (default 'out')\n    batch_size = 64   (default 32)\n"
@@ -640,8 +638,8 @@ def test_help_prints_every_knob_with_its_comment(script):
     assert script('--batch_size=3', '-h').stdout == out.stdout
 
 
-def test_what_help_prints_can_be_pasted_back(capsys):
-    """ Every flag that --help shows, through a shell's own splitting, gives the default again. """
+def test_the_flags_that_help_prints_give_the_defaults(capsys):
+    """ Also after a shell has split them. """
     with pytest.raises(SystemExit) as e:
         configure(script_knobs(), ['-h'])
     assert e.value.code == 0
@@ -651,7 +649,7 @@ def test_what_help_prints_can_be_pasted_back(capsys):
     assert capsys.readouterr().out == ''
 
 
-def test_a_script_from_the_command_line(script):
+def test_a_script_takes_flags_from_the_command_line(script):
     out = script('--batch_size=8', '--mm_layers=1,2')
     echo = "    batch_size = 8   (default 32)\n    mm_layers = [1, 2]   (default [2, 3])\n{"
     assert echo in out.stdout
@@ -664,7 +662,7 @@ def test_a_script_from_the_command_line(script):
     assert out.stderr == f"config: {sentence}\n"
 
 
-def test_random_text_never_gives_a_traceback():
+def test_random_flags_never_give_a_traceback():
     random_flags(3000)
 
 
@@ -699,13 +697,13 @@ COMMON = dict(system='wide', lr=1e-3)
 
 def knobs_for(*argv):
     """
-    The values of a run's knobs from its command line, for a script of COMMON that trains one of
-    these systems.
+    The knobs of a run with this command line, for a script with the knobs COMMON and the systems
+    SMALL_SYSTEMS.
     """
     return run_knobs(list(argv), COMMON, dict(lr=AtLeast(0)), SMALL_SYSTEMS)[1]
 
 
-def refused(*argv):
+def refusal(*argv):
     with pytest.raises(SystemExit) as e:
         knobs_for(*argv)
     message = str(e.value)
@@ -713,7 +711,7 @@ def refused(*argv):
     return message
 
 
-def test_a_run_has_the_common_knobs_and_its_systems_own():
+def test_a_run_has_the_common_knobs_and_those_of_its_system():
     own = dict(width=8, scales=[1.0, 2.0], reads='words', order=['up'], drop=0.1, share=1.0)
     assert knobs_for() == COMMON | own
     assert knobs_for('--system=other') == dict(system='other', lr=1e-3, turns=3)
@@ -725,11 +723,11 @@ def test_a_run_has_the_common_knobs_and_its_systems_own():
 
 def test_a_knob_of_another_system_names_its_owner(tmp_path):
     sentence = "turns on the command line is a knob of other, not of this run's system"
-    assert refused('--turns=4') == f"config: {sentence}"
-    assert 'a knob of wide, deep, not of' in refused('--system=other', '--width=4')
+    assert refusal('--turns=4') == f"config: {sentence}"
+    assert 'a knob of wide, deep, not of' in refusal('--system=other', '--width=4')
     path = config_file(tmp_path, "turns = 4")
-    assert refused(path) == f"config: turns in {path} is a knob of other, not of this run's system"
-    assert "unknown key 'turn' on the command line, did you mean 'turns'?" in refused('--turn=4')
+    assert refusal(path) == f"config: turns in {path} is a knob of other, not of this run's system"
+    assert "unknown key 'turn' on the command line, did you mean 'turns'?" in refusal('--turn=4')
     with pytest.raises(
         SystemExit, match="mse_width on the command line is a knob of mse, not of this run's system"
     ):
@@ -737,12 +735,12 @@ def test_a_knob_of_another_system_names_its_owner(tmp_path):
 
 
 def test_the_order_within_a_file_and_on_the_command_line_does_not_matter(tmp_path):
-    """ A knob may stand before the line that names its system. """
+    """ A knob may be set before the line that names its system. """
     for text in ("depth = 5\nsystem = 'deep'", "system = 'deep'\ndepth = 5"):
         assert knobs_for(config_file(tmp_path, text))['depth'] == 5
     assert knobs_for('--depth=5', '--system=deep') == knobs_for('--system=deep', '--depth=5')
     path = config_file(tmp_path, "system = 'deep'\ndepth = 5")
-    assert knobs_for('--depth=6', path)['depth'] == 5  # in the order written all the same
+    assert knobs_for('--depth=6', path)['depth'] == 5  # the file comes later and wins
     assert knobs_for(path, '--depth=6')['depth'] == 6
 
 
@@ -760,15 +758,15 @@ def test_the_order_within_a_file_and_on_the_command_line_does_not_matter(tmp_pat
         ('--system=tall', "system='tall' is none of wide, deep, other"),
     ],
 )
-def test_values_that_a_knob_does_not_allow_are_refused_with_a_sentence(flag, sentence):
-    assert sentence in refused(flag)
+def test_values_out_of_range_are_refused_with_a_sentence(flag, sentence):
+    assert sentence in refusal(flag)
     allowed = knobs_for('--share=1', '--drop=0', '--width=1', '--scales=[]', '--order=down,up')
     assert (allowed['share'], allowed['drop'], allowed['scales']) == (1.0, 0.0, [])
 
 
-def test_a_file_is_refused_as_a_flag_is(tmp_path):
-    assert 'width=0 must be at least 1' in refused(config_file(tmp_path, 'width = 0'))
-    assert "reads='letters' is none of" in refused(config_file(tmp_path, "reads = 'letters'"))
+def test_values_out_of_range_are_refused_in_a_file_too(tmp_path):
+    assert 'width=0 must be at least 1' in refusal(config_file(tmp_path, 'width = 0'))
+    assert "reads='letters' is none of" in refusal(config_file(tmp_path, "reads = 'letters'"))
 
 
 def test_a_knob_without_a_comment_is_an_error_of_its_class():
@@ -780,7 +778,7 @@ def test_a_knob_without_a_comment_is_an_error_of_its_class():
                 depth = 2  # layers
 
 
-def test_a_default_that_its_choices_do_not_allow_is_an_error_of_its_class():
+def test_a_default_out_of_range_is_an_error_of_its_class():
     with pytest.raises(
         TypeError,
         match="the knobs of Odd: reads='letters' is none of words, frames; width=0 must be",
@@ -794,15 +792,15 @@ def test_a_default_that_its_choices_do_not_allow_is_an_error_of_its_class():
 
 def test_a_config_that_sets_a_knob_twice_stops(tmp_path):
     path = config_file(tmp_path, "width = 4\nlr = 1.0\nwidth = 5")
-    assert refused(path) == f"config: width is set twice in {path}; keep one of the two lines"
-    # another system's too
-    assert 'turns is set twice' in refused(config_file(tmp_path, "turns = 4\nturns = 4"))
+    assert refusal(path) == f"config: width is set twice in {path}; keep one of the two lines"
+    # also a knob of another system
+    assert 'turns is set twice' in refusal(config_file(tmp_path, "turns = 4\nturns = 4"))
     helper = "_base = 1\n_base = 2\nwidth = _base"
     assert knobs_for(config_file(tmp_path, helper))['width'] == 2
 
 
 @pytest.mark.parametrize('config', ['deepmlf_toy', 'crosssent_toy'])
-def test_help_shows_the_common_knobs_and_the_systems_own_alone(config, capsys):
+def test_help_shows_the_common_knobs_and_those_of_the_system(config, capsys):
     with pytest.raises(SystemExit) as e:
         command('train.py', f'config/{config}.py', '--help')
     assert not e.value.code

@@ -155,7 +155,7 @@ def read_clips(path, facts, seen=('text', *STREAMS)):
     The clips of a .npz or .jsonl file -> (list of dict(id, text, audio, vision), notes). Frames are
     float32 [S,d], or [0,d] where a stream is left out; NaN and inf become 0. The notes are
     sentences on what was repaired or is not used. `facts`: corpus_facts of the run; `seen`: the
-    modalities that it reads (System.seen). Raises ClipError.
+    modalities that it reads (System.modalities_read). Raises ClipError.
     """
     rows = read_rows(path)
     if not rows:
@@ -237,7 +237,7 @@ def describe_predictions(run, clips):
     -> (text, predictions [N]). The text has the score or class of each clip, an interval or
     probabilities if the system gives them, and the change without each modality.
     """
-    k, seen = run.knobs, run.system.seen(run.knobs)
+    k, seen = run.knobs, run.system.modalities_read(run.knobs)
     whole, without = predict_clips(run, clips), {}
     for m in k['modalities']:
         if m in run.facts['widths'] and m in run.system.streams(k):
@@ -346,7 +346,7 @@ def fill_export(folder, result, new):
     """ Write an export's files into the empty folder `new` -> a line for each file left out. """
     about, k = result['about'], result['about']['knobs']
     copied, left_out = '', []
-    if 'text' in SYSTEMS[k['system']].seen(k):
+    if 'text' in SYSTEMS[k['system']].modalities_read(k):
         # a new encoder has its weights in the checkpoint, and its tokenizer in hf/
         is_new = k['lm'] == 'new'
         source = text_model_folder(folder, k)
@@ -399,7 +399,7 @@ def copy_regular_files(source, target):
 def card_of(result, lm_copied):
     """ README.md of an exported run: a model card with the header of the Hugging Face hub. """
     about, k = result['about'], result['about']['knobs']
-    seen = SYSTEMS[k['system']].seen(k)
+    seen = SYSTEMS[k['system']].modalities_read(k)
     reads_text = 'text' in seen
     widths = ', '.join(f"{m} {w}{extractor(m, w)}"
                        for m, w in about['corpus']['widths'].items() if m in seen)

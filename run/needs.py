@@ -41,7 +41,7 @@ def make_prerequisites(k, script, systems, suffix):
     """
     Train the unfinished prerequisites in k['needs'], in folders beside k['out_dir']. A knob that
     names a prerequisite (such as lm='lm_toy') is set to its folder. Returns the folders. Raises
-    ModelError if the run itself could not be built later (System.rehearse), EvalError if a
+    ModelError if the run itself could not be built later (System.refuse_impossible_model), EvalError if a
     prerequisite exists with other knobs or cannot be trained here, SystemExit if its training
     fails.
     """
@@ -50,7 +50,7 @@ def make_prerequisites(k, script, systems, suffix):
         if not os.path.isfile(os.path.join(root, need)):
             raise EvalError(f"needs lists {need}, but there is no such config: correct its name.")
     pending = pending_knobs(k, systems)
-    systems[k['system']].rehearse(k, pending)   # raises before hours of training
+    systems[k['system']].refuse_impossible_model(k, pending)   # raises before hours of training
     used = {k[knob]: knob for knob in pending}   # name of a prerequisite -> the knob that names it
     for need in k['needs']:
         child, config = os.path.splitext(os.path.basename(need))[0], os.path.join(root, need)
@@ -89,16 +89,16 @@ def folder_suffix(k):
 def pending_knobs(k, systems):
     """ The knobs of a run whose value is the name of a prerequisite (not its folder). """
     children = {os.path.splitext(os.path.basename(need))[0] for need in k['needs']}
-    return [knob for knob in systems[k['system']].stands_on(k) if k[knob] in children]
+    return [knob for knob in systems[k['system']].prerequisite_knobs(k) if k[knob] in children]
 
 
 def wanted_knobs(k, config, script, systems):
     """
     The knobs that a prerequisite must have: (knobs, the flags of train.py that set them, a suffix
-    for its folder). It takes those in its System.passes_on from the run that needs it.
+    for its folder). It takes those in its System.inherited_knobs from the run that needs it.
     """
     _, plain = run_knobs([config], *declared_knobs(script), systems)
-    shared = {knob: k[knob] for knob in systems[plain['system']].passes_on if knob in k}
+    shared = {knob: k[knob] for knob in systems[plain['system']].inherited_knobs if knob in k}
     flags = [f'--{knob}={value}' for knob, value in shared.items()]
     # knobs that differ from its config make another run, in another folder
     free = RUN_KNOBS | IN_THE_NAME

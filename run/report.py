@@ -229,7 +229,7 @@ def prerequisite_runs(about):
     label on the same corpus.
     """
     k, runs = about['knobs'], {}
-    for knob in SYSTEMS[k['system']].stands_on(k):
+    for knob in SYSTEMS[k['system']].prerequisite_knobs(k):
         try:
             r = read_run(k[knob])
         except (EvalError, ModelError):   # the knob names no run, or the run is not there

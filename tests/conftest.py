@@ -8,7 +8,7 @@ from corpora import toy
 from data import open_corpus
 from fakes import TINY, deepmlf, knobs_of_system, train
 from model import LanguageModel
-from prompts import PROMPTS, rated
+from prompts import PROMPTS, rated_texts
 from run.load_lm import SentencePiece
 from run.new_lm import new_lm
 
@@ -54,7 +54,7 @@ def tokenizers(corpora, tmp_path_factory):
         PROMPTS['en'][kind].format(low='-3.0', high='3.0', classes=classes)
         for kind in ('regression', 'classes')
     ]
-    texts = rated(corpus, 'train')
+    texts = rated_texts(corpus, 'train')
     for question in questions:
         for i in range(-30, 31):
             texts.append(f'<Multimodal> </Multimodal>{question} {i / 10:+.1f} {i / 10:.1f}')

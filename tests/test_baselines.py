@@ -91,7 +91,7 @@ def tiny_knobs(cls, **knobs):
 def tiny_baseline(cls, corpus=None, **knobs):
     k, corpus = tiny_knobs(cls, **knobs), corpus or TinyCorpus()
     torch.manual_seed(1)
-    if 'text' not in cls.seen(k):
+    if 'text' not in cls.modalities_read(k):
         return cls.assemble(k, corpus, None, None)
     if cls.frozen_features(k):
         return cls.assemble(k, corpus, None, TinyTokenizer(), 32)
@@ -231,11 +231,11 @@ def test_late_fusion_of_one_stream_reads_that_stream_alone():
 def test_late_fusion_without_text_loads_no_text_model(tmp_path):
     """ The LM in the knobs does not exist, and is not looked for. """
     k = tiny_knobs(Late, late_streams=['vision', 'audio'], modalities=['audio'], lm='no/such')
-    assert Late.seen(k) == ['audio'] and not Late.frozen_features(k)
+    assert Late.modalities_read(k) == ['audio'] and not Late.frozen_features(k)
     model, tokenizer = Late.build(k, TinyCorpus(), str(tmp_path))
     assert tokenizer is None and model.encoder is None and model.views({}, None) == {}
-    assert Late.seen(tiny_knobs(Late)) == ['text', 'audio', 'vision']
-    assert LFDNN.seen(tiny_knobs(LFDNN)) == ['text', 'audio', 'vision']
+    assert Late.modalities_read(tiny_knobs(Late)) == ['text', 'audio', 'vision']
+    assert LFDNN.modalities_read(tiny_knobs(LFDNN)) == ['text', 'audio', 'vision']
 
 
 @pytest.mark.parametrize('features', ['tuned', 'frozen'])

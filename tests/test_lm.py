@@ -24,7 +24,7 @@ from data import Feed, open_corpus, tokenize
 from fakes import HERE, KNOBS, MSE_KNOBS, knobs_of_system, tiny_lm
 from lm import FrozenLM, ModelError
 from model import CrossSent, DeepMLF, MSEAdapterLM
-from prompts import PROMPTS, Prompt, rated
+from prompts import PROMPTS, Prompt, rated_texts
 from run.fingerprints import fingerprint
 from run.load_lm import (
     empty_lm,
@@ -947,7 +947,7 @@ def bpe(corpora):
         special_tokens=['<|end|>'],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    backend.train_from_iterator(rated(corpus, 'train') + labels, trainer)
+    backend.train_from_iterator(rated_texts(corpus, 'train') + labels, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token='<|end|>')
 
 

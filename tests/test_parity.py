@@ -1,8 +1,8 @@
 """
-Our blocks against other people's numbers: Hugging Face's logits, peft's LoRA, and arrays that the
-released DeepMLF code gave for stored weights and inputs. Where a reference has a quirk or a bug
-that we do not repeat, a small subclass here has it: these subclasses are the exact list of where we
-differ.
+Our blocks and metrics against references: Hugging Face's logits, peft's LoRA, scikit-learn, and
+arrays that released code gave for stored weights and inputs. Where a reference differs from ours on
+purpose, a small subclass here computes what the reference does. These subclasses list the
+differences.
 
     python -m pytest -q tests/test_parity.py
 """
@@ -46,11 +46,12 @@ from metrics import (
 @pytest.mark.parametrize('family', EVERY_LM)
 def test_frozen_lm_gives_hugging_faces_logits(family):
     """
-    In float32 with padding at the end, on all real tokens, to 1e-5; in float64 without padding
-    (transformers 4.46 cannot mask there) to 1e-12. In float32 they are the same bits, but about
-    once in fifteen processes one call (theirs or ours, not known) was 3.5e-5 off on a few tokens
-    and the next was not: torch 2.13 on the CPU. So the nearest of three calls counts there; float64
-    is what cannot be luck.
+    In float32 with padding at the end, on the real tokens, to 1e-5; in float64 without padding
+    (transformers 4 cannot mask there) to 1e-12.
+
+    In float32 the logits are mostly bit-equal. But in about one process of fifteen (torch 2.13,
+    CPU) a single call, theirs or ours, was off by 3.5e-5 on a few tokens, and the next call was
+    not. So the float32 test takes the best of three calls.
     """
     hf = tiny_lm(family)
     tokens = torch.randint(60, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -75,10 +76,9 @@ def test_frozen_lm_gives_hugging_faces_logits(family):
 
 
 @pytest.mark.parametrize('family', EVERY_LM)
-def test_a_suffix_over_keys_and_values_is_the_longer_text(family):
+def test_a_suffix_on_stored_keys_and_values_equals_the_whole_text(family):
     """
-    Running 4 tokens behind the keys and values of 7 gives what running all 11 gives, rope and
-    positions too.
+    Running 4 tokens on the keys and values of 7 equals running all 11, rope and positions included.
     """
     lm, tokens = FrozenLM(tiny_lm(family)), torch.randint(60, (2, 11))
     x, rope = lm.place(lm.embed(tokens[:, :7]), torch.arange(7).expand(2, 7))
@@ -94,9 +94,9 @@ def test_a_suffix_over_keys_and_values_is_the_longer_text(family):
 
 def one_stream(model, batch):
     """
-    DeepMLF as the paper draws it and nobody should run it: text and fusion tokens in one sequence,
-    graph everywhere. Written against Hugging Face's own attention-mask semantics, not against our
-    block(): it is the reference here.
+    The reference for DeepMLF's two streams: text and fusion tokens in one sequence, as the paper
+    draws it, with a graph everywhere. The mask follows Hugging Face: each position attends to the
+    real positions up to itself.
     """
     k, lm, (B, T), n_f = model.k, model.lm, batch['tokens'].shape, model.k['n_fusion']
     z, z_mask = model.av_encoder(batch)
@@ -111,13 +111,13 @@ def one_stream(model, batch):
     x, rope = lm.place(
         torch.cat([lm.embed(batch['tokens']), model.fusion_tokens.expand(B, n_f, -1)], 1), positions
     )
-    seen = torch.cat([batch['text_mask'], torch.ones(B, n_f, dtype=torch.bool)], 1)  # [B,T+F]
-    mask = torch.ones(T + n_f, T + n_f, dtype=torch.bool).tril() & seen[:, None] | torch.eye(
+    real = torch.cat([batch['text_mask'], torch.ones(B, n_f, dtype=torch.bool)], 1)  # [B,T+F]
+    mask = torch.ones(T + n_f, T + n_f, dtype=torch.bool).tril() & real[:, None] | torch.eye(
         T + n_f, dtype=torch.bool
     )
     for l in range(lm.n_layers):
-        nothing = torch.zeros(B, lm.n_kv_heads, 0, lm.part(l, 'out').weight.shape[0] // lm.n_heads)
-        x, _ = lm.block(l, x, rope, past=(nothing, nothing), mask=mask[:, None])
+        empty = torch.zeros(B, lm.n_kv_heads, 0, lm.part(l, 'out').weight.shape[0] // lm.n_heads)
+        x, _ = lm.block(l, x, rope, past=(empty, empty), mask=mask[:, None])
         if str(l + 1) in model.mm_blocks:
             x = torch.cat(model.mm_blocks[str(l + 1)](x[:, :T], x[:, T:], z, z_mask, lm.ffw(l)), 1)
     x = lm.final_norm(x)
@@ -128,10 +128,10 @@ def one_stream(model, batch):
 @pytest.mark.parametrize('query', ['fusion', 'text+fusion', 'text'])
 @pytest.mark.parametrize('position', ['after', 'fixed'])
 @pytest.mark.parametrize('weight_lm', [1.0, 0.0])
-def test_two_streams_are_the_concatenated_forward(family, query, position, weight_lm):
+def test_two_streams_equal_one_concatenated_sequence(family, query, position, weight_lm):
     """
-    Values and gradients of the two-stream forward equal those of one concatenated stream, with
-    padding; without an LM loss the last layer has the last token alone.
+    The same terms and gradients as one_stream, with padding. With weight_lm=0 our last layer
+    computes the last real token only.
     """
     model = tiny_deepmlf(
         family, mm_query=query, fusion_position=position, max_text_len=15, weight_lm=weight_lm
@@ -162,7 +162,7 @@ def test_two_streams_are_the_concatenated_forward(family, query, position, weigh
 # LoRA against peft
 
 
-def test_lora_is_pefts():
+def test_lora_equals_pefts():
     peft = pytest.importorskip('peft')
     base = nn.Linear(10, 6)
     theirs = peft.LoraModel(
@@ -195,8 +195,8 @@ class WidthScaled(CrossAttention):
 
 class AdditiveSwiGLU(LoRAFFW):
     """
-    The release's Llama FFW: silu(gate) *plus* up, which is not what the copied weights were trained
-    for.
+    The release's FFW for Llama: silu(gate x) *plus* up x, where the copied weights were trained
+    with a product.
     """
 
     def forward(self, x, lm_ffw):
@@ -214,10 +214,10 @@ def linear(weight, bias=None):
 
 @needs_golden
 @pytest.mark.parametrize('flavour', ['combine', 'llama'])
-def test_mm_block_against_the_release(flavour):
+def test_mm_block_equals_the_releases(flavour):
     """
-    Released GPT flavour: exact-erf GELU, own biases; Llama flavour: LoRA in an additive FFW. Both:
-    logits over sqrt(D).
+    'combine' is the release's block for GPT-2: exact GELU, biases of its own. 'llama' has LoRA in
+    an additive FFW. Both divide the logits by sqrt(D).
     """
     g, meta = golden('deepmlf_mmblock.npz', flavour + '.')
     D, d = 12, 5
@@ -250,7 +250,7 @@ def test_mm_block_against_the_release(flavour):
             (block.ffw.down, 'down'),
         ):
             part.A.data.copy_(g[f'lora_{name}_proj_A'].T)
-            part.B.data.copy_(g[f'lora_{name}_proj_B'].T)  # stored in x r, r x out
+            part.B.data.copy_(g[f'lora_{name}_proj_B'].T)  # stored as [n_in, r] and [r, n_out]
     block.gca.__class__, block.gca.scale = WidthScaled, D**-0.5
     with torch.no_grad():
         for norm, k in ((block.norm_1, 'ln1'), (block.norm_2, 'ln2')):
@@ -275,9 +275,9 @@ def test_mm_block_against_the_release(flavour):
 
 class ReleasedAVEncoder(AVEncoder):
     """
-    The release's AV encoder: a fixed number of slots, frame t in slot t mod m (padding too),
-    BatchNorm over features, no position where the projected frame's first feature is exactly 0, no
-    masks, no last norm.
+    The release's AV encoder: a fixed number of m slots, frame t in slot t mod m with the padding,
+    BatchNorm over features, no position where the first feature of a projected frame is exactly 0,
+    no masks, no last norm.
     """
 
     def __init__(self, *a, **k):
@@ -288,7 +288,7 @@ class ReleasedAVEncoder(AVEncoder):
         )
 
     @staticmethod
-    def comb(x, m):
+    def pool_modulo(x, m):
         B, S, d = x.shape
         if S == m:
             return x
@@ -298,7 +298,7 @@ class ReleasedAVEncoder(AVEncoder):
     def forward(self, batch):
         z = []
         for s in self.proj:
-            x = self.comb(batch[s], self.av_len)
+            x = self.pool_modulo(batch[s], self.av_len)
             x = self.batchnorm[s](x.transpose(1, 2)).transpose(1, 2)
             x = math.sqrt(self.d) * self.proj[s](x)
             x = x + sinusoid(self.av_len, self.d) * (x[..., :1] != 0)
@@ -309,7 +309,7 @@ class ReleasedAVEncoder(AVEncoder):
 
 
 @needs_golden
-def test_av_encoder_against_the_release():
+def test_av_encoder_equals_the_releases():
     g, meta = golden('deepmlf_avenc.npz', 'bn.')
     d, m = 6, int(meta['maxlen'])
     encoder = ReleasedAVEncoder(
@@ -342,7 +342,7 @@ def test_av_encoder_against_the_release():
     encoder.load_state_dict(state, strict=True)
     batch = dict(audio=g['in_audio'], vision=g['in_vision'])
     torch.testing.assert_close(
-        encoder.comb(g['in_audio'], m), g['mid_aligned_audio'], rtol=0, atol=TOLERANCE
+        encoder.pool_modulo(g['in_audio'], m), g['mid_aligned_audio'], rtol=0, atol=TOLERANCE
     )
     torch.testing.assert_close(encoder(batch)[0], g['out'], rtol=0, atol=TOLERANCE)
 
@@ -357,9 +357,9 @@ def test_av_encoder_against_the_release():
 )
 def test_mm_blocks_have_the_papers_size(width, layers, heads, params):
     """
-    Tables 6 and 7: 5, 6 and 5 blocks of GPT-2 base, medium and large are 29.75, 63.3 and 82.35 M.
-    By hand for 768: norms 2 x 1536, W_q and W_o 2 x 589,824, W_kv 30 x 1536, FFW 2 x 2,359,296 +
-    3072 + 768, gates 2: 5,951,234. Nothing is ours on top.
+    DeepMLF's Tables 6 and 7: 5, 6 and 5 blocks of GPT-2 base, medium and large have 29.75, 63.3 and
+    82.35 M weights. By hand for width 768: norms 2 x 1536, W_q and W_o 2 x 589,824, W_kv 30 x 1536,
+    FFW 2 x 2,359,296 + 3072 + 768, gates 2: 5,951,234 in all.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -369,10 +369,10 @@ def test_mm_blocks_have_the_papers_size(width, layers, heads, params):
     assert sum(p.numel() for p in block.parameters()) == params
 
 
-def test_smollm2_mm_block_trains_lora_alone():
+def test_smollm2_mm_block_has_lora_weights_only_in_its_ffw():
     """
-    facts: 74.6 M a block of which 24.24 M train. Ours shares the LM's own FFW instead of copying
-    it: 24.24 M is all there is.
+    A block of the release has 74.6 M weights, of which 24.24 M are trained; the others are copies
+    of the LM's FFW. Ours shares the LM's FFW, so 24.24 M is all it has.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -396,8 +396,8 @@ def test_smollm2_mm_block_trains_lora_alone():
 
 def test_av_encoder_has_the_releases_size():
     """
-    69,751 on MOSI and 72,271 on MOSEI with their unused classifier (31); ours has the last
-    LayerNorm (60) besides.
+    The release has 69,751 weights on MOSI and 72,271 on MOSEI, 31 of them in a classifier that is
+    not used. Ours has the last LayerNorm (60) instead.
     """
     for (d_a, d_v), params in {(5, 20): 69_751, (74, 35): 72_271}.items():
         encoder = AVEncoder(dict(audio=d_a, vision=d_v))
@@ -429,7 +429,7 @@ SIMS = {
     'Corr': 'corr',
     'R_squre': 'r2',
 }
-# MMSA rounds to 4 decimals; MSE's SIMS v2 does not, and sums in float32
+# MMSA rounds to 4 decimals; MSE-Adapter's SIMS-V2 metrics do not, but they sum in float32
 ROUNDED, FLOAT32 = 5.1e-5, 2e-6
 TARGETS = {
     'MMSA_MOSI': (MMSA, [-3, 3], ROUNDED),
@@ -451,7 +451,7 @@ def scores(n=200, seed=0):
 
 
 # -------------------------------------------------------------------------------------------------
-# the references' numbers
+# The numbers of the references
 
 
 @needs_golden
@@ -476,7 +476,7 @@ def test_class_metrics_equal_the_reference():
     names = ['neutral', 'surprise', 'fear', 'sadness', 'joy', 'disgust', 'anger']
     for case in METRICS['classification_labels']:
         pred, label, theirs = case['preds'], case['labels'], case['expected']['MSE_MELD']
-        if 'error' in theirs:  # there scikit-learn stops at an answer of 3.5, here we do
+        if 'error' in theirs:  # scikit-learn refuses a prediction of 3.5, and so do we
             with pytest.raises(ValueError, match='whole numbers, got 3.5'):
                 class_metrics(pred, label, names)
             continue
@@ -485,11 +485,11 @@ def test_class_metrics_equal_the_reference():
         assert ours['wf1'] == pytest.approx(theirs['weight_F1']), case['name']
 
 
-def test_collapsed_models_on_the_sims_test_set():
+def test_constant_predictions_score_the_published_numbers_on_sims():
     """
-    CH-SIMS test: 457 clips, 248 negative, 69 zero, 140 positive. A constant negative answer is
-    right on 248 + 69 of them in Acc2 (69.37: 0 counts as negative) and on 248 in Acc3 (54.27), with
-    no look at any: numbers that stand in published tables. QWK gives a constant its due, 0.
+    CH-SIMS test: 457 clips, 248 negative, 69 zero, 140 positive. A constant negative prediction is
+    right on 248 + 69 of them in Acc2 (69.37, because 0 counts as negative) and on 248 in Acc3
+    (54.27). Both numbers stand in published tables. The QWK of a constant is 0.
     """
     label = np.concatenate([np.full(248, -0.6), np.zeros(69), np.full(140, 0.8)])
     m = regression_metrics(np.full(457, -0.5), label, [-1, 1])
@@ -501,28 +501,29 @@ def test_collapsed_models_on_the_sims_test_set():
 
 
 # -------------------------------------------------------------------------------------------------
-# by hand
+# Metrics by hand
 
 
-def test_the_worked_example_of_the_docstring():
+def test_the_example_in_the_docstring_of_regression_metrics():
     m = regression_metrics([0.5, -0.2, 1.5, -4.0], [1.0, 0.0, 2.0, -3.0], [-3, 3])
     assert m['mae'] == pytest.approx(0.55) and m['r2'] == pytest.approx(1 - 1.54 / 14)
     assert m['acc7'] == 0.75 and m['jump_mean'] == 0.25 and m['jump2'] == 0
     assert m['acc2_has0'] == 0.75 and m['acc2_non0'] == 1
-    # and in the order of the help
+    # in the order of METRIC_HELP
     assert list(m) == [k for k in METRIC_HELP if k in m] and len(m) >= 14
 
 
-def test_the_worked_example_of_classes():
+def test_the_example_in_the_docstring_of_class_metrics():
     m = class_metrics([0, 0, 1, 9], [0, 1, 1, 1], ['no', 'yes', 'joy'])
     assert m['acc'] == 0.5 and m['wf1'] == pytest.approx(13 / 24) and math.isnan(m['f1_joy'])
     assert m['f1_no'] == pytest.approx(2 / 3) and m['f1_yes'] == 0.5
     assert confusion([0, 0, 1, 9], [0, 1, 1, 1], 3).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
 
 
-def test_minus_zero_is_not_negative():
+def test_minus_zero_counts_as_zero():
     """
-    Has0 asks >= 0 and -0.0 >= 0. Non0 drops the label -0.0 and takes a predicted -0.0 for negative.
+    Has0 asks for >= 0, which holds for -0.0. Non0 drops the label -0.0 and counts a predicted -0.0
+    as negative, as it does 0.0.
     """
     m = regression_metrics([-0.0, -0.0, -0.0, 1.0], [0.0, 1.0, -1.0, -0.0], [-3, 3])
     assert m['acc2_has0'] == 3 / 4 and m['acc2_non0'] == 1 / 2
@@ -539,9 +540,10 @@ def test_halves_round_to_even():
     assert regression_metrics([0.25, -0.75], [0, -1], [-1, 1])['jump_mean'] == 0
 
 
-def test_sims_borders_belong_to_the_class_below_in_float32():
+def test_sims_borders_belong_to_the_class_below_and_are_float32():
     """
-    A border is .7 in float32, and labels come from float64 files, so float64's .7 must become that.
+    Borders such as .7 are float32 and labels come from float64 files, so a label of .7 must be
+    rounded to float32 first.
     """
     for x, below, above in (
         (0.1, 0.05, 0.11),
@@ -553,16 +555,17 @@ def test_sims_borders_belong_to_the_class_below_in_float32():
         assert m['acc5'] == 0.5 and regression_metrics([x], [below], [-1, 1])['acc5'] == 1
 
 
-def test_sims_clips_before_everything_and_mosi_does_not():
+def test_sims_clips_predictions_before_every_metric_and_mosi_does_not():
     pred, label = np.array([2.0, -5.0, 0.5]), np.array([1.0, -1.0, 0.5])
     assert regression_metrics(pred, label, [-1, 1])['mae'] == 0
     assert regression_metrics(pred, label, [-1, 1])['corr'] == pytest.approx(1)
     assert regression_metrics(pred, label, [-3, 3])['mae'] == pytest.approx(5 / 3)
 
 
-def test_weak_clips():
+def test_acc2_weak_takes_labels_up_to_0_4_of_the_largest():
     """
-    |label| <= .4 of the largest: .4 itself counts for SIMS, 1.2 for MOSI. No such clip: nan.
+    Clips with |label| <= .4 of the largest label: .4 itself counts on SIMS, 1.2 on MOSI. NaN
+    without such a clip.
     """
     m = regression_metrics([1, -1, -1, -1], [0.4, 0.2, -0.4, 0.6], [-1, 1])
     assert m['acc2_weak'] == pytest.approx(2 / 3)
@@ -570,12 +573,12 @@ def test_weak_clips():
     assert math.isnan(regression_metrics([1, -1], [3, -3], [-3, 3])['acc2_weak'])
 
 
-def test_jumps():
-    # 2, 1, 6 (clipped) and 0 levels off
+def test_jumps_count_levels_between_prediction_and_label():
+    # 2, 1, 6 (after clipping) and 0 levels apart
     m = regression_metrics([3, 0, -9, 1], [1, 1, 3, 1], [-3, 3])
     assert m['jump2'] == 0.5 and m['jump_mean'] == 9 / 4
     m = regression_metrics([0.2], [0.4], [-1, 1])
-    # round(.4) = 0, round(.8) = 1; in three levels both are 0
+    # round(.4) = 0 and round(.8) = 1; with three levels both are 0
     assert m['jump_mean'] == 1 and m['jump_mean_3'] == 0
     m = regression_metrics([-0.6, 0.7, 0.4], [0.6, 0.8, -0.9], [-1, 1])
     assert m['jump2_3'] == 1 / 3
@@ -583,7 +586,7 @@ def test_jumps():
     assert 'jump2_3' not in regression_metrics([0.2], [0.4], [-3, 3])
 
 
-def test_which_metrics_a_label_range_has():
+def test_a_label_range_decides_which_accuracies_exist():
     def has(lo, hi):
         return {'acc3', 'acc5', 'acc7'} & regression_metrics([0, 1], [0, 1], [lo, hi]).keys()
 
@@ -593,11 +596,11 @@ def test_which_metrics_a_label_range_has():
     assert regression_metrics([4.9, 0.4], [4, 0], [0, 4])['jump_mean'] == 0
 
 
-def test_undefined_is_nan_and_not_zero(recwarn):
-    # 0.1: its float mean is not quite 0.1
+def test_undefined_metrics_are_nan_and_warn_nothing(recwarn):
+    # the float mean of 0.1s is not exactly 0.1, so the variance is not exactly 0
     m = regression_metrics(np.full(5, 0.1), np.full(5, 0.1), [-3, 3])
     assert math.isnan(m['corr']) and math.isnan(m['r2']) and math.isnan(m['qwk']) and m['mae'] == 0
-    m = regression_metrics([1.0, -1.0], [0.0, 0.0], [-3, 3])  # no label but 0
+    m = regression_metrics([1.0, -1.0], [0.0, 0.0], [-3, 3])  # all labels are 0
     assert math.isnan(m['acc2_non0']) and math.isnan(m['f1_non0']) and m['acc2_has0'] == 0.5
     assert not recwarn.list
 
@@ -612,14 +615,14 @@ def test_undefined_is_nan_and_not_zero(recwarn):
         ([1.0], [np.nan], '1 of 1 labels are nan'),
     ],
 )
-def test_what_cannot_be_scored(pred, label, words):
+def test_predictions_that_cannot_be_scored_are_refused(pred, label, words):
     with pytest.raises(ValueError, match=words):
         regression_metrics(pred, label, [-3, 3])
     with pytest.raises(ValueError, match=words):
         class_metrics(pred, label, ['a', 'b'])
 
 
-def test_labels_that_are_no_class():
+def test_labels_outside_the_classes_are_refused():
     with pytest.raises(ValueError, match='labels run from 0 to 2, but the 2 classes are a, b'):
         class_metrics([0, 1, 0], [0, 1, 2], ['a', 'b'])
     with pytest.raises(ValueError, match='labels run from -1'):
@@ -627,10 +630,10 @@ def test_labels_that_are_no_class():
 
 
 # -------------------------------------------------------------------------------------------------
-# scikit-learn
+# Metrics against scikit-learn and scipy
 
 
-# scikit-learn warns about the absent classes that we want here
+# scikit-learn warns about absent classes, which are tested here
 @pytest.mark.filterwarnings('ignore')
 def test_f1_equals_sklearn():
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
@@ -646,9 +649,9 @@ def test_f1_equals_sklearn():
         assert (confusion(pred, label, n) == confusion_matrix(label, pred, labels=range(n))).all()
         acc = class_metrics(pred, label, 'abcdefg'[:n])['acc']
         assert acc == pytest.approx(accuracy_score(label, pred))
-        wild = np.where(rng.random(size) < 0.3, n + 1, pred)  # answers that are no class
-        theirs = f1_score(label, wild, average='weighted', zero_division=0)
-        assert class_f1(wild, label, n)[1] == pytest.approx(theirs)
+        invalid = np.where(rng.random(size) < 0.3, n + 1, pred)  # some predictions are no class
+        theirs = f1_score(label, invalid, average='weighted', zero_division=0)
+        assert class_f1(invalid, label, n)[1] == pytest.approx(theirs)
 
 
 @pytest.mark.parametrize('label_range, scale', [([-3, 3], 1), ([-1, 1], 2)])
@@ -675,22 +678,22 @@ def test_corr_and_r2_equal_scipy_and_sklearn():
 
 
 # -------------------------------------------------------------------------------------------------
-# several runs
+# Several runs
 
 
 def mae(pred, label):
     return np.abs(pred - label).mean()
 
 
-def test_identical_systems_differ_by_nothing():
+def test_the_interval_of_identical_systems_holds_zero():
     pred, label = scores(100)
-    assert paired_bootstrap(mae, [pred], [pred], label) == (0.0, 0.0, 0.0)  # paired: not even noise
+    assert paired_bootstrap(mae, [pred], [pred], label) == (0.0, 0.0, 0.0)  # paired: no noise
     runs = label + np.random.default_rng(1).normal(0, 1, (3, 100))
     difference, low, high = paired_bootstrap(mae, runs, runs, label, 500)
     assert difference == 0 and low < 0 < high
 
 
-def test_a_better_system_is_told_from_a_worse_one():
+def test_the_interval_of_a_better_and_a_worse_system_excludes_zero():
     rng, label = np.random.default_rng(0), scores(300)[1]
     good, bad = label + rng.normal(0, 0.5, (3, 300)), label + rng.normal(0, 1.0, (4, 300))
     difference, low, high = paired_bootstrap(mae, good, bad, label, 500)
@@ -699,14 +702,15 @@ def test_a_better_system_is_told_from_a_worse_one():
     assert paired_bootstrap(mae, good, bad, label, 500) == (difference, low, high)  # same seed
 
     def acc7(p, y):
-        return regression_metrics(p, y, [-3, 3])['acc7']  # any metric will do
+        return regression_metrics(p, y, [-3, 3])['acc7']  # a metric other than MAE
 
     assert paired_bootstrap(acc7, good, bad, label, 50)[1] > 0
 
 
-def test_pairing_makes_the_interval_narrow():
+def test_pairing_narrows_the_interval():
     """
-    B is A plus .05 of error on every clip. Paired, that is sure; unpaired it drowns in hard clips.
+    System A has .05 more error than B on every clip. Paired, the interval excludes 0; unpaired, the
+    spread between clips hides the difference.
     """
     label, error = np.zeros(200), np.abs(np.random.default_rng(0).normal(0, 2, 200))
     assert paired_bootstrap(mae, [error + 0.05], [error], label, 300) == pytest.approx(
@@ -717,16 +721,17 @@ def test_pairing_makes_the_interval_narrow():
     assert low < 0 < high
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_covers_zero_in_about_95_percent_of_studies():
     """
-    200 studies of two equal systems, one run, 60 clips: 95 % should hold 0, 90 to 99 % will do.
+    200 studies of two equal systems, one run each, 60 clips. The share of intervals that hold 0
+    should be 95 %; 90 to 99 % passes.
     """
-    rng, label, holds = np.random.default_rng(0), np.zeros(60), 0
+    rng, label, n_covered = np.random.default_rng(0), np.zeros(60), 0
     for study in range(200):
         a, b = rng.normal(0, 1, (2, 1, 60))
         _, low, high = paired_bootstrap(mae, a, b, label, 200, seed=study)
-        holds += low <= 0 <= high
-    assert 0.90 <= holds / 200 <= 0.99
+        n_covered += low <= 0 <= high
+    assert 0.90 <= n_covered / 200 <= 0.99
 
 
 def test_bootstrap_refuses_clips_that_do_not_match():
@@ -742,7 +747,7 @@ def test_bootstrap_of_an_undefined_metric_is_nan():
     assert all(map(math.isnan, paired_bootstrap(corr, constant, constant, label, 20)))
 
 
-def test_tables():
+def test_mean_std_n_and_markdown_tables():
     assert mean_std_n([0.508, 0.512, 0.516]) == '0.512 ± 0.004 (n=3)'
     assert mean_std_n([0.5]) == '0.500 (n=1)' and mean_std_n([]) == 'not run'
     assert mean_std_n([1, 3], digits=1) == '2.0 ± 1.4 (n=2)'
@@ -753,7 +758,7 @@ def test_tables():
         markdown_table(['a', 'b'], [[1]])
 
 
-def test_every_metric_says_what_it_is_and_which_way_is_better():
+def test_every_metric_has_a_help_text_and_a_direction():
     pred, label = scores()
     assert {
         *regression_metrics(pred, label, [-3, 3]),

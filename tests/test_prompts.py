@@ -1,6 +1,5 @@
 """
-MSE-Adapter and CMPTA: pseudo tokens, prompts, the label trie, the three ways to read an answer out,
-and classes.
+MSE-Adapter and CMPTA: pseudo tokens, prompts, the label trie, the three readouts, and classes.
 
     python -m pytest -q tests/test_prompts.py
 """
@@ -69,7 +68,7 @@ from run.report import read_predictions
 def test_mse_adapter_has_as_many_weights_as_the_authors_logged(D, audio, vision, P, n):
     """
     MOSEI, SIMS-V2, MELD and CHERMA, on LMs of width 4096 (ChatGLM3, Llama-2-7B) and 2048
-    (Qwen-1.8B): (width, LSTM).
+    (Qwen-1.8B). audio and vision: (width of the stream, width of its LSTM).
     """
     with torch.device('meta'):
         adapter = MSEAdapter(
@@ -82,7 +81,9 @@ def test_mse_adapter_has_as_many_weights_as_the_authors_logged(D, audio, vision,
 
 
 def released_mse(z):
-    """ Our adapter with the weights of ../shared/golden/mse_adapter.npz. """
+    """
+    Our adapter with the weights in ../shared/golden/mse_adapter.npz, which the released code gave.
+    """
     adapter = MSEAdapter(dict(audio=5, vision=7), 64, 4, d=8, lstm_widths=dict(audio=6, vision=4))
     theirs = {}
     for s in ('audio', 'vision'):
@@ -119,10 +120,10 @@ def released_mse(z):
 
 
 @needs_golden
-def test_mse_adapter_is_the_released_one():
+def test_mse_adapter_equals_the_releases():
     """
-    Pseudo tokens, and what is inside, to 1e-5; the released mean over text counts its padding, so
-    the mask is all ones.
+    The output of Text-Guide-Mixer and the pseudo tokens, to 1e-5. The release counts padding in the
+    mean over text, so the mask is all True here.
     """
     z = np.load(GOLDEN / 'mse_adapter.npz')
     adapter = released_mse(z)
@@ -144,14 +145,14 @@ def test_mse_adapter_is_the_released_one():
         torch.testing.assert_close(
             adapter(batch, text, mask), t('out_pseudo_tokens'), rtol=0, atol=1e-5
         )
-        # the release loses the batch axis of a single clip
+        # a batch of one, where the release loses the batch axis
         one = {k: v[:1] for k, v in batch.items()}
         torch.testing.assert_close(
             adapter(one, text[:1], mask[:1]), t('out_pseudo_tokens')[:1], rtol=0, atol=1e-5
         )
 
 
-def test_released_pseudo_tokens_span_two_directions_and_full_ones_more():
+def test_released_pseudo_tokens_have_rank_two_and_full_ones_full_rank():
     torch.manual_seed(0)
     batch = dict(
         audio=torch.randn(2, 9, 5),
@@ -161,8 +162,8 @@ def test_released_pseudo_tokens_span_two_directions_and_full_ones_more():
     )
     text, mask = torch.randn(2, 5, 64), torch.ones(2, 5, dtype=torch.bool)
 
-    def rank(how):
-        adapter = MSEAdapter(dict(audio=5, vision=7), 64, 6, 16, projection=how)
+    def rank(projection):
+        adapter = MSEAdapter(dict(audio=5, vision=7), 64, 6, 16, projection=projection)
         tokens = adapter(batch, text, mask).detach()  # [B,P,D]
         return torch.linalg.matrix_rank(tokens, tol=1e-5).tolist()
 
@@ -176,9 +177,9 @@ def test_released_pseudo_tokens_span_two_directions_and_full_ones_more():
 # CMPTA
 
 
-def test_alignment_is_a_packed_bilstm():
+def test_alignment_equals_a_packed_bilstm():
     """
-    Turning each clip round within its own length equals torch's packed bidirectional LSTM, on real
+    Reversing each clip within its own length equals torch's packed bidirectional LSTM on the real
     steps.
     """
     torch.manual_seed(0)
@@ -199,10 +200,10 @@ def test_alignment_is_a_packed_bilstm():
 
 @pytest.mark.parametrize('pool', ['mean', 'last', 'learned'])
 @pytest.mark.parametrize('n_heads', [1, 3])
-def test_directed_attention_is_that_of_torch(pool, n_heads):
+def test_directed_attention_equals_torchs_attention_pooled(pool, n_heads):
     """
-    A token is what torch's own attention gives for each step of x, pooled: ours makes values last,
-    not first. What looks() gives is how much they count.
+    A token equals torch's attention output, pooled over the steps of x, although ours projects to
+    values last. attention_weights equals torch's weights, pooled.
     """
     torch.manual_seed(0)
     a = DirectedAttention(6, n_heads, pool, dropout=0.0)
@@ -210,7 +211,7 @@ def test_directed_attention_is_that_of_torch(pool, n_heads):
     y = torch.randn(2, 4, 6)
     x_mask = torch.arange(5) < torch.tensor([[5], [3]])
     y_mask = torch.arange(4) < torch.tensor([[2], [4]])
-    weights = a.looks(x, x_mask, y, y_mask).mean(1)
+    weights = a.attention_weights(x, x_mask, y, y_mask).mean(1)
     torch.testing.assert_close(weights.sum(1), torch.ones(2))
     assert (weights[~y_mask] == 0).all()
     theirs = nn.MultiheadAttention(6, n_heads, batch_first=True)
@@ -221,10 +222,11 @@ def test_directed_attention_is_that_of_torch(pool, n_heads):
             **{f'out_proj.{k}': v for k, v in a.out_proj.state_dict().items()},
         )
     )
-    each, counts = theirs(x, y, y, key_padding_mask=~y_mask)  # [B,L,d], [B,L,M]
+    outputs, their_weights = theirs(x, y, y, key_padding_mask=~y_mask)  # [B,L,d], [B,L,M]
     pooled = a.pool_weights(x, x_mask)[:, None]  # [B,1,L]
-    torch.testing.assert_close(a(x, x_mask, y, y_mask), (pooled @ each)[:, 0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(weights, (pooled @ counts)[:, 0], rtol=0, atol=1e-6)
+    token = a(x, x_mask, y, y_mask)  # [B,d]
+    torch.testing.assert_close(token, (pooled @ outputs)[:, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(weights, (pooled @ their_weights)[:, 0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -243,10 +245,11 @@ def test_directed_attention_is_that_of_torch(pool, n_heads):
         (6, dict(projection='full')),
     ],
 )
-def test_cmpta_makes_its_tokens_and_every_weight_counts(n_pseudo, knobs):
+def test_cmpta_uses_every_weight_and_ignores_padding(n_pseudo, knobs):
     """
-    All of the ablation's settings; a clip without audio, one without video; garbage in the padding
-    changes nothing.
+    For all settings of the ablations, with a clip without audio and one without video: the output
+    is finite, every weight has a gradient, attention weights sum to 1 on real steps, and garbage in
+    the padding changes nothing.
     """
     torch.manual_seed(0)
     cmpta = CMPTA(dict(audio=5, vision=7), 16, n_pseudo, d=8, n_heads=2, dropout=0.0, **knobs)
@@ -263,7 +266,7 @@ def test_cmpta_makes_its_tokens_and_every_weight_counts(n_pseudo, knobs):
     assert out.shape == (3, n_pseudo, 16) and out.isfinite().all()
     (out * torch.randn_like(out)).mean().backward()
     idle = [n for n, p in cmpta.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
-    assert idle == []  # where tokens are few: what feeds no token has no weights
+    assert idle == []  # with few tokens, streams that no token reads have no weights
     if not knobs and n_pseudo > 4:
         directions = [
             'text_from_vision',
@@ -276,22 +279,22 @@ def test_cmpta_makes_its_tokens_and_every_weight_counts(n_pseudo, knobs):
         assert list(cmpta.directed) == directions[:n_pseudo]
     lengths = {s: batch[s + '_len'].clamp(min=1) for s in ('audio', 'vision')}
     lengths['text'] = mask.sum(1)
-    if knobs.get('attend', True):  # what the figures draw: on real frames, 1 in all
+    if knobs.get('attend', True):  # the weights that figures show
         for name, weights in cmpta.eval().attention(batch, text, mask).items():
             n = lengths[name.split('_from_')[1]]  # [B]
             real = torch.arange(weights.shape[1]) < n[:, None]  # [B,S]
             torch.testing.assert_close(weights.sum(1), torch.ones(3))
             assert (weights[~real] == 0).all()
-    dirty = {}
+    garbage = {}
     for s in ('audio', 'vision'):
         padding = torch.arange(batch[s].shape[1]) >= lengths[s][:, None]  # [B,S]
-        dirty[s] = batch[s] + 99.0 * padding[..., None]
+        garbage[s] = batch[s] + 99.0 * padding[..., None]
     torch.testing.assert_close(
-        cmpta(batch | dirty, text + 99.0 * ~mask[..., None], mask), out, rtol=0, atol=1e-5
+        cmpta(batch | garbage, text + 99.0 * ~mask[..., None], mask), out, rtol=0, atol=1e-5
     )
 
 
-def test_a_corpus_with_one_modality_has_fewer_directions():
+def test_learned_tokens_replace_the_directions_of_a_missing_modality():
     cmpta = CMPTA(dict(audio=5), 16, 6, d=8, n_heads=2)
     assert list(cmpta.directed) == ['text_from_audio', 'audio_from_text']
     assert cmpta.more_tokens.shape == (4, 8)
@@ -302,7 +305,7 @@ def test_a_corpus_with_one_modality_has_fewer_directions():
 # The prompt and the labels
 
 
-def test_label_sets_and_what_stands_before_them(tokenizers, corpora):
+def test_prompts_and_label_strings(tokenizers, corpora):
     info = open_corpus('toy', corpora).labels
     p = Prompt(MSE_KNOBS, info['label'], tokenizers['bpe'])
     assert len(p.labels) == 61
@@ -318,30 +321,30 @@ def test_label_sets_and_what_stands_before_them(tokenizers, corpora):
     assert len(small.labels) == 21
     emotion = Prompt(MSE_KNOBS, info['emotion'], tokenizers['bpe'])
     assert emotion.labels == list('01234')
-    asked = tokenizers['bpe'].decode(emotion.after)
-    assert '<anger:0, sadness:1, neutral:2, contentment:3, joy:4>' in asked
+    question = tokenizers['bpe'].decode(emotion.after)
+    assert '<anger:0, sadness:1, neutral:2, contentment:3, joy:4>' in question
     by_name = Prompt(MSE_KNOBS | dict(label_words='name'), info['emotion'], tokenizers['bpe'])
     assert by_name.labels == info['emotion']['names']
     sp = Prompt(MSE_KNOBS, info['label'], tokenizers['sentencepiece'])
-    # <s>, once, and only in front
+    # <s> stands at the start only
     assert sp.before[0] == 1 and sp.answers[0] not in ([], sp.answers[1])
     assert 1 not in sp.before[1:] + sp.after
     positive = Prompt(MSE_KNOBS, dict(kind='regression', range=[0, 0.95]), tokenizers['bpe'])
     assert positive.labels[-1] == '0.9'
-    # off the grid of tenths
-    odd = Prompt(MSE_KNOBS, dict(kind='regression', range=[-1.05, 1.05]), tokenizers['bpe'])
-    said = [odd.labels[k] for k in odd.index(torch.tensor([-1.05, 0.1, 1.0]))]
-    assert said == ['-1.0', '0.1', '1.0']
+    # a range whose ends are no multiples of 0.1
+    between = Prompt(MSE_KNOBS, dict(kind='regression', range=[-1.05, 1.05]), tokenizers['bpe'])
+    labels = [between.labels[k] for k in between.index(torch.tensor([-1.05, 0.1, 1.0]))]
+    assert labels == ['-1.0', '0.1', '1.0']
     started = Prompt(MSE_KNOBS | dict(prompt_start='<|end|>'), info['label'], tokenizers['bpe'])
     assert started.before == [tokenizers['bpe'].eos_token_id] + p.before
     y = torch.tensor([-3.0, -0.04, 0.04, 0.3333, 3.0])
     assert [p.labels[k] for k in p.index(y)] == ['-3.0', '0.0', '0.0', '0.3', '3.0']
 
 
-class Letters:
+class LetterTokenizer:
     """
-    A tokenizer of one token a character: no BOS, EOS or pad, and nothing for letters that it does
-    not know.
+    A tokenizer with one token a character and no BOS, EOS or padding. With `known`, other letters
+    have no token.
     """
 
     eos_token_id = bos_token_id = pad_token_id = None
@@ -361,33 +364,34 @@ class Letters:
         return ''.join(map(chr, ids))
 
 
-def test_labels_that_cannot_be_told_apart_are_refused():
+def test_labels_with_ambiguous_tokens_are_refused():
     def names(*names):
         return dict(kind='classes', names=list(names))
 
     by_name = MSE_KNOBS | dict(label_words='name')
     with pytest.raises(ModelError, match="'joy' is the beginning of 'joyful'.*label_eos=True"):
-        Prompt(by_name, names('joy', 'joyful'), Letters())
+        Prompt(by_name, names('joy', 'joyful'), LetterTokenizer())
     with pytest.raises(ModelError, match="'1' is the beginning of '10'"):
-        Prompt(MSE_KNOBS, names(*(str(i) for i in range(11))), Letters())
+        Prompt(MSE_KNOBS, names(*(str(i) for i in range(11))), LetterTokenizer())
     with pytest.raises(ModelError, match="same tokens of the labels 'ab' and 'cd'"):
-        Prompt(by_name, names('ab', 'cd'), Letters(known='xyz '))
+        Prompt(by_name, names('ab', 'cd'), LetterTokenizer(known='xyz '))
     with pytest.raises(ModelError, match='has none'):
-        Prompt(MSE_KNOBS | dict(label_eos=True), names('joy', 'anger'), Letters())
+        Prompt(MSE_KNOBS | dict(label_eos=True), names('joy', 'anger'), LetterTokenizer())
 
-    class Ended(Letters):
+    class LetterTokenizerWithEnd(LetterTokenizer):
         eos_token_id = 7
 
-    p = Prompt(by_name | dict(label_eos=True), names('joy', 'joyful'), Ended())
+    p = Prompt(by_name | dict(label_eos=True), names('joy', 'joyful'), LetterTokenizerWithEnd())
     assert [ids[-1] for ids in p.answers] == [7, 7] and p.pad_id == 7
-    assert Prompt(by_name, names('joy', 'anger'), Letters()).before == [
+    assert Prompt(by_name, names('joy', 'anger'), LetterTokenizer()).before == [
         ord(ch) for ch in '<Multimodal>'
     ]
 
 
-def test_a_sentencepiece_model_without_bos_and_eos_has_none(tmp_path):
+def test_a_sentencepiece_model_without_bos_and_eos_adds_no_token(tmp_path):
     """
-    Its ids are -1 then, which is no token: nothing is put before a text, and label_eos is refused.
+    Sentencepiece then gives -1 as their ids, which is no token: nothing is put before a text, and
+    label_eos is refused.
     """
     import sentencepiece
 
@@ -424,32 +428,33 @@ def test_a_sentencepiece_model_without_bos_and_eos_has_none(tmp_path):
         ('.5', None),
     ],
 )
-def test_generated_numbers(text, number):
-    p = Prompt(MSE_KNOBS, dict(kind='regression', range=[-3, 3]), Letters())
-    assert p.understand([ord(ch) for ch in text]) == number
+def test_generated_numbers_are_parsed_and_clamped(text, number):
+    p = Prompt(MSE_KNOBS, dict(kind='regression', range=[-3, 3]), LetterTokenizer())
+    assert p.parse_answer([ord(ch) for ch in text]) == number
 
 
-def test_generated_classes():
+def test_generated_classes_are_parsed():
     p = Prompt(
         MSE_KNOBS | dict(label_words='name', label_eos=True),
         dict(kind='classes', names=['joy', 'joyful', 'anger']),
-        type('T', (Letters,), dict(eos_token_id=7))(),
+        type('T', (LetterTokenizer,), dict(eos_token_id=7))(),
     )
 
-    def say(text):
-        return p.understand([ord(ch) for ch in text])
+    def parse(text):
+        return p.parse_answer([ord(ch) for ch in text])
 
-    assert [say('joy\7anger'), say('joyful'), say(' anger.'), say('fear')] == [0, 1, 2, None]
+    texts = ['joy\7anger', 'joyful', ' anger.', 'fear']
+    assert [parse(text) for text in texts] == [0, 1, 2, None]
 
 
 # -------------------------------------------------------------------------------------------------
-# Reading answers out
+# The readouts
 
 
 def brute_force(model, batch, k):
     """
-    log p of label k after each clip's prompt, teacher-forced through Hugging Face's own forward,
-    one clip at a time.
+    log p of label k after each clip's prompt -> [B], with teacher forcing through Hugging Face's
+    own forward, one clip at a time.
     """
     x, n = model.read(batch)
     ids, out = model.prompt.answers[k], []
@@ -482,13 +487,10 @@ def brute_force(model, batch, k):
     ],
 )
 @torch.no_grad()
-def test_scores_are_brute_force_log_probabilities_of_every_label(
+def test_label_scores_equal_brute_force_log_probabilities(
     kind, family, knobs, corpora, tokenizers
 ):
-    """
-    One pass over the trie of labels gives what running every label by itself gives. Also for the LM
-    alone.
-    """
+    """ One pass over the label trie equals one pass of Hugging Face's forward for each label. """
     model, _, batch = prompted(corpora, tokenizers, kind, family, **knobs)
     scores = model.label_scores(*model.read(batch))
     wanted = torch.stack([brute_force(model, batch, k) for k in range(len(model.prompt.labels))], 1)
@@ -537,26 +539,27 @@ def test_scores_over_labels_alone_are_constrained_decoding(family, corpora, toke
 
 
 @torch.no_grad()
-def test_score_estimates(corpora, tokenizers):
+def test_score_estimates_are_mean_mode_and_median(corpora, tokenizers):
     model, _, batch = prompted(corpora, tokenizers)
     prob = model.predict(batch)['prob']
     values = torch.arange(-30, 31) / 10
-    for how, pred in (
+    for estimate, pred in (
         ('expected', prob @ values),
         ('mode', values[prob.argmax(1)]),
         ('median', torch.stack([values[(p.cumsum(0) >= 0.5).nonzero()[0, 0]] for p in prob])),
     ):
-        model.k['score_estimate'] = how
+        model.k['score_estimate'] = estimate
         torch.testing.assert_close(model.predict(batch)['pred'], pred, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('kind, family', [('bpe', 'gpt2'), ('sentencepiece', 'llama')])
 @torch.no_grad()
-def test_generated_answers_are_hugging_faces_first_token_and_all(kind, family, corpora, tokenizers):
+def test_generated_answers_equal_hugging_faces(kind, family, corpora, tokenizers):
     """
-    The trap of MSE-Adapter's release: generate(inputs_embeds) once returned a dummy first column,
-    later not, and stripping it then loses the first token of every answer. Ours is the prefix of
-    what they generate, whichever this version does.
+    generate(inputs_embeds) returned a dummy first column in some versions of transformers and none
+    in others. MSE-Adapter's release strips one column, so with the others it loses the first token
+    of every answer. Ours are the last tokens of what this version generates, the first one
+    included.
     """
     model, _, batch = prompted(corpora, tokenizers, kind, family, readout='generate')
     x, n = model.read(batch)
@@ -573,7 +576,7 @@ def test_generated_answers_are_hugging_faces_first_token_and_all(kind, family, c
         assert ours[b].tolist() == theirs[0, -4:].tolist()
         logits = model.lm.hf(inputs_embeds=x[b : b + 1, : n[b]]).logits[0, -1]
         assert ours[b, 0] == logits.argmax()
-    # '-2.3', '-2.7', babble
+    # the answers '-2.3', '-2.7' and one that is no label
     model.lm.go_on = lambda *a: torch.tensor(
         [model.prompt.answers[7], model.prompt.answers[3], ours[0].tolist()]
     )
@@ -582,10 +585,10 @@ def test_generated_answers_are_hugging_faces_first_token_and_all(kind, family, c
     assert out['unread'].tolist() == [0, 0, 1]
 
 
-def test_label_loss_is_hugging_faces_on_label_tokens_alone(corpora, tokenizers):
+def test_label_loss_equals_hugging_faces_on_label_tokens(corpora, tokenizers):
     """
-    Mean over label tokens, all else ignored, each clip unpadded: the release's loss; and the same
-    gradients when layers are recomputed.
+    The release's loss: the mean over label tokens, all others ignored, each clip without padding.
+    The gradients are the same with checkpoint_lm.
     """
     model, _, batch = prompted(corpora, tokenizers, 'bpe', 'llama')
     x, n = model.read(batch)
@@ -597,16 +600,16 @@ def test_label_loss_is_hugging_faces_on_label_tokens_alone(corpora, tokenizers):
             inputs_embeds=torch.cat([x[b, : n[b]], model.lm.embed(ids)])[None], labels=labels
         ).loss
         total, count = total + loss * len(ids), count + len(ids)
-    got = {}
-    for again in (False, True):
+    gradients = {}
+    for recompute in (False, True):
         model.zero_grad()
-        model.k['checkpoint_lm'] = again
+        model.k['checkpoint_lm'] = recompute
         out = model(batch)
         torch.testing.assert_close(out['loss'], total / count, rtol=1e-5, atol=1e-5)
         out['loss'].backward()
-        got[again] = {k: p.grad.clone() for k, p in model.adapter.named_parameters()}
-    for k in got[True]:
-        torch.testing.assert_close(got[True][k], got[False][k], rtol=1e-4, atol=1e-7)
+        gradients[recompute] = {k: p.grad.clone() for k, p in model.adapter.named_parameters()}
+    for k in gradients[True]:
+        torch.testing.assert_close(gradients[True][k], gradients[False][k], rtol=1e-4, atol=1e-7)
     hidden = torch.randn(2, 3, 32)
     answer = torch.randint(60, (2, 3))
     real = torch.tensor([[True, True, True], [True, False, False]])
@@ -628,8 +631,10 @@ def test_label_loss_is_hugging_faces_on_label_tokens_alone(corpora, tokenizers):
         dict(label='emotion', readout='head'),
     ],
 )
-def test_a_clip_alone_is_the_clip_in_company(knobs, corpora, tokenizers):
-    """ Prompts of different lengths are padded behind; a batch of one; predict reads no label. """
+def test_predictions_do_not_depend_on_the_batch(knobs, corpora, tokenizers):
+    """
+    A batch of one equals a padded batch with prompts of different lengths. predict reads no label.
+    """
     model, feed, batch = prompted(
         corpora, tokenizers, 'sentencepiece', 'llama', clips=(5, 9, 30), **knobs
     )
@@ -638,10 +643,10 @@ def test_a_clip_alone_is_the_clip_in_company(knobs, corpora, tokenizers):
     if knobs.get('readout') == 'generate':
 
         def answers(batch):
-            """ Babble is 0.0 for every clip, so its tokens are compared. """
+            """ The token ids, because an untrained LM's answers all parse to the same default. """
             x, n = model.read(batch)
             first = model.trie_token[:1].expand(len(x))  # [B]
-            return dict(said=model.lm.go_on(x[:, :-1], n - 1, first, 4))
+            return dict(answer=model.lm.go_on(x[:, :-1], n - 1, first, 4))
 
         model.predict = answers
         together = model.predict(batch)
@@ -666,10 +671,12 @@ def test_a_clip_alone_is_the_clip_in_company(knobs, corpora, tokenizers):
         dict(base=CMPTA_KNOBS, n_pseudo=6, cmpta_pool='learned', pseudo_projection='full'),
     ],
 )
-def test_frozen_is_bit_identical_and_everything_else_moves(knobs, dtype, corpora, tokenizers):
+def test_two_steps_change_every_trainable_weight_and_no_frozen_one(
+    knobs, dtype, corpora, tokenizers
+):
     """
-    Evaluation, then two steps: every weight of the adapter, query and head has a gradient and
-    moves, and none of the LM.
+    After an evaluation and two steps, every weight of the adapter, query and head has a gradient
+    and a new value, and the LM has the same bits.
     """
     model, feed, _ = prompted(corpora, tokenizers, **knobs)
     model.lm.to(dtype)
@@ -689,35 +696,34 @@ def test_frozen_is_bit_identical_and_everything_else_moves(knobs, dtype, corpora
             loss = model(feed('train', np.arange(8) + 8 * step))['loss']
         loss.backward()
         optimizer.step()
-    still = [
+    unchanged = [
         n
         for n, p in model.named_parameters()
         if p.requires_grad
         and (p.grad is None or p.grad.abs().sum() == 0 or torch.equal(p, start[n]))
     ]
-    assert [n for n in still if not n.endswith(('kv_proj.bias', 'score.bias'))] == []
+    # softmax cancels the biases of keys and of pooling scores
+    assert [n for n in unchanged if not n.endswith(('kv_proj.bias', 'score.bias'))] == []
     assert fingerprint(model.lm) == before and all(p.grad is None for p in model.lm.parameters())
 
 
 @torch.no_grad()
-def test_released_text_mean_counts_padding(corpora, tokenizers):
-    """
-    tgm_pool='padded': the mean over max_text_len positions, padding embedded as the pad token.
-    """
+def test_tgm_pool_padded_counts_padding_in_the_text_mean(corpora, tokenizers):
+    """ The mean is over max_text_len positions, where padding is the embedded padding token. """
     model, _, batch = prompted(corpora, tokenizers, tgm_pool='padded')
-    seen = []
+    inputs = []
 
     def adapter(batch, text, mask):
-        seen.append((text, mask))
+        inputs.append((text, mask))
         return torch.zeros(3, 4, 32)
 
     model.adapter.forward = adapter
     model.read(batch)
-    (text, mask), first = seen[0], len(model.prompt.before) + 4
+    (text, mask), first = inputs[0], len(model.prompt.before) + 4
     assert text.shape[1] == 48 and mask.all()
     for b in range(3):
         own = batch['tokens'][b, first : batch['text_len'][b] - len(model.prompt.after)]
-        # on the left, as released: a mean does not mind
+        # padding on the left, as in the release: the mean is the same
         ids = F.pad(own, (48 - len(own), 0), value=model.prompt.pad_id)
         torch.testing.assert_close(text[b].mean(0), model.lm.embed(ids).mean(0))
 
@@ -728,10 +734,11 @@ def test_a_prompt_past_the_lms_positions_is_refused(corpora, tokenizers):
 
 
 @torch.no_grad()
-def test_a_control_that_cannot_be_scored_is_left_out_with_a_sentence(
+def test_a_control_that_predicts_nan_is_left_out_with_a_sentence(
         corpora, tokenizers, monkeypatch, capsys):
     """
-    The LM alone may give NaN where the system does not: the trained run still ends with a report.
+    The LM alone may predict NaN where the trained system does not. The run still ends with a
+    report.
     """
     model, feed, _ = prompted(corpora, tokenizers)
     assert set(evaluation.evaluate_controls(model, feed)) == {'the LM alone (text)'}
@@ -748,10 +755,8 @@ def test_a_control_that_cannot_be_scored_is_left_out_with_a_sentence(
 
 
 @torch.no_grad()
-def test_an_lm_that_gives_nan_is_not_read_as_class_0(corpora, tokenizers):
-    """
-    As an LM may in float16: predictions are NaN too, and scoring them stops with a sentence.
-    """
+def test_nan_logits_give_nan_predictions_which_stop_the_evaluation(corpora, tokenizers):
+    """ An LM may give NaN in float16. argmax would make class 0 of it. """
     for knobs in (dict(), dict(label='emotion'), dict(readout='generate')):
         model, feed, batch = prompted(corpora, tokenizers, **knobs)
         model.lm.part(1, 'down').weight.mul_(math.inf)
@@ -760,8 +765,8 @@ def test_an_lm_that_gives_nan_is_not_read_as_class_0(corpora, tokenizers):
             evaluation.evaluate(model, feed, 'test')
 
 
-def test_float16_lm_on_the_cpu(corpora, tokenizers):
-    """ dtype='float16': finite predictions near the float32 ones, and gradients in float32. """
+def test_a_float16_lm_predicts_and_trains_on_the_cpu(corpora, tokenizers):
+    """ Predictions are near the float32 ones, and gradients are finite and float32. """
     model, _, batch = prompted(corpora, tokenizers, 'bpe', 'llama')
     with torch.no_grad():
         full = model.predict(batch)['pred']
@@ -797,12 +802,12 @@ FLIPPED = '''def forward(self, *a, **k):
 
 
 @pytest.mark.parametrize('change, known', [('', True), (FLIPPED, False)])
-def test_remote_code_runs_only_when_allowed_and_only_if_it_is_a_family_we_know(
+def test_remote_code_needs_permission_and_the_logits_of_a_known_family(
     change, known, tmp_path, tokenizers, monkeypatch
 ):
     """
-    An LM whose code lies in its folder: refused by default; allowed, its parts are a Llama's and it
-    must compute a Llama's logits.
+    An LM whose code lies in its folder is refused by default. If the code is allowed, the LM has
+    the parts of a Llama and must compute a Llama's logits.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -849,7 +854,7 @@ def test_remote_code_runs_only_when_allowed_and_only_if_it_is_a_family_we_know(
 
 @torch.no_grad()
 @pytest.mark.parametrize('family', EVERY_LM)
-def test_go_on_is_hugging_faces_greedy_text(family):
+def test_go_on_equals_hugging_faces_greedy_decoding(family):
     hf = tiny_lm(family)
     lm, ids = FrozenLM(hf), torch.randint(3, 60, (1, 7))
     if lm.attention_cap is not None:
@@ -873,8 +878,8 @@ def test_go_on_is_hugging_faces_greedy_text(family):
 @pytest.fixture(scope='session')
 def rated_lm(corpora, tokenizers, tmp_path_factory):
     """
-    lm: the toy LM that has read ratings, 11 steps of it. long: a random Llama with room for the
-    real prompts, and a byte-level tokenizer that can spell Chinese.
+    A folder with two LMs. lm: the toy LM trained on ratings, 11 steps. long: a random Llama with
+    positions enough for the real prompts, and a byte-level tokenizer, which has tokens for Chinese.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -920,8 +925,8 @@ def run(rated_lm, corpora, name, config='mse_toy', *more):
 @pytest.mark.parametrize('config', ['mse_toy', 'mse_toy_emotion', 'cmpta_toy', 'cmpta_toy_emotion'])
 def test_runs_end_to_end_and_the_lm_keeps_its_abilities(config, rated_lm, corpora):
     """
-    Train, report, evaluate again from the files. Without the adapter the LM speaks as before
-    training, token for token.
+    Train, report, and evaluate again from the files. Without the adapter the LM generates the same
+    tokens as before training.
     """
     r = run(rated_lm, corpora, config, config)
     folder = rated_lm / config
@@ -940,14 +945,14 @@ def test_runs_end_to_end_and_the_lm_keeps_its_abilities(config, rated_lm, corpor
     best = load_file(rated_lm / 'lm' / 'best.safetensors')
     now = load_file(rated_lm / 'lm' / 'hf' / 'model.safetensors')
     assert len(now) > 40 and all(torch.equal(v, best['hf.' + k]) for k, v in now.items())
-    if config == 'cmpta_toy':  # a figure's way to the attention of a trained run
+    if config == 'cmpta_toy':  # the attention of a trained run, as figures get it
         corpus, k = open_corpus('toy', corpora), r['about']['knobs']
         model, tokenizer = CMPTALM.build(k, corpus, str(folder))
         feed = Feed(corpus, k, tokenizer, 'cpu', model)
         assert model.eval().attention(feed('test', np.arange(4)))['text_from_vision'].shape[0] == 4
 
 
-def test_generate_and_head_runs(rated_lm, corpora):
+def test_runs_with_the_readouts_generate_and_head(rated_lm, corpora):
     r = run(rated_lm, corpora, 'generated', 'mse_toy', '--readout=generate')
     assert 0 <= r['test']['unread'] <= 1
     assert 'no label' in (rated_lm / 'generated' / 'report.md').read_text()
@@ -957,20 +962,20 @@ def test_generate_and_head_runs(rated_lm, corpora):
     assert '(n=2)' in evaluation.compare(both) and 'wf1' in evaluation.compare(both)
 
 
-def test_micro_batches_are_one_big_batch_with_labels_of_unequal_length(
+def test_micro_batches_equal_one_large_batch_with_labels_of_unequal_length(
     rated_lm, corpora, monkeypatch
 ):
     """
-    '-0.5' has more tokens than '0.5': the loss is the mean over the label tokens of the whole step,
-    not of micro-batches.
+    '-0.5' has more tokens than '0.5', so the loss must be the mean over the label tokens of the
+    whole step, not the mean of the micro-batches' means.
     """
 
-    def flat(cost, batch_size, seed, epoch):
+    def in_file_order(cost, batch_size, seed, epoch):
         if epoch is None:
             return [np.arange(len(cost))]
         return [np.arange(40)[i : i + batch_size] for i in range(0, 40, batch_size)]
 
-    monkeypatch.setattr(data, 'epoch_order', flat)
+    monkeypatch.setattr(data, 'epoch_order', in_file_order)
     logs = []
     for name, shape in (
         ('micro', ['--batch_size=16', '--accumulate=3']),
@@ -1017,7 +1022,7 @@ def test_micro_batches_are_one_big_batch_with_labels_of_unequal_length(
         ('mse_toy', '--label=label_T', "has no label 'label_T', only label, emotion"),
     ],
 )
-def test_bad_knobs_get_a_sentence(config, flag, sentence, rated_lm, corpora):
+def test_bad_knobs_are_refused_with_a_sentence(config, flag, sentence, rated_lm, corpora):
     with pytest.raises(SystemExit, match=sentence):
         run(rated_lm, corpora, 'refused', config, flag)
     assert not (rated_lm / 'refused').exists()
@@ -1043,7 +1048,7 @@ def test_few_shot_subsets_are_stratified_and_seeded(corpora, tokenizers):
 
 
 def test_labels_outside_the_range_or_the_classes_are_refused(corpora, tokenizers, tmp_path):
-    """ A corpus folder edited by hand after its conversion, which itself refuses such labels. """
+    """ In a corpus folder that was edited by hand: the conversion itself refuses such labels. """
     shutil.copytree(corpora / 'toy', tmp_path / 'toy')
     for label, value, sentence in (
         ('label', 4.5, r'The label of clip test\$_\$3 .* is 4.5, outside \[-3.0, 3.0\]'),
@@ -1057,8 +1062,8 @@ def test_labels_outside_the_range_or_the_classes_are_refused(corpora, tokenizers
             prompted(tmp_path, tokenizers, label=label)
 
 
-def lists(tmp_path, name, classes, d_a, d_v, n=(40, 16, 16), **more):
-    """ A folder of NAME_train.pkl .. as MELD, CHERMA and IEMOCAP have it. """
+def list_corpus(tmp_path, name, classes, d_a, d_v, n=(40, 16, 16), **more):
+    """ A folder of NAME_train.pkl, .. in the layout of MELD, CHERMA and IEMOCAP. """
     rng, folder = np.random.default_rng(0), tmp_path / name
     folder.mkdir()
     for split, N in zip(('train', 'valid', 'test'), n):
@@ -1095,17 +1100,18 @@ IEMOCAP = ['hap', 'sad', 'neu', 'ang', 'exc', 'fru']
 )
 def test_real_configs_run_on_files_of_their_layout(config, rated_lm, tmp_path):
     """
-    Each at its corpus's widths, classes and knobs, two steps on the tiny LM; CHERMA in float16 on
-    disk as its config says.
+    Each config with the widths and classes of its corpus, two steps on a tiny LM. CHERMA is float16
+    on disk, as its config says.
     """
 
     if 'meld' in config:
-        corpus = f"--corpus={lists(tmp_path, 'MELD', MELD, 64, 64, speaker='Joey', dialogue='12')}"
+        more = dict(speaker='Joey', dialogue='12')
+        corpus = f"--corpus={list_corpus(tmp_path, 'MELD', MELD, 64, 64, **more)}"
     elif 'iemocap' in config:
-        corpus = f"--corpus={lists(tmp_path, 'IEMOCAP', IEMOCAP, 64, 64)}"
+        corpus = f"--corpus={list_corpus(tmp_path, 'IEMOCAP', IEMOCAP, 64, 64)}"
     elif 'cherma' in config:
         convert(
-            str(lists(tmp_path, 'CHERMA0723', CHERMA, 1024, 2048)),
+            str(list_corpus(tmp_path, 'CHERMA0723', CHERMA, 1024, 2048)),
             str(tmp_path / 'cherma'),
             'float16',
         )
@@ -1149,8 +1155,10 @@ def test_real_configs_run_on_files_of_their_layout(config, rated_lm, tmp_path):
 
 
 @pytest.mark.parametrize('config', ['mse_toy', 'cmpta_toy_emotion'])
-def test_killed_and_resumed_is_the_run_that_was_not(config, rated_lm, corpora):
-    """ LSTMs, dropout in CMPTA, classes: the same bits after a kill in step 4 and a resume. """
+def test_a_resumed_run_equals_an_uninterrupted_one(config, rated_lm, corpora):
+    """
+    With LSTMs, dropout (CMPTA) and classes: the same bits after a kill in step 4 and a resume.
+    """
     run(rated_lm, corpora, f'whole_{config}', config, '--save_interval=2')
     with killed_in_batch(4):
         run(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2')
@@ -1165,8 +1173,8 @@ def test_an_lm_too_large_for_float32_is_loaded_in_bfloat16(rated_lm, corpora, mo
     assert 'too large for the memory of this machine: bfloat16' in capsys.readouterr().out
 
 
-def test_few_shot_runs_stand_on_few_shot_runs(corpora, tmp_path):
-    """ The LM that has read ratings must not have read those of the clips that were left out. """
+def test_prerequisites_of_few_shot_runs_are_few_shot_runs(corpora, tmp_path):
+    """ The toy LM must not be trained on the ratings of clips that the run leaves out. """
     train(
         'config/mse_toy.py',
         f'--data_dir={corpora}',

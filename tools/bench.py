@@ -50,7 +50,7 @@ from transformers.activations import NewGELUActivation
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
-from adapters import regularise
+from adapters import augment_embeddings
 from configurator import AtLeast, Share, declared_knobs, run_knobs
 from corpora.convert import convert
 from data import Feed, epoch_order, open_corpus
@@ -193,8 +193,8 @@ class PlainDeepMLF(Plain):
         z, z_mask = model.av_encoder(batch)  # [B,m,d], [B,m]
         x = lm.embed(batch['tokens'])  # [B,T,D]
         if model.training:
-            x = regularise(x, batch['text_len'], k['text_reg'], k['text_reg_rate'],
-                           k['text_reg_prob'], k['text_reg_draw'])
+            x = augment_embeddings(x, batch['text_len'], k['text_reg'], k['text_reg_rate'],
+                                   k['text_reg_prob'], k['text_reg_draw'])
         x = torch.cat([x, model.fusion_tokens.expand(B, -1, -1)], 1)  # [B,T+F,D]
         x, rope = lm.place(x, torch.arange(T + n_f).expand(B, -1))
         seen = F.pad(batch['text_mask'], (0, n_f), value=True)[:, None, None]  # [B,1,1,T+F]
@@ -505,7 +505,7 @@ def text_model():
 
 def build(corpus, knobs):
     """ The system with a random text model, and its tokenizer (None without text). """
-    if 'text' not in cls.seen(knobs):
+    if 'text' not in cls.modalities_read(knobs):
         return cls.assemble(knobs, corpus, None, None), None
     tokenizer = Words(shape[-1])
     if cls.frozen_features(knobs):
