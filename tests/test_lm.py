@@ -1007,7 +1007,7 @@ def test_an_adapter_of_another_shape(change, shape, corpora, bpe):
     model.adapter.forward = lambda *a: change(right(*a))
     for use in (model, model.predict):
         with pytest.raises(
-            ModelError, match=re.escape(f'of shape {shape} and the prompt has room for [3, 4, 32]')
+            ModelError, match=re.escape(f'of shape {shape}, and the prompt takes [3, 4, 32]')
         ) as error:
             use(batch)
         one_sentence(error)
