@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from adapters import (
     EncoderLayer,
+    attention_of_last_layer,
     frames_on_tokens,
     inputs_of,
     last_step,
@@ -34,7 +35,7 @@ from adapters import (
 )
 from configurator import AtLeast, Share, class_knobs
 from data import texts_as_read
-from lm import EncoderKnobs, ModelError, attention_of_last_layer
+from lm import EncoderKnobs, ModelError
 from losses import OrdinalKnobs, l1, mse, ordinal_loss
 from run.load_lm import lm_config, load_tokenizer, specials, width_of
 from run.new_lm import load_text_encoder

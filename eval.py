@@ -27,12 +27,12 @@ from data import Corpus, CorpusError, Feed, epoch_order, open_corpus
 from metrics import SHOWN, check_finite, claim, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run import ranks
-from run.attention import draw_attention
 from run.clips import ClipError, Clips, Transferred, describe_predictions, export, read_clips
 from run.errors import ModelError
-from run.fingerprints import fingerprint, same_logits, sample_logits, tokenizer_fingerprint
+from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
 from run.folder import load_checkpoint, load_tensors, write_text
 from run.machine import devices, hold_memory
+from run.pictures import draw_attention
 from run.report import RUN_KNOBS, EvalError, read_predictions, read_run, report, write_predictions
 from system import checked_prediction
 
@@ -227,7 +227,7 @@ def build_model(folder, k, corpus, dtype, as_data):
 
 def check_fingerprints(folder, k, about, model, tokenizer):
     """ Raises EvalError if the run was trained with another LM or tokenizer than these. """
-    if model.lm and fingerprint(model.lm.hf) != about['lm_fingerprint']:
+    if model.lm and model.lm.fingerprint() != about['lm_fingerprint']:
         raise EvalError(other_lm_message(folder, k))
     recorded = about.get('lm_answer')
     if model.lm and recorded and not same_logits(sample_logits(model.lm), recorded, about['dtype']):

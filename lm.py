@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from configurator import AtLeast
 from run.errors import ModelError
+from run.fingerprints import fingerprint
 from run.lm_checks import longest_text, refuse_variants
 
 
@@ -216,9 +217,20 @@ def soft_cap(x, cap):
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
+class Times(nn.Module):
+    """ A factor, as a module. """
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
 class Rows:
     """
-    Some rows of a packed linear layer, as a linear layer of its own. Nothing is copied.
+    Some rows of a linear layer, as a linear layer of its own that shares its weights.
     """
 
     def __init__(self, layer, rows):
@@ -269,20 +281,18 @@ class FrozenLM(nn.Module):
         self.head_width = getattr(c, 'head_dim', None) or self.width // self.n_heads
         self.vocabulary = c.vocab_size
         self.max_positions, self.limit = longest_text(c)
-        self._find_parts()
-
         self.attention_scale = self.value('attention_scale')  # None is 1 / sqrt(D/h)
         if self.value('attention_root') is not None:
             self.attention_scale = self.value('attention_root') ** -0.5
         self.attention_cap = self.value('attention_cap')
         self.clip = self.value('clip')
         self.parallel = self.value('parallel', False)
-        self.residual_scale = self.value('residual_scale', 1.0)
         self.logit_scale = self.value('logit_scale', 1.0) / self.value('logit_divisor', 1.0)
         self.logit_cap = self.value('logit_cap')
         self.embed_scale = self.value('embed_scale', 1.0)
         if self.row.get('embed_root'):
             self.embed_scale = self.width ** 0.5
+        self._find_parts()
         # since transformers 5, Gemma's embedding multiplies by itself
         self.embed_multiplies = hasattr(self.parts['embed'], 'embed_scale')
 
@@ -300,7 +310,7 @@ class FrozenLM(nn.Module):
         row, get = self.row, self.hf.get_submodule
         self.parts = {k: get(row[k]) if row.get(k) else None for k in ('embed', 'norm', 'wpe', 'rope')}
         self.parts['layers'] = list(get(row['layers']))
-        self.layer_parts = []
+        self.layer_parts, factor = [], self.value('residual_scale', 1.0)
         for layer in self.parts['layers']:
             # Hugging Face writes GPT-2's GELU as eight passes over memory; this is it in one
             if type(submodule(layer, row['act'])).__name__ == 'NewGELUActivation':
@@ -308,17 +318,27 @@ class FrozenLM(nn.Module):
             parts = {name: submodule(layer, row.get(name)) for name in OTHER_PARTS}
             parts |= {k: layer.get_submodule(row[k]) if row.get(k) else None for k in NEEDED_PARTS}
             parts['qkv'] = [layer.get_submodule(path) for path in row['qkv']]
+            if parts['ffw'] is None:
+                parts['ffw'] = nn.Sequential(parts['up'], parts['act'], parts['down'])
+            behind = Times(factor) if factor != 1 else nn.Identity()
+            for name, usual in dict(norm_1=nn.Identity(), post_1=behind, post_2=behind).items():
+                if parts[name] is None:
+                    parts[name] = usual
+            if parts['norm_2'] is None:
+                parts['norm_2'] = parts['norm_1'] if self.parallel else nn.Identity()
             self.layer_parts.append(parts)
-        local = submodule(self.hf, row.get('rope_local'))
-        self.parts['rope_local'] = local
+        self.parts['rope_local'] = submodule(self.hf, row.get('rope_local'))
         kinds = self.value('rope_kinds') or [1] * self.n_layers
         self.rope_kinds = list(kinds)[:self.n_layers]
 
     def train(self, mode=True):
         return super().train(False)
 
+    def fingerprint(self):
+        return fingerprint(self.hf)
+
     def part(self, l, name):
-        """ Layer l's part of this name in its row; None where it has none. """
+        """ Layer l's part of this name in its row; None, or nn.Identity for a norm, where it has none. """
         return self.layer_parts[l][name]
 
     def ffw(self, l):
@@ -340,18 +360,16 @@ class FrozenLM(nn.Module):
 
     def norms_of_ffw(self, l):
         """
-        What surrounds layer l's FFW, for a block that starts as it: (norm before it or None, norm
-        behind it or None). Where attention and FFW share one norm, that one.
+        What stands before and behind layer l's FFW, for a block that starts as it: two modules,
+        nn.Identity where the family has nothing there.
         """
-        shared = self.parallel and self.part(l, 'norm_2') is None
-        before = self.part(l, 'norm_1' if shared else 'norm_2')
-        return before, self.part(l, 'post_2')
+        return self.part(l, 'norm_2'), self.part(l, 'post_2')
 
     def refuse_longer(self, n_tokens, what):
         """ Raises ModelError where n_tokens, which `what` sums up, are too many for this LM. """
         if n_tokens > self.max_positions:
-            raise ModelError(f"{what} = {n_tokens} tokens, and this LM takes {self.max_positions} "
-                             f"({self.limit}): lower max_text_len.")
+            raise ModelError(f"{what} = {n_tokens} tokens is past the {self.max_positions} "
+                             f"{self.limit}: lower max_text_len.")
 
     def embed(self, tokens):
         """ tokens [B,L] -> [B,L,D], without positions (SeqAug comes before them). """
@@ -395,10 +413,20 @@ class FrozenLM(nn.Module):
 
     def qkv(self, l, x, rope):
         """ Layer l's queries [B,h,L,D/h], keys and values [B,h_kv,L,D/h] of x [B,L,D]. """
-        (B, L, _), row, part = x.shape, self.row, self.layer_parts[l]
-        norm_1, q_norm, k_norm = part['norm_1'], part['q_norm'], part['k_norm']
-        on = row.get('qk_norm') if q_norm is not None else None
-        y = x if norm_1 is None else norm_1(x)  # [B,L,D]
+        q, k, v = self.heads(l, self.part(l, 'norm_1')(x))  # [B,h,L,D/h], 2x [B,h_kv,L,D/h]
+        if rope is not None and rope[l] is not None:
+            q = rotate(q, *rope[l], self.row.get('pairs'))
+            k = rotate(k, *rope[l], self.row.get('pairs'))
+        return q, k, v
+
+    def heads(self, l, y):
+        """
+        Layer l's projections of y [B,L,D] by head: [B,h,L,D/h], 2x [B,h_kv,L,D/h]. Families pack
+        them, clamp them and normalise them in their own ways.
+        """
+        (B, L, _), row, part = y.shape, self.row, self.layer_parts[l]
+        q_norm, k_norm = part['q_norm'], part['k_norm']
+        norm_on = row.get('qk_norm') if q_norm is not None else None
         y = [project(y) for project in part['qkv']]  # 3x [B,L,h D/h], or packed
         if row.get('packed') == 'parts':
             n, n_kv = self.n_heads * self.head_width, self.n_kv_heads * self.head_width
@@ -407,17 +435,14 @@ class FrozenLM(nn.Module):
             y = y[0].view(B, L, self.n_heads, -1).chunk(3, -1)  # 3x [B,L,h,D/h]
         if self.clip is not None:
             y = [v.clamp(-self.clip, self.clip) for v in y]
-        if on == 'all':
+        if norm_on == 'all':
             y = [q_norm(y[0]), k_norm(y[1]), y[2]]
         q, k, v = (v.reshape(B, L, -1, self.head_width) for v in y)  # 3x [B,L,h,D/h]
-        if on == 'head':
+        if norm_on == 'head':
             q, k = q_norm(q), k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,h,L,D/h]
-        if on == 'split':
+        if norm_on == 'split':
             q, k = q_norm(q), k_norm(k)
-        if rope is not None and rope[l] is not None:
-            q = rotate(q, *rope[l], row.get('pairs'))
-            k = rotate(k, *rope[l], row.get('pairs'))
         return q, k, v
 
     def attend(self, q, k, v, mask=None):
@@ -434,43 +459,32 @@ class FrozenLM(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=mask is None, scale=self.attention_scale)  # [B,h,L,D/h]
         else:
-            if mask is None:
-                mask = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()  # [L,L]
-            score = q @ k.transpose(2, 3) * self.attention_scale  # [B,h,L,M]
-            score = soft_cap(score, self.attention_cap).masked_fill(~mask, -torch.inf)
-            y = score.softmax(-1, dtype=torch.float32).to(q.dtype) @ v  # [B,h,L,D/h]
+            y = self.capped_attention(q, k, v, mask)  # [B,h,L,D/h]
         return y.transpose(1, 2).reshape(B, L, -1)
+
+    def capped_attention(self, q, k, v, mask):
+        """ Attention with a soft cap on its scores, which torch's own has not -> [B,h,L,D/h]. """
+        if mask is None:
+            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()  # [L,L]
+        score = q @ k.transpose(2, 3) * self.attention_scale  # [B,h,L,M]
+        score = soft_cap(score, self.attention_cap).masked_fill(~mask, -torch.inf)
+        return score.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
     def finish(self, l, x, q, k, v, mask=None):
         """
         The rest of layer l, given what x [B,L,D] asks (q) and all that it may see (k, v
         [B,h_kv,T+L,D/h]).
         """
-        part = self.layer_parts[l]
-        y = part['out'](self.attend(q, k, v, mask))  # [B,L,D]
-        if part['post_1'] is not None:
-            y = part['post_1'](y)  # [B,L,D]
-        if self.residual_scale != 1:
-            y = y * self.residual_scale
-        if self.parallel:
-            return x + y + self.feed_forward(l, x)
-        x = x + y
-        return x + self.feed_forward(l, x)
+        y = self.part(l, 'out')(self.attend(q, k, v, mask))  # [B,L,D]
+        y = x + self.part(l, 'post_1')(y)  # [B,L,D]
+        return y + self.feed_forward(l, x if self.parallel else y)
 
     def feed_forward(self, l, x):
-        """ What layer l's FFW adds to x [B,L,D], with the norms around it -> [B,L,D]. """
-        part = self.layer_parts[l]
-        before, behind = self.norms_of_ffw(l)
-        y = x if before is None else before(x)  # [B,L,D]
-        if part['ffw'] is None:
-            y = part['down'](part['act'](part['up'](y)))  # [B,L,D]
-        else:
-            y = part['ffw'](y)  # [B,L,D]
+        """ What layer l's FFW adds to x [B,L,D], with what surrounds it -> [B,L,D]. """
+        y = self.part(l, 'ffw')(self.part(l, 'norm_2')(x))  # [B,L,D]
         if isinstance(y, tuple):  # experts, before transformers 5: with the router's logits
             y = y[0]
-        if behind is not None:
-            y = behind(y)  # [B,L,D]
-        return y if self.residual_scale == 1 else y * self.residual_scale
+        return self.part(l, 'post_2')(y)
 
     def block(self, l, x, rope, past=None, mask=None):
         """
@@ -634,25 +648,3 @@ class TextEncoder(nn.Module):
         for l in range(self.n_layers):
             x = self.layer(l, x, mask)
         return x
-
-
-def attention_of_last_layer(encoder, predict, batch):
-    """
-    Where the tokens of one clip look in the encoder's last layer, the mean over heads (CrossSent's
-    Figures 5 and 6), as System.views has it.
-    """
-    if not encoder.n_layers:
-        return {}
-    last = encoder.hf.encoder.layer[-1].attention.self
-    seen = []
-    handle = last.query.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        predict(batch)
-    finally:
-        handle.remove()
-
-    x = seen[-1][0].float()  # [T,D]
-    q, key = (p(x).view(len(x), encoder.n_heads, -1).transpose(0, 1)
-              for p in (last.query, last.key))  # 2x [h,T,D/h]
-    weights = (q @ key.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)  # [T,T]
-    return {'last layer': (weights, 'text token', 'text token')}

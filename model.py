@@ -30,6 +30,7 @@ from adapters import (
     AVEncoder,
     MMBlock,
     MSEAdapter,
+    attention_of_last_layer,
     augment_embeddings,
     frames_on_tokens,
     inputs_of,
@@ -44,7 +45,6 @@ from lm import (
     LMKnobs,
     ModelError,
     NewModelKnobs,
-    attention_of_last_layer,
 )
 from losses import OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
 from prompts import Prompt, PromptKnobs, rated_texts
@@ -248,7 +248,7 @@ class DeepMLF(System):
             self.mm_blocks[str(n)] = MMBlock(
                 D, d, lm.norms_of_ffw(n - 1), lm.ffw(n - 1), k['mm_heads'], k['mm_query'],
                 k['mm_gate'], k['mm_ffw'], k['mm_ffw_init'], k['lora_rank'], k['lora_alpha'],
-                k['lora_dropout'], k['dropout'], lm.row.get('norm_offset', 0), lm.residual_scale)
+                k['lora_dropout'], k['dropout'], lm.row.get('norm_offset', 0))
         self.task_head = nn.Sequential(
             nn.Linear(d + 2 * D, k['head_width']), nn.ReLU(), nn.Linear(k['head_width'], 1))
         self.av_head = nn.Linear(d, 1)

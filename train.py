@@ -30,7 +30,6 @@ from metrics import BETTER
 from model import SYSTEMS
 from run import ranks
 from run.errors import ModelError
-from run.fingerprints import fingerprint
 from run.finite import FirstBad
 from run.folder import load_checkpoint, load_info, load_tensors, write_text
 from run.interrupt import Interrupt
@@ -166,7 +165,7 @@ def autocast():
     return torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32')
 
 
-lm_fingerprint = fingerprint(model.lm.hf) if model.lm else feed.lm_fingerprint
+lm_fingerprint = model.lm.fingerprint() if model.lm else feed.lm_fingerprint
 if shard_lm != 'off':
     ranks.shard(model.lm, shard_lm, device)
 model.to(device)
@@ -359,7 +358,7 @@ except ModelError as e:
 except OSError as e:
     stop(f"cannot write to {out_dir} ({e.strerror or e}): free disk space; --resume=True finishes.")
 lm_kept = text_before and (continuation(model, tokenizer) == text_before
-                           and fingerprint(model.lm.hf) == lm_fingerprint)
+                           and model.lm.fingerprint() == lm_fingerprint)
 result = dict(about=about, state=state, n_trainable=n_trainable, n_frozen=n_frozen,
               clips=feed.n_clips, info=feed.info, ceilings=clips.meta.get('ceilings'),
               majority=majority, lm_kept=lm_kept)
@@ -372,7 +371,7 @@ try:
         if predictions:
             write_predictions(out_dir, clips, predictions)
         write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
-        curve_picture(out_dir, select)
+        curve_picture(out_dir)
         print(report(out_dir))
 except (EvalError, ModelError) as e:
     stop(str(e))

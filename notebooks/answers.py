@@ -1,12 +1,12 @@
 """
-Our answers to the notebooks' exercises, and checks of anybody's.
+Our answers to the exercises of the notebooks, and checks of a reader's answers.
 
-    from answers import check_without_voice            # in a notebook, with notebooks/ on sys.path
-    check_without_voice(globals(), without_voice)      # silent, or an AssertionError
+    from answers import check_without_voice            # in a notebook
+    check_without_voice(globals(), without_voice)      # raises an AssertionError if it is wrong
 
-Each exercise is a function that the notebook leaves as a stub. check_NAME(ns, answer) tries
-`answer` (ours by default) with what the notebook has made, its globals() `ns`. test_notebooks.py
-runs every check with our answer, and again with the stub, which must fail.
+Each exercise is a function that the notebook leaves as a stub. check_NAME(ns, answer) checks
+`answer` (ours by default) in the notebook's globals() `ns`. tests/test_notebooks.py runs every
+check with our answer, and with the stub, which must fail.
 """
 
 import numpy as np
@@ -42,7 +42,7 @@ def without_voice(rows):
 
 
 def check_without_voice(ns, answer=without_voice):
-    # another way: try all guesses
+    # computed in another way: try many guesses for each group
     rows, best, guesses = toy.toy_table(), 0.0, np.linspace(-3, 3, 601)
     states = sorted(set(toy.PAIRS))
     for words in range(5):
@@ -52,12 +52,12 @@ def check_without_voice(ns, answer=without_voice):
     found = answer(rows)
     assert close(found, best, 1e-6), f"{found} is not {best}"
     assert ns['ceilings']['full'] < found < ns['ceilings']['text'], (
-        "more than the words, less than everything"
+        "it must be between the bounds of everything and of text alone"
     )
 
 
 def closed_gate(lm, encoder, k):
-    # tanh(0) = 0; behind a closed gate nothing gets a gradient
+    # tanh(0) = 0: the gate is closed at the start, and weights behind it get no gradient
     return DeepMLF(lm, encoder, k | dict(mm_gate='tanh'))
 
 
@@ -65,9 +65,9 @@ def closed_gate(lm, encoder, k):
 def check_closed_gate(ns, answer=closed_gate):
     model, batch = answer(ns['lm'], ns['encoder'], ns['k']).eval(), ns['batch']
     x_t, mask = model.streams_through_lm(batch)[0], batch['text_mask']  # [B,T,D], [B,T]
-    assert len(model.mm_blocks) == len(ns['k']['mm_layers']), "the blocks must be there"
+    assert len(model.mm_blocks) == len(ns['k']['mm_layers']), "the model must have its MM blocks"
     assert torch.equal(x_t[mask], ns['lm'](batch['tokens'])[mask]), (
-        "the text is not as the LM has it"
+        "the text's hidden states are not those of the frozen LM"
     )
 
 
@@ -81,10 +81,10 @@ def check_other_voice(ns, answer=other_voice):
     model, batch = ns['model'].eval(), ns['swapped']
     own, swapped = model.predict(batch), answer(model, batch)
     assert torch.equal(own['text'], swapped['text']), (
-        "the text comes before the fusion tokens: it cannot know"
+        "the text head must not change: the text never attends to the fusion tokens"
     )
     assert close(swapped['av'], own['av'].roll(-1, 0), 1e-4), (
-        "clip i should have the audio and video of clip i + 1"
+        "clip i must get the audio and video of clip i + 1"
     )
     assert not close(own['pred'], swapped['pred'], 1e-4)
 
@@ -93,7 +93,7 @@ def check_other_voice(ns, answer=other_voice):
 
     if not ns['fast']:
         assert error(swapped) > error(own) + 0.2, (
-            "a trained model should miss its own audio and video"
+            "a trained model must have a larger MAE with another clip's audio and video"
         )
 
 
@@ -102,7 +102,7 @@ def check_other_voice(ns, answer=other_voice):
 
 
 def read_out(prob, values):
-    middle = (prob.cumsum(-1) < 0.5).sum(-1)  # [B], first label past a half
+    middle = (prob.cumsum(-1) < 0.5).sum(-1)  # [B], first label where the sum is at least .5
     return dict(
         expected=(prob * values).sum(-1),
         mode=values[prob.argmax(-1)],
@@ -124,14 +124,14 @@ def check_read_out(ns, answer=read_out):
 
 def one_label(model, batch, k):
     (x, n), ids, out = model.read(batch), model.prompt.answers[k], []  # [B,T,D], [B]
-    for b in range(len(x)):  # one clip, its own length: nothing to mask
+    for b in range(len(x)):  # one clip at a time has no padding, so there is nothing to mask
         z = torch.cat([x[b, : n[b]], model.lm.embed(torch.tensor(ids))])[None]  # [1,n+len,D]
         z, rope = model.lm.place(z, torch.arange(z.shape[1])[None])
         for l in range(model.lm.n_layers):
             z, _ = model.lm.block(l, z, rope)
         logits = model.lm.lm_head(model.lm.final_norm(z))[0]  # [n+len,V]
-        says = logits[n[b] - 1 : -1].log_softmax(-1)  # [len,V], each from the token before
-        out.append(says[torch.arange(len(ids)), ids].sum())
+        log_p = logits[n[b] - 1 : -1].log_softmax(-1)  # [len,V], from the position before each
+        out.append(log_p[torch.arange(len(ids)), ids].sum())
     return torch.stack(out)
 
 
@@ -145,7 +145,7 @@ def check_one_label(ns, answer=one_label):
 
 
 def n_directions(tokens):
-    # float32 in, so what is below its rounding is nothing
+    # the tokens are float32: singular values below its rounding count as zero
     return torch.linalg.matrix_rank(tokens.double(), rtol=1e-4)
 
 
@@ -157,7 +157,7 @@ def check_n_directions(ns, answer=n_directions):
         model = MSEAdapterLM(ns['lm'], ns['prompt'], k, ns['corpus'].widths).eval()
         text = model.own_text(model.lm.embed(ns['batch']['tokens']), ns['batch']['text_len'])
         found[how] = answer(model.adapter(ns['batch'], *text)).tolist()
-    assert set(found['released']) == {2}, "w_p m + b_p: m, and the all-ones vector"
+    assert set(found['released']) == {2}, "the tokens w_p m + b_p span m and the vector of ones"
     assert set(found['full']) == {P}
 
 
@@ -184,16 +184,16 @@ def check_mpr_by_loops(ns, answer=mpr_by_loops):
         assert close(answer(pred, label, 0.5, 0.1, 0.5), mpr_loss(pred, label, 0.5, 0.1, 0.5)), (
             f"{n} clips"
         )
-    assert answer(torch.ones(3), torch.zeros(3), 0.5, 0.1, 0.5) == 0, "ties are no pairs"
+    assert answer(torch.ones(3), torch.zeros(3), 0.5, 0.1, 0.5) == 0, "equal labels make no pair"
 
 
 def largest_margin(gap, slope):
-    # a perfect pair has p_i - p_j = dy, and dy > gap: margin + slope dy <= dy
+    # a perfect pair has p_i - p_j = dy. It is free if margin + slope dy <= dy for all dy > gap
     return (1 - slope) * gap
 
 
 def check_largest_margin(ns, answer=largest_margin):
-    label = torch.linspace(-3, 3, 601).double()  # any distance, nearly
+    label = torch.linspace(-3, 3, 601).double()  # label differences of every size
     for gap, slope in ((0.5, 0.5), (1.0, 0.5), (0.5, 0.0), (2.0, 0.9)):
         margin = answer(gap, slope)
         assert float(mpr_loss(label, label, gap, margin, slope)) < 1e-9, (
@@ -224,7 +224,8 @@ def check_kappa(ns, answer=kappa):
 
 def check_all(number, ns):
     """
-    Every check of a notebook with our answer, and with the notebook's stub, which must not pass.
+    Run every check of a notebook with our answer, which must pass, and with the notebook's stub,
+    which must fail. Raises RuntimeError where a stub passes.
     """
     for name in EXERCISES[number]:
         check = globals()['check_' + name]
@@ -233,4 +234,4 @@ def check_all(number, ns):
             check(ns, ns[name])
         except AssertionError:
             continue
-        raise RuntimeError(f"the stub {name} passes its check: the check says nothing")
+        raise RuntimeError(f"the stub {name} passes its check: the check does not test the answer")

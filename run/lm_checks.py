@@ -300,15 +300,15 @@ def longest_text(c):
     How many tokens an LM takes here by its config, and what the limit is: its positions, or less
     where layers see a window of the text, or where rotary angles change with the length.
     """
-    limits = [(c.max_position_embeddings, 'its positions')]
+    limits = [(c.max_position_embeddings, 'positions of this LM')]
     window = getattr(c, 'sliding_window', None)
     windowed = 'sliding_attention' in (getattr(c, 'layer_types', None) or ['sliding_attention'])
     if window and windowed and getattr(c, 'use_sliding_window', True):
-        limits.append((window, 'the window of its attention, sliding_window in its config'))
+        limits.append((window, "tokens that this LM's attention sees (sliding_window in its config)"))
     rope = getattr(c, 'rope_scaling', None) or getattr(c, 'rope_parameters', None) or {}
     if rope.get('rope_type', rope.get('type')) == 'longrope':
         short = (rope.get('original_max_position_embeddings')
                  or getattr(c, 'original_max_position_embeddings', None))
         if short:
-            limits.append((short, 'original_max_position_embeddings, from which its rope changes'))
+            limits.append((short, "tokens from which this LM's rope changes (original_max_position_embeddings)"))
     return min(limits, key=lambda limit: limit[0])

@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 
 from lm import FAMILIES, FrozenLM, ModelError, unknown_family
-from run.fingerprints import fingerprint
 from run.folder import write_text
 
 EQUAL = 1e-4             # largest difference of float32 logits, as a share of the largest logit
@@ -196,7 +195,7 @@ def compare_once(lm, name, folder):
     path = None
     if folder is not None:
         config = {k: v for k, v in lm.hf.config.to_dict().items() if not k.startswith('_')}
-        which = json.dumps([fingerprint(lm.hf), config, dtype, versions()], sort_keys=True, default=str)
+        which = json.dumps([lm.fingerprint(), config, dtype, versions()], sort_keys=True, default=str)
         path = os.path.join(folder, hashlib.sha256(which.encode()).hexdigest()[:16] + '.json')
         if os.path.isfile(path):
             return

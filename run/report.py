@@ -8,10 +8,11 @@ import os
 import numpy as np
 
 from configurator import check_knobs, known_knobs
-from metrics import METRIC_HELP, SHOWN, check_finite, confusion, markdown_table, regression_metrics
+from metrics import METRIC_HELP, SHOWN, check_finite, markdown_table, regression_metrics
 from model import SYSTEMS
 from run.errors import ModelError
-from run.folder import load_info, open_regular, save_picture, write_text
+from run.folder import load_info, open_regular, write_text
+from run.pictures import confusion_picture, learning_curve, run_title
 
 FORMAT = 2   # version of the run folder's format; raise it when older folders cannot be read
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -319,9 +320,9 @@ def report(folder):
     pictures = '![learning curve](curve.png)'
     if predicts and r['info']['kind'] == 'classes':
         _, p = read_predictions(folder)
-        names = r['info']['names']
-        confusion_picture(os.path.join(folder, 'confusion.png'), p['pred'], p['label'], names)
+        draw_confusion(os.path.join(folder, 'confusion.png'), r, p)
         pictures += '\n\n![confusion matrix](confusion.png)'
+        names = r['info']['names']
         if not ''.join(names).isascii():
             numbered = ', '.join(f'{i} {n}' for i, n in enumerate(names))
             pictures += f'\n\nClasses: {numbered}.'
@@ -357,59 +358,27 @@ def read_log(folder):
         raise EvalError(f"{path} is missing or damaged ({reason}): restore a copy.") from None
 
 
-def curve_picture(folder, select='mae'):
+def curve_picture(folder):
+    """ Draw folder/curve.png, the learning curve of a finished run. Raises EvalError. """
+    learning_curve(os.path.join(folder, 'curve.png'), [(read_run(folder), read_log(folder))])
+
+
+def draw_confusion(path, result, predictions):
     """
-    folder/curve.png from folder/log.jsonl: training loss terms, and the validation metric that
-    selects.
+    Draw the confusion matrix of a run's test predictions at `path`: of its classes, or of scores
+    rounded to whole numbers. result: of read_run; predictions: arrays of read_predictions.
     """
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    log = read_log(folder)
-    train, valid = [e for e in log if 'train' in e], [e for e in log if 'valid' in e]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
-    for k in sorted({k for e in train for k in e['train']}):
-        epochs, values = [e['epoch'] for e in train], [e['train'].get(k, np.nan) for e in train]
-        left.plot(epochs, values, label=k, lw=1.2)
-    left.set(xlabel='epoch', ylabel='training loss and its terms')
-    left.legend(fontsize=8)
-    right.plot([e['epoch'] for e in valid], [e['valid'][select] for e in valid], 'o-', ms=3, lw=1.2)
-    best = [e for e in valid if e['best']]
-    if best:
-        x, y = best[-1]['epoch'], best[-1]['valid'][select]
-        right.plot(x, y, 'o', ms=8, mfc='none', color='C3', label='best')
-        right.legend(fontsize=8)
-    right.set(xlabel='epoch', ylabel=f'validation {select}')
-    save_picture(fig, os.path.join(folder, 'curve.png'), dpi=120)
-    plt.close(fig)
-
-
-def confusion_picture(path, pred, label, names):
-    """
-    A picture at `path`: counts of true class against predicted class, numbers [N] into `names`,
-    coloured by row share.
-    """
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    counts = confusion(pred, label, len(names))  # [K,K]
-    n_true = np.bincount(np.asarray(label, int), minlength=len(names))  # [K]
-    share = counts / np.maximum(n_true, 1)[:, None]  # [K,K]
-    size = 1.6 + 0.6 * len(names), 1.2 + 0.5 * len(names)
-    fig, ax = plt.subplots(figsize=size, layout='constrained')
-    picture = ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    for i, j in np.ndindex(counts.shape):
-        color = 'white' if share[i, j] > 0.6 else 'black'
-        ax.text(j, i, counts[i, j], ha='center', va='center', fontsize=8, color=color)
-    # a class whose letters this font lacks (Chinese) would be a row of boxes: its number instead
-    named = [k if k.isascii() else str(i) for i, k in enumerate(names)]
-    ax.set_xticks(range(len(names)), named, rotation=45, ha='right', fontsize=8)
-    ax.set_yticks(range(len(names)), named, fontsize=8)
-    ax.set(xlabel='predicted class', ylabel='true class')
-    fig.colorbar(picture, label='share of the true class')
-    save_picture(fig, path, dpi=120)
-    plt.close(fig)
+    info, test = result['info'], result['test']
+    pred, label = predictions['pred'], predictions['label']  # [N] each
+    if info['kind'] == 'classes':
+        names, metrics = info['names'], ('wf1', 'acc')
+    else:
+        low, high = info['range']
+        levels = np.arange(round(low), round(high) + 1)
+        names, metrics = [f'{v:+d}' if v else '0' for v in levels], ('mae', 'corr')
+        pred = np.round(np.clip(pred, low, high)) - levels[0]  # [N]
+        label = np.round(np.clip(label, low, high)) - levels[0]  # [N]
+    scores = ', '.join(f'{key} {test[key]:.3f}' for key in metrics if key in test)
+    rounded = '' if info['kind'] == 'classes' else '; scores rounded'
+    title = f"{run_title([result['about']])}\ntest: {scores}, {len(pred)} clips{rounded}"
+    confusion_picture(path, pred, label, names, title)

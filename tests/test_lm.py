@@ -511,7 +511,7 @@ def every_load(tmp_path):
 def test_a_plain_folder_loads_as_data_with_the_same_weights(tmp_path):
     folder, hf = saved(tmp_path / 'lm')
     lm, tokenizer = load_lm(folder, as_data=True)
-    assert fingerprint(lm.hf) == fingerprint(load_lm(folder)[0].hf) == fingerprint(hf)
+    assert lm.fingerprint() == load_lm(folder)[0].fingerprint() == fingerprint(hf)
     assert tokenizer(['the film'])['input_ids'] == [[2, 4, 5, 3]]
     folder, _ = saved(tmp_path / 'bert', 'bert', head=False)
     load_encoder(folder, as_data=True)
@@ -583,7 +583,7 @@ def test_an_lm_that_the_user_names_runs_no_code_either_until_allowed(tmp_path, m
     folder, hf = saved(tmp_path / 'lm')
     (tmp_path / 'lm' / 'odd.py').write_text(REMOTE.format(mark=mark))
     edit_json(folder, auto_map={'AutoConfig': 'odd.Config', 'AutoModelForCausalLM': 'odd.Model'})
-    assert fingerprint(load_lm(folder)[0].hf) == fingerprint(hf)
+    assert load_lm(folder)[0].fingerprint() == fingerprint(hf)
     edit_json(folder, model_type='odd')
     for load in (load_lm, load_tokenizer, empty_lm, load_encoder):
         with pytest.raises(
@@ -737,13 +737,12 @@ def test_a_hub_name_is_read_from_the_cache_as_data(tmp_path):
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
         "import json\n"
         "from lm import ModelError\n"
-        "from run.fingerprints import fingerprint\n"
         "from run.load_lm import load_lm\n"
         "said = {}\n"
         "for name in ('plain', 'adapter', 'code', 'bin', 'alone', 'nothing'):\n"
         "    for as_data in (False, True):\n"
         "        key = f'{name} {as_data}'\n"
-        "        try: said[key] = fingerprint(load_lm(f'somebody/{name}', as_data=as_data)[0].hf)\n"
+        "        try: said[key] = load_lm(f'somebody/{name}', as_data=as_data)[0].fingerprint()\n"
         "        except ModelError as e: said[key] = str(e)\n"
         "print(json.dumps(said))"
     )

@@ -229,7 +229,7 @@ def test_mm_block_equals_the_releases(flavour):
             nn.GELU(),
         )
         norm = nn.LayerNorm(D, 1e-5)
-        block = MMBlock(D, d, (norm, None), lm_ffw, int(meta['n_head']), dropout=0.0)
+        block = MMBlock(D, d, (norm, nn.Identity()), lm_ffw, int(meta['n_head']), dropout=0.0)
     else:
         lm_ffw = (
             linear(g['mlp_gate_proj']),
@@ -239,10 +239,11 @@ def test_mm_block_equals_the_releases(flavour):
         )
         rank = g['lora_up_proj_A'].shape[1]
         block = MMBlock(
-            D, d, (nn.RMSNorm(D, 1e-6), None), lm_ffw, int(meta['n_head']), ffw='none', dropout=0.0
+            D, d, (nn.RMSNorm(D, 1e-6), nn.Identity()), lm_ffw, int(meta['n_head']), ffw='none', dropout=0.0
         )
         block.ffw = AdditiveSwiGLU(lm_ffw, rank, float(meta['lora_scaling']) * rank)
         block.norm_2 = nn.RMSNorm(D, 1e-6)
+        block.post_2 = nn.Identity()
         block.a_2 = nn.Parameter(torch.zeros(1))
         for part, name in (
             (block.ffw.gate, 'gate'),

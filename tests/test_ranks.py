@@ -167,18 +167,17 @@ import torch
 from fakes import tiny_lm
 from lm import FrozenLM
 from run import ranks
-from run.fingerprints import fingerprint
 ranks.start()
 lm = FrozenLM(tiny_lm('llama'))
 tokens = torch.arange(12)[None] % 50
 def size():
     weights = [p for layer in lm.parts['layers'] for p in layer.parameters()]
     return sum((p.to_local() if hasattr(p, 'to_local') else p).numel() for p in weights)
-whole, before, print_ = lm(tokens), size(), fingerprint(lm.hf)
+whole, before, print_ = lm(tokens), size(), lm.fingerprint()
 ranks.shard(lm, 'all', 'cpu')
 assert 0.4 < size() / before < 0.6, size() / before
 torch.testing.assert_close(lm(tokens), whole)
-assert 0.4 < size() / before < 0.6 and fingerprint(lm.hf) == print_
+assert 0.4 < size() / before < 0.6 and lm.fingerprint() == print_
 """)
     status, printed = torchrun(tmp_path / 'worker.py')
     assert status == 0, printed[-8000:]

@@ -1,22 +1,23 @@
 """
-The papers' figures, of runs of one's own.
+The papers' figures, drawn from runs.
 
     python tools/figures.py out/RUN [out/RUN-seed1 ..]
-        every figure that these runs allow, into out/RUN/figures/
+        every figure that the runs allow, into out/RUN/figures/
     python tools/figures.py out/RUN --clip=test_17
-        attention of this test clip (else of the first)
+        the attention of this test clip instead of the first
     python tools/figures.py out/A out/B .. --tokens --clip=ID
-        CMPTA's Figure 5: one clip as the number of pseudo tokens changes
+        CMPTA's Figure 5: the attention of one clip for runs of different numbers of pseudo tokens
     python tools/figures.py out/sweeps/deepmlf-figure3.json
-        a sweep's rows as a curve, mean and standard deviation over seeds
+        the rows of a sweep: a line over numbers, bars over names; mean and std over seeds
     python tools/figures.py --architecture
-        the picture of the systems, into results/architecture.png
+        the diagram of the systems, into results/architecture.png
 
-Runs of several seeds become a band. Figures are one column wide (85 mm) and read at that size.
+Several runs must differ in the seed alone: curves show their mean and one standard deviation.
+Figures are one or two columns of a paper wide (85 or 170 mm).
 """
 import json
-import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -26,16 +27,29 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
-from adapters import FFW, GMRA, AVEncoder, CrossAttention, MMBlock, MSEAdapter
-from data import CorpusError, Feed
+from data import CorpusError
 from eval import check_same_experiment, load_run_and_feed, take_permissions
-from lm import FrozenLM, ModelError, TextEncoder
-from metrics import check_finite
-from model import SYSTEMS, CrossSent, DeepMLF, PseudoTokenLM
-from prompts import Prompt
-from run.attention import STYLE, WIDE, canvas, draw_attention, save
+from metrics import BETTER, check_finite
+from model import SYSTEMS
+from run.errors import ModelError
 from run.folder import make_folder, open_regular
-from run.report import EvalError, confusion_picture, read_log, read_predictions, read_run
+from run.pictures import (
+    ON_LINES,
+    STYLE,
+    WIDE,
+    canvas,
+    clip_title,
+    draw_attention,
+    draw_band,
+    learning_curve,
+    run_title,
+    save,
+    seconds_per_frame,
+    set_title,
+)
+from run.report import EvalError, draw_confusion, read_log, read_predictions, read_run
+from tools.architecture import draw_architecture
+from tools.tsne import tsne
 
 ROOT = Path(__file__).resolve().parent.parent
 matplotlib.rcParams.update(STYLE)
@@ -44,40 +58,17 @@ matplotlib.rcParams.update(STYLE)
 # --------------------------------------------------------------------------------------------------
 # From logs
 
-def band(ax, xs, ys, label, color=None):
-    """ Mean of the runs' curves, and one standard deviation around it; cut at the shortest. ys: one
-    list a run. """
-    n = min(map(len, ys))
-    y = np.array([one[:n] for one in ys])  # [runs,n]
-    line, = ax.plot(xs[:n], y.mean(0), label=label, color=color)
-    if len(y) == 1:
-        return
-    mean, std = y.mean(0), y.std(0, ddof=1)  # [n] each
-    ax.fill_between(xs[:n], mean - std, mean + std, alpha=0.2, color=line.get_color(), lw=0)
-
-
 def curves(folders, out):
-    """ Training loss and the metric that selects, over epochs, with seeds as a band. """
-    logs = [read_log(folder) for folder in folders]
-    select = read_run(folders[0])['about']['knobs']['select']
-    fig, ((left, right),) = canvas(1, 2)
-    terms = sorted({k for e in logs[0] if 'train' in e for k in e['train']})
-    if len(terms) <= 2:
-        terms = ['loss']   # its one term is the loss itself
-    for k in terms:
-        entries = [[e for e in log if k in e.get('train', ())] for log in logs]
-        epochs = [e['epoch'] for e in entries[0]]
-        band(left, epochs, [[e['train'][k] for e in own] for own in entries], k)
-    entries = [[e for e in log if 'valid' in e] for log in logs]
-    epochs = [e['epoch'] for e in entries[0]]
-    values = [[e['valid'][select] for e in own] for own in entries]
-    band(right, epochs, values, f'n = {len(logs)}', 'C3')
-    left.set(xlabel='epoch', ylabel='training loss and its terms')
-    left.legend(frameon=True, framealpha=0.8, edgecolor='none')
-    right.set(xlabel='epoch', ylabel=f'validation {select}')
-    if len(logs) > 1:
-        right.legend()
-    save(fig, out, 'curves')
+    """ The learning curve of a run, or of several that differ in the seed. """
+    make_folder(out)
+    path = os.path.join(out, 'curves.png')
+    learning_curve(path, [(read_run(folder), read_log(folder)) for folder in folders])
+    print(path)
+
+
+def title_of(folders):
+    """ The title of a figure of these runs. """
+    return run_title([read_run(folder)['about'] for folder in folders])
 
 
 def gate_names(n):
@@ -94,34 +85,74 @@ def gates(folders, out):
         return
     epochs, blocks = [e['epoch'] for e in logs[0]], logs[0][0]['gates']
     names = gate_names(len(next(iter(blocks.values()))))
-    fig, axes = canvas(1, len(names))
+    values = [v for log in logs for e in log for block in e['gates'].values() for v in block]
+    low = 0 if min(values) >= 0 else -1   # a sigmoid gate is in [0, 1], a tanh gate in [-1, 1]
+    fig, axes = canvas(1, len(names), wide=2 * WIDE)
     for i, (ax, name) in enumerate(zip(axes[0], names)):
         for layer in blocks:
-            band(ax, epochs, [[e['gates'][layer][i] for e in log] for log in logs],
-                 f'layer {layer}')
-        ax.set(xlabel='epoch', ylabel=name)
-    for ax in axes[0][1:]:
-        ax.sharey(axes[0][0])
-    axes[0][0].autoscale()
-    axes[0][0].legend()
+            draw_band(ax, epochs, [[e['gates'][layer][i] for e in log] for log in logs],
+                      f'after layer {layer}')
+        ax.set(xlabel='epoch', ylabel=name, ylim=(low, 1))
+    axes[0][0].legend(**ON_LINES)
+    set_title(fig, f'{title_of(folders)}\n0 is a closed gate, 1 an open one')
     save(fig, out, 'gates')
 
 
-def sweep_curve(path):
-    """ The rows of a sweep's JSON in their order, mean and standard deviation over seeds. """
+def numbers_of(labels):
+    """
+    The numbers in the labels of a sweep's rows, and the text that all labels share beside the
+    number: ['n_f = 1', 'n_f = 4'] -> [1.0, 4.0], 'n_f'. None where labels are names.
+    """
+    found = [re.fullmatch(r'(\D*?)(\d+\.?\d*|\.\d+)(\D*)', label) for label in labels]
+    if len(labels) < 2 or not all(found):
+        return None
+    words = {(m[1], m[3]) for m in found}
+    numbers = [float(m[2]) for m in found]
+    if len(words) > 1 or len(set(numbers)) < len(numbers):
+        return None
+    before, behind = words.pop()
+    return numbers, f'{before.strip(" =")} {behind.strip()}'.strip()
+
+
+def draw_sweep(path):
+    """
+    The rows of a sweep's JSON, mean and standard deviation over seeds: a line where the rows are
+    numbers of one kind, bars where they are names.
+    """
     with open_regular(path, follow=True) as f:
         sweep = json.load(f)
     if 'rows' not in sweep or 'title' not in sweep:
-        raise EvalError(f"{path} is not what a sweep has written.")
+        raise EvalError(f"{path} was not written by tools/sweep.py.")
     rows = [r for r in sweep['rows'] if r['test']]
+    if not rows:
+        raise EvalError(f"{path} has no row with a finished run.")
     by = next(k for k in ('mae', 'wf1') if k in rows[0]['test'][0])
     y = [[metrics[by] for metrics in r['test']] for r in rows]
     means = [np.mean(values) for values in y]
     stds = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in y]
-    fig, ((ax,),) = canvas()
-    ax.errorbar(range(len(rows)), means, stds, fmt='o-', ms=4, capsize=2)
-    ax.set_xticks(range(len(rows)), [r['label'] for r in rows], rotation=30, ha='right')
-    ax.set(ylabel=f"test {by} (n = {min(map(len, y))})", title=sweep['title'])
+    labels = [r['label'] for r in rows]
+    ns = sorted(set(map(len, y)))
+    n = f"n = {ns[0]}" if len(ns) == 1 else f"n = {ns[0]} to {ns[-1]}"
+    better = 'lower' if BETTER[by] == 'low' else 'higher'
+    score = f"test {by} ({better} is better)"
+
+    numbers = numbers_of(labels)
+    if numbers:
+        x, name = numbers
+        fig, ((ax,),) = canvas()
+        order = np.argsort(x)
+        ax.errorbar(np.array(x)[order], np.array(means)[order], np.array(stds)[order], fmt='o-',
+                    ms=4, capsize=2)
+        ax.set(xlabel=name or 'value', ylabel=score)
+        ax.set_xticks(x)
+    else:
+        fig, ((ax,),) = canvas(high=0.9 + 0.25 * len(rows), wide=1.5 * WIDE)
+        at = np.arange(len(rows))
+        ax.barh(at, means, xerr=stds, color='#9db8d9', error_kw=dict(capsize=2, lw=1))
+        ax.set_yticks(at, labels, parse_math=False)
+        ax.invert_yaxis()
+        ax.set(xlabel=score)
+    set_title(fig, f"{sweep['title']}\nmean and std, {n}")
     save(fig, os.path.dirname(path) or '.', Path(path).stem)
 
 
@@ -135,36 +166,32 @@ def scatter(predictions, result, out):
     fig, ((ax,),) = canvas(high=WIDE)
     ax.plot([low, high], [low, high], color='0.6', lw=0.8)
     ax.plot(label, pred, '.', ms=3, alpha=0.4)
+    ax.set(xlabel='label', ylabel='prediction', aspect='equal')
     test = result['test']
-    title = f"MAE {test['mae']:.3f}, r {test['corr']:.3f}, {len(pred)} clips"
-    ax.set(xlabel='label', ylabel='prediction', aspect='equal', title=title)
+    set_title(fig, f"{run_title([result['about']])}\ntest: mae {test['mae']:.3f}, "
+                   f"corr {test['corr']:.3f}, {len(pred)} clips")
     save(fig, out, 'truth')
 
 
 def truth(folder, out):
-    """ Prediction against label, and the confusion matrix of the classes, or of the rounded
-    scores. """
+    """
+    Prediction against label, and the confusion matrix of the classes, or of the rounded scores.
+    """
     result, (_, predictions) = read_run(folder), read_predictions(folder)
-    pred, label = predictions['pred'], predictions['label']  # [N] each
-    if result['info']['kind'] == 'classes':
-        names = result['info']['names']
-    else:
+    if result['info']['kind'] != 'classes':
         scatter(predictions, result, out)
-        low, high = result['info']['range']
-        levels = np.arange(round(low), round(high) + 1)
-        names = [f'{v:+d}' if v else '0' for v in levels]
-        pred = np.round(np.clip(pred, low, high)) - levels[0]
-        label = np.round(np.clip(label, low, high)) - levels[0]
     make_folder(out)
     path = os.path.join(out, 'confusion.png')
-    confusion_picture(path, pred, label, names)
+    draw_confusion(path, result, predictions)
     print(path)
 
 
 def calibration(folder, out, n_bins=10):
-    """ Are the probabilities of 'score' what they say? For classes: of the answer, against how
-    often it is right. For scores: of a positive score, against how often the label is positive.
-    With the expected calibration error. """
+    """
+    The calibration of the probabilities of readout='score', with the expected calibration error.
+    For classes: the probability of the answer against the share of right answers. For scores: the
+    probability of a positive score against the share of positive labels.
+    """
     result, (_, predictions) = read_run(folder), read_predictions(folder)
     if 'prob' not in predictions:
         return
@@ -190,64 +217,21 @@ def calibration(folder, out, n_bins=10):
     for x_b, y_b, n_b in zip(x, y, n):
         ax.annotate(str(n_b), (x_b, y_b), textcoords='offset points', xytext=(4, -8), fontsize=6)
     error = np.sum(n * np.abs(x - y)) / n.sum()
-    ax.set(xlabel=x_name, ylabel=y_name, xlim=(0, 1), ylim=(0, 1), aspect='equal',
-           title=f'calibration error {error:.3f}; clips at points')
+    ax.set(xlabel=x_name, ylabel=y_name, xlim=(0, 1), ylim=(0, 1), aspect='equal')
+    set_title(fig, f"{run_title([result['about']])}\nexpected calibration error {error:.3f}; "
+                   "numbers are clips")
     save(fig, out, 'calibration')
 
 
 # --------------------------------------------------------------------------------------------------
 # From the model
 
-def bandwidths(d2, perplexity):
-    """ Rows of Gaussian neighbour probabilities of that perplexity, for squared distances d2 [N,N]
-    -> [N,N]; by bisection of 1 / (2 sigma^2). """
-    N = len(d2)
-    low, high = torch.zeros(N, 1).double(), torch.full((N, 1), math.inf).double()
-    beta = (torch.ones(N, 1) / d2.mean().clamp(min=1e-12)).double()  # [N,1]
-    others = ~torch.eye(N, dtype=torch.bool)
-    for _ in range(64):
-        p = torch.softmax(torch.where(others, -d2 * beta, -torch.inf), 1)  # [N,N]
-        entropy = -(p * p.clamp(min=1e-300).log()).sum(1, keepdim=True)  # [N,1]
-        wide = entropy > math.log(perplexity)  # [N,1], too many neighbours: narrower
-        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
-        beta = torch.where(high.isinf(), beta * 2, (low + high) / 2)
-    return p
-
-
-def tsne(x, perplexity=30.0, n_steps=750, seed=0):
-    """
-    Exact t-SNE (van der Maaten & Hinton 2008) of x [N,D] -> [N,2], in plain PyTorch: N x N, so for
-    a few thousand points. Early exaggeration of 12 for 250 steps; momentum and gains as there. It
-    starts from the first two principal components; the seed breaks ties.
-    """
-    x = torch.as_tensor(x, dtype=torch.float64)
-    N = len(x)
-    p = bandwidths(torch.cdist(x, x).square(), min(perplexity, (N - 1) / 3))  # [N,N]
-    p = ((p + p.T) / (2 * N)).clamp(min=1e-12)
-    centred = x - x.mean(0)
-    torch.manual_seed(seed)
-    axes = torch.linalg.svd(centred, full_matrices=False)[2][:2].T  # [D,2]
-    y = centred @ axes  # [N,2]
-    y = 1e-4 * y / y[:, :1].std().clamp(min=1e-12) + 1e-6 * torch.randn(N, 2, dtype=torch.float64)
-    velocity, gain = torch.zeros_like(y), torch.ones_like(y)  # [N,2] each
-    rate = max(N / 12.0, 50.0)
-    others = ~torch.eye(N, dtype=torch.bool)
-    for step in range(n_steps):
-        early = step < 250
-        w = (1 + torch.cdist(y, y).square()).reciprocal() * others  # [N,N], Student's t
-        force = (12.0 * p if early else p) - w / w.sum()  # [N,N]
-        gradient = 4 * ((force * w).sum(1, keepdim=True) * y - (force * w) @ y)  # [N,2]
-        gain = torch.where(gradient * velocity < 0, gain + 0.2, gain * 0.8).clamp(min=0.01)
-        velocity = (0.5 if early else 0.8) * velocity - rate * gain * gradient
-        y = y + velocity
-        y = y - y.mean(0)
-    return y.numpy()
-
-
 @torch.no_grad()
 def fused_vectors(run, feed, n):
-    """ The fused vectors of the first n test clips [n,D] and their labels [n]; None where the
-    system has no such vectors. """
+    """
+    The fused vectors of the first n test clips [n,D] and their labels [n]; None where the system
+    has no fused vector.
+    """
     vectors, labels = [], []
     for i in range(0, n, 64):
         batch = feed('test', np.arange(i, min(i + 64, n)))
@@ -260,8 +244,9 @@ def fused_vectors(run, feed, n):
 
 
 def embeddings(folder, out, n_most=1000, **allowed):
-    """ t-SNE of the fused vectors of the test clips, coloured by label (CrossSent's Figures 3 and
-    4). """
+    """
+    t-SNE of the fused vectors of the test clips, coloured by label (CrossSent's Figures 3 and 4).
+    """
     run, feed = load_run_and_feed(folder, **allowed)
     n = min(feed.n_clips['test'], n_most)
     found = fused_vectors(run, feed, n)
@@ -276,18 +261,21 @@ def embeddings(folder, out, n_most=1000, **allowed):
     fig, ((ax,),) = canvas(high=WIDE)
     classes = run.info['kind'] == 'classes'
     points = ax.scatter(*y.T, c=label, s=5, cmap='tab10' if classes else 'coolwarm', lw=0)
-    if classes:   # not every class need be among these clips
+    if classes:   # some classes may have no clip here
         handles, _ = points.legend_elements(num=None)
         names = [k if k.isascii() else str(i) for i, k in enumerate(run.info['names'])]
         ax.legend(handles, [names[v] for v in np.unique(label).astype(int)])
     else:
         fig.colorbar(points, label='label', shrink=0.8)
-    ax.set(xticks=[], yticks=[], title=f't-SNE of fused vectors, {n} test clips')
+    ax.set(xticks=[], yticks=[])
+    set_title(fig, f"{title_of([folder])}\nt-SNE of fused vectors, {n} test clips")
     save(fig, out, 'tsne')
 
 
 def clip_number(feed, clip):
-    """ The place of the clip of an id in the test split; '' is the first. Raises EvalError. """
+    """
+    The index in the test split of the clip with this id; '' is the first clip. Raises EvalError.
+    """
     ids = feed.corpus.id('test')
     if not clip:
         return 0
@@ -298,122 +286,100 @@ def clip_number(feed, clip):
 
 
 def attention(folder, out, clip='', **allowed):
-    """ Where the system looks at one test clip, if it attends to anything. """
+    """ Where a run attends in one test clip; nothing where the system has no attention. """
     run, feed = load_run_and_feed(folder, **allowed)
-    draw_attention(run, feed, clip_number(feed, clip), out)
+    i = clip_number(feed, clip)
+    draw_attention(run, feed, i, out, label=label_of(feed, i))
+
+
+def label_of(feed, i):
+    """ The label of test clip i. """
+    return float(feed.corpus.label('test', feed.k['label'])[i])
+
+
+# The line of each asking modality has the same colour in all panels of Figure 5.
+ASKING = dict(text='C0', audio='C1', vision='C2')
+
+
+def views_of_cmpta(folder, clip, **allowed):
+    """
+    What Figure 5 shows of a run: its Feed, the clip's index, its prediction, and its attention as
+    System.views has it. Raises EvalError where the run has no attention over audio and vision.
+    """
+    run, feed = load_run_and_feed(folder, **allowed)
+    i = clip_number(feed, clip)
+    batch = feed('test', np.array([i]))
+    with torch.no_grad():
+        views = run.model.views(batch, run.predict)
+    if not {'over audio', 'over vision'} <= set(views):
+        raise EvalError(f"{folder} has no attention over audio and over video: --tokens is for "
+                        "runs of CMPTA that have both.")
+    pred = float(run.predict(batch)['pred'])
+    if not np.isfinite(pred):
+        raise EvalError(f"{folder}: pred of clip {feed.corpus.id('test')[i]} is NaN or inf, so "
+                        "there is nothing to draw.")
+    return feed, i, pred, views
 
 
 def tokens(folders, out, clip='', **allowed):
-    """ CMPTA's Figure 5: one clip's prediction, and its attention over audio and video, for runs of
-    different n_pseudo. """
+    """
+    CMPTA's Figure 5: one clip's prediction, and its attention over audio and video, for runs of
+    different n_pseudo.
+    """
     n_pseudo = {folder: read_run(folder)['about']['knobs'].get('n_pseudo') for folder in folders}
     for folder, n in n_pseudo.items():
         if n is None:
             raise EvalError(f"{folder} has no pseudo tokens: --tokens is for systems that make "
                             "them.")
-    fig, axes = canvas(len(folders), 2, high=0.6 + 1.1 * len(folders))
+    fig, axes = canvas(len(folders), 2, high=1.0 + 1.45 * len(folders), wide=1.5 * WIDE)
+    lines = {}
     for folder, row in zip(sorted(folders, key=n_pseudo.get), axes):
-        run, feed = load_run_and_feed(folder, **allowed)
-        i = clip_number(feed, clip)
-        batch = feed('test', np.array([i]))
-        with torch.no_grad():
-            views = run.model.views(batch, run.predict)
-        if not {'over audio', 'over vision'} <= set(views):
-            raise EvalError(f"{folder} has no attention over audio and over video: --tokens is for "
-                            "runs of CMPTA that have both.")
-        pred = float(run.predict(batch)['pred'])
-        if not np.isfinite(pred):
-            raise EvalError(f"{folder}: pred of clip {feed.corpus.id('test')[i]} is NaN or inf, so "
-                            "there is nothing to draw.")
-        title = f"{n_pseudo[folder]} tokens: {pred:+.2f}"
+        feed, i, pred, views = views_of_cmpta(folder, clip, **allowed)
         for ax, m in zip(row, ('audio', 'vision')):
             weights, names, column = views[f'over {m}']
-            for name, line in zip(names, weights.cpu().numpy()):
-                ax.plot(line, label=f'from {name}')
-            ax.set(xlabel=column, ylabel='weight', title=title)
-    for ax in axes[-1]:   # the most tokens have the most directions
-        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.6))
-    words = f"{feed.corpus.id('test')[i]}: {feed.corpus.text('test')[i]}"
-    title = f"label {float(batch['label']):+.2f}, {words}"[:70]
-    fig.suptitle(title, fontsize=7, parse_math=False)
+            frame = seconds_per_frame(feed.corpus, column)
+            x = np.arange(weights.shape[1]) * (frame or 1)  # [M]
+            for name, y in zip(names, weights.cpu().numpy()):
+                lines[name], = ax.plot(x, y, color=ASKING[name])
+            missing = set(ASKING) - {m} - set(names)
+            if missing:   # fewer than six tokens leave out the last directions
+                asking = ' or '.join(sorted(missing))
+                words = f"no token from {asking} with {n_pseudo[folder]} tokens"
+                ax.text(0.98, 0.95, words, ha='right', va='top', transform=ax.transAxes,
+                        color='0.35', fontsize=7)
+            ax.set(xlabel=f'{m}, seconds' if frame else column,
+                   title=f"{n_pseudo[folder]} tokens: prediction {pred:+.2f}")
+            if not frame:
+                ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.sharey(axes[0][0])
+        row[0].set_ylabel('attention weight')
+    axes[0][0].autoscale(axis='y')
+    axes[0][0].set_ylim(bottom=0)
+    names = [name for name in ASKING if name in lines]
+    fig.legend([lines[name] for name in names], [f'from {name}' for name in names],
+               loc='outside lower center', ncols=len(names))
+    clip_words, _, _ = clip_title(feed, i, pred).rpartition('\n')
+    set_title(fig, f'{title_of(folders)}\n{clip_words}\nlabel {label_of(feed, i):+.2f}')
     save(fig, out, 'tokens')
 
 
-# --------------------------------------------------------------------------------------------------
-# The systems, drawn: title -> boxes of (class, what it gives, shape, x, y), and arrows from box to
-# box by number
-
-DRAWN = {
-    'DeepMLF': (
-        [(FrozenLM, 'text', '[B,T,D]', 0, 0),
-         (AVEncoder, 'audio, video', 'Z [B,m,d]', 2, 0),
-         (DeepMLF, 'fusion tokens', '[B,F,D]', 1, 0),
-         (FrozenLM, 'layer l', 'x_t [B,T,D], x_f [B,F,D]', 0.5, 1),
-         (CrossAttention, 'x_f looks at Z', '[B,F,D]', 1.5, 2),
-         (FFW, 'every token', '[B,T+F,D]', 0.5, 3),
-         (MMBlock, 'after some layers', 'x_t, x_f', 1.5, 4),
-         (DeepMLF, 'task head', '[B]', 0.5, 5)],
-        [(0, 3), (2, 3), (3, 4), (1, 4), (4, 5), (5, 6), (6, 7)]),
-    'MSE-Adapter, CMPTA': (
-        [(FrozenLM, 'text, embedded', '[B,T,D]', 0, 0),
-         (Feed, 'audio, video', '[B,S,d_a], [B,S,d_v]', 1.5, 0),
-         (MSEAdapter, 'or CMPTA: pseudo tokens', '[B,P,D]', 1.5, 1.3),
-         (Prompt, 'pseudo tokens, text, question', '[B,L,D]', 0.5, 2.5),
-         (FrozenLM, "all layers, once; behind it the labels' trie", '[B,L+N,D]', 0.5, 3.75),
-         (PseudoTokenLM, 'log p of each label', '[B,K]', 0.5, 5)],
-        [(0, 3), (1, 2), (0, 2), (2, 3), (3, 4), (4, 5)]),
-    'CrossSent': (
-        [(TextEncoder, 'text', '[B,T,D]', 0, 0),
-         (GMRA, 'audio, video on tokens', '[B,T,d] each', 1.5, 0),
-         (TextEncoder, 'layers before gmra_layer', '[B,T,D]', 0, 1.5),
-         (GMRA, 'gate and residual', '[B,T,D]', 1, 2.75),
-         (TextEncoder, 'the other layers', '[B,T,D]', 0.5, 3.9),
-         (CrossSent, 'sentence vector, head', '[B]', 0.5, 5)],
-        [(0, 2), (2, 3), (1, 3), (3, 4), (4, 5)]),
-}
-COLORS = {FrozenLM: '#dfe7f3', Feed: 'white', Prompt: 'white'}   # others are trained
-TRAINED = '#fdf0dc'
-
-
-def architecture(out):
-    """ The systems side by side, data going up; each box has the class that does it and the shape
-    that it gives. """
-    fig, (axes,) = canvas(1, len(DRAWN), high=4.2, wide=3.2 * WIDE)
-    for ax, (title, (boxes, arrows)) in zip(axes, DRAWN.items()):
-        drawn = []
-        for cls, what, shape, x, y in boxes:
-            box = dict(boxstyle='round,pad=0.4', fc=COLORS.get(cls, TRAINED), ec='0.5', lw=0.8)
-            drawn.append(ax.text(x, y, f'{cls.__name__}\n{what}\n{shape}', ha='center',
-                                 va='center', fontsize=7, linespacing=1.3, bbox=box))
-        for a, b in arrows:   # from edge to edge
-            arrow = dict(arrowstyle='->', color='0.4', lw=1, shrinkA=2, shrinkB=2,
-                         patchA=drawn[a].get_bbox_patch(), patchB=drawn[b].get_bbox_patch())
-            ax.annotate('', boxes[b][3:], boxes[a][3:], arrowprops=arrow)
-        xs = [box[3] for box in boxes]
-        ax.set(xlim=(min(xs) - 0.75, max(xs) + 0.75), ylim=(-0.6, 5.6), title=title)
-        ax.axis('off')
-    fig.suptitle('blue: frozen.  yellow: trained.  white: no weights.  letters: see the README',
-                 fontsize=7, color='0.3')
-    save(fig, out, 'architecture')
-
-
 def main(argv):
-    """ The command line of the docstring. Raises EvalError and its kin for a sentence. """
+    """ The command line of the docstring. Raises EvalError, CorpusError or ModelError. """
     paths = [a.rstrip('/') for a in argv if not a.startswith('--')]
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
     if list(flags) == ['architecture']:
-        architecture(str(ROOT / 'results'))
+        draw_architecture(str(ROOT / 'results'))
         return
     if not paths or 'help' in flags:
         print(__doc__)
         return
     allowed = take_permissions(flags)
-    if odd := sorted(set(flags) - {'clip', 'tokens'}):
-        raise EvalError(f"there is no flag --{odd[0]}: there are --clip=ID, --tokens and "
+    if unknown := sorted(set(flags) - {'clip', 'tokens'}):
+        raise EvalError(f"there is no flag --{unknown[0]}: there are --clip=ID, --tokens and "
                         "--architecture.")
     if paths[0].endswith('.json'):
         for path in paths:
-            sweep_curve(path)
+            draw_sweep(path)
         return
     out, clip = os.path.join(paths[0], 'figures'), flags.get('clip', '')
     if 'tokens' in flags:

@@ -1,0 +1,300 @@
+"""
+The pictures that several commands draw, and the style of all pictures: learning curves, a confusion
+matrix, and attention weights.
+
+Axis letters: N clips, K classes, M attended positions.
+"""
+import os
+import sys
+import textwrap
+
+import numpy as np
+import torch
+
+from corpora.names import STREAMS
+from metrics import confusion
+from run.folder import make_folder, save_picture
+
+WIDE, HIGH = 3.35, 2.4   # inches; 3.35 inches (85 mm) is one column of a paper
+# Applied while a picture of ours is drawn, so that a caller's own pictures keep their style.
+STYLE = {
+    'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 8, 'legend.fontsize': 7,
+    'legend.frameon': False, 'savefig.dpi': 200, 'lines.linewidth': 1.2}
+ON_LINES = dict(frameon=True, framealpha=0.8, edgecolor='none')   # a legend that covers lines
+LETTERS_PER_INCH = 17   # of text at 8 points
+
+# Loss terms that are measured in one unit share a panel: y label -> names of terms. Any other term
+# gets a panel of its own.
+LOSS_PANELS = {
+    'loss, the weighted sum': {'loss'},
+    'loss of predictions': {'task', 'text', 'audio', 'vision', 'av', 'fusion'},
+    'cross-entropy, nats per token': {'lm', 'label'},
+    'ordinal losses, label units': {'mpr', 'eioi'}}
+# The bounds of a corpus (corpora/toy.py, toy_ceilings), as a learning curve names them.
+BOUND_NAMES = dict(text='text alone at best', av='audio + video at best',
+                   late='late fusion at best', full='everything at best')
+
+
+def pyplot():
+    """ matplotlib.pyplot, imported on first use so that training starts without it. """
+    import matplotlib
+    if 'matplotlib.pyplot' not in sys.modules:
+        matplotlib.use('Agg')   # a notebook has imported pyplot before, with its own backend
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def style():
+    """ A context manager that applies STYLE. """
+    return pyplot().rc_context(STYLE)
+
+
+def save(fig, folder, name):
+    """ Save a figure as folder/name.png, close it, and print the path. """
+    make_folder(folder)
+    path = os.path.join(folder, name + '.png')
+    save_picture(fig, path)
+    pyplot().close(fig)
+    print(path)
+
+
+def canvas(rows=1, columns=1, high=HIGH, wide=WIDE):
+    """ A figure of wide x high inches, and its axes [rows][columns]. """
+    return pyplot().subplots(
+        rows, columns, figsize=(wide, high), layout='constrained', squeeze=False)
+
+
+def set_title(fig, title):
+    """ Set a figure's title, broken into lines that fit its width. """
+    n = int(fig.get_figwidth() * LETTERS_PER_INCH)
+    lines = [textwrap.fill(line, n, break_on_hyphens=False) for line in title.split('\n')]
+    fig.suptitle('\n'.join(lines), parse_math=False)   # clip ids may hold dollar signs
+
+
+def run_title(abouts):
+    """
+    The title of a picture of runs: name, system, corpus and seeds. abouts: result.json's `about` of
+    each run.
+    """
+    first = abouts[0]
+    seeds = sorted({about['knobs']['seed'] for about in abouts})
+    word = 'seed' if len(seeds) == 1 else 'seeds'
+    return (f"{first['name']}: {first['knobs']['system']} on {first['corpus']['name']}, "
+            f"{word} {', '.join(map(str, seeds))}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Learning curves
+
+def draw_band(ax, x, runs, label=None, color=None):
+    """
+    Draw the mean of several runs as a line and one standard deviation as a band. All are cut at the
+    shortest run. x: epochs [n]; runs: a list of values for each run.
+    """
+    n = min(map(len, runs))
+    y = np.array([run[:n] for run in runs])  # [runs,n]
+    line, = ax.plot(x[:n], y.mean(0), label=label, color=color)
+    if len(y) == 1:
+        return
+    mean, std = y.mean(0), y.std(0, ddof=1)  # [n] each
+    ax.fill_between(x[:n], mean - std, mean + std, alpha=0.2, color=line.get_color(), lw=0)
+
+
+def loss_panels(terms):
+    """
+    Loss terms sorted into panels: y label -> names. A loss of one term is that term, so the sum is
+    left out.
+    """
+    terms = set(terms)
+    if len(terms - {'loss'}) == 1:
+        terms.discard('loss')
+    panels = {}
+    for label, names in LOSS_PANELS.items():
+        if terms & names:
+            panels[label] = sorted(terms & names)
+            terms -= names
+    return panels | {name: [name] for name in sorted(terms)}
+
+
+def lines_to_compare(result):
+    """
+    Values of the selecting metric to compare a validation curve with, where they are known: name ->
+    value. They are the majority's test score, and the corpus's bounds (toy corpus only) of the
+    modalities that the run may read.
+    """
+    k, lines = result['about']['knobs'], {}
+    if result['majority']:
+        lines['majority'] = result['majority'].get(k['select'])
+    for bound, name in BOUND_NAMES.items():
+        ceiling = (result['ceilings'] or {}).get(bound, {})
+        if len(k['modalities']) == len(STREAMS):
+            lines[name] = ceiling.get(k['select'])
+    return {name: v for name, v in lines.items() if v is not None and np.isfinite(v)}
+
+
+def draw_levels(ax, levels):
+    """
+    Draw labelled horizontal lines: name -> value. Labels stand right of the axes, moved apart where
+    they would overlap.
+    """
+    for v in levels.values():
+        ax.axhline(v, color='0.6', lw=0.8, ls='--', zorder=1)
+    low, high = ax.get_ylim()
+    inches = ax.get_figure().get_figheight() / ax.get_gridspec().nrows * 0.65   # about, of the axes
+    gap, at = 0.12 / inches, -1.0
+    for name, v in sorted(levels.items(), key=lambda item: item[1]):
+        at = max((v - low) / (high - low), at + gap)
+        ax.annotate(f'{name} {v:.3f}', (1, (v - low) / (high - low)), (1.03, at),
+                    xycoords='axes fraction', textcoords='axes fraction', va='center', fontsize=7,
+                    color='0.35', annotation_clip=False)
+
+
+def learning_curve(path, runs):
+    """
+    A picture at `path` of one run, or of several that differ in the seed: training loss terms, one
+    panel for each unit, and the validation metric that selects the checkpoint.
+
+    runs: (result.json, lines of log.jsonl) of each run, as report.read_run and read_log give them.
+    """
+    results, logs = zip(*runs)
+    select = results[0]['about']['knobs']['select']
+    train = [[e for e in log if 'train' in e] for log in logs]
+    valid = [[e for e in log if 'valid' in e] for log in logs]
+    panels = loss_panels({term for e in train[0] for term in e['train']})
+
+    with style():
+        n = len(panels) + 1
+        columns = n if n <= 3 else 2 if n == 4 else 3
+        rows = -(-n // columns)
+        wide = 2.5 * columns + 0.9   # room for the names of the lines
+        fig, axes = canvas(rows, columns, high=0.4 + 2.1 * rows, wide=wide)
+        *loss_axes, last = axes.flatten()[:n]
+        for ax in axes.flatten()[n:]:
+            ax.remove()
+        for ax, (label, terms) in zip(loss_axes, panels.items()):
+            for term in terms:
+                own = [[e for e in log if term in e['train']] for log in train]
+                draw_band(ax, [e['epoch'] for e in own[0]],
+                          [[e['train'][term] for e in log] for log in own], term)
+            ax.set(xlabel='epoch', ylabel=label, title='training')
+            if len(terms) > 1:
+                ax.legend(**ON_LINES)
+
+        values = [[e['valid'][select] for e in log] for log in valid]
+        mean = f'mean and std of n = {len(runs)}' if len(runs) > 1 else None
+        draw_band(last, [e['epoch'] for e in valid[0]], values, mean, 'C3')
+        best = [e for e in valid[0] if e['best']]
+        if best and len(runs) == 1:
+            last.plot(best[-1]['epoch'], best[-1]['valid'][select], 'o', ms=5, mfc='none',
+                      color='C3', label='best')
+        last.set(xlabel='epoch', ylabel=select, title='validation')
+        last.xaxis.get_major_locator().set_params(integer=True)
+        draw_levels(last, lines_to_compare(results[0]))
+        if last.get_legend_handles_labels()[0]:
+            last.legend(**ON_LINES)
+        set_title(fig, run_title([result['about'] for result in results]))
+        save_picture(fig, path)
+        pyplot().close(fig)
+
+
+# --------------------------------------------------------------------------------------------------
+# Confusion matrix
+
+def confusion_picture(path, pred, label, names, title):
+    """
+    A picture at `path` of the counts of true classes against predicted classes, coloured by the
+    share of the true class. pred, label [N]: numbers of classes in `names`.
+    """
+    counts = confusion(pred, label, len(names))  # [K,K]
+    n_true = np.bincount(np.asarray(label, int), minlength=len(names))  # [K]
+    share = counts / np.maximum(n_true, 1)[:, None]  # [K,K]
+    # the font has no Chinese letters: such a class is shown by its number
+    ticks = [name if name.isascii() else str(i) for i, name in enumerate(names)]
+    with style():
+        size = 0.45 * len(names)
+        fig, ((ax,),) = canvas(high=1.3 + size, wide=1.9 + size)
+        picture = ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
+        for i, j in np.ndindex(counts.shape):
+            color = 'white' if share[i, j] > 0.6 else 'black'
+            ax.text(j, i, counts[i, j], ha='center', va='center', fontsize=7, color=color)
+        ax.set_xticks(range(len(names)), ticks, rotation=45, ha='right')
+        ax.set_yticks(range(len(names)), ticks)
+        ax.set(xlabel='predicted class', ylabel='true class')
+        fig.colorbar(picture, label='share of the true class', shrink=0.8)
+        set_title(fig, title)
+        save_picture(fig, path)
+        pyplot().close(fig)
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+def as_text(value, info):
+    """ A label or a prediction as text. info: the label's entry in meta.json. """
+    if info['kind'] == 'classes':
+        known = 0 <= value < len(info['names'])
+        return info['names'][int(value)] if known else f'no class ({value:g})'
+    return f'{value:+.2f}'
+
+
+def clip_title(feed, i, pred, label=None):
+    """ The title of a picture of test clip i: its id and text, its prediction, its label. """
+    clip, text = feed.corpus.id('test')[i], feed.corpus.text('test')[i]
+    first = f"{clip}: {text if text.isascii() else ''}"[:200]
+    facts = [] if label is None else [f'label {as_text(label, feed.info)}']
+    second = ', '.join(facts + [f'prediction {as_text(pred, feed.info)}'])
+    return f'{first}\n{second if second.isascii() else ""}'.strip()
+
+
+def seconds_per_frame(corpus, column):
+    """
+    The duration of a frame on an axis called `column` ('audio frame'), where the corpus knows it: a
+    stream's optional `frames_per_second` in meta.json. Otherwise None.
+    """
+    for stream in STREAMS:
+        rate = corpus.meta['streams'].get(stream, {}).get('frames_per_second')
+        if column == f'{stream} frame' and isinstance(rate, (int, float)) and rate > 0:
+            return 1 / rate
+    return None
+
+
+def draw_attention(run, feed, i, out, stem='attention', label=None):
+    """
+    Draw where a run attends in test clip i of a feed, as out/stem.png; nothing where the system has
+    no attention. label: the clip's, for the title.
+    """
+    batch = feed('test', np.array([i]))
+    with torch.no_grad():
+        views = run.model.views(batch, run.predict)
+    if not views:
+        return
+    title = clip_title(feed, i, float(run.predict(batch)['pred']), label)
+    with style():
+        draw_views(views, feed.corpus, title, out, stem)
+
+
+def draw_views(views, corpus, title, out, stem):
+    """ Draw the views of System.views on one colour scale, one panel each. """
+    heights = [1.3 if len(weights) <= 12 else 2.6 for weights, *_ in views.values()]
+    fig, axes = canvas(len(views), 1, high=0.7 + sum(heights), wide=1.3 * WIDE)
+    highest = max(float(weights.max()) for weights, *_ in views.values())
+    for (ax,), (name, (weights, rows, column)) in zip(axes, views.items()):
+        n_rows, n_columns = weights.shape
+        frame = seconds_per_frame(corpus, column)
+        extent = None
+        if frame:
+            extent = 0, n_columns * frame, n_rows - 0.5, -0.5
+            column = column.replace(' frame', ', seconds')
+        picture = ax.imshow(weights.cpu().numpy(), aspect='auto', cmap='viridis', vmin=0,
+                            vmax=highest, extent=extent)
+        ax.set(title=name, xlabel=column)
+        if not frame:
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        if isinstance(rows, list):
+            ax.set_yticks(range(len(rows)), [f'from {row}' for row in rows])
+        else:
+            ax.set_ylabel(rows)
+            ax.yaxis.get_major_locator().set_params(integer=True)
+    fig.colorbar(picture, ax=axes[:, 0], label='attention weight', aspect=12 * sum(heights))
+    set_title(fig, title)
+    save(fig, out, stem)

@@ -1,0 +1,206 @@
+"""
+Pictures: titles, axes, units, shared scales, and letters that can be read.
+
+    python -m pytest -q tests/test_pictures.py
+"""
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from run import pictures
+from tools import architecture, figures
+
+CEILINGS = dict(majority=1.167, text=1.059, av=1.038, late=0.81, full=0.368)
+
+
+def result(seed=0, ceilings=True):
+    """ What result.json says of a run, as far as pictures read it. """
+    knobs = dict(system='deepmlf', seed=seed, select='mae', modalities=('audio', 'vision'))
+    about = dict(name='deepmlf_toy', knobs=knobs, corpus=dict(name='toy'))
+    known = {bound: dict(mae=mae) for bound, mae in CEILINGS.items()} if ceilings else None
+    return dict(about=about, majority=dict(mae=1.165), ceilings=known)
+
+
+def log(shift=0.0):
+    """ The lines of log.jsonl of two epochs. """
+    terms = dict(loss=3.0, task=1.0, text=1.1, lm=0.3, mpr=0.5, sim=0.1)
+    lines = []
+    for epoch in (1, 2):
+        gates = {'2': [0.5, 0.5 + shift], '4': [0.4, 0.6]}
+        lines.append(dict(epoch=epoch, train={k: v / epoch for k, v in terms.items()}, gates=gates))
+        lines.append(dict(epoch=epoch, valid=dict(mae=1 / epoch + shift), best=True))
+    return lines
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """ The figures that a test has drawn, in their order. """
+    found = []
+
+    def keep(fig, path, **options):
+        fig.canvas.draw()   # with the layout as it is saved
+        found.append(fig)
+
+    monkeypatch.setattr(pictures, 'save_picture', keep)
+    return found
+
+
+def curve(drawn, *runs):
+    pictures.learning_curve('curve.png', runs)
+    return drawn[-1]
+
+
+def test_a_learning_curve_is_titled_by_run_system_corpus_and_seed(drawn):
+    assert curve(drawn, (result(), log())).get_suptitle() == 'deepmlf_toy: deepmlf on toy, seed 0'
+    fig = curve(drawn, (result(2), log()), (result(0), log(0.1)))
+    assert fig.get_suptitle() == 'deepmlf_toy: deepmlf on toy, seeds 0, 2'
+    assert all(ax.get_xlabel() == 'epoch' and ax.get_ylabel() for ax in fig.axes)
+    assert fig.axes[-1].get_legend().get_texts()[0].get_text() == 'mean and std of n = 2'
+    assert fig.axes[-1].collections   # the band
+
+
+def test_loss_terms_share_a_panel_only_where_they_have_one_unit(drawn):
+    fig = curve(drawn, (result(), log()))
+    n_lines = {ax.get_ylabel(): len(ax.lines) for ax in fig.axes[:-1]}
+    assert n_lines == {'loss, the weighted sum': 1, 'loss of predictions': 2,
+                       'cross-entropy, nats per token': 1, 'ordinal losses, label units': 1,
+                       'sim': 1}
+    assert pictures.loss_panels(['loss', 'lm']) == {'cross-entropy, nats per token': ['lm']}
+
+
+def test_the_majority_and_known_bounds_are_labelled_lines(drawn):
+    ax = curve(drawn, (result(), log())).axes[-1]
+    lines = [line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1]
+    for value in (1.165, 1.059, 1.038, 0.81, 0.368):
+        assert value in lines and any(f'{value:.3f}' in t.get_text() for t in ax.texts)
+    boxes = [t.get_window_extent() for t in sorted(ax.texts, key=lambda t: t.xyann[1])]
+    assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:]))   # none overlaps
+    ax = curve(drawn, (result(ceilings=False), log())).axes[-1]
+    assert [t.get_text() for t in ax.texts] == ['majority 1.165']
+    one = result()
+    one['about']['knobs']['modalities'] = ('audio',)   # the bounds are of all modalities
+    assert len(curve(drawn, (one, log())).axes[-1].texts) == 1
+
+
+@pytest.mark.parametrize('shift, limits', [(0.1, (0, 1)), (-0.9, (-1, 1))])
+def test_gates_are_drawn_on_their_whole_range(shift, limits, drawn, monkeypatch, tmp_path):
+    monkeypatch.setattr(figures, 'read_log', lambda folder: log(shift))
+    monkeypatch.setattr(figures, 'read_run', lambda folder: result())
+    figures.gates(['run'], str(tmp_path))
+    assert [ax.get_ylim() for ax in drawn[0].axes] == [limits] * 2
+    assert 'seed 0' in drawn[0].get_suptitle()
+
+
+def sweep_figure(drawn, tmp_path, labels):
+    rows = [dict(label=label, test=[dict(mae=0.5 + 0.1 * seed) for seed in range(3)])
+            for label in labels]
+    path = tmp_path / 'table.json'
+    path.write_text(json.dumps(dict(title='A table', rows=rows)))
+    figures.draw_sweep(str(path))
+    assert drawn[-1].get_suptitle() == 'A table\nmean and std, n = 3'
+    return drawn[-1].axes[0]
+
+
+def test_a_sweep_over_numbers_is_a_line_with_error_bars(drawn, tmp_path):
+    ax = sweep_figure(drawn, tmp_path, ['n_f = 8', 'n_f = 1', 'n_f = 20'])
+    (container,) = ax.containers
+    assert list(container.lines[0].get_xdata()) == [1, 8, 20] and container.has_yerr
+    assert ax.get_xlabel() == 'n_f' and ax.get_ylabel() == 'test mae (lower is better)'
+
+
+def test_a_sweep_over_names_is_bars_with_error_bars(drawn, tmp_path):
+    ax = sweep_figure(drawn, tmp_path, ['whole', '5 tokens', 'without MPR'])
+    assert len(ax.patches) == 3 and any(getattr(c, 'has_xerr', False) for c in ax.containers)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ['whole', '5 tokens', 'without MPR']
+    assert ax.get_xlabel() == 'test mae (lower is better)'
+
+
+def test_rows_are_numbers_only_where_they_differ_in_the_number_alone():
+    assert figures.numbers_of(['100 %', '50 %']) == ([100, 50], '%')
+    assert figures.numbers_of(['layer 1', 'layer 2']) == ([1, 2], 'layer')
+    for labels in (['5 tokens'], ['5 tokens', '6 heads'], ['last 1', 'all 4'], ['MPR 0', 'MPR 0'],
+                   ['small', 'large'], ['.1 and .1', 'MPR 0']):
+        assert figures.numbers_of(labels) is None
+
+
+class AttentiveModel:
+    """ A model whose attention over audio has one large weight. """
+    def views(self, batch, predict):
+        small, large = torch.full((2, 10), 0.1), torch.full((2, 5), 0.1)
+        large[0, 2] = 0.6
+        return {'over text': (small, ['audio', 'vision'], 'text token'),
+                'over audio': (large, ['text', 'vision'], 'audio frame')}
+
+
+def attention_figure(drawn, tmp_path, **stream):
+    corpus = SimpleNamespace(meta=dict(streams=dict(audio=stream)), id=lambda split: ['clip$1$'],
+                             text=lambda split: ['a text that is long ' * 6])
+
+    def feed(split, index):
+        return {}
+
+    feed.corpus, feed.info = corpus, dict(kind='regression')
+    pred = torch.tensor(-0.5)
+    run = SimpleNamespace(model=AttentiveModel(), predict=lambda batch: dict(pred=pred))
+    pictures.draw_attention(run, feed, 0, str(tmp_path), label=2.5)
+    return drawn[-1]
+
+
+def test_attention_panels_share_one_colour_scale_and_one_colour_bar(drawn, tmp_path):
+    fig = attention_figure(drawn, tmp_path)
+    text, audio, bar = fig.axes
+    for ax in (text, audio):
+        assert ax.images[0].get_clim() == (0, pytest.approx(0.6))
+    assert bar.get_ylabel() == 'attention weight'
+    assert 'label +2.50, prediction -0.50' in fig.get_suptitle()
+    title = fig._suptitle.get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= fig.bbox.x1   # the long text is not cut
+
+
+def test_frames_are_in_seconds_where_the_corpus_knows_their_rate(drawn, tmp_path):
+    _, audio, _ = attention_figure(drawn, tmp_path).axes
+    assert audio.get_xlabel() == 'audio frame' and audio.get_xlim() == (-0.5, 4.5)
+    text, audio, _ = attention_figure(drawn, tmp_path, frames_per_second=10).axes
+    assert audio.get_xlabel() == 'audio, seconds' and audio.get_xlim() == (0, 0.5)
+    assert text.get_xlabel() == 'text token'
+
+
+def test_classes_are_named_in_the_title_of_a_clip():
+    info = dict(kind='classes', names=['anger', 'joy'])
+    assert pictures.as_text(1.0, info) == 'joy'
+    assert pictures.as_text(9.0, info) == 'no class (9)'
+
+
+def test_a_confusion_matrix_has_a_title_and_its_counts(drawn):
+    pictures.confusion_picture('c.png', [0, 1, 1], [0, 1, 0], ['no', 'yes'], 'run on toy\nwf1 0.7')
+    fig = drawn[0]
+    assert fig.get_suptitle() == 'run on toy\nwf1 0.7'
+    assert [t.get_text() for t in fig.axes[0].texts] == ['1', '1', '0', '1']
+
+
+def test_the_architecture_can_be_read_in_the_readme_and_explains_its_letters(drawn, tmp_path):
+    architecture.draw_architecture(str(tmp_path))
+    fig = drawn[0]
+    texts = [t for ax in fig.axes for t in ax.texts if t.get_text()]
+    pixels = 830 / fig.get_figwidth() / 72   # of a point, where GitHub shows the picture
+    assert min(t.get_fontsize() for t in texts) * pixels >= 11
+    for t in texts:
+        box = t.get_window_extent()
+        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1, t.get_text()
+    shapes = ''.join(shape for boxes, _ in architecture.DRAWN.values() for *_, shape, _, _ in boxes)
+    letters = set(re.findall(r'[A-Za-z](?:_[a-z])?', shapes))
+    explained = set(re.findall(r'\b[A-Za-z](?:_[a-z])?\b', architecture.LETTERS))
+    assert letters <= explained
+
+
+def test_the_pictures_of_the_readme_are_those_that_the_code_draws(drawn, tmp_path):
+    """ results/architecture.png has the size of today's drawing. """
+    from PIL import Image
+    architecture.draw_architecture(str(tmp_path))
+    size = np.round(drawn[0].get_size_inches() * pictures.STYLE['savefig.dpi'])
+    with Image.open(figures.ROOT / 'results' / 'architecture.png') as picture:
+        assert np.allclose(picture.size, size, atol=2)
