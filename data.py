@@ -24,7 +24,8 @@ from corpora.toy import VERSION, make_toy
 from corpora.unpickle import CorpusError
 from run.errors import ModelError
 from run.folder import check_regular
-from run.load_lm import frozen_text, refuse_unknown_tokens
+from run.frozen_text import frozen_text
+from run.load_lm import refuse_unknown_tokens, tokenizer_notes
 
 
 class Corpus:
@@ -288,6 +289,7 @@ class Feed:
             self.notes.append("answers have one decimal, and rounding the train labels to one "
                               f"decimal is a mean absolute error of {rounding:.3f}")
         if tokenizer:
+            self.notes += tokenizer_notes(tokenizer)
             for split in corpus.n_clips:
                 self._tokenize(split, tokenizer)
             if model.frozen_features(k):

@@ -1,27 +1,19 @@
 """
-LMs, text encoders and tokenizers: read from their files, or made from nothing.
-
-Axis letters: B texts of a batch, T text tokens, N texts, n tokens of all texts, D LM width.
+LMs, text encoders and tokenizers, read from their files.
 """
-import hashlib
 import json
 import os
 from contextlib import contextmanager
 
-import numpy as np
 import torch
-import torch.nn as nn
 
 from lm import ModelError, TextEncoder, unknown_family
-from run.fingerprints import fingerprint
-from run.folder import replacing, write_text
 from run.lm_checks import (
     ALLOW_CODE,
     SAFE_WEIGHTS,
     hub_file,
     hub_has_answered,
     read_json,
-    refuse_encoder_decoder,
     refuse_folder,
     refuse_gguf,
     refuse_hub_adapter,
@@ -29,10 +21,6 @@ from run.lm_checks import (
     refuse_what_is_no_lm,
 )
 from run.lm_compare import compare_once, known_lm
-
-# families whose positions start at pad_token_id + 1
-COUNT_FROM_PADDING = ('roberta', 'xlm-roberta', 'xlm-roberta-xl', 'camembert', 'longformer', 'mpnet',
-                      'esm', 'data2vec-text', 'ibert', 'luke')
 
 # -------------------------------------------------------------------------------------------------
 # What transformers prints and raises
@@ -135,29 +123,6 @@ def lm_config(name, remote=False, as_data=False):
     return config, name
 
 
-def width_of(config):
-    """
-    The width of an LM's hidden states, or ModelError: some have several, or project them behind the
-    last layer.
-    """
-    width = getattr(config, 'hidden_size', None)
-    if not width or getattr(config, 'word_embed_proj_dim', width) != width:
-        raise ModelError(f"the LM family {config.model_type!r} does not say how wide its hidden "
-                         "states are: take another --lm=.")
-    return width
-
-
-def positions_of(config):
-    """
-    The longest text in tokens that a model's configuration allows, or None where it does not say.
-    RoBERTa and its kin count positions from behind their padding id.
-    """
-    n_positions = getattr(config, 'max_position_embeddings', None)
-    if n_positions is None or config.model_type not in COUNT_FROM_PADDING:
-        return n_positions
-    return n_positions - config.pad_token_id - 1
-
-
 # -------------------------------------------------------------------------------------------------
 # Tokenizers
 
@@ -209,7 +174,22 @@ def load_tokenizer(name, remote=False, as_data=False):
     with loading(name):
         if model_alone:
             return SentencePiece(name)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=remote and not as_data)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=remote and not as_data)
+    # without tokenizer files, transformers 5 makes an empty tokenizer of the family's class
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(f"the LM {name!r} has no tokenizer, or one without tokens for texts: put "
+                         "its tokenizer.json or tokenizer.model beside the weights.")
+    return tokenizer
+
+
+def tokenizer_notes(tokenizer):
+    """ Sentences about what a tokenizer does that may surprise. """
+    before = specials(tokenizer)[0]
+    doubled = sorted({t for t in before if before.count(t) > 1})
+    if doubled:
+        return [f"the tokenizer puts the special token {doubled[0]} {before.count(doubled[0])} "
+                "times before each text, which few LMs were trained with: check tokenizer.json"]
+    return []
 
 
 def specials(tokenizer):
@@ -395,71 +375,3 @@ def load_encoder(name, remote=False, as_data=False):
                       instead="; --lm=new is for an encoder that shall be random")
     encoder = TextEncoder(hf.float())
     return encoder, with_rows(load_tokenizer(name, remote, as_data), encoder.hf)
-
-
-# -------------------------------------------------------------------------------------------------
-# Hidden states of a corpus, computed once
-
-def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64, as_data=False):
-    """
-    The last hidden states of any Hugging Face model for texts (lists of token ids), end to end, and
-    the model's fingerprint. Computed once, and kept in `folder` as float16 [n, D], mapped and never
-    read whole; n is all tokens of all texts. What they are kept under changes with the texts and
-    with the model's files (or its revision on the hub). Raises ModelError.
-    """
-    config, name = lm_config(name, remote, as_data)
-    files = []
-    if os.path.isdir(name):
-        for entry in os.scandir(name):
-            stat = entry.stat()
-            files.append((entry.name, stat.st_size, stat.st_mtime_ns))
-    place = os.path.abspath(name) if files else name
-    which = json.dumps([place, sorted(files), getattr(config, '_commit_hash', None), tokens])
-    path = os.path.join(folder, hashlib.sha256(which.encode()).hexdigest()[:16])
-    if not os.path.exists(path + '.json'):
-        _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as_data)
-    with open(path + '.json', encoding='utf-8') as f:
-        made = json.load(f)
-    return np.load(path + '.npy', mmap_mode='r'), made['fingerprint']  # [n,D]
-
-
-@torch.no_grad()
-def _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as_data):
-    """ Writes the hidden states to path.npy, and then to path.json which model they are of. """
-    from transformers import AutoModel
-    refuse_encoder_decoder(config, name)
-    longest = max(map(len, tokens))
-    n_positions = positions_of(config)
-    if n_positions is not None and longest > n_positions:
-        raise ModelError(f"a text of {longest} tokens is past the {n_positions} positions of "
-                         f"{name!r}: lower max_text_len.")
-    model = load_weights(AutoModel, name, config, remote, as_data, unused=('pooler.',))
-    model = model.float().eval().to(device)
-    rows = len(model.get_input_embeddings().weight)
-    refuse_unknown_tokens(tokens, rows, "the corpus's texts")
-
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    start = np.cumsum([0] + [len(t) for t in tokens])  # [N+1]
-    with replacing(path + '.npy') as new:
-        shape = int(start[-1]), width_of(config)
-        out = np.lib.format.open_memmap(new, 'w+', np.float16, shape)  # [n,D]
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        for i in range(0, len(order), batch_size):
-            index = order[i:i + batch_size]
-            texts = [torch.tensor(tokens[k]) for k in index]
-            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)  # [B,T]
-            lengths = torch.tensor([len(tokens[k]) for k in index], device=device)  # [B]
-            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # [B,T]
-            hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-            hidden = hidden.half().cpu()  # [B,T,D]
-            if not hidden[mask.cpu()].isfinite().all():
-                raise ModelError(f"hidden states of {name!r} are past what float16 holds: take "
-                                 "another LM for text_features='frozen'.")
-            for k, x in zip(index, hidden):
-                out[start[k]:start[k + 1]] = x[:len(tokens[k])]
-        out.flush()
-    write_text(path + '.json', json.dumps(dict(model=name, fingerprint=fingerprint(model))))
-
-
-# -------------------------------------------------------------------------------------------------
-# Made from nothing

@@ -14,10 +14,12 @@ import transformers
 
 import run.lm_compare as lm_compare
 from adapters import MMBlock
+from data import tokenize
 from fakes import EVERY_LM, tiny_batch, tiny_deepmlf, tiny_lm
 from lm import FAMILIES, FrozenLM, ModelError
+from run.frozen_text import frozen_text
 from run.lm_compare import compare, compare_once, known_lm
-from run.load_lm import frozen_text, load_lm
+from run.load_lm import load_lm, tokenizer_notes
 from run.machine import check_compiler
 
 WITH_FFW = [family for family in EVERY_LM if family != 'qwen3_moe']
@@ -288,3 +290,42 @@ def test_compiling_without_a_compiler_is_a_sentence(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv('CXX', 'my-c++')
     check_compiler('cpu')
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+@pytest.mark.parametrize('family', ['qwen3', 'llama', 'gemma3_text', 'gpt2'])
+def test_weights_without_a_tokenizer_are_refused(family, tmp_path):
+    """transformers 5 makes an empty tokenizer, which would read every text as nothing."""
+    name = saved(tmp_path, tiny_lm(family))
+    with pytest.raises(ModelError, match='tokenizer') as error:
+        load_lm(name)
+    assert '\n' not in str(error.value)
+
+
+def tokenizer_with(before):
+    """A tokenizer that puts the tokens `before` in front of each text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ['<s>', '[UNK]', 'good', 'bad']
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, '[UNK]'))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if before:
+        backend.post_processor = processors.TemplateProcessing(
+            ' '.join(before) + ' $A', special_tokens=[('<s>', 0)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token='[UNK]', bos_token='<s>')
+
+
+@pytest.mark.parametrize('n_bos', [0, 1, 2])
+def test_a_tokenizer_with_no_one_or_two_bos_reads_an_empty_text(n_bos):
+    """Its own tokens stay; a text without any becomes one token, and two BOS give a note."""
+    tokenizer = tokenizer_with(['<s>'] * n_bos)
+    ids, n_empty, _ = tokenize(tokenizer, ['', 'good'], 8)
+    assert ids == [[0] * max(n_bos, 1), [0] * n_bos + [2]]
+    assert n_empty == (n_bos == 0)
+    notes = tokenizer_notes(tokenizer)
+    assert len(notes) == (n_bos == 2)
+    assert all('puts the special token 0 2 times before each text' in note for note in notes)

@@ -26,9 +26,9 @@ from lm import FrozenLM, ModelError
 from model import CrossSent, DeepMLF, MSEAdapterLM
 from prompts import PROMPTS, Prompt, rated_texts
 from run.fingerprints import fingerprint
+from run.frozen_text import frozen_text
 from run.load_lm import (
     empty_lm,
-    frozen_text,
     lm_config,
     load_encoder,
     load_lm,

@@ -27,7 +27,8 @@ from corpora.unpickle import CorpusError
 from data import lowercase_if_all_caps, open_corpus, tokenize
 from metrics import markdown_table
 from run.errors import ModelError
-from run.load_lm import frozen_text, load_tokenizer
+from run.frozen_text import frozen_text
+from run.load_lm import load_tokenizer
 
 DECAY = 1e-2  # L2 penalty on the classifier's weights, for standardised features
 
