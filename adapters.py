@@ -80,8 +80,8 @@ def linear_like(layer, init):
 
 class FFW(nn.Module):
     """
-    A trainable FFW with the shape and the activation of an LM block's FFW. With init='lm' it starts
-    from the LM's weights and biases.
+    A trainable feed-forward network (FFW) with the shape and the activation of an LM block's FFW.
+    With init='lm' it starts from the LM's weights and biases.
 
     `lm_ffw` is (gate, up, down, act). GPT-2 has no gate (None): down(act(up x)). Llama and its
     relatives have the SwiGLU product: down(act(gate x) * up x). The release differs in two points:
@@ -91,7 +91,7 @@ class FFW(nn.Module):
     def __init__(self, lm_ffw, init='lm', dropout=0.0):
         super().__init__()
         gate, up, down, act = lm_ffw
-        self.act = copy.deepcopy(act)  # a copy, because train() and eval() of this block reach it
+        self.act = copy.deepcopy(act)  # a copy, so that train() here leaves the LM's alone
         self.gate = linear_like(gate, init) if gate is not None else None
         self.up = linear_like(up, init)
         self.down = linear_like(down, init)
@@ -103,7 +103,7 @@ class FFW(nn.Module):
             hidden = [self.up(x)]  # [B,L,4D]
         else:
             hidden = [self.gate(x), self.up(x)]  # 2x [B,L,4D]
-        # the backward pass computes the activation again: stored, it would be a tenth of the memory
+        # the backward pass recomputes the activation: to store it would take a tenth of the memory
         # of a step
         y = checkpoint(self.second_half, *hidden, use_reentrant=False, preserve_rng_state=False)
         return self.dropout(y)  # [B,L,D]
@@ -318,7 +318,7 @@ def pool_frames(x, lengths, n_slots, m):
     Pools each clip's n real frames into n_slots slots: slot j is the mean of the frames from
     floor(j n / n_slots) to ceil((j+1) n / n_slots) - 1. With n = n_slots the frames do not change,
     with n < n_slots some repeat, and a clip without frames gives zeros. (The release averages
-    frames t, t+m, t+2m, .. with the padding: nearly the mean over the clip in every slot.)
+    frames t, t+m, t+2m, .., padding included, so every slot is nearly the mean over the clip.)
 
     x [B,S,d], lengths [B], n_slots [B] -> [B,m,d], with zeros behind a clip's slots. m is an int,
     at least the largest of n_slots. It is an argument because reading that number from a GPU would
@@ -384,9 +384,9 @@ class AVEncoder(nn.Module):
 
     Both streams of a clip are pooled onto one time line of min(av_len, longer stream) slots, so
     that slot j of audio and slot j of video cover the same part of the clip. A stream that a clip
-    lacks is zeros there; a stream that the corpus lacks has no encoder. The last LayerNorm is in
-    the release and not in the paper: without it, the output of a pre-norm stack has no
-    fixed scale.
+    lacks is replaced by zeros. A stream that the corpus lacks has no encoder. The last LayerNorm is
+    in the release and not in the paper: without it, the output of a pre-norm stack has no fixed
+    scale.
     """
     def __init__(self, widths, d=30, n_layers=3, n_heads=6, av_len=50, dropout=0.1,
                  seqaug_rate=0.2):
@@ -421,8 +421,8 @@ class AVEncoder(nn.Module):
         return x
 
     def forward(self, batch):
-        """ batch: audio [B,S,d_a], audio_len [B], vision .. -> Z [B,m,d], mask [B,m], which has at
-        least one slot a clip. """
+        """ batch: audio [B,S,d_a], audio_len [B], vision .. -> Z [B,m,d], mask [B,m], with at
+        least one slot per clip. """
         lengths = torch.stack([batch[f'{s}_len'] for s in self.proj])  # [2,B]
         n_slots = lengths.amax(0).clamp(1, self.av_len)  # [B]
         m = min(self.av_len, max(batch[s].shape[1] for s in self.proj))
@@ -448,7 +448,7 @@ def text_vector(x, mask, pool):
 
 
 # --------------------------------------------------------------------------------------------------
-# MSE-Adapter: pseudo tokens from one vector a modality
+# MSE-Adapter: pseudo tokens from one vector per modality
 
 def reverse(x, lengths):
     """ x [B,S,d] with the real steps of each clip in reverse order and its padding in place, for an
@@ -484,7 +484,7 @@ class MSEAdapter(nn.Module):
     Audio and video each pass a forward LSTM. The last real step, projected to width d, is v_s
     [B,d]. Text-Guide-Mixer multiplies each v_s elementwise by t, the projected mean text embedding,
     and sums the products. Multi-Scale-Fusion applies bottlenecks of width D/8, D/32 and D/16 and
-    mixes their outputs with one weight each. A linear layer leads to the LM's width, another to P
+    mixes their outputs with one weight each. One linear layer maps to the LM's width, another to P
     tokens. The widths of the bottlenecks are fractions of the LM's width D, as in the release; they
     give the parameter counts that the paper prints. The paper's text has fractions of d.
 
@@ -573,9 +573,9 @@ class Align(nn.Module):
 class DirectedAttention(nn.Module):
     """
     One direction X <- Y of CMPTA (eq. 7): multi-head cross-attention from X's steps to Y's, pooled
-    over X to one token a clip. pool: 'mean' over X's real steps, the 'last' of them, or a 'learned'
-    weighting. (The pooling is not legible in the scan of the paper.) attend=False is the ablation
-    "no CMPT adapter": the token is X itself, pooled.
+    over X to one token per clip. pool: 'mean' over X's real steps, the 'last' of them, or a
+    'learned' weighting. (The pooling is not legible in the scan of the paper.) attend=False is
+    the ablation "no CMPT adapter": the token is X itself, pooled.
     """
     def __init__(self, d, n_heads, pool='mean', dropout=0.1, attend=True):
         super().__init__()
@@ -617,12 +617,12 @@ class DirectedAttention(nn.Module):
 
     def forward(self, x, x_mask, y, y_mask):
         """ x [B,L,d] gives the queries, y [B,M,d] the keys and values; each mask has at least one
-        real step a clip -> token [B,d]. """
+        real step per clip -> token [B,d]. """
         if self.q_proj is None:
             return self.out_proj((self.pool_weights(x, x_mask)[:, None] @ x)[:, 0])  # [B,d]
         p = self.attention_weights(x, x_mask, y, y_mask)  # [B,h,M]
         # only the pooled token is needed, so y is averaged before the projection to values: this
-        # projects h vectors a clip instead of M
+        # projects h vectors per clip instead of M
         W = self.kv_proj.weight.chunk(2)[1].unflatten(0, (self.n_heads, -1))  # [h,d/h,d]
         b = self.kv_proj.bias.chunk(2)[1].unflatten(0, (self.n_heads, -1))  # [h,d/h]
         z = torch.einsum('bhd,hed->bhe', p @ y, W) + p.sum(-1, keepdim=True) * b  # [B,h,d/h]
@@ -675,7 +675,7 @@ class CMPTA(nn.Module):
         self.out = MatchScale(n_pseudo, embed_rms) if projection == 'full' else nn.Identity()
 
     def aligned(self, batch, text, text_mask):
-        """ The aligned streams: stream -> (x [B,L,d], mask [B,L]), with at least one real step a
+        """ The aligned streams: stream -> (x [B,L,d], mask [B,L]), with at least one real step per
         clip. """
         raw = {s: (batch[s], batch[f'{s}_len'].clamp(min=1)) for s in self.streams if s != 'text'}
         if 'text' in self.streams:
@@ -689,7 +689,7 @@ class CMPTA(nn.Module):
     def forward(self, batch, text, text_mask):
         """ batch: audio [B,S,d_a], audio_len [B], ..; text [B,T,D], text_mask [B,T] -> [B,P,D]. """
         aligned = self.aligned(batch, text, text_mask)
-        absent = None, None  # attend=False does not read y, so it may not have been aligned
+        absent = None, None  # y, which attend=False does not read and self.aligned may leave out
         tokens = [direction(*aligned[x], *aligned.get(y, absent))
                   for (x, y), direction in self.pairs()]  # 6x [B,d]
         z = torch.stack(tokens, 1)  # [B,6,d]
@@ -705,8 +705,9 @@ class CMPTA(nn.Module):
 
     @torch.no_grad()
     def attention(self, batch, text, text_mask):
-        """ For figures: 'text_from_vision' -> the weight of each frame in that token, the mean over
-        heads, [B,M]; rows sum to 1. Not for attend=False, which has no attention. """
+        """ The attention weights, for figures: name of a token, such as 'text_from_vision' -> the
+        weight of each step of the other modality, [B,M], the mean over heads. Rows sum to 1. Not
+        for attend=False, which has no attention. """
         aligned = self.aligned(batch, text, text_mask)
         return {f'{x}_from_{y}': direction.attention_weights(*aligned[x], *aligned[y]).mean(1)
                 for (x, y), direction in self.pairs()}
@@ -739,8 +740,8 @@ def resample_to_tokens(x, lengths, n_tokens, before, T, resample):
     """
     A stream resampled to one frame per text token, for CrossSent. Each clip's real frames are
     spread over its n_tokens [B] tokens, special tokens not counted, by 'linear' interpolation or as
-    the 'mean' of neighbouring frames (pool_frames). Zeros at the `before` special tokens in front,
-    at those behind and at padding. x [B,S,d], lengths [B] -> [B,T,d].
+    the 'mean' of neighbouring frames (pool_frames). The `before` special tokens in front, those
+    behind and padding get zeros. x [B,S,d], lengths [B] -> [B,T,d].
     """
     m = T - before
     function = pool_frames if resample == 'mean' else interpolate
@@ -754,9 +755,9 @@ def frames_on_tokens(batch, streams, ends, resample):
     [B,L,d_m], mask [B,L]).
 
     resample: 'linear' or 'mean' (see resample_to_tokens), or 'words', where a token gets the frame
-    of its word, whose number is batch['word'] [B,T]. With these L = T, and special tokens and
-    padding have zeros. 'none' returns the frames as they are. ends: the number of special tokens
-    before and behind each text.
+    of its word, whose number is batch['word'] [B,T]. In these cases L = T, and special tokens
+    and padding have zeros. 'none' returns the frames as they are. ends: the numbers of special
+    tokens before and behind each text.
     """
     n = batch['text_len']  # [B]
     T = batch['tokens'].shape[1]
@@ -793,10 +794,10 @@ class GMRA(nn.Module):
 
     concat: 'sequence' joins audio and video along time, 'features' along features, for which both
     must be on the text's time line.
-    start: 'identity' sets W_O = W_2 = 0, so that at first the encoder computes what it does without
-    the GMRA.
-    Not stated in the paper: this start, the norms, the activation, and that F adds to X_t and not
-    to H_t.
+    start: 'identity' sets W_2 and the output projection of MHA to 0, so that at first the GMRA does
+    not change X_t.
+    The paper does not state this start, the norms, the activation, and that F adds g * C to X_t and
+    not to H_t.
     With d = D = 768, streams of 17 features (one code of 17 values each) and mult=4 it has
     the 8.89 M weights of the paper's Table 4.
     """
@@ -835,13 +836,13 @@ class GMRA(nn.Module):
         """ [B,L,d] -> [B,h,L,d/h]. """
         return x.view(x.shape[0], x.shape[1], self.n_heads, -1).transpose(1, 2)
 
-    def forward(self, x, cues):
-        """ x [B,T,D] enters an encoder layer; cues: stream -> (frames [B,L,d_m], mask [B,L]) ->
+    def forward(self, x, frames):
+        """ x [B,T,D] enters an encoder layer; frames: stream -> (frames [B,L,d_m], mask [B,L]) ->
         [B,T,D]. """
         B, T, _ = x.shape
         h_t = self.text_norm(self.text_proj(x))  # [B,T,d]
-        h = [self.norms[s](proj(cues[s][0])) for s, proj in self.proj.items()]  # 2x [B,L,d]
-        masks = [cues[s][1] for s in self.proj]  # 2x [B,L]
+        h = [self.norms[s](proj(frames[s][0])) for s, proj in self.proj.items()]  # 2x [B,L,d]
+        masks = [frames[s][1] for s in self.proj]  # 2x [B,L]
         if self.concat == 'features':
             h_av = torch.cat(h, 2)  # [B,L,2d]
             mask = torch.stack(masks).any(0)  # [B,L]
@@ -852,7 +853,7 @@ class GMRA(nn.Module):
         q = self.split_heads(self.q_proj(h_t))  # [B,h,T,d/h]
         k = self.split_heads(self.k_proj(h_av))  # [B,h,2L,d/h]
         v = self.split_heads(self.v_proj(h_av))  # [B,h,2L,d/h]
-        # a clip without real frames attends to its zeros: softmax over nothing would give NaN
+        # a clip without real frames attends to its zeros, because softmax over nothing is NaN
         seen = mask | ~mask.any(1, keepdim=True)  # [B,2L]
         p = self.dropout * self.training
         c = F.scaled_dot_product_attention(q, k, v, seen[:, None, None], p)  # [B,h,T,d/h]

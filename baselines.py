@@ -8,7 +8,8 @@ The baselines of the papers, one class each. train.py trains them like any other
 The text is read by a fine-tuned encoder (text_features='tuned'), or as the last hidden states of a
 Hugging Face model, computed once (text_features='frozen'). Each stream has its own lengths and
 mask, and no system reads padding. MMSA, the framework behind most published tables, has bugs that
-are not repeated here: the class names them, and tests/test_baselines.py tests that they are absent.
+are not repeated here: the docstrings of the classes name them, and tests/test_baselines.py tests
+that they are absent.
 
 Axis letters:
     B clips   T text tokens   S audio or video frames   L, M any sequence   D text width
@@ -56,12 +57,12 @@ class Baseline(System):
     """
 
     class Knobs(EncoderKnobs, OrdinalKnobs):
-        text_features: Literal['tuned', 'frozen'] = 'tuned'  # tuned encoder or stored hidden states
+        text_features: Literal['tuned', 'frozen'] = 'tuned'  # encoder, or stored hidden states
         lr_encoder: AtLeast(0) = 1.0  # learning rate of the encoder, as a multiple of lr
-        dropout: Share() = 0.1        # after the fusion, if the paper has it, and in a new encoder
+        dropout: Share() = 0.1        # after the fusion, if the paper has it there, and in lm='new'
 
     task_loss = staticmethod(l1)
-    needs = ('audio', 'vision')  # streams that the corpus must have
+    needed_streams = ('audio', 'vision')  # streams that the corpus must have
     lr_parts = ('encoder',)  # parts whose learning rate is lr times the knob lr_<part>
     scorer = None            # name of the module that reads the fused vector, if there is one
 
@@ -74,11 +75,11 @@ class Baseline(System):
         if 'range' not in facts.labels[k['label']]:
             raise ModelError(f"label={k['label']!r} has classes, but system={k['system']!r} only "
                              "learns scores: choose a label with scores.")
-        if missing := [m for m in self.needs if m not in facts.widths]:
+        if missing := [m for m in self.needed_streams if m not in facts.widths]:
             raise ModelError(
-                f"system={k['system']!r} needs {' and '.join(self.needs)}, but this corpus has no "
-                f"{missing[0]}: choose another corpus, or list the streams that it has in the knob "
-                "late_streams of the late-fusion system.")
+                f"system={k['system']!r} needs {' and '.join(self.needed_streams)}, but this "
+                f"corpus has no {missing[0]}: choose another corpus, or list the streams that it "
+                "has in the knob late_streams of the late-fusion system.")
         if encoder is not None:
             encoder.fits(k['max_text_len'])
         self.encoder = encoder
@@ -86,14 +87,14 @@ class Baseline(System):
 
     @classmethod
     def check(cls, k):
-        wrong = super().check(k)
+        errors = super().check(k)
         for name, default in class_knobs(cls).items():
             is_numbers = isinstance(default, list) and not isinstance(default[0], str)
             if is_numbers and len(k[name]) != len(default):
-                wrong.append(f"{name}={k[name]} must be a list of {len(default)} numbers")
+                errors.append(f"{name}={k[name]} must be a list of {len(default)} numbers")
         if k['text_features'] == 'frozen' and k['lm'] == 'new':
-            wrong.append("text_features='frozen' needs a pretrained model in --lm=, not 'new'")
-        return wrong
+            errors.append("text_features='frozen' needs a pretrained model in --lm=, not 'new'")
+        return errors
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
@@ -144,10 +145,10 @@ class Baseline(System):
         """ out: the output of run -> dict(loss, terms). """
         label = batch['label']  # [B]
         own = self.own_loss(out, batch)
-        more, extra = ordinal_loss(out['pred'], label, self.k, batch)
+        ordinal_terms, ordinal = ordinal_loss(out['pred'], label, self.k, batch)
         task = self.task_loss(out['pred'], label)
-        loss = task + sum(own.values()) + extra
-        return dict(loss=loss, terms={'task': task} | own | more)
+        loss = task + sum(own.values()) + ordinal
+        return dict(loss=loss, terms={'task': task} | own | ordinal_terms)
 
     def forward(self, batch):
         return self.loss(self.run(batch), batch)
@@ -174,11 +175,11 @@ class Pooled(Baseline):
 
     @classmethod
     def check(cls, k):
-        wrong = super().check(k)
+        errors = super().check(k)
         if cls.frozen_features(k) and k['text_pool'] == 'first':
-            wrong.append("text_features='frozen' needs text_pool='mean': in a causal LM the first "
-                         "hidden state has seen only the first token")
-        return wrong
+            errors.append("text_features='frozen' needs text_pool='mean': in a causal LM the first "
+                          "hidden state has seen only the first token")
+        return errors
 
     def text_vector(self, x, batch):
         """ x [B,T,D] -> [B,D]. """
@@ -194,11 +195,11 @@ class Attentive(Baseline):
 
     @classmethod
     def check(cls, k):
-        wrong = super().check(k)
+        errors = super().check(k)
         if k['fusion_width'] % k['fusion_heads']:
-            wrong.append(f"fusion_heads={k['fusion_heads']} does not divide "
-                         f"fusion_width={k['fusion_width']}: choose a divisor")
-        return wrong
+            errors.append(f"fusion_heads={k['fusion_heads']} does not divide "
+                          f"fusion_width={k['fusion_width']}: choose a divisor")
+        return errors
 
 
 class SubNetKnobs:
@@ -364,9 +365,9 @@ class Late(Pooled):
     their sum. With one stream it is a unimodal system. """
 
     class Knobs(Pooled.Knobs, SubNetKnobs):
-        late_streams: Literal['text', 'audio', 'vision'] = ['text', 'audio', 'vision']  # summed up
+        late_streams: Literal['text', 'audio', 'vision'] = ['text', 'audio', 'vision']  # summed
 
-    needs = ()
+    needed_streams = ()
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
@@ -541,11 +542,11 @@ class MAG(nn.Module):
 class MAGBERT(Pooled):
     """ MAG-BERT (Rahman et al. 2020): a fine-tuned encoder with a MAG between its embeddings and
     its first layer, then dense, tanh, linear. Each text token gets one audio and one video vector:
-    those of its word, or frames resampled onto the tokens (knob resample); special tokens get
+    the frame of its word, or frames resampled onto the tokens (knob resample). Special tokens get
     zeros. The dense layer is trained from scratch (the paper uses BERT's pooler). """
 
     class Knobs(Pooled.Knobs):
-        text_features: Literal['tuned'] = 'tuned'  # MAG is inside the encoder, so not 'frozen'
+        text_features: Literal['tuned'] = 'tuned'  # 'frozen' is impossible: MAG is in the encoder
         resample: Literal['linear', 'mean', 'words'] = 'linear'  # of frames onto text tokens
         mag_beta: AtLeast(0) = 1.0  # largest norm of the shift, as a multiple of the text's norm
 
@@ -579,8 +580,8 @@ class MAGBERT(Pooled):
         return notes
 
     def text(self, batch):
-        cues = frames_on_tokens(batch, self.mag.values, self.ends, self.k['resample'])
-        frames = {m: y for m, (y, _) in cues.items()}  # [B,T,d_m] each
+        with_masks = frames_on_tokens(batch, self.mag.values, self.ends, self.k['resample'])
+        frames = {m: y for m, (y, _) in with_masks.items()}  # [B,T,d_m] each
         x = self.mag(self.encoder.embed(batch['tokens']), frames)  # [B,T,D]
         for l in range(self.encoder.n_layers):
             x = self.encoder.layer(l, x, batch['text_mask'])
@@ -599,7 +600,7 @@ class MulT(Attentive):
     class Knobs(Attentive.Knobs, StackKnobs):
         attn_dropout_audio: Share() = 0.2        # on attention weights over audio
         attn_dropout_vision: Share() = 0.0       # on attention weights over video
-        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # on the text, before its convolution; 2, 3: unused
+        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # of text before its convolution; 2nd, 3rd unused
 
     scorer = 'out'
 
@@ -752,10 +753,10 @@ def cmd(x, y, n_moments=5):
 class UnimodalLabels(nn.Module):
     """
     Self-MM's unimodal label generation (Yu et al. 2021, eqs. 9-14). A stream's label starts as the
-    label of the clip. From the second epoch on it is shifted: by how much closer the stream's
-    feature is to the centre of the positive clips than to that of the negative ones, compared with
-    the fused feature. A running mean over epochs damps the shift. Labels and features of all train
-    clips are buffers, so that a resumed run restores them.
+    label of the clip. From the second epoch on it is shifted. The shift compares the stream's
+    feature with the fused feature: how much closer it is to the mean feature of the positive clips
+    than to that of the negative clips. A running mean over epochs damps the shift. Labels and
+    features of all train clips are buffers, so that a resumed run restores them.
     """
     def __init__(self, n_clips, widths, high):
         """ n_clips: of the train split. widths: dict of 'fused' and each stream -> width of its
@@ -793,7 +794,7 @@ class UnimodalLabels(nn.Module):
 
     def relative_distance(self, m, feature):
         """ delta_m [B] of feature [B,d_m]: above 0 if it is closer to the positive centre. """
-        label = self[m]  # [N]; 0 for clips not seen yet, which count for neither centre
+        label = self[m]  # [N]; 0 for clips not seen yet, which belong to neither centre
         to_positive = self.distance(m, feature, label > 0)  # [B]
         to_negative = self.distance(m, feature, label < 0)  # [B]
         return (to_negative - to_positive) / (to_positive + 1e-8)
@@ -883,8 +884,8 @@ class SelfMM(SelfLabelled, Pooled):
     concatenated. Four Heads: for the fused vector and for each stream. """
 
     class Knobs(SelfLabelled.Knobs, Pooled.Knobs):
-        sub_widths: AtLeast(1) = [128, 16, 128]  # unused, hidden width of the audio, the video LSTM
-        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # unused, dropout after the audio, the video LSTM
+        sub_widths: AtLeast(1) = [128, 16, 128]  # unused; hidden width of audio, video LSTM
+        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # unused; dropout after audio, video LSTM
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
@@ -913,7 +914,7 @@ class TETFN(SelfLabelled, Attentive):
     """
 
     class Knobs(SelfLabelled.Knobs, Attentive.Knobs, StackKnobs):
-        sub_widths: AtLeast(1) = [128, 16, 128]  # unused, hidden width of the audio, the video LSTM
+        sub_widths: AtLeast(1) = [128, 16, 128]  # unused; hidden width of audio, video LSTM
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)

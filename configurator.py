@@ -5,14 +5,14 @@ Configuration as in nanoGPT: the knobs (settings) of a script are its own global
     lr: AtLeast(0) = 1e-4          # peak learning rate
     config = configure(globals())  # python train.py [config/x.py ...] [--lr=3e-4 ...]
 
-Config files and flags override the defaults, in the order in which they stand on the command line:
-a later one overrides an earlier one. An unknown name, a wrong type, a value outside the knob's
-range or a malformed flag stops the run with one sentence. Otherwise a typo could train for hours
-and end up in a table as an ablation. int -> float is the only silent conversion. --help prints
-every knob.
+Config files and flags override the defaults. Of two config files or flags that set the same knob,
+the one that is later on the command line counts. An unknown name, a wrong type, a value outside the
+knob's range or a malformed flag stops the run with one sentence. Otherwise a run with a mistyped
+knob could train for hours and be reported as an ablation. int -> float is the only silent
+conversion. --help prints every knob.
 
-A knob is a global without a leading underscore that holds a bool, int, float, str, None or a list
-of these. Call configure right after the knobs, before other constants are defined or imported:
+A knob is a global without a leading underscore whose value is a bool, int, float, str, None or a
+list of these. Call configure right after the knobs, before other constants are defined or imported:
 after `from math import pi`, pi would be a knob.
 
 A script that trains one of several systems passes them: `configure(globals(), systems=SYSTEMS)`.
@@ -59,17 +59,17 @@ class Share:
         return f"in {'[' if self.with_zero else '('}0, 1{']' if self.with_one else ')'}"
 
 
-def wrong_values(config, annotations):
+def value_errors(config, annotations):
     """ An error phrase for each value of `config` that its annotation (by name) does not allow. """
-    wrong = []
+    errors = []
     for name, allowed in annotations.items():
         values = config[name] if type(config[name]) in (list, tuple) else [config[name]]
         if get_origin(allowed) is Literal:
-            wrong += [f"{name}={v!r} is none of {', '.join(map(str, get_args(allowed)))}"
-                      for v in values if v not in get_args(allowed)]
+            errors += [f"{name}={v!r} is none of {', '.join(map(str, get_args(allowed)))}"
+                       for v in values if v not in get_args(allowed)]
         elif type(allowed) in (AtLeast, Share) and not all(map(allowed.fits, values)):
-            wrong += [f"{name}={config[name]} must be {allowed}"]
-    return wrong
+            errors += [f"{name}={config[name]} must be {allowed}"]
+    return errors
 
 
 def _stop(sentence):
@@ -83,7 +83,7 @@ def _is_knob(value):
 
 
 def _check(key, value, default, where):
-    """ The value in the type of its default; stops if it has another. None allows any type. """
+    """ The value, in the type of its default. Stops if it has another type; None allows any. """
     if type(value) is float and math.isnan(value):
         _stop(f"{key} is nan {where}; give a number or inf")
     if _is_knob(value):
@@ -100,15 +100,15 @@ def _check(key, value, default, where):
     _stop(f"{key} wants {wants}, got {got} {where}")
 
 
-def _known(key, known, where, systems=None):
+def _refuse_unknown(key, known, where, systems=None):
     """ Stop if the run has no knob `key`; the message names the systems that have it. """
     if key in known:
         return
     owners = [name for name, cls in (systems or {}).items() if key in class_knobs(cls)]
     if owners:
         _stop(f"{key} {where} is a knob of {', '.join(owners)}, not of this run's system")
-    everybody = set(known).union(*(class_knobs(cls) for cls in (systems or {}).values()))
-    near = difflib.get_close_matches(key, sorted(everybody), n=1)
+    all_knobs = set(known).union(*(class_knobs(cls) for cls in (systems or {}).values()))
+    near = difflib.get_close_matches(key, sorted(all_knobs), n=1)
     hint = f", did you mean {near[0]!r}?" if near else (
         "; --help lists the keys, and a helper variable of a config file starts with '_'")
     _stop(f"unknown key {key!r} {where}{hint}")
@@ -160,7 +160,7 @@ def _load_settings(path, known, variant=None):
         _stop(f"{twice[0]} is set twice {where}; keep one of the two lines")
 
     # Every name that the file defines is a setting, except modules, functions and names with a
-    # leading underscore. Under the name of a knob these count too, so that _check refuses them.
+    # leading underscore. Those that have the name of a knob are kept, so that _check refuses them.
     new = {}
     for k, v in found.items():
         is_helper = k.startswith('_') or isinstance(v, ModuleType) or callable(v)
@@ -179,7 +179,7 @@ def _load_settings(path, known, variant=None):
 
 
 # -------------------------------------------------------------------------------------------------
-# How knobs are declared in a script, which is parsed and not run, and in the classes of systems
+# Reads the declared knobs of a script, which is parsed and not run, and of the classes of systems
 
 _ANNOTATIONS = dict(Literal=Literal, AtLeast=AtLeast, Share=Share)
 
@@ -229,9 +229,9 @@ def class_comments(cls):
 
 def check_declaration(cls):
     """ Raises TypeError if a knob of a system has no comment, or a default outside its range. """
-    wrong = wrong_values(class_knobs(cls), class_annotations(cls))
+    wrong = value_errors(class_knobs(cls), class_annotations(cls))
     own, comments = vars(cls.Knobs), class_comments(cls)
-    if comments:   # none at all: the class is not in a file
+    if comments:   # empty for a class whose source is not in a file
         wrong += [f"{k} has no comment behind it" for k, v in own.items()
                   if not k.startswith('_') and _is_knob(v) and not comments.get(k)]
     if wrong:
@@ -248,12 +248,12 @@ def check_knobs(knobs, known, annotations, where):
     """ Raises ValueError if `knobs` has an unknown or missing name, a wrong type or value. """
     try:
         for key, value in knobs.items():
-            _known(key, known, where)
+            _refuse_unknown(key, known, where)
             _check(key, value, known[key], where)
     except SystemExit as e:
         raise ValueError(str(e).removeprefix('config: ')) from None
     missing = sorted(set(known) - set(knobs))
-    wrong = [f"{missing[0]} is missing"] if missing else wrong_values(knobs, annotations)
+    wrong = [f"{missing[0]} is missing"] if missing else value_errors(knobs, annotations)
     if wrong:
         raise ValueError('; '.join(wrong))
 
@@ -285,7 +285,7 @@ def _comments(path):
 def parse_flags(flags, known, where="on the command line", systems=None):
     """ {knob: text} -> {knob: value}, checked against `known`, {knob: default}. """
     for key in flags:
-        _known(key, known, where, systems)
+        _refuse_unknown(key, known, where, systems)
     values = {key: _parse(text, known[key]) for key, text in flags.items()}
     return {key: _check(key, value, known[key], where) for key, value in values.items()}
 
@@ -318,8 +318,8 @@ def run_knobs(argv, common, annotations, systems=None):
     The knobs of a run, from its command line: ({knob: default}, {knob: value}). `common` has the
     defaults of the script's own knobs, `annotations` their annotations; the system's are added.
     """
-    everybody = set(common).union(*(class_knobs(cls) for cls in (systems or {}).values()))
-    layers = _layers([a for a in argv if a not in ('-h', '--help')], everybody)
+    all_knobs = set(common).union(*(class_knobs(cls) for cls in (systems or {}).values()))
+    layers = _layers([a for a in argv if a not in ('-h', '--help')], all_knobs)
     known = dict(common)
     if systems:
         names = [settings['system'] for _, settings in layers if 'system' in settings]
@@ -338,9 +338,9 @@ def run_knobs(argv, common, annotations, systems=None):
             config |= parse_flags(settings, known, where, systems)
         else:
             for key, value in settings.items():
-                _known(key, known, where, systems)
+                _refuse_unknown(key, known, where, systems)
                 config[key] = _check(key, value, known[key], where)
-    wrong = wrong_values(config, {k: v for k, v in annotations.items() if k in config})
+    wrong = value_errors(config, {k: v for k, v in annotations.items() if k in config})
     if wrong:
         _stop('; '.join(wrong) + '.')
     return known, config

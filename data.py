@@ -48,7 +48,7 @@ class Corpus:
 
     @contextmanager
     def _reading(self, file):
-        """ The path of a file. An error of reading it in this context becomes a CorpusError. """
+        """ Yields the path of a file. Errors of reading it in the block become a CorpusError. """
         try:
             yield Path(self.folder) / file
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -243,7 +243,7 @@ def tokenize(tokenizer, texts, max_len, special=True):
     """
     ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
     long = [i for i, t in enumerate(ids) if len(t) > max_len]
-    if long:   # the tokenizer truncates, as it keeps a final [SEP], which the text head reads
+    if long:   # truncated by the tokenizer, which keeps a final [SEP] for the text head
         with truncate_right(tokenizer):
             cut = tokenizer([texts[i] for i in long], add_special_tokens=special, truncation=True,
                             max_length=max_len)
@@ -266,7 +266,7 @@ class Feed:
     is put around each text, with places for the pseudo tokens. If the model uses frozen features,
     batch['text'] holds hidden states of a frozen LM, [B,T,D]. as_data: see lm_config. Public
     attributes: info (the label's entry in meta.json), n_clips (after train_fraction), notes. Raises
-    CorpusError, and ModelError where that LM cannot be loaded or has no embedding for a token.
+    CorpusError; ModelError where the frozen LM cannot be loaded or lacks a token's embedding.
     """
     def __init__(self, corpus, k, tokenizer, device, model, as_data=False):
         self.corpus, self.k, self.device, self.model, self.prompt = corpus, k, device, model, model.prompt
@@ -287,7 +287,7 @@ class Feed:
         rounding = self._find_answers() if self.prompt else 0.0
         if rounding > 1e-6:
             self.notes.append("answers have one decimal, and rounding the train labels to one "
-                              f"decimal is a mean absolute error of {rounding:.3f}")
+                              f"decimal gives a mean absolute error of {rounding:.3f}")
         if tokenizer:
             self.notes += tokenizer_notes(tokenizer)
             for split in corpus.n_clips:
@@ -341,8 +341,8 @@ class Feed:
             n_frames, n_words = self.corpus.lengths(split, m), np.array([len(t.split()) for t in texts])  # [N]
             both = (n_frames > 0) & (n_words > 0)  # [N]
             if both.any() and np.mean((n_frames == n_words)[both]) < 0.5:
-                raise CorpusError(f"resample='words' is for sources with one frame a word, and {m} "
-                                  f"has {np.median(n_frames):.0f} frames for "
+                raise CorpusError(f"resample='words' is for sources with one frame per word, and "
+                                  f"{m} has {np.median(n_frames):.0f} frames for "
                                   f"{np.median(n_words):.0f} words (medians): take another "
                                   "resample.")
         try:
@@ -376,8 +376,8 @@ class Feed:
 
     def _find_answers(self):
         """
-        Sets answer_len, the number of answer tokens of each train clip. Returns the MAE of the
-        answers: 0 unless labels are rounded to them.
+        Sets answer_len, the number of answer tokens of each train clip. Returns the mean absolute
+        error of rounding the train labels to answers; 0 for classes.
         """
         y = torch.from_numpy(self.corpus.label('train', self.k['label']))  # [N]
         answer = self.prompt.index(y)  # [N]

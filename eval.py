@@ -52,7 +52,7 @@ def evaluate(model, feed, split, autocast=nullcontext, **how):
     model.eval()
     collected, n, own_batches = {}, feed.n_clips[split], []
     batches = epoch_order(feed.cost(split), feed.k['batch_size'], seed=0, epoch=None)
-    # torchrun: each of n processes takes every n-th batch; one without a batch repeats the last one
+    # torchrun: each of n processes takes every n-th batch; a process without one repeats the last
     for first in range(0, len(batches), ranks.N_RANKS):
         index = batches[min(first + ranks.RANK, len(batches) - 1)]
         batch = feed(split, index)
@@ -80,7 +80,7 @@ def evaluate(model, feed, split, autocast=nullcontext, **how):
 def evaluate_controls(model, feed, autocast=nullcontext):
     """
     {name: metrics} of a trained model's controls (System.controls) on the test set. A control whose
-    predictions are NaN or inf is printed and left out, as it does not invalidate the run.
+    predictions are NaN or inf is reported and left out, because the run itself is still valid.
     """
     found = {}
     for row, (how, _) in model.controls(feed.k).items():
@@ -91,7 +91,7 @@ def evaluate_controls(model, feed, autocast=nullcontext):
     return found
 
 
-def constant(corpus, label='label', train_clips=slice(None)):
+def majority_metrics(corpus, label='label', train_clips=slice(None)):
     """
     Test metrics of the majority baseline, which predicts a constant: the largest class, or the
     median label (the best constant under L1), of the train split.
@@ -105,8 +105,9 @@ def constant(corpus, label='label', train_clips=slice(None)):
 @torch.no_grad()
 def continuation(model, tokenizer, texts=('The film was', 'I said that'), n_new=16):
     """
-    The texts, each continued greedily by the model's frozen LM without the adapter; None if it has
-    no LM. train.py compares them before and after training, and the report says if they are equal.
+    The texts, each continued greedily by the model's frozen LM without the adapter; None if the
+    model has no LM. train.py compares the continuations before and after training, and the report
+    says whether they are equal.
     """
     if not model.lm or not tokenizer:
         return None
@@ -201,7 +202,7 @@ def open_own_corpus(folder, facts):
     corpus = Corpus(facts['folder'])
     if corpus.sha256 != facts['sha256']:
         raise EvalError(f"{corpus.folder} was made from another source file than the one that "
-                        f"{folder} was trained on: convert that one again.")
+                        f"{folder} was trained on: convert the latter again.")
     print(f"  {folder} names the corpus folder {corpus.folder}, which is read as data")
     return corpus
 
@@ -221,7 +222,7 @@ def build_model(folder, k, corpus, dtype, as_data):
     elif k.get('lm', 'new') != 'new' and 'text' in system.modalities_read(k):
         how = 'is read as data' if as_data else 'may run its own code'
         print(f"  {folder} names the LM {k['lm']}, which {how}")
-    torch.manual_seed(k['seed'])   # gives a random LM (lm_init) again, which no checkpoint holds
+    torch.manual_seed(k['seed'])   # for a random LM (lm_init), which no checkpoint holds
     return system.build(k, corpus, folder, dtype, trained=True, as_data=as_data)
 
 
@@ -236,11 +237,11 @@ def check_fingerprints(folder, k, about, model, tokenizer):
     recorded = about.get('tokenizer_fingerprint')
     if recorded and tokenizer and tokenizer_fingerprint(tokenizer) != recorded:
         raise EvalError(f"the tokenizer of the LM {k.get('lm', folder)} is not the one that "
-                        f"{folder} was trained with: restore that one.")
+                        f"{folder} was trained with: restore the latter.")
 
 
 def other_lm_message(folder, k):
-    return f"the LM {k['lm']} is not the one that {folder} was trained with: restore that one."
+    return f"the LM {k['lm']} is not the one that {folder} was trained with: restore the latter."
 
 
 def load_run_and_feed(folder, **allowed):
@@ -265,8 +266,8 @@ def evaluate_clips(folder, path, **allowed):
         run.knobs |= dict(train_fraction=1.0, shuffle_streams=False, data_dir=scratch)
         text, _ = describe_predictions(run, rows)
         feed = run.feed(Clips(run.facts, rows), run.knobs)
-        # Feed's note on texts that were cut
-        notes += [n for n in feed.notes if n.startswith('test text') and ', 0 cut' not in n]
+        # Feed's note on truncated texts
+        notes += [n for n in feed.notes if n.startswith('test text') and ', 0 truncated' not in n]
         stem = os.path.splitext(os.path.basename(path))[0]
         for i in range(len(rows)):
             name = stem + (f'-{i}' if len(rows) > 1 else '')
@@ -298,7 +299,7 @@ def evaluate_without(folder, modalities, **allowed):
     """
     run = load_run(folder, **allowed)
     r, k = run.result, run.knobs
-    modalities = [m for m in k['modalities'] if m in modalities]   # those that it was trained on
+    modalities = [m for m in k['modalities'] if m in modalities]   # only those of its training
     metrics, _ = run.test(run.corpus, k | dict(modalities=modalities))
     keys = [key for key in r['test'] if key in metrics]
     rows = [['as trained'] + cells(r['test'], keys),

@@ -1,6 +1,6 @@
 """
 The losses: functions of tensors. Each returns a scalar to differentiate; deepmlf_loss and
-ordinal_loss return its terms too.
+ordinal_loss also return the terms of that scalar.
 
 Axis letters: B clips, T text tokens, D LM width, V vocabulary.
 """
@@ -16,14 +16,14 @@ from run.errors import ModelError
 
 class OrdinalKnobs:
     """ The ordinal regularisers of CrossSent, for any system that predicts a score by a head. """
-    weight_mpr: AtLeast(0) = 0.0   # weight of the pairwise ranking loss, MPR
-    weight_eioi: AtLeast(0) = 0.0  # weight of EIOI, the loss of errors outside a tolerance band
+    weight_mpr: AtLeast(0) = 0.0   # weight of MPR, the monotonic pairwise ranking loss
+    weight_eioi: AtLeast(0) = 0.0  # weight of EIOI, the loss on errors outside a band
     mpr_gap: AtLeast(0) = 0.5      # delta: pairs whose labels differ by more than this are ranked
     mpr_margin: AtLeast(0) = 0.1   # alpha: the constant part of a pair's margin
     mpr_slope: AtLeast(0) = 0.5    # beta: the margin's growth per unit of label difference
-    eioi_band: AtLeast(0) = 0.25   # epsilon: half the width of the tolerance band
+    eioi_band: AtLeast(0) = 0.25   # epsilon: half the width of the band around the label
     eioi_power: AtLeast(1) = 1.0   # power of the error outside the band
-    ramp_epochs: AtLeast(0) = 5.0  # epochs in which both weights rise from 0, by a cosine
+    ramp_epochs: AtLeast(0) = 5.0  # epochs in which both weights rise from 0 (a cosine)
 
 
 def refuse_other_shape(pred, label):
@@ -107,9 +107,10 @@ def summed_cross_entropy(x, y, lm_head, chunk=128):
 
 def label_loss(hidden, answer, real, lm_head, weight=1.0):
     """
-    Cross-entropy of the tokens of the labels, the mean over them (MSE-Adapter). Logits are computed
-    for these few positions; the release computes them for the whole prompt. hidden [B,n,D] after
-    the final norm, answer [B,n], real [B,n] (False at padding); weight: lm_weight of lm_loss -> []
+    Cross-entropy of the labels' tokens, averaged over these tokens (MSE-Adapter). Logits are
+    computed for these few positions only; the release computes them for the whole prompt. hidden
+    [B,n,D] after the final norm, answer [B,n], real [B,n] (False at padding); weight: lm_weight of
+    lm_loss -> []
     """
     y = answer.masked_fill(~real, -100)  # [B,n]
     total = summed_cross_entropy(hidden.flatten(0, 1), y.flatten(), lm_head)  # []
@@ -133,11 +134,14 @@ def deepmlf_loss(out, label, weights):
 
 def mpr_loss(pred, label, gap, margin, slope):
     """
-    CrossSent's monotonic pairwise ranking: the mean over all pairs whose labels differ by more than
-    `gap` (delta) of max(0, m - s (p_i - p_j)), with s = sign(y_i - y_j) and m = margin + slope |y_i
-    - y_j| (alpha, beta). A batch without such a pair (one clip, or equal labels) gives 0, with a
-    graph. pred, label [B] -> []. The formula is reconstructed from the paper's words: its equations
-    are images.
+    CrossSent's monotonic pairwise ranking (MPR). The loss of a pair of clips i, j is
+
+        max(0, m - s (p_i - p_j)),  s = sign(y_i - y_j),  m = margin + slope |y_i - y_j|
+
+    with margin alpha and slope beta. It is averaged over all pairs whose labels differ by more than
+    `gap` (delta). A batch without such a pair (one clip, or equal labels) gives a 0 that can be
+    differentiated. pred, label [B] -> []. The formula is reconstructed from the paper's words,
+    because its equations are images.
     """
     dy = label[:, None] - label  # [B,B]
     dp = pred[:, None] - pred  # [B,B]
@@ -148,9 +152,9 @@ def mpr_loss(pred, label, gap, margin, slope):
 
 def eioi_loss(pred, label, band, power=1.0):
     """
-    CrossSent's error-interval loss: the distance of each prediction to the band [y - band, y +
-    band], to a power, averaged. pred, label [B] -> []. With a power below 1 the gradient at the
-    band's edge would be infinite.
+    CrossSent's error-interval loss (EIOI): the distance of each prediction to the interval
+    [y - band, y + band], raised to `power`, averaged over the clips. pred, label [B] -> []. With a
+    power below 1 the gradient at the edge of the interval would be infinite.
     """
     return ((pred - label).abs() - band).clamp(min=0).pow(power).mean()
 
@@ -181,7 +185,7 @@ def ramp(k, batch):
 
 
 def ordinal_errors(k):
-    """ Sentences about knobs of the regularisers that cannot work. """
+    """ Error sentences on knobs of the regularisers that cannot work together, as a list. """
     if k['weight_mpr'] and k['batch_size'] == 1:
         return ["weight_mpr needs pairs of clips: set batch_size to at least 2"]
     return []
@@ -194,8 +198,8 @@ def ordinal_notes(k, labels, last_epoch):
     """
     notes = []
     if (k['weight_mpr'] or k['weight_eioi']) and k['ramp_epochs'] > last_epoch:
-        notes.append(f"ramp_epochs={k['ramp_epochs']:g} ends after the last epoch, which is epoch "
-                     f"{last_epoch} from 0: the regularisers never get their full weight")
+        notes.append(f"ramp_epochs={k['ramp_epochs']:g} ends after the last epoch ({last_epoch}, "
+                     "counted from 0): the regularisers never get their full weight")
     if k['weight_mpr'] and k['mpr_gap'] >= labels.max() - labels.min():
         notes.append(f"mpr_gap={k['mpr_gap']:g} is not smaller than the range of the labels: MPR "
                      "has no pair to rank")

@@ -4,7 +4,7 @@ All metrics, and the rule for calling a difference between systems real. Uses Nu
 Metrics are fractions (0.8451, not 84.51) and are not rounded, so that means over seeds are exact.
 nan means undefined; it is never replaced by zero. The definitions, quirks included, are those of
 MMSA 2.2.1 (utils/metricsTop.py), the code behind the published tables of this field; numbers by
-other definitions could not be compared with those.
+other definitions could not be compared with these tables.
 """
 import numpy as np
 
@@ -19,7 +19,8 @@ SHOWN = 'mae corr acc2_non0 f1_non0 acc2_has0 acc7 acc5 acc3 qwk acc wf1'.split(
 def confusion(pred, label, n):
     """
     Confusion matrix [n, n] of counts: row = label, column = prediction. A prediction that is no
-    class (a generated answer may be none) is in no column: wrong, but no class's false positive.
+    class (a generated answer may be none) is in no column: it counts as wrong, but not as a false
+    positive of any class.
     """
     pred, label = np.asarray(pred, np.int64), np.asarray(label, np.int64)
     valid = (pred >= 0) & (pred < n)
@@ -249,14 +250,14 @@ def regression_metrics(pred, label, label_range):
     label_range [-3, 3] (MOSI, MOSEI), the rules of MMSA:
     - MAE, Corr and R2 use the predictions unclipped.
     - AccK with K = 2k + 1 classes: both are clipped to [-k, k] and rounded, then compared.
-    - Has0: all clips, classes >= 0 and < 0; -0.0 is in the first one.
-    - Non0: clips whose label is not 0, classes > 0 and <= 0; a predicted 0 is in the second one.
+    - Has0: all clips, classes >= 0 and < 0; -0.0 is in the first class.
+    - Non0: clips whose label is not 0, classes > 0 and <= 0; a predicted 0 is in the second class.
     - Ordinal levels, for QWK and the jumps: the seven classes of Acc7.
 
     label_range [-1, 1] (CH-SIMS and CH-SIMS v2):
     - Both are clipped to [-1, 1] before every metric, MAE and Corr included.
     - Has0 is MMSA's Mult_acc_2: all clips, classes > 0 and <= 0. Here 0 is negative.
-    - Non0 as above. CrossSent reports it for SIMS, and no other paper's number compares with that.
+    - Non0 as above. CrossSent reports it for SIMS; other papers report no comparable number.
     - Acc3 has borders at -.1 and .1, Acc5 also at -.7 and .7. A border belongs to the class below.
     - Ordinal levels: round(2 x), -2 .. 2, as in CrossSent. These are not the classes of Acc5: .2
       has level 0 and is weakly positive in Acc5. CrossSent can also be read as round(x), -1 .. 1;
@@ -348,9 +349,9 @@ def claim(metric, first, other, label, by, **how):
     The rule holds only if nothing was selected on the test set.
     """
     difference, low, high = paired_bootstrap(metric, other, first, label, **how)
-    sure = min(len(first), len(other)) >= 3 and (low > 0 or high < 0)
+    is_real = min(len(first), len(other)) >= 3 and (low > 0 or high < 0)
     verdict = 'open'
-    if sure:
+    if is_real:
         verdict = 'better' if (difference > 0) == (BETTER[by] == 'high') else 'worse'
     text = f'{difference:+.4f} [{low:+.4f}, {high:+.4f}]'
     return dict(difference=difference, low=low, high=high, verdict=verdict, text=text)

@@ -12,8 +12,8 @@ Axis letters, the same in every file:
     h heads   L any sequence
 
 batch: tokens [B,T], text_len [B], text_mask [B,T]; audio [B,S,d_a], audio_len [B]; vision ..; label
-[B]; index [B]. mm_layers count from 1, as in the papers: 8 means an MM block after the LM's eighth
-layer.
+[B]; index [B]. FFW: the feed-forward network of a Transformer layer. MM block: DeepMLF's multimodal
+block. mm_layers count from 1, as in the papers: 8 is an MM block after the LM's eighth layer.
 """
 import os
 from typing import Literal
@@ -59,15 +59,15 @@ from system import System, weight_groups
 
 class LanguageModel(System):
     """
-    A causal LM trained from random weights on a corpus's own text: the first prerequisite of a
-    system on the toy corpus.
+    A causal LM trained from random weights on a corpus's own text. On the toy corpus it is
+    the frozen LM of DeepMLF, MSE-Adapter and CMPTA.
     """
 
     class Knobs(NewModelKnobs):
         lm_text: Literal['plain', 'rated'] = 'plain'   # 'rated': a rating follows each text
         dropout: Share() = 0.1        # in the LM
 
-    label_kinds = ('regression', 'classes')   # either, because it reads no label
+    label_kinds = ('regression', 'classes')   # it reads no label, so any kind will do
     predicts = False
     inherited_knobs = (
         'corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype',
@@ -120,7 +120,7 @@ class AVKnobs:
     av_heads: AtLeast(1) = 6      # attention heads
     av_len: AtLeast(1) = 50       # most slots of the time line that audio and video share
     av_dropout: Share() = 0.1     # in the encoder
-    av_seqaug: Share() = 0.2      # SeqAug rate on raw features (in the release only); 0 is off
+    av_seqaug: Share() = 0.2      # SeqAug rate on raw features (not in the paper); 0: no SeqAug
 
 
 def build_av_encoder(k, widths):
@@ -131,9 +131,9 @@ def build_av_encoder(k, widths):
 
 class AVModel(System):
     """
-    The AV encoder by itself, as DeepMLF pretrains it (paper 4.6, "AV Initialization"): one linear
-    head on the mean over the real slots, with an L1 loss. The release reads the last slot, which is
-    mostly padding.
+    The audiovisual (AV) encoder by itself, as DeepMLF pretrains it (paper 4.6, "AV
+    Initialization"): one linear head on the mean over the real slots, with an L1 loss. The release
+    reads the last slot, which is mostly padding.
     """
 
     class Knobs(AVKnobs, OrdinalKnobs):
@@ -194,34 +194,34 @@ class DeepMLF(System):
     DeepMLF (Georgiou et al. 2025): F learnable fusion tokens behind the text of a frozen causal LM,
     MM blocks between the LM's layers, and heads on the outputs.
 
-    Text never depends on the fusion tokens, because the mask is causal and they come last. So there
-    are two streams: the text, and a short suffix of fusion tokens that attends to the text's keys
-    and values. Below the first MM block nothing trainable has changed the text, so there the text
-    runs without a graph. A plain forward of the concatenated sequence would back-propagate through
-    50 text tokens there.
+    Text never depends on the fusion tokens, because the mask is causal and they come last. So the
+    LM computes two token streams: the text, and a short suffix of fusion tokens that attends to the
+    text's keys and values. Below the first MM block the text depends on no trained weight, so it is
+    computed there without an autograd graph. A plain forward of the concatenated sequence would
+    back-propagate through all text tokens there.
     """
 
     class Knobs(LMKnobs, AVKnobs, OrdinalKnobs):
-        av_init: Literal['tune', 'frozen', 'random'] = 'tune'  # the first two start from av_from
+        av_init: Literal['tune', 'frozen', 'random'] = 'tune'  # the first two load av_from
         av_from = ''                  # run of the pretrained AV encoder: folder, or name in needs
         n_fusion: AtLeast(1) = 12     # F, learnable fusion tokens
-        fusion_position: Literal['after', 'fixed'] = 'after'  # behind the text, or max_text_len
-        mm_layers = [8, 15, 22, 29, 36]  # LM layers, from 1, that an MM block follows
+        fusion_position: Literal['after', 'fixed'] = 'after'  # behind text, or behind max_text_len
+        mm_layers = [8, 15, 22, 29, 36]  # LM layers, from 1, with an MM block behind
         mm_query: Literal['fusion', 'text+fusion', 'text'] = 'fusion'  # queries for Z (Table 10)
-        mm_gate: Literal['sigmoid', 'tanh', 'none'] = 'sigmoid'  # start .5, 0, no gate (Table 13)
-        mm_ffw: Literal['full', 'lora', 'none'] = 'full'  # its own, LoRA on the LM's, none
-        mm_ffw_init: Literal['lm', 'random'] = 'lm'  # start of the full FFW: the LM's, or random
+        mm_gate: Literal['sigmoid', 'tanh', 'none'] = 'sigmoid'  # start: .5, 0, always 1 (Table 13)
+        mm_ffw: Literal['full', 'lora', 'none'] = 'full'  # own FFW, LoRA on the LM's FFW, no FFW
+        mm_ffw_init: Literal['lm', 'random'] = 'lm'  # start of the own FFW: LM's weights, random
         mm_heads: AtLeast(1) = 16     # cross-attention heads
         lora_rank: AtLeast(1) = 512   # r, rank of LoRA
         lora_alpha: AtLeast(0) = 8192.0  # the update is scaled by alpha / r
         lora_dropout: Share() = 0.05  # on the input of LoRA
         head_width: AtLeast(1) = 64   # hidden width of the task head
         dropout: Share() = 0.1        # in MM blocks
-        text_reg: Literal['seqaug', 'noise', 'dropout', 'none'] = 'seqaug'  # of the text (Table 12)
+        text_reg: Literal['seqaug', 'noise', 'dropout', 'none'] = 'seqaug'  # regulariser (Table 12)
         text_reg_rate: AtLeast(0) = 0.3   # rate of SeqAug, std of the noise, or p of dropout
         text_reg_prob: Share(with_one=True) = 0.25   # SeqAug: share of clips that get it
-        text_reg_draw: Literal['fixed', 'beta', 'halfnormal'] = 'fixed'  # SeqAug: draw of the rate
-        weight_av: AtLeast(0) = 1.0      # lambda_av, L1 of the AV head (eq. 13); the task's is 1
+        text_reg_draw: Literal['fixed', 'beta', 'halfnormal'] = 'fixed'  # how the rate is drawn
+        weight_av: AtLeast(0) = 1.0      # lambda_av, L1 of the AV head (eq. 13); task head: 1
         weight_text: AtLeast(0) = 1.0    # lambda_t, L1 of the text head
         weight_fusion: AtLeast(0) = 1.0  # lambda_f, L1 of the fusion head
         weight_lm: AtLeast(0) = 1.0      # lambda_LM, the LM loss (eq. 14)
@@ -254,7 +254,7 @@ class DeepMLF(System):
         self.av_head = nn.Linear(d, 1)
         self.text_head = nn.Linear(D, 1)
         self.fusion_head = nn.Linear(D, 1)
-        # lambdas of eq. 13; a head with weight 0 is frozen, or weight decay would shrink it to 0
+        # lambdas of eq. 13; a head with weight 0 is frozen, because weight decay would shrink it
         self.weights = {head: k['weight_' + head] for head in ('av', 'text', 'fusion')}
         for head, weight in self.weights.items():
             getattr(self, head + '_head').requires_grad_(weight > 0)
@@ -322,9 +322,9 @@ class DeepMLF(System):
 
     def streams_through_lm(self, batch, whole=True):
         """
-        Both streams through the LM -> x_t [B,T,D] and x_f [B,F,D] after the final norm, z [B,m,d]
-        and its mask [B,m]. whole=False computes only the last real text token in the last layer,
-        where no other is needed: x_t [B,1,D].
+        The text and the fusion tokens through the LM -> x_t [B,T,D] and x_f [B,F,D] after the final
+        norm, the AV encoder's z [B,m,d] and its mask [B,m]. With whole=False, where no
+        other text token is needed, the last layer computes only the last real one: x_t [B,1,D].
         """
         k, lm, (B, T) = self.k, self.lm, batch['tokens'].shape
         n_f, device, text_len = k['n_fusion'], batch['tokens'].device, batch['text_len']
@@ -335,7 +335,7 @@ class DeepMLF(System):
             x_t = augment_embeddings(x_t, text_len, k['text_reg'], k['text_reg_rate'],
                                      k['text_reg_prob'], k['text_reg_draw'])  # [B,T,D]
         x_t, rope_t = lm.place(x_t, torch.arange(T, device=device).expand(B, T))
-        # first positions [B]: behind the last real token, or (in the release) behind max_text_len
+        # first position of the fusion tokens [B]; 'fixed' is the release's
         start = text_len if k['fusion_position'] == 'after' else text_len * 0 + k['max_text_len']
         x_f = self.fusion_tokens.to(x_t.dtype).expand(B, n_f, -1)  # [B,F,D]
         x_f, rope_f = lm.place(x_f, start[:, None] + torch.arange(n_f, device=device))
@@ -445,7 +445,7 @@ class PseudoTokenKnobs(LMKnobs, PromptKnobs, OrdinalKnobs):
     n_pseudo: AtLeast(1) = 4      # P, pseudo tokens
     pseudo_projection: Literal['released', 'full'] = 'released'  # rank 2, or full rank
     readout: Literal['score', 'generate', 'head'] = 'score'  # how the answer is read
-    score_estimate: Literal['expected', 'mode', 'median'] = 'expected'  # of the label distribution
+    score_estimate: Literal['expected', 'mode', 'median'] = 'expected'  # of the label probabilities
     score_over: Literal['vocabulary', 'labels'] = 'vocabulary'  # tokens that an answer token competes with
     head_width: AtLeast(1) = 64   # hidden width of the head of readout='head'
     checkpoint_lm = False         # recompute the LM's layers in the backward pass, to save memory
@@ -457,11 +457,11 @@ class PseudoTokenLM(System):
     prompt, and the frozen LM answers with the label. A subclass defines `make_adapter` and the
     knobs of its adapter.
 
-    What is read out stands behind the prompt: in training, the tokens of the label; for
-    readout='score', every node of the label trie, so that one pass gives the probability of every
-    label; for readout='head', a learned query. Prompts have different lengths. Their padding is
-    behind them, no real token attends to it, and logits are computed for the tokens that are read
-    out only.
+    Behind the prompt stand the tokens whose outputs are read: in training, the tokens of the label;
+    for readout='score', every node of the label trie (Prompt.trie), so that one pass gives the
+    probability of every label; for readout='head', a learned query. Logits are computed for these
+    tokens only. Prompts have different lengths: they are padded on the right, and no real token
+    attends to padding.
     """
 
     class Knobs(PseudoTokenKnobs):
@@ -533,7 +533,7 @@ class PseudoTokenLM(System):
         refuse_unknown_tokens(around, rows, f"the prompt {self.k['prompt']!r}")
         refuse_unknown_tokens(prompt.answers, rows, f"the labels of {self.k['label']!r}")
 
-    def read(self, batch, adapter=True):
+    def embed_prompt(self, batch, adapter=True):
         """
         The embedded prompt: x [B,T,D] and its n [B] real tokens. adapter=False leaves the pseudo
         tokens out. Raises ModelError where the adapter returns another shape than [B,P,D].
@@ -642,8 +642,8 @@ class PseudoTokenLM(System):
 
     def generated(self, x, n):
         """
-        Greedy decoding, parsed: pred [B], and unread [B], 1 where the answer is no label. Both are
-        on the CPU, where text is parsed.
+        The labels parsed from greedily decoded answers: dict(pred [B], unread [B]), where unread is
+        1 for an answer that is no label. Both are on the CPU, because text is parsed there.
         """
         token = self.trie_token[:1].expand(len(x))  # [B]
         answers = self.lm.go_on(x[:, :-1], n - 1, token, self.trie_answer.shape[1])  # [B,n]
@@ -665,7 +665,7 @@ class PseudoTokenLM(System):
         the middle of the range, or as no class.
         adapter=False leaves the pseudo tokens out, so the LM reads the text only.
         """
-        k, (x, n) = self.k, self.read(batch, adapter)
+        k, (x, n) = self.k, self.embed_prompt(batch, adapter)
         if k['readout'] == 'generate':
             return self.generated(x, n)
         if k['readout'] == 'head' and self.prompt.kind == 'regression':
@@ -687,7 +687,7 @@ class PseudoTokenLM(System):
         The loss: cross-entropy of the label's tokens; with readout='head', L1 of a score or
         cross-entropy of the classes.
         """
-        x, n = self.read(batch)
+        x, n = self.embed_prompt(batch)
         label = self.prompt.index(batch['label'])  # [B]
         if self.k['readout'] == 'head':
             return self.head_loss(self.head_out(x, n), label, batch)
@@ -775,10 +775,10 @@ class CMPTALM(PseudoTokenLM):
         cmpta_width: AtLeast(1) = 1024   # d, width of the adapter
         cmpta_heads: AtLeast(1) = 8      # attention heads (not legible in the paper's scan)
         cmpta_layers: AtLeast(1) = 1     # Transformer layers over the six tokens (not legible)
-        cmpta_pool: Literal['mean', 'last', 'learned'] = 'mean'  # steps to one token (not legible)
+        cmpta_pool: Literal['mean', 'last', 'learned'] = 'mean'  # of steps to a token (not legible)
         cmpta_align: Literal['bi', 'one-way', 'off'] = 'bi'  # LSTM of the alignment (Tables 5, 6)
         cmpta_align_text = True          # align the text too (the paper can be read both ways)
-        cmpta_attend = True              # False: each token from its own modality, no CMPT adapter
+        cmpta_attend = True              # False: no CMPT adapter, a token is its pooled modality
         dropout: Share() = 0.1           # in the adapter
 
     @classmethod
@@ -788,7 +788,7 @@ class CMPTALM(PseudoTokenLM):
                      k['cmpta_pool'], k['dropout'], k['pseudo_projection'], embed_rms)
 
     def attention(self, batch):
-        """ In eval mode: 'text_from_vision' -> the weight of each frame in that token, [B,S] .. """
+        """ The attention weights in eval mode, such as 'text_from_vision' -> [B,S] over frames. """
         with torch.autocast(batch['tokens'].device.type, enabled=False):
             x = self.lm.embed(batch['tokens'])  # [B,T,D]
             return self.adapter.attention(batch, *self.own_text(x, batch['text_len']))
@@ -816,9 +816,9 @@ class CMPTALM(PseudoTokenLM):
 
 class CrossSent(System):
     """
-    CrossSent (Liu et al. 2026): a GMRA adds audio and video to a fine-tuned encoder before layer
-    gmra_layer. A head of two linear layers reads the score from the first token. Loss: MSE and the
-    ordinal regularisers.
+    CrossSent (Liu et al. 2026): a Gated Multimodal Residual Adapter (GMRA) adds audio and video to
+    the hidden states of a fine-tuned encoder before layer gmra_layer. A head of two linear layers
+    reads the score from the first token. Loss: MSE and the ordinal regularisers (losses.py).
     """
 
     class Knobs(EncoderKnobs, OrdinalKnobs):
@@ -829,7 +829,7 @@ class CrossSent(System):
         gmra_concat: Literal['sequence', 'features'] = 'sequence'  # how audio and video are joined
         gmra_start: Literal['identity', 'random'] = 'identity'  # 'identity': no effect at first
         resample: Literal['linear', 'mean', 'words', 'none'] = 'linear'  # of frames to text tokens
-        text_pool: Literal['first', 'mean'] = 'first'  # token or tokens that the head reads
+        text_pool: Literal['first', 'mean'] = 'first'  # first token, or mean of tokens
         lr_encoder: AtLeast(0) = 1.0  # factor of the learning rate for the encoder's own weights
         dropout: Share() = 0.1        # in the GMRA and the head
 
@@ -838,11 +838,11 @@ class CrossSent(System):
         self.encoder, self.k, D = encoder, k, encoder.width
         if not 0 <= k['gmra_layer'] <= encoder.n_layers:
             raise ModelError(f"gmra_layer={k['gmra_layer']} must be from 1 to {encoder.n_layers}, "
-                             "the layers of this encoder, or 0 for none.")
+                             "the layers of this encoder, or 0 for no GMRA.")
         encoder.fits(k['max_text_len'])
         if k['gmra_concat'] == 'features' and k['resample'] == 'none':
             raise ModelError("gmra_concat='features' joins audio and video along features, so "
-                             "both must be on the text's time line: take another resample.")
+                             "both must be resampled to the text's tokens: take another resample.")
         self.ends = [len(tokens) for tokens in specials(tokenizer)]
         self.gmra = None
         if k['gmra_layer'] and widths:
@@ -873,13 +873,13 @@ class CrossSent(System):
 
     def predict(self, batch):
         mask = batch['text_mask']  # [B,T]
-        cues = None
+        frames = None
         if self.gmra is not None:
-            cues = frames_on_tokens(batch, self.gmra.proj, self.ends, self.k['resample'])
+            frames = frames_on_tokens(batch, self.gmra.proj, self.ends, self.k['resample'])
         x = self.encoder.embed(batch['tokens'])  # [B,T,D]
         for l in range(self.encoder.n_layers):
             if self.gmra is not None and l + 1 == self.k['gmra_layer']:
-                x = self.gmra(x, cues)
+                x = self.gmra(x, frames)
             x = self.encoder.layer(l, x, mask)
         with torch.autocast(x.device.type, enabled=False):
             y = text_vector(x.float(), mask, self.k['text_pool'])  # [B,D]

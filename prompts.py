@@ -4,9 +4,10 @@ The prompt around a clip's text for a frozen LM, and the label strings that may 
     start, <Multimodal>, P pseudo tokens, the clip's text, </Multimodal>, the question,
     the answer's lead-in | the label
 
-No LM family needs code of its own here. `start` is what the tokenizer itself puts before a text. A
-label is the tokens that the tokenizer adds for it behind the lead-in. The labels form a trie, so
-that one forward pass can score all of them.
+The code is the same for all LM families. `start` is the special tokens that the tokenizer puts
+before a text. The lead-in is the beginning of the answer, such as "Assistant: The sentiment is".
+The tokens of a label are those that the tokenizer adds for it behind the lead-in. The labels form a
+trie, so that one forward pass can score all of them.
 
 Axis letters: K labels, n tokens of the longest label, N nodes of the trie (the root first).
 """
@@ -22,9 +23,9 @@ from run.load_lm import specials
 
 class PromptKnobs:
     prompt: Literal['en', 'cn', 'toy'] = 'en'  # the language of the prompt, a key of PROMPTS
-    prompt_start = 'auto'  # its first tokens: 'auto', the tokenizer's own; or as '<|im_start|>'
+    prompt_start = 'auto'  # the text at its start; 'auto': the tokenizer's special tokens
     label_words: Literal['index', 'name'] = 'index'  # the label of a class: its 'index' or 'name'
-    label_plus = False     # write +0.6 for 0.6, as the paper's figure and the release's Qwen do
+    label_plus = False     # write +0.6 for 0.6, as in the paper's figure and the release for Qwen
     label_eos = False      # put the end-of-text token behind each label
 
 
@@ -46,7 +47,7 @@ PROMPTS = {
         regression='请给上述多模态内容的情感强度打分，范围从{low}到{high}。助手: 情感为',
         classes='请从<{classes}>中选出上述多模态内容的情绪。助手: 情绪为',
     ),
-    # the words before the ratings in the toy LM's training text; it cannot follow instructions
+    # the words of rated_texts, for the toy LM, which cannot follow instructions
     'toy': dict(
         open='',
         close='',
@@ -87,8 +88,8 @@ class Prompt:
             raise ModelError(f"the tokenizer of {k['lm']} makes no tokens of the prompt "
                              f"{k['prompt']!r}: take another LM, or another prompt.")
 
-        # Each label is tokenized behind the lead-in: by itself, sentencepiece would put a space
-        # before it. If the end of the lead-in merges with a label, labels are tokenized alone.
+        # Labels are tokenized behind the lead-in, because sentencepiece puts a space before a label
+        # that stands alone. If the lead-in's end merges with a label, labels are tokenized alone.
         lead_in = words['close'] + question + words['space']
         joint = [self._ids(lead_in + label) for label in self.labels]
         if all(ids[:len(self.after)] == self.after for ids in joint):
@@ -104,7 +105,7 @@ class Prompt:
 
         unknown = getattr(tokenizer, 'unk_token_id', None)
         known = (tokenizer.pad_token_id, unknown, tokenizer.eos_token_id)
-        # only tgm_pool='padded' reads it
+        # only tgm_pool='padded' reads pad_id
         self.pad_id = next((t for t in known if t is not None and t >= 0), 0)
 
     def _class_question(self, words, names):
@@ -167,7 +168,7 @@ class Prompt:
                     raise ModelError(f"the label {label_of[ids[:i]]!r} is the beginning of "
                                      f"{label!r} in the tokens of {lm}, so its probability "
                                      "includes that of the longer label: set label_eos=True, which "
-                                     "ends each label with a token of its own.")
+                                     "puts the end-of-text token behind each label.")
 
     def longest(self):
         """
@@ -237,9 +238,9 @@ class Prompt:
 
 def rated_texts(corpus, split, prompt='toy'):
     """
-    The texts of a split, each followed by a rating: in turn a score and an emotion, as far as the
-    corpus has both. lm_text='rated' trains the toy LM on them, because it lacks what a pretrained
-    LM has read about ratings.
+    The texts of a split, each followed by a rating: a score and an emotion in turn, or the one of
+    them that the corpus has. With lm_text='rated' the toy LM is trained on them, because unlike a
+    pretrained LM it has read no other texts about ratings.
     """
     words = PROMPTS[prompt]
     kinds = [(words[info['kind']], corpus.label(split, name), info.get('names'))

@@ -1,10 +1,10 @@
 """
-The contract of a system: all that train.py, eval.py and the tools may ask of one. A system is one
-class and one config.
+The contract (interface) of a system: what train.py, eval.py and the tools may use. A new system is
+one class and one config.
 
     class MySystem(System):
         class Knobs(System.Knobs):
-            my_width = 64        # its own knobs: a literal a line, with meaning and unit
+            my_width = 64        # its knobs: one literal per line, with a comment
 
         @classmethod
         def build(cls, k, facts, folder, dtype, trained, as_data): ..   # -> model, tokenizer
@@ -31,10 +31,10 @@ class System(nn.Module):
 
     reads_text = True               # batches hold the tokens of the clips' texts
     label_kinds = ('regression',)   # kinds of labels that it can learn: 'regression', 'classes'
-    frozen_lm = False               # self.lm is a FrozenLM, which may be sharded
+    frozen_lm = False               # self.lm is a FrozenLM, so shard_lm may shard it
     predicts = True                 # False: it has a loss, but does not predict a label
     text_first = False              # batches group clips by text length first, then by frame cost
-    one_process = False             # it keeps statistics of clips, so torchrun cannot train it
+    one_process = False             # it stores statistics of clips: no training under torchrun
     inherited_knobs = ()            # knobs that a prerequisite run takes from the run that needs it
 
     def __init__(self):
@@ -52,7 +52,8 @@ class System(nn.Module):
     @classmethod
     def check(cls, k):
         """
-        Sentences about knobs that contradict each other. Called before anything is read or trained.
+        Error sentences on knobs that contradict each other, as a list. Called before anything is
+        read or trained.
         """
         errors = ordinal_errors(k) if 'weight_mpr' in k else []
         if k['select'] not in BETTER:
@@ -110,12 +111,12 @@ class System(nn.Module):
 
     @classmethod
     def streams(cls, k):
-        """ Those of 'audio' and 'vision' that its batches hold; the others arrive empty. """
+        """ The streams ('audio', 'vision') that its batches hold. Other streams are empty. """
         return tuple(k['modalities'])
 
     @classmethod
     def modalities_read(cls, k):
-        """ Those of 'text', 'audio' and 'vision' that a run with these knobs reads. """
+        """ The modalities ('text', 'audio', 'vision') that a run with these knobs reads. """
         return (['text'] if cls.reads_text else []) + list(cls.streams(k))
 
     @classmethod
@@ -168,11 +169,11 @@ class System(nn.Module):
     # What it does
 
     def forward(self, batch):
-        """ dict(loss [], terms: name -> []). Pure: it stores nothing on modules. """
+        """ dict(loss [], terms {name: []}). It must not store anything on modules. """
         raise NotImplementedError
 
     def predict(self, batch):
-        """ dict(pred [B], prob [B,K] if the system has one, ..). Reads no label. """
+        """ dict(pred [B], prob [B,K] if it has probabilities, ..). Reads no label. """
         raise NotImplementedError
 
     def after_step(self, batch, out):
@@ -216,7 +217,8 @@ class System(nn.Module):
     def readings(cls, k, predictions):
         """
         Extra rows of the report for parts of the model that predict by themselves: name of the row
-        -> (key in `predictions`, bound of the corpus to compare with: 'text' or 'av').
+        -> (key in `predictions`, bound to compare with: 'text' or 'av'). A bound is the best metric
+        that is possible with these inputs; only the toy corpus knows its bounds.
         """
         return {}
 
@@ -224,27 +226,27 @@ class System(nn.Module):
     def controls(cls, k):
         """
         Extra rows of the report for other calls of predict: name of the row -> (arguments of
-        predict, bound of the corpus to compare with).
+        predict, bound to compare with).
         """
         return {}
 
     @classmethod
     def bound(cls):
-        """ The bound of the corpus with which the system's own row is compared. """
+        """ The bound with which the system's own row is compared. """
         return 'full' if cls.reads_text else 'av'
 
 
 def checked_loss(model, out):
-    """ What forward returned. Raises ModelError where it does not follow the contract. """
+    """ What forward returned. Raises ModelError where it breaks the contract. """
     if type(out) is not dict or not {'loss', 'terms'} <= set(out) or out['loss'].ndim:
         has = ', '.join(out) if type(out) is dict else f'a {type(out).__name__}'
-        raise ModelError(f"{model.__class__.__name__}.forward must return dict(loss=[], terms=name "
-                         f"-> []), and it returned {has}: correct its return value.")
+        raise ModelError(f"{model.__class__.__name__}.forward must return dict(loss=[], "
+                         f"terms={{name: []}}), and it returned {has}: correct its return value.")
     return out
 
 
 def checked_prediction(model, out, n_clips):
-    """ What predict returned. Raises ModelError where it does not follow the contract. """
+    """ What predict returned. Raises ModelError where it breaks the contract. """
     if type(out) is not dict or 'pred' not in out:
         has = ', '.join(out) if type(out) is dict else f'a {type(out).__name__}'
         raise ModelError(f"{model.__class__.__name__}.predict must return dict(pred=[B], ..), and "

@@ -1,5 +1,5 @@
 """
-Trains one system. The file runs from top to bottom: knobs, checks, data, model, loop, test.
+Trains one system. From top to bottom: knobs (settings), checks, data, model, loop, test.
 
     python train.py                              DeepMLF and its prerequisites, on the toy corpus
     python train.py config/mse_toy_emotion.py    MSE-Adapter: the frozen LM names an emotion
@@ -9,8 +9,8 @@ Trains one system. The file runs from top to bottom: knobs, checks, data, model,
     torchrun --standalone --nproc_per_node=4 train.py config/..    the same run on four processes
 
 A run is a folder: config.json, log.jsonl, best and last .safetensors (+ .json), test.jsonl,
-result.json, report.md, curve.png. `python eval.py out/NAME` evaluates it again. A knob's value is
-that of the command line, else of the config file, else its default here or in the system's class.
+result.json, report.md, curve.png. `python eval.py out/NAME` evaluates it again. Config files and
+flags override the defaults here and in the system's class; the last one on the command line wins.
 """
 import hashlib
 import json
@@ -25,7 +25,7 @@ import torch
 
 from configurator import AtLeast, Share, configure
 from data import CorpusError, Feed, epoch_order, open_corpus
-from eval import constant, continuation, evaluate, evaluate_controls
+from eval import continuation, evaluate, evaluate_controls, majority_metrics
 from metrics import BETTER
 from model import SYSTEMS
 from run import ranks
@@ -57,17 +57,17 @@ train_fraction: Share(with_one=True, with_zero=False) = 1.0   # train on this sh
 modalities: Literal['audio', 'vision'] = ['audio', 'vision']  # streams used; others are empty
 shuffle_streams = False       # control: each clip gets the audio and video of another clip
 standardise = True            # standardise each feature with the train split's mean and std
-lowercase: Literal['auto', 'never'] = 'auto'   # 'auto': if the text is all capitals (CMU-MOSI)
-max_text_len: AtLeast(1) = 50  # most tokens of a clip's text, prompt not counted; the rest is cut
+lowercase: Literal['auto', 'never'] = 'auto'   # 'auto': lower-case a corpus in capitals (CMU-MOSI)
+max_text_len: AtLeast(1) = 50  # most tokens of a clip's text without its prompt; the rest is cut
 # The run
 out_dir = ''                  # '': out/<config>, with suffixes such as -seed1 (run/needs.py)
-seed: AtLeast(0, bits=63) = 0   # of everything random, except the toy corpus, which is fixed
+seed: AtLeast(0, bits=63) = 0   # of all random numbers; the toy corpus is the same for all seeds
 resume = False                # continue the run in out_dir from its last checkpoint, bit for bit
 fresh = False                 # delete the run in out_dir and start over; its prerequisites are kept
 device: Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'   # 'auto': cuda, else mps, else cpu
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # of frozen LM and autocast
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'   # of the frozen LM and autocast
 compile = False               # torch.compile the model
-deterministic = False         # deterministic GPU kernels, which are slower; a CPU always is
+deterministic = False         # slower, deterministic GPU kernels; CPU runs are deterministic anyway
 shard_lm: Literal['off', 'node', 'all'] = 'off'   # torchrun: shard the frozen LM over processes
 max_steps = -1                # most optimizer steps, also of each prerequisite; -1: no limit
 log_interval: AtLeast(1) = 10   # optimizer steps between log lines
@@ -77,7 +77,7 @@ batch_size: AtLeast(1) = 32   # clips in a micro-batch
 accumulate: AtLeast(1) = 8    # micro-batches per optimizer step; the published numbers use 32 x 8
 epochs: AtLeast(1) = 20       # most epochs; also the length of the cosine schedule
 patience: AtLeast(1) = 10     # early stopping: epochs without a better validation
-select = 'mae'                # metric that selects the best checkpoint; 'wf1', ..; 'loss' for an LM
+select = 'mae'                # metric that selects the best checkpoint: 'wf1', ..; 'loss' for an LM
 lr: AtLeast(0) = 1e-4         # peak learning rate
 lr_min: AtLeast(0) = 1e-7     # learning rate at the end of the cosine
 warmup_epochs: AtLeast(0) = 1.0  # epochs of linear warm-up
@@ -120,7 +120,7 @@ if errors:
 
 ranks.start()
 if shard_lm != 'off' and (ranks.N_RANKS == 1 or not System.frozen_lm):
-    stop("shard_lm needs a frozen LM and several processes: start with torchrun, or leave it out.")
+    stop("shard_lm needs a frozen LM and several processes: use torchrun, or shard_lm='off'.")
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
@@ -134,7 +134,7 @@ if resume and not os.path.exists(last_path):
 # Prerequisites, corpus and model
 
 try:
-    if resume:   # checked here already, so that no prerequisite is trained in vain
+    if resume:   # compare the knobs before any prerequisite is trained
         saved = load_info(last_path)['about']
         refuse_other_knobs(out_dir, saved, config, pending_knobs(config, SYSTEMS))
     prerequisites = make_prerequisites(config, os.path.join(_here, 'train.py'), SYSTEMS, suffix)
@@ -148,7 +148,7 @@ try:
         torch_dtype = getattr(torch, dtype)
         model, tokenizer = System.build(config, clips, out_dir, torch_dtype, trained=resume)
         feed = Feed(clips, config, tokenizer, device, model)   # tokenises all texts
-    majority = constant(clips, label, feed.clips['train']) if System.predicts else None
+    majority = majority_metrics(clips, label, feed.clips['train']) if System.predicts else None
     if majority and select not in majority:
         stop(f"select={select!r} is no metric of {label!r}: choose one of {', '.join(majority)}.")
 except (CorpusError, EvalError, ModelError, ValueError) as e:
@@ -171,7 +171,7 @@ if shard_lm != 'off':
 model.to(device)
 if device == 'cpu':
     hold_memory()
-text_before = continuation(model, tokenizer)   # what the frozen LM writes before training
+text_before = continuation(model, tokenizer)   # greedy text of the frozen LM, to compare later
 
 # Every trainable weight is in exactly one group. A checkpoint stores moments by the weight's name.
 groups = model.param_groups()
@@ -205,8 +205,8 @@ def lr_at(step):
 about = describe_run(name, config, clips, model, tokenizer, device, dtype, lm_fingerprint)
 
 # ---------------------------------------------------------------------------------------------------------
-# The state of the run, which `last` holds. Resuming is bitwise: the order of the clips depends only
-# on (seed, epoch), and the random numbers of a micro-batch only on (seed, step, its number).
+# The state of the run, saved in `last`. A resumed run gives the same bits: the order of the clips
+# depends only on (seed, epoch), the random numbers of a micro-batch on (seed, step, its number).
 
 state = dict(step=0, best=None, best_step=0, stale=0, seconds=0.0, done=False)
 if resume:
@@ -226,7 +226,7 @@ record = Record(out_dir, about, stop)
 record.open(state['step'], resume, fresh)
 
 
-def score(split):
+def evaluate_split(split):
     """ Evaluate the model on a whole split -> (metrics, predictions). """
     try:
         return evaluate(model, feed, split, autocast)
@@ -264,12 +264,12 @@ while state['step'] < n_steps and not state['done']:
     rounds = range(0, len(micro_batches), ranks.N_RANKS)
     for start in rounds:
         number = start + ranks.RANK            # the micro-batch of this process
-        spare = number >= len(micro_batches)   # none is left for it: it computes one with weight 0
+        spare = number >= len(micro_batches)   # none is left: repeat the first, with weight 0
         number = 0 if spare else number
         index, n = micro_batches[number], n_targets[number]
         share = len(index) / n_clips           # the loss is a mean over the clips of the step
-        draw = hashlib.sha256(f'{seed} {state["step"]} {number}'.encode()).hexdigest()
-        torch.manual_seed(int(draw[:15], 16))
+        digest = hashlib.sha256(f'{seed} {state["step"]} {number}'.encode()).hexdigest()
+        torch.manual_seed(int(digest[:15], 16))
         lm_weight = torch.tensor(n / max(1, sum(n_targets)) / share)   # LM loss: mean over tokens
         batch = feed('train', index) | dict(epoch=torch.tensor(epoch), lm_weight=lm_weight)
         share = 0.0 if spare else share
@@ -323,7 +323,7 @@ while state['step'] < n_steps and not state['done']:
         line = (f"  step {step:5d}/{n_steps}  epoch {step / steps_per_epoch:6.2f}  {losses}"
                 f"  grad_norm {grad_norm:.2f}  {rate:5.0f} clips/s  ETA {eta // 60}:{eta % 60:02d}")
     if validating:
-        valid, _ = score('valid')
+        valid, _ = evaluate_split('valid')
         value, best = valid[select], state['best']
         # NaN (such as Corr of constant predictions) is worse than any number
         better = best is None or (math.isnan(best) and not math.isnan(value)) \
@@ -356,14 +356,14 @@ try:
 except ModelError as e:
     stop(str(e))
 except OSError as e:
-    stop(f"cannot write to {out_dir} ({e.strerror or e}): free disk space; --resume=True finishes.")
+    stop(f"cannot write to {out_dir} ({e.strerror or e}): free disk space and add --resume=True.")
 lm_kept = text_before and (continuation(model, tokenizer) == text_before
                            and model.lm.fingerprint() == lm_fingerprint)
 result = dict(about=about, state=state, n_trainable=n_trainable, n_frozen=n_frozen,
               clips=feed.n_clips, info=feed.info, ceilings=clips.meta.get('ceilings'),
               majority=majority, lm_kept=lm_kept)
-result['valid'], _ = score('valid')
-result['test'], predictions = score('test')
+result['valid'], _ = evaluate_split('valid')
+result['test'], predictions = evaluate_split('test')
 result['controls'] = evaluate_controls(model, feed, autocast)
 result['seconds'] = round(time.time() - started, 1)
 try:
@@ -376,5 +376,5 @@ try:
 except (EvalError, ModelError) as e:
     stop(str(e))
 except OSError as e:
-    stop(f"cannot write to {out_dir} ({e.strerror}): free disk space; --resume=True finishes.")
+    stop(f"cannot write to {out_dir} ({e.strerror}): free disk space and add --resume=True.")
 ranks.leave()

@@ -1,4 +1,5 @@
-# Stage two of DeepMLF's curriculum on CMU-MOSEI: pretrains the AV encoder on the label (paper 4.6).
+# Stage two of DeepMLF's curriculum on CMU-MOSEI: pretrains the AV encoder on the label
+# (section 4.6).
 # python train.py config/av_mosei.py --corpus=unaligned_50.pkl
 # hardware: not run
 # expected: not run: the corpus is not available here
@@ -9,7 +10,7 @@ standardise = False
 av_len = 50
 batch_size = 32
 accumulate = 4
-# the release stops by patience alone and lowers lr on plateaus; here a cosine over 60 epochs
+# the release stops by patience only and lowers lr on plateaus; here lr is a cosine over 60 epochs
 epochs = 60
 patience = 8
 lr = 5e-3

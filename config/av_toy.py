@@ -1,4 +1,5 @@
-# Stage two of the curriculum on the toy corpus: pretrains the AV encoder on the label.
+# Stage two of DeepMLF's curriculum on the toy corpus: pretrains the AV (audiovisual) encoder on
+# the label.
 # python train.py config/av_toy.py
 # hardware: 2 CPU cores (330 GFLOP/s float32 matmul); 22 s
 # expected: test MAE 1.059 +- 0.003 (n=3); majority 1.165; best possible from audio and video 1.038

@@ -1,5 +1,5 @@
-# Late fusion: the sum of one score per stream. It is the control without interaction between
-# streams. --late_streams=text (or audio, or vision) makes it a unimodal system.
+# Late fusion: the sum of one score per stream (text, audio, video). It is a control, because the
+# streams cannot interact. --late_streams=text (or audio, or vision) makes it a unimodal system.
 # python train.py config/baseline_late.py
 # python train.py config/baseline_late.py --dataset=mosi --corpus=unaligned_50.pkl
 # datasets: toy (the default), mosi, mosei, sims, simsv2, minilm

@@ -6,7 +6,7 @@
 # expected: toy, test MAE 0.752 +- 0.002 (n=3); majority 1.165; best possible late fusion 0.810
 # expected: minilm, test MAE 0.904 +- 0.048 (n=3); majority 1.456
 # paper: the published runs use Adam and L2 decay at a constant learning rate until validation stops
-#   improving; here AdamW, a cosine schedule, and at most 30 epochs
+#   improving; here: AdamW, a cosine schedule, and at most 30 epochs
 system = 'lfdnn'
 dataset = 'toy'
 text_features = 'frozen'

@@ -6,7 +6,7 @@
 # expected: toy, test MAE 0.760 +- 0.003 (n=3); majority 1.165; best possible late fusion 0.810
 # expected: minilm, test MAE 0.906 +- 0.018 (n=3); majority 1.456
 # paper: the published runs use Adam and L2 decay at a constant learning rate until validation stops
-#   improving; here AdamW, a cosine schedule, and at most 30 epochs
+#   improving; here: AdamW, a cosine schedule, and at most 30 epochs
 system = 'lmf'
 dataset = 'toy'
 text_features = 'frozen'

@@ -5,7 +5,7 @@
 # hardware: 1 CPU core of a busy machine; toy 2.3 min, minilm 5.5 min; others not run
 # expected: toy, test MAE 0.599 +- 0.056 (n=3); majority 1.165; best possible late fusion 0.810
 # expected: minilm, test MAE 0.830 +- 0.031 (n=3); majority 1.456
-# paper: the published runs keep a constant learning rate until validation stops improving; here
+# paper: the published runs keep a constant learning rate until validation stops improving; here:
 #   AdamW, a cosine schedule, and at most 30 epochs
 system = 'mag'
 dataset = 'toy'

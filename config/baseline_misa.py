@@ -7,7 +7,7 @@
 # expected: toy, test MAE 0.694 +- 0.068 (n=3); majority 1.165; best possible late fusion 0.810
 # expected: minilm, test MAE 0.807 +- 0.004 (n=3); majority 1.456
 # paper: the published runs use Adam at a constant learning rate until validation stops improving;
-#   here AdamW, a cosine schedule, and at most 30 epochs
+#   here: AdamW, a cosine schedule, and at most 30 epochs
 system = 'misa'
 dataset = 'toy'
 text_features = 'tuned'

@@ -6,7 +6,7 @@
 # expected: toy, test MAE 0.480 +- 0.027 (n=3); majority 1.165; best possible late fusion 0.810
 # expected: minilm, test MAE 1.011 +- 0.051 (n=3); majority 1.456
 # paper: the published runs use Adam and lower the learning rate when validation stops improving;
-#   here AdamW, a cosine schedule, and at most 30 epochs
+#   here: AdamW, a cosine schedule, and at most 30 epochs
 system = 'mult'
 dataset = 'toy'
 text_features = 'frozen'

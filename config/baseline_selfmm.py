@@ -1,4 +1,5 @@
-# Self-MM (Yu et al. 2021): generates a label for each stream; fine-tunes the text encoder.
+# Self-MM (Yu et al. 2021): a label is generated for each stream, and the text encoder is
+# fine-tuned.
 # python train.py config/baseline_selfmm.py
 # python train.py config/baseline_selfmm.py --dataset=mosi --corpus=unaligned_50.pkl
 # datasets: toy (the default), mosi, mosei, sims, simsv2, minilm
@@ -6,7 +7,7 @@
 # expected: toy, test MAE 0.436 +- 0.007 (n=3); majority 1.165; best possible late fusion 0.810
 # expected: minilm, test MAE 0.768 +- 0.015 (n=3); majority 1.456
 # paper: the published runs use Adam and L2 decay at a constant learning rate until validation stops
-#   improving; here AdamW, a cosine schedule, and at most 30 epochs
+#   improving; here: AdamW, a cosine schedule, and at most 30 epochs
 system = 'selfmm'
 dataset = 'toy'
 text_features = 'tuned'

@@ -6,7 +6,7 @@
 # expected: toy, test MAE 0.763 +- 0.001 (n=3); majority 1.165; best possible late fusion 0.810
 # expected: minilm, test MAE 0.916 +- 0.025 (n=3); majority 1.456
 # paper: the published runs use Adam at a constant learning rate until validation stops improving;
-#   here AdamW, a cosine schedule, and at most 30 epochs
+#   here: AdamW, a cosine schedule, and at most 30 epochs
 system = 'tfn'
 dataset = 'toy'
 text_features = 'frozen'

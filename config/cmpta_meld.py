@@ -3,8 +3,8 @@
 # hardware: one RTX 4090 (24 GB) in the paper
 # expected: not run: neither the corpus nor the LM is available here
 # paper: weighted F1 59.49 (one number; n is not stated)
-# The paper names no LM; its other settings are those of MSE-Adapter with Qwen-1.8B. Width 1024,
-# AdamW, lr 5e-4 and batch size 16 are our reading of a scan that is hard to read.
+# The paper does not name its LM. Its other settings are those of MSE-Adapter with Qwen-1.8B. We
+# read width 1024, AdamW, lr 5e-4 and batch size 16 in a scan of the paper that is hardly legible.
 system = 'cmpta'
 corpus = 'MELD'
 label = 'emotion'

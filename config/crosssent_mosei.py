@@ -3,8 +3,8 @@
 # hardware: one A100 in the paper
 # expected: not run: neither the corpus nor the LM is available here
 # paper: Acc2 (Non0) 87.72, F1 87.71, Acc7 54.7, MAE 0.513, Corr 0.804 (one seed)
-# The paper's hyperparameters are in images that cannot be read, so these are ours. The paper
-# selects checkpoints by validation MSE; r2 gives the same order.
+# The paper's hyperparameters are in images that cannot be read, so the values here are ours. The
+# paper selects the checkpoint with the lowest validation MSE; select = 'r2' selects the same one.
 system = 'crosssent'
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 lm = 'roberta-base'

@@ -1,11 +1,12 @@
-# CrossSent on CMU-MOSI with RoBERTa-base: the paper's parameter count is base's, its text says
-# large. Ablations: --gmra_layer=0 (no GMRA), --weight_mpr=0 (no MPR), --weight_eioi=0 (no EIOI).
+# CrossSent on CMU-MOSI with RoBERTa-base. The paper's text says RoBERTa-large, but its parameter
+# count is that of RoBERTa-base.
+# Ablations: --gmra_layer=0 (no GMRA), --weight_mpr=0 (no MPR), --weight_eioi=0 (no EIOI).
 # python train.py config/crosssent_mosi.py --corpus=unaligned_50.pkl
 # hardware: one A100 in the paper
 # expected: not run: neither the corpus nor the LM is available here
 # paper: Acc2 (Non0) 89.78, F1 89.75, Acc7 52.1, MAE 0.563, Corr 0.878 (one seed)
-# The paper's hyperparameters are in images that cannot be read, so these are ours. The paper
-# selects checkpoints by validation MSE; r2 gives the same order.
+# The paper's hyperparameters are in images that cannot be read, so the values here are ours. The
+# paper selects the checkpoint with the lowest validation MSE; select = 'r2' selects the same one.
 system = 'crosssent'
 corpus = 'MOSI/Processed/unaligned_50.pkl'
 lm = 'roberta-base'

@@ -2,11 +2,11 @@
 # enough for 2 CPU cores.
 # python train.py config/crosssent_mosi_minilm.py --corpus=mosi_official.pkl --lm=all-MiniLM-L6-v2
 # hardware: 1 CPU core (170 GFLOP/s float32 matmul); 3 min with --dtype=bfloat16
-# expected: test MAE 0.804 +- 0.021 (n=5); its text encoder alone 0.786 +- 0.011; majority 1.456
+# expected: test MAE 0.804 +- 0.021 (n=5); the text encoder alone 0.786 +- 0.011; majority 1.456
 #   A negative result: CrossSent does not improve on the text encoder alone (LOG.md).
 # paper: none with this encoder; MMSA's MAG-BERT has MAE 0.784 on these inputs (one seed)
-# The settings were chosen by validation MAE (LOG.md). resample='none': the audio frames are vectors
-# of the last 20 utterances, so they do not align with the tokens.
+# The settings were chosen by validation MAE (LOG.md). resample = 'none', because the audio frames
+# are vectors of the last 20 utterances and do not align with the tokens.
 system = 'crosssent'
 corpus = 'mosi_official.pkl'
 lm = 'sentence-transformers/all-MiniLM-L6-v2'

@@ -2,11 +2,12 @@
 # python train.py config/crosssent_sims.py --corpus=unaligned_39.pkl
 # hardware: one A100 in the paper
 # expected: not run: neither the corpus nor the LM is available here
-# paper: Acc2 80.41 (clips with label 0 left out: our acc2_non0), Acc5 43.54, MAE 0.408, Corr 0.622
+# paper: Acc2 80.41 (without clips of label 0: our acc2_non0), Acc5 43.54, MAE 0.408, Corr 0.622
 #   (one seed)
-# The paper's hyperparameters are in images that cannot be read, so these are ours. The paper
-# selects checkpoints by validation MSE; r2 gives the same order. Labels span a third of MOSI's
-# range, so mpr_gap, mpr_margin and eioi_band are a third of MOSI's.
+# The paper's hyperparameters are in images that cannot be read, so the values here are ours. The
+# paper selects the checkpoint with the lowest validation MSE; select = 'r2' selects the same one.
+# The label range is a third of that of MOSI, so mpr_gap, mpr_margin and eioi_band are a third of
+# those in crosssent_mosi.py.
 system = 'crosssent'
 corpus = 'SIMS/Processed/unaligned_39.pkl'
 lm = 'bert-base-chinese'

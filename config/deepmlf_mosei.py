@@ -5,8 +5,8 @@
 # paper: Acc2 87.15, F1 87.10, MAE 0.499, Corr 0.804, Acc5 57.70, Acc7 55.88 (mean of >= 5 seeds)
 needs = ['config/av_mosei.py']
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
-standardise = False           # the release feeds raw COVAREP and Facet
-dtype = 'float32'             # as the release trains GPT-2
+standardise = False           # the release uses raw COVAREP and Facet features
+dtype = 'float32'             # as in the release for GPT-2
 lm = 'gpt2-large'
 av_from = 'av_mosei'
 mm_layers = [8, 15, 22, 29, 36]

@@ -5,8 +5,8 @@
 # paper: Acc2 85.83, F1 85.74, MAE 0.529, Corr 0.773, Acc5 56.61, Acc7 54.65 (mean of >= 5 seeds)
 needs = ['config/av_mosei.py']
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
-standardise = False           # the release feeds raw COVAREP and Facet
-dtype = 'float32'             # as the release trains GPT-2
+standardise = False           # the release uses raw COVAREP and Facet features
+dtype = 'float32'             # as in the release for GPT-2
 lm = 'gpt2'
 av_from = 'av_mosei'
 mm_layers = [4, 6, 8, 9, 10, 11, 12]
@@ -15,4 +15,4 @@ epochs = 15
 text_reg_rate = 0.2
 text_reg_prob = 0.3
 weight_decay = 0.005
-weight_lm = 1.0               # the paper's 1.0; the released base config has 1.1
+weight_lm = 1.0               # as in the paper; the released base config has 1.1

@@ -6,8 +6,8 @@
 # paper: Acc2 87.00, F1 86.98, MAE 0.511, Corr 0.795, Acc5 56.89, Acc7 55.01 (mean of >= 5 seeds)
 needs = ['config/av_mosei.py']
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
-standardise = False           # the release feeds raw COVAREP and Facet
-dtype = 'float32'             # as the release trains GPT-2
+standardise = False           # the release uses raw COVAREP and Facet features
+dtype = 'float32'             # as in the release for GPT-2
 lm = 'gpt2-medium'
 av_from = 'av_mosei'
 mm_layers = [9, 12, 15, 18, 21, 24]

@@ -3,8 +3,8 @@
 # hardware: one RTX 3090 (24 GB) in the paper
 # expected: not run: neither the corpus nor the LM is available here
 # paper: Acc2 85.60, F1 85.58, MAE 0.692, Corr 0.811, Acc5 53.18, Acc7 46.27 (mean of >= 5 seeds)
-# The released config also enables Self-MM's pseudo-labels. The paper does not mention them and the
-# released code cannot run them, so they are left out.
+# The released config also enables Self-MM's pseudo-labels. They are left out here, because the
+# paper does not mention them and their code is missing in the release.
 needs = ['config/av_mosi.py']
 corpus = 'MOSI/Processed/unaligned_50.pkl'
 lm = 'HuggingFaceTB/SmolLM2-1.7B'

@@ -3,11 +3,11 @@
 # hardware: one RTX 3090 (24 GB) in the paper
 # expected: not run: neither the corpus nor the LM is available here
 # paper: Acc2 82.75, F1 83.15, MAE 0.353, Corr 0.729 (mean of >= 5 seeds)
-# n_fusion is 20 in the release and in the paper's text, and 16 in its Table 1. Standardised
-# features (standardise, on by default) replace the release's BatchNorm.
+# n_fusion is 20 in the release and in the paper's text, and 16 in its Table 1. The features are
+# standardised (the default of standardise) in place of the release's BatchNorm.
 needs = ['config/av_sims.py']
 corpus = 'SIMS/Processed/unaligned_39.pkl'
-dtype = 'float32'             # as the release trains GPT-2
+dtype = 'float32'             # as in the release for GPT-2
 lm = 'uer/gpt2-chinese-cluecorpussmall'
 max_text_len = 39
 av_from = 'av_sims'

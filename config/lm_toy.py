@@ -1,4 +1,4 @@
-# Stage one of the curriculum on the toy corpus: pretrains a small GPT on the texts.
+# Stage one of DeepMLF's curriculum on the toy corpus: pretrains a small GPT on its texts.
 # python train.py config/lm_toy.py
 # hardware: 2 CPU cores (330 GFLOP/s float32 matmul); 11 s
 # expected: test loss 0.266 +- 0.001 (n=3), in nats per token

@@ -1,5 +1,5 @@
-# MSE-Adapter on CHERMA's 7 emotions with Qwen2.5-1.5B. Qwen2.5-1.5B needs no remote code; the paper
-# has its predecessor Qwen-1.8B.
+# MSE-Adapter on CHERMA's 7 emotions with Qwen2.5-1.5B. The paper uses its predecessor Qwen-1.8B,
+# which needs remote code.
 # python train.py config/mse_cherma.py --corpus=data/cherma
 # GLM-4-9B:   --lm=THUDM/glm-4-9b-hf --batch_size=8 --lr=5e-5
 # Llama-2-7B: --lm=meta-llama/Llama-2-7b-hf --batch_size=6 --lr=5e-5
@@ -8,8 +8,8 @@
 # paper: the authors' logs, 5 seeds: Qwen-1.8B acc 72.12, WF1 72.01; ChatGLM3-6B acc 72.90, WF1
 #   72.73; Llama-2-7B WF1 72.7 (one seed, third party)
 # Convert the corpus first: python data.py CHERMA0723 --name=cherma --dtype=float16. As padded
-# float32 it takes 68 GB; converted, it holds the real frames in half the bytes and is
-# memory-mapped. float16 features are standardised; the release does not standardise.
+# float32 the corpus takes 68 GB. The converted corpus has only the real frames, in float16, and is
+# memory-mapped. float16 features are always standardised; the release does not standardise.
 system = 'mse'
 corpus = 'data/cherma'
 label = 'emotion'

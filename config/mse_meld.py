@@ -1,5 +1,5 @@
-# MSE-Adapter on MELD's 7 emotions with Qwen2.5-1.5B. Qwen2.5-1.5B needs no remote code; the paper
-# has its predecessor Qwen-1.8B.
+# MSE-Adapter on MELD's 7 emotions with Qwen2.5-1.5B. The paper uses its predecessor Qwen-1.8B,
+# which needs remote code.
 # python train.py config/mse_meld.py --corpus=MELD
 # GLM-4-9B:   --lm=THUDM/glm-4-9b-hf --batch_size=8 --lr=5e-5 --epochs=90 --warmup_epochs=9
 #   --n_pseudo=4 --lstm_audio=64 --lstm_vision=32

@@ -1,5 +1,5 @@
-# MSE-Adapter on CMU-MOSEI with Qwen2.5-1.5B. Qwen2.5-1.5B needs no remote code; the paper has its
-# predecessor Qwen-1.8B.
+# MSE-Adapter on CMU-MOSEI with Qwen2.5-1.5B. The paper uses its predecessor Qwen-1.8B,
+# which needs remote code.
 # python train.py config/mse_mosei.py --corpus=unaligned_50.pkl
 # GLM-4-9B:   --lm=THUDM/glm-4-9b-hf --label_plus=False --batch_size=8 --lr=5e-5
 # Llama-2-7B: --lm=meta-llama/Llama-2-7b-hf --label_plus=False --batch_size=8 --lr=5e-5

@@ -1,4 +1,4 @@
-# MSE-Adapter on the toy corpus: pseudo tokens let a frozen small GPT answer with the score.
+# MSE-Adapter on the toy corpus: a frozen small GPT answers with the score.
 # python train.py config/mse_toy.py
 # hardware: 2 CPU cores (330 GFLOP/s float32 matmul); 48 s, 83 s with prerequisites and imports
 # expected: test MAE 0.657 +- 0.038 (n=5); majority 1.165

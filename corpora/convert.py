@@ -45,7 +45,7 @@ from corpora.sources import check_splits
 from corpora.streams import standardise_to_float16, write_stream
 from corpora.unpickle import CorpusError, errors_as_corpus_error
 
-# the order of the classes in known corpora
+# the classes of known corpora, in their order
 KNOWN_CLASSES = [
     ['neutral', 'surprise', 'fear', 'sadness', 'joy', 'disgust', 'anger'],  # MELD
     ['愤怒', '厌恶', '恐惧', '高兴', '平静', '悲伤', '惊奇'],  # CHERMA
@@ -103,11 +103,11 @@ def staging(folder):
     folder = Path(os.path.abspath(folder))
     host = socket.gethostname()
     tmp = Path(f'{folder}.tmp-{os.getpid()}@{host}')
-    # one level deeper, so that scratch files beside it are not renamed with it
+    # the folder to rename; scratch files lie beside it in tmp, so they are not renamed with it
     inner = tmp / folder.name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # remove what killed conversions on this machine left behind
+        # remove the folders that killed conversions on this machine have left
         for old in os.listdir(folder.parent):
             pid = re.fullmatch(r'.+\.tmp-(\d+)(?:@(.+))?', old)
             if pid and pid[2] in (None, host) and not _alive(int(pid[1])):
@@ -218,8 +218,8 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
     encoding: a Python codec for texts that are stored as bytes or as Python 2 strings. None takes
     UTF-8.
 
-    Memory does not grow with the file: it is a few copies of one 32 MiB chunk, the texts and the
-    labels, and a whole array if that is in Fortran order.
+    The memory that is needed does not grow with the file: a few copies of one 32 MiB chunk, the
+    texts and the labels. Only an array in Fortran order is held as a whole.
     """
     if dtype not in ('float32', 'float16'):
         raise CorpusError(f"--dtype must be float32 or float16, not {dtype!r}.")
@@ -304,7 +304,7 @@ def _check_encoding(encoding):
 def folder_name(source):
     """
     NAME-1a2b3c: the name of the source, and a hash of its path, size and time. The hash keeps files
-    of one name apart (those of MOSI and MOSEI), and is faster than one of the content.
+    of the same name apart (those of MOSI and MOSEI). It is faster than a hash of the content.
     """
     name, _, paths = find_source(source)
     stats = [os.stat(p) for p in paths.values()]

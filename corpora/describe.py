@@ -7,8 +7,8 @@ def describe(meta):
     """
     A summary of a corpus as a small table: its source, clips, labels and streams, the repairs, how
     padding and lengths were found, the keys that were read under another name, and the keys that
-    were not read. meta: the dict of meta.json. One of an earlier version has fewer entries, and its
-    summary has fewer rows.
+    were not read. meta: the dict of meta.json. If an earlier version wrote it, it has fewer entries
+    and the summary has fewer rows.
     """
     rows = [('source', f"{meta['source']['file']}, SHA-256 {meta['source']['sha256']}"),
             ('clips', ', '.join(f'{n} {s}' for s, n in meta['clips'].items()))]

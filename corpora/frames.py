@@ -10,13 +10,13 @@ import numpy as np
 from corpora.lazy import LazyArray
 from corpora.unpickle import CorpusError
 
-SIDE_SAMPLE = 2000  # the most clips of a stream and split that the padding side is found from
-CHUNK_BYTES = 32 << 20  # of a stream, read at a time
+SIDE_SAMPLE = 2000  # clips per stream and split, at most, from which the padding side is found
+CHUNK_BYTES = 32 << 20  # bytes of a stream that are read at a time
 MAX_WIDTH = 1 << 16  # features of a frame; the widest known corpus has 2048
 
 
 def column_of(column, n, where):
-    """ A list or array as a list. Raises CorpusError where it has not n entries (None: any). """
+    """ A list or array as a list. Raises CorpusError if it does not have n entries (None: any). """
     size = math.prod(column.shape) if type(column) is LazyArray else len(column)
     if n not in (None, size):
         raise CorpusError(f"{where} has {size} entries for {n} clips; correct the source.")
@@ -60,7 +60,7 @@ def _clip_array(value):
 
 
 def finite(x, counts=None):
-    """ An array as float32, with 0 for nan and inf. counts: a dict that counts these. """
+    """ An array as float32, with 0 for nan and inf. counts: a dict that counts both. """
     with np.errstate(over='ignore', invalid='ignore'):
         x = x.astype(np.float32)  # values too large for float32 become inf
     is_finite = np.isfinite(x)
@@ -99,7 +99,7 @@ class Frames:
 
     n_rows [N]: frames that the source holds of each clip, padding included; 0 for a clip without
     this stream.
-    lengths [N]: the lengths that the source states, -1 where it states none or an impossible one.
+    lengths [N]: the lengths that the source states; -1 for a missing or impossible length.
     missing [N]: True for a clip without this stream.
     empty: no clip has this stream. one: all clips are in one array. flat: a clip is one vector.
     ragged: the clips are arrays of different numbers of frames, which are then their lengths.
@@ -190,8 +190,8 @@ class Frames:
         """
         The evidence for the padding side: clip numbers [n], and the numbers of zero frames at the
         head and at the tail of these clips, [n] each. The clips are those without a stated length,
-        and those whose stated length is below the number of frames in the source. Of more than
-        SIDE_SAMPLE such clips it takes SIDE_SAMPLE, evenly spaced.
+        and those whose stated length is below the number of frames in the source. If there are more
+        than SIDE_SAMPLE such clips, SIDE_SAMPLE of them are taken, evenly spaced.
         """
         if self.scanned is None:
             open_end = self.unknown | (self.lengths > 0) & (self.lengths < self.n_rows)  # [N]

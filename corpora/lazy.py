@@ -20,8 +20,8 @@ class Py2Str(str):
 
 class Lazy:
     """
-    Bytes or text that stay in the file: n_bytes from an offset on. codec is their encoding in the
-    file; None means bytes without an encoding.
+    Bytes or text that stay in the file: n_bytes from `offset` on. codec: how they are encoded in
+    the file; None: bytes that are not encoded.
     """
     __slots__ = ('file', 'offset', 'n_bytes', 'codec', 'is_text')
 
@@ -35,7 +35,7 @@ class Lazy:
     def chunks(self, size=4 << 20):
         """
         The payload as bytes, in pieces. In protocols 0 to 2, pickle writes bytes as text, one
-        character per byte, and this decodes it.
+        character per byte; such a payload is decoded.
         """
         done = 0
         carry = b''

@@ -48,7 +48,7 @@ OTHER_NAMES = dict(
     dialogue='dialogue dialogues dialogue_id dialog dialog_id conversation conversation_id',
 )
 MSENA_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names(), **_label_names(), **OTHER_NAMES)
-# in a list of clips, a clip is a dict that holds another dict, its features
+# in a list of clips, a clip is a dict, and its entry 'features' is another dict
 CLIP_FIELDS = _name_table(emotion='label labels emotion emotions', **OTHER_NAMES)
 FEATURE_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names())
 SPLIT_FIELDS = _name_table(
@@ -125,7 +125,7 @@ class Summary:
 
     renamed {key: field}: the keys that were read under another name.
     unread {key: dict(shape, count)}: the keys that were not read.
-    defaults {field: dict(count, first)}: the missing values that got a default, and whose they are.
+    defaults {field: dict(count, first)}: how many missing values got a default, and in which clips.
     text {problem: count}: the texts that were repaired or look wrong.
     """
 

@@ -128,14 +128,14 @@ def _is_aligned(splits):
 
 class AlignedText:
     """
-    The evidence of a source's text arrays for the padding of streams that have one frame per token:
-    the zero runs at the head and at the tail of its mask (or its features), for each split. The
-    arrays are read in pieces, when a method first needs them.
+    The evidence that a source's text arrays give for the padding of streams with one frame per
+    token: the zero runs at the head and at the tail of the text's mask (or features), per split.
+    The arrays are read in pieces, when a method first needs them.
     """
 
     def __init__(self, splits):
         self.splits = splits
-        self.runs = {}  # id of an array -> _read of it
+        self.runs = {}  # id of an array -> its zero runs, from _read
 
     def _read(self, array, is_mask):
         """ The zero runs (head [N], tail [N]), or None for a mask that holds more than 0 and 1. """
@@ -190,7 +190,7 @@ class AlignedText:
     def lengths(self, m, side):
         """
         The lengths of stream m by its text: (key of the text array, lengths {split: [N]}, None), or
-        (None, None, the reason why the text is not used), or three times None without a text. The
+        (None, None, the reason why the text is not used), or (None, None, None) without a text. The
         text is used if it has no padding or padding on the same side, and if in at least 95 % of
         the clips the stream has no nonzero frame beyond the text.
         """
@@ -245,7 +245,7 @@ def find_padding(splits, source, padding, summary):
             found[m] |= dict(side=padding, by='--padding')
         elif found[m]['side'] == 'mixed':
             raise CorpusError(_mixed_message(found[m], source))
-        # no clip shows a side: right, the side of most corpora
+        # if no clip shows a side, take right, the side of most corpora
         found[m]['side'] = found[m]['side'] or 'right'
         key = lengths = why_not = None
         if _has_unknown(m, splits):

@@ -75,7 +75,7 @@ def clip_text(x, where, summary):
     if type(x) is Lazy:
         x = x.value()
     if type(x) is Py2Str:
-        x = x.encode('latin1')  # its bytes, as they were read as Latin-1
+        x = x.encode('latin1')  # back to the bytes, which were read as Latin-1
     if isinstance(x, (bytes, bytearray)):
         x = _decode_bytes(bytes(x), where, summary.encoding)
     if not isinstance(x, str):

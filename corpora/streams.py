@@ -15,8 +15,8 @@ from corpora.unpickle import CorpusError
 
 def _npy_header(dtype, shape):
     """
-    A .npy header of always 128 bytes, so that it can be overwritten when the number of rows is
-    known.
+    A .npy header that is always 128 bytes long, so that it can be overwritten when the number of
+    rows is known.
     """
     descr = np.dtype(dtype).str
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
@@ -46,14 +46,14 @@ class Moments:
 
     def std(self):
         std = np.sqrt(self.m2 / max(self.n, 1))  # [d]
-        # the std of a constant feature is 0 or a rounding error; dividing by it would make noise
+        # the std of a constant feature is 0 or a rounding error; dividing by it would amplify noise
         return np.where(std <= 1e-6 * np.abs(self.mean) + 1e-30, 1.0, std)  # [d]
 
 
 def write_stream(name, splits, out, progress, padding):
     """
     Writes NAME.npy (float32) and NAME_start.npy of all splits. Returns the stream's entry in
-    meta.json. progress(n_bytes) moves a progress bar; padding is what find_padding gives for the
+    meta.json. progress(n_bytes) moves a progress bar; padding: find_padding's dict for the
     stream.
     """
     width = splits['train']['streams'][name].d
@@ -126,9 +126,9 @@ def write_stream(name, splits, out, progress, padding):
 
 def _count_cut(frames, i, nonzero, real, info):
     """
-    Counts the clips whose length was found only by cutting zero frames, in clips_cut: such a clip
-    becomes too short if it truly ends in zero frames. Those that keep other zero frames are counted
-    in clips_cut_with_zeros, because there a zero frame is not always padding.
+    Counts in clips_cut the clips whose length was found only by cutting zero frames. Such a clip
+    becomes too short if its real frames end in zeros. Clips that keep other zero frames are also
+    counted in clips_cut_with_zeros, because their zero frames are not always padding.
     """
     here = slice(i, i + len(nonzero))
     cut = frames.unknown[here] & (real.sum(1) < frames.n_rows[here])  # [n]

@@ -24,20 +24,20 @@ from corpora.convert import convert
 VERSION = 1  # of the corpus that this file makes; raise it when a change alters a clip
 
 # The latent variables of a clip. A flat voice with a smile (sarcasm) is SARCASM times as likely as
-# each of the other eight pairs of voice and face. Were it rare, late fusion would come close to the
-# upper bound.
+# each of the other eight pairs of voice and face. If it were rare, late fusion would come close
+# to the upper bound.
 VALENCE = (-1.6, -0.8, 0.0, 0.8, 1.6)                 # v, from the words
 AROUSAL = {'flat': -0.4, 'mid': 0.0, 'high': 0.6}     # a, from the amplitude of the voice
 FACE = {'frown': -0.8, 'neutral': 0.0, 'smile': 0.8}  # e, from a short expression
-NOISE = (-1.0,) + (-0.5,) * 4 + (0.0,) * 6 + (0.5,) * 4 + (1.0,)  # n, of annotators, in no modality
+NOISE = (-1.0,) + (-0.5,) * 4 + (0.0,) * 6 + (0.5,) * 4 + (1.0,)  # n, annotator noise, in no input
 SARCASM = 3
 PAIRS = [(a, e) for a in AROUSAL for e in FACE
          for _ in range(SARCASM if (a, e) == ('flat', 'smile') else 1)]
 EMOTIONS = ['anger', 'sadness', 'neutral', 'contentment', 'joy']
 
 # A sentence is an opening, a subject, a valence word, and an ending that depends on the valence.
-# Without such an ending, LM pretraining gives no reason to keep the valence in the hidden states
-# beyond the next token, and there would be nothing to fuse.
+# Without such an ending, the LM would not learn to keep the valence in its hidden states beyond the
+# next token, and audio and video would have no valence to be fused with.
 OPENINGS = ['well', 'so', 'honestly', 'i have to say', 'you know', 'in the end', 'as for me',
             'last night']
 SUBJECTS = ['the film was', 'the story felt', 'the acting was', 'the music sounded',
@@ -94,9 +94,9 @@ def one_hot_pairs(t, av):
 
 def additive_fit(t, av, y, n_steps=2000):
     """
-    The late-fusion upper bound of a regression: the f and g with the least mean |y - f(t) - g(av)|,
-    by iteratively reweighted least squares with a smoothing that shrinks to 1e-9. Returns f(t) +
-    g(av) as a table [5,9], and that mean.
+    The late-fusion upper bound of a regression: the f and g with the lowest mean |y - f(t) -
+    g(av)|, by iteratively reweighted least squares with a smoothing that shrinks to 1e-9. Returns
+    f(t) + g(av) as a table [5,9], and the lowest mean.
     """
     X = one_hot_pairs(t, av)  # [n,14]
     residual, eps = y - np.median(y), 1.0
@@ -117,7 +117,7 @@ def additive_accuracy(t, av, c, n_classes, n_steps=20000):
     """
     The accuracy of late fusion of classes, log p(c) = f_c(t) + g_c(av) + const, with the f and g of
     maximum likelihood, by gradient ascent on a concave function. Other f and g may have a slightly
-    higher accuracy; finding them is a harder problem.
+    higher accuracy, but to find them is a harder problem.
     """
     X = one_hot_pairs(t, av)  # [n,14]
     W = np.zeros((X.shape[1], n_classes))  # [14,K]
@@ -144,7 +144,7 @@ def toy_ceilings():
         mae = acc = 0.0
         for s in np.unique(state):
             ys, cs = y[state == s], c[state == s]
-            mae += np.abs(ys - np.median(ys)).sum()  # the median has the least mean absolute error
+            mae += np.abs(ys - np.median(ys)).sum()  # the median has the lowest mean absolute error
             acc += np.bincount(cs).max()
         return dict(mae=float(mae / len(y)), acc=float(acc / len(y)))
 

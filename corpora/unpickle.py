@@ -235,7 +235,7 @@ class Unpickler(pickle._Unpickler):
         self._last(set).update(_plain_keys(items))
 
     def load_frozenset(self):
-        items = self.pop_mark()  # must come before self.append, which it changes
+        items = self.pop_mark()  # before self.append, because pop_mark changes it
         self.append(frozenset(_plain_keys(items)))
 
     def _last(self, *kinds):

@@ -123,7 +123,7 @@ def check_read_out(ns, answer=read_out):
 
 
 def one_label(model, batch, k):
-    (x, n), ids, out = model.read(batch), model.prompt.answers[k], []  # [B,T,D], [B]
+    (x, n), ids, out = model.embed_prompt(batch), model.prompt.answers[k], []  # [B,T,D], [B]
     for b in range(len(x)):  # one clip at a time has no padding, so there is nothing to mask
         z = torch.cat([x[b, : n[b]], model.lm.embed(torch.tensor(ids))])[None]  # [1,n+len,D]
         z, rope = model.lm.place(z, torch.arange(z.shape[1])[None])
@@ -139,7 +139,7 @@ def one_label(model, batch, k):
 def check_one_label(ns, answer=one_label):
     model = ns['mse'].eval()
     batch = ns['feed']('valid', np.arange(5))
-    scores = model.label_scores(*model.read(batch))  # [B,K]
+    scores = model.label_scores(*model.embed_prompt(batch))  # [B,K]
     for k in (0, 17, 30, 60):
         assert close(answer(model, batch, k), scores[:, k], 1e-3), model.prompt.labels[k]
 

@@ -30,7 +30,7 @@ FEATURES = {
     ('audio', 25): 'eGeMAPS low-level descriptors', ('audio', 5): "MMSA's COVAREP selection",
     ('vision', 35): 'Facet', ('vision', 20): "MMSA's Facet selection",
     ('vision', 709): 'OpenFace 2', ('vision', 177): 'OpenFace 2, a selection'}
-LARGEST_COPY = 200e6   # bytes; an export copies a local LM up to this size, and only names others
+LARGEST_COPY = 200e6   # bytes; an export copies local LMs up to this size, and names the others
 
 
 class ClipError(Exception):
@@ -74,8 +74,8 @@ class Clips:
 
 class Transferred:
     """
-    Another corpus (`other`) as a run reads it that was trained on `home`: with home's widths, mean
-    and std. Streams that are not in `modalities` are empty.
+    The corpus `other` as it is read by a run that was trained on the corpus `home`: with the
+    widths, mean and std of `home`. Streams that are not in `modalities` are empty.
     """
     def __init__(self, other, home, modalities):
         self.other, self.home, self.modalities = other, home, modalities
@@ -115,8 +115,8 @@ class Transferred:
 
 def corpus_facts(corpus):
     """
-    What a run stores of its corpus in config.json and in checkpoints: all that it needs to predict
-    a clip when the corpus is not there.
+    The facts about its corpus that a run stores in config.json and in checkpoints: all that it
+    needs to predict a clip without the corpus.
     """
     streams = {}
     for m, s in corpus.meta['streams'].items():
@@ -155,7 +155,7 @@ def read_clips(path, facts, seen=('text', *STREAMS)):
     The clips of a .npz or .jsonl file -> (list of dict(id, text, audio, vision), notes). Frames are
     float32 [S,d], or [0,d] where a stream is left out; NaN and inf become 0. The notes are
     sentences on what was repaired or is not used. `facts`: corpus_facts of the run; `seen`: the
-    modalities that it reads (System.modalities_read). Raises ClipError.
+    modalities that the run reads (System.modalities_read). Raises ClipError.
     """
     rows = read_rows(path)
     if not rows:
@@ -211,7 +211,7 @@ def extractor(m, width):
 
 
 def check_clip(clip, row, name, facts, seen, notes):
-    """ Note missing and unused modalities. Raises ClipError if a clip has none that is read. """
+    """ Note missing and unused modalities. Raises ClipError if none of the clip's is read. """
     present = [s for s in seen if len(clip['text'].strip() if s == 'text' else clip.get(s, []))]
     if not present:
         raise ClipError(f"{name} has none of the modalities that this run reads: add "
@@ -312,7 +312,7 @@ def change_text(run, whole, other, i):
 def export(folder, result, where):
     """
     Write all that `eval.py where --clip=` needs into the folder `where`: the checkpoint, its JSON
-    files, a model card, and a small local LM or tokenizer. `result` is that of read_run. Only
+    files, a model card, and a small local LM or tokenizer. `result` is read_run's dict. Only
     regular files are copied. The folder appears when it is complete. Returns its list of files as
     text. Raises ClipError.
     """

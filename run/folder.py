@@ -216,8 +216,8 @@ def _opened_checkpoint(path):
 
 def own_tensors(model):
     """
-    The tensors that a checkpoint holds: all parameters and persistent buffers outside the frozen
-    LM. Tied ones are in it once.
+    The tensors that a checkpoint holds, by name: all parameters and persistent buffers outside the
+    frozen LM. Tied weights are in it once.
     """
     persistent = model.state_dict()
     buffers = {k: v for k, v in model.named_buffers() if k in persistent}

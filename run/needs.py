@@ -18,7 +18,7 @@ from run.report import RUN_KNOBS, EvalError, read_json, read_run
 
 # Environment variable that is set for a child, whose stdin is a pipe from its parent
 WATCHED = 'NANOMSA_ENDS_WITH_PARENT'
-# Knobs that are in the folder's name, or the same for all runs beside it
+# Knobs that are in the folder's name, or have one value for all runs in the same parent folder
 IN_THE_NAME = {'corpus', 'seed', 'max_steps', 'train_fraction'}
 
 
@@ -78,7 +78,8 @@ def make_prerequisites(k, script, systems, suffix):
 
 def folder_suffix(k):
     """
-    The suffix of a run's folder behind its config's name: the knobs that are not at default.
+    The suffix of a run's folder name, behind the config's name: dataset, seed, max_steps and
+    train_fraction, if they differ from their defaults.
     """
     parts = [(k['dataset'], k['dataset'] not in ('', 'toy')), (f"seed{k['seed']}", k['seed']),
              (f"steps{k['max_steps']}", k['max_steps'] > 0),
@@ -135,7 +136,7 @@ def train_in_child(argv):
     Run train.py with these arguments in a child process, which saves at Ctrl-C. Exits with the
     child's status if that is not 0.
     """
-    # in a new session the terminal does not send it Ctrl-C too: we pass that on, once
+    # in its own session, the child gets no Ctrl-C from the terminal: it is passed on here, once
     child = subprocess.Popen([sys.executable, *argv], stdin=subprocess.PIPE, start_new_session=True,
                              env=os.environ | {WATCHED: '1'})
     while True:

@@ -39,7 +39,7 @@ def pyplot():
     """ matplotlib.pyplot, imported on first use so that training starts without it. """
     import matplotlib
     if 'matplotlib.pyplot' not in sys.modules:
-        matplotlib.use('Agg')   # a notebook has imported pyplot before, with its own backend
+        matplotlib.use('Agg')   # not if a notebook has imported pyplot, with its own backend
     import matplotlib.pyplot as plt
     return plt
 
@@ -118,9 +118,9 @@ def loss_panels(terms):
 
 def lines_to_compare(result):
     """
-    Values of the selecting metric to compare a validation curve with, where they are known: name ->
-    value. They are the majority's test score, and the corpus's bounds (toy corpus only) of the
-    modalities that the run may read.
+    Values of the selecting metric that a validation curve is compared with, as name -> value: the
+    test metric of the majority baseline, and the bounds of the toy corpus if the run reads both
+    audio and video. Unknown values are left out.
     """
     k, lines = result['about']['knobs'], {}
     if result['majority']:
@@ -140,7 +140,8 @@ def draw_levels(ax, levels):
     for v in levels.values():
         ax.axhline(v, color='0.6', lw=0.8, ls='--', zorder=1)
     low, high = ax.get_ylim()
-    inches = ax.get_figure().get_figheight() / ax.get_gridspec().nrows * 0.65   # about, of the axes
+    # approximate height of the axes
+    inches = ax.get_figure().get_figheight() / ax.get_gridspec().nrows * 0.65
     gap, at = 0.12 / inches, -1.0
     for name, v in sorted(levels.items(), key=lambda item: item[1]):
         at = max((v - low) / (high - low), at + gap)
@@ -260,8 +261,8 @@ def seconds_per_frame(corpus, column):
 
 def draw_attention(run, feed, i, out, stem='attention', label=None):
     """
-    Draw where a run attends in test clip i of a feed, as out/stem.png; nothing where the system has
-    no attention. label: the clip's, for the title.
+    Draw where a run attends in test clip i of a feed, as out/stem.png. Draws nothing if the system
+    has no attention. label: the clip's, for the title.
     """
     batch = feed('test', np.array([i]))
     with torch.no_grad():

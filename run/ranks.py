@@ -1,7 +1,7 @@
 """
 Distributed training (DDP, FSDP2) under torchrun. start() makes this process one of several ranks.
-Without torchrun there is one process, rank 0, and the functions here do nothing. train.py's loop
-says which rank trains on which micro-batch; this file holds the communication between ranks.
+Without torchrun there is one process, rank 0, and the functions here do nothing. The loop in
+train.py decides which rank trains on which micro-batch; this file only communicates between ranks.
 """
 import atexit
 import os
@@ -65,7 +65,7 @@ def gathered(value):
 
 
 def agreed(value):
-    """ Rank 0's value, so that all ranks decide alike, for example on whether a file exists. """
+    """ Rank 0's value, on all ranks, so that they take the same branch (if a file exists, say). """
     return gathered(value)[0]
 
 
@@ -83,7 +83,7 @@ def any_of(flag):
     """ True if `flag` is true on any rank. """
     if N_RANKS == 1:
         return bool(flag)
-    flag = torch.tensor(int(bool(flag)))  # on the CPU, so that no GPU is waited for
+    flag = torch.tensor(int(bool(flag)))  # on the CPU, so that no rank waits for its GPU
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 

@@ -49,7 +49,7 @@ def describe_run(name, knobs, corpus, model, tokenizer, device, dtype, lm_finger
 
 
 def matmul_rate(n=1024):
-    """ The float32 matmul rate of this machine now, in GFLOP/s, by which times can be compared. """
+    """ The float32 matmul rate of this machine now, in GFLOP/s, to compare times of machines. """
     a, seconds = torch.randn(n, n), []  # [n,n]
     for _ in range(6):
         since = time.perf_counter()
@@ -74,7 +74,8 @@ def git(*argv):
 
 def refuse_other_knobs(folder, before, knobs, filled_in=()):
     """
-    Raises ModelError if a run cannot be resumed with `knobs`, because its checkpoint has others.
+    Raises ModelError if a run cannot be resumed with `knobs`, because they differ from those of its
+    checkpoint.
     `before` is describe_run's dict in the checkpoint. Knobs in `filled_in` are not compared: they
     name prerequisites, and are set to the folders of these later.
     """
@@ -98,7 +99,7 @@ def refuse_other_run(folder, before, now):
                        ('LM', before['lm_fingerprint'], now['lm_fingerprint'])):
         if a != b:
             raise ModelError(f"{folder} was trained with another {what} than the present one: "
-                             "restore that one, or give another --out_dir.")
+                             "restore the former one, or give another --out_dir.")
 
 
 def resume_from(path, about, model, named, optimizer):
@@ -128,8 +129,8 @@ class Record:
 
     def open(self, step, resume, fresh):
         """
-        Lock the folder and remove the files of the former run that no longer hold. Log lines after
-        `step` are removed, because those steps will run again.
+        Lock the folder and remove files that a former run left and that this run makes invalid. Log
+        lines after `step` are removed, because those steps will run again.
         """
         if ranks.RANK:
             return
@@ -140,7 +141,7 @@ class Record:
                 self.stop(f"another run is writing into {self.folder}: wait for it, or give "
                           "another --out_dir.")
             remove_leftovers(self.folder)
-            # result.json and report.md mean that a run is finished, which this one is not yet
+            # result.json and report.md stand for a finished run, and this run is not finished
             outdated = ['result.json', 'report.md']
             if fresh:
                 outdated += ['last.safetensors', 'last.json', 'best.safetensors', 'best.json',
@@ -152,7 +153,7 @@ class Record:
             lines = []
             if resume and os.path.lexists(self.log_path):
                 lines = open_regular(self.log_path).readlines()
-            # without a line that was not written to its end when the run was killed
+            # drop a last line that a killed run has written only in part
             lines = [s for s in lines if s.endswith('\n') and json.loads(s)['step'] <= step]
             write_text(self.log_path, ''.join(lines))
             self.file = open(self.log_path, 'a', encoding='utf-8', buffering=1)

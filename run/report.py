@@ -30,9 +30,9 @@ RUN_KNOBS = frozenset('''needs out_dir data_dir device dtype resume fresh log_in
 
 def read_run(folder):
     """
-    result.json of a finished run, as a dict. What determines the model (knobs, corpus, LM) is taken
-    from the checkpoint's header. If result.json differs from it, it was edited or belongs to
-    another checkpoint, which is an error. Raises EvalError, ModelError.
+    result.json of a finished run, as a dict. The knobs, corpus and LM, which determine the model,
+    are taken from the checkpoint's header. If result.json contradicts the header, it was edited or
+    belongs to another checkpoint, which is an error. Raises EvalError, ModelError.
     """
     result = read_json(folder, 'result.json')
     try:
@@ -60,12 +60,12 @@ def read_run(folder):
                             "out the version that has it.")
         known, allowed = known_knobs(os.path.join(ROOT, 'train.py'), SYSTEMS, name)
         check_knobs(about['knobs'], known, allowed, f"in {folder}")
-        wrong = SYSTEMS[name].check(about['knobs'])
+        errors = SYSTEMS[name].check(about['knobs'])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise EvalError(f"{folder}/result.json is damaged ({type(e).__name__}: {e}): python "
                         "train.py with --resume=True writes it again.") from None
-    if wrong:
-        raise EvalError(f"{folder} has wrong knobs, so restore its files: {'; '.join(wrong)}.")
+    if errors:
+        raise EvalError(f"{folder} has wrong knobs, so restore its files: {'; '.join(errors)}.")
     return result
 
 
@@ -211,16 +211,16 @@ def comparison_rows(folder, r):
     parts = cls.readings(k, p)
     for row, run in prerequisite_runs(r['about']).items():
         rows.append((row, run['test'], SYSTEMS[run['about']['knobs']['system']].bound()))
-        # a prerequisite stands in place of the part with the same bound
+        # a prerequisite replaces the part of the model with the same bound
         parts = {name: (key, bound) for name, (key, bound) in parts.items() if bound != rows[-1][2]}
     for row, (key, bound) in parts.items():
         rows.append((row, regression_metrics(p[key], p['label'], r['info']['range']), bound))
     return sorted(rows, key=lambda row: BOUNDS.index(row[2]) if row[2] in BOUNDS else len(BOUNDS))
 
 
-# The bounds of a corpus: what an optimal predictor with these inputs reaches, in the report's order
+# The bounds of a corpus, in the report's order: what an optimal predictor with these inputs reaches
 MAJORITY, TEXT, AV, LATE_FUSION, FULL = BOUNDS = 'majority text av late full'.split()
-# bound -> name of the row of a prerequisite
+# bound -> name of the report's row of a prerequisite with this bound
 PART = {AV: 'audio+video only', TEXT: 'text only'}
 
 
@@ -262,8 +262,8 @@ def summary(folder, r):
     best = 'acc' if classes else 'mae'   # the metric of the bounds
     keys = list(r['test']) if classes else [key for key in SHOWN if key in r['test']]
 
-    def cell(metrics, key):
-        return f'{metrics[key]:.3f}' if key in metrics else '-'
+    def cell(metrics, key):   # the correlation of a constant is NaN
+        return f'{metrics[key]:.3f}' if np.isfinite(metrics.get(key, np.nan)) else '-'
 
     table = []
     for row, metrics, bound in rows:
@@ -300,8 +300,8 @@ def distance_to_bounds(name, best, reached, ceilings):
 
 def report(folder):
     """
-    Write folder/report.md from the files of a finished run. Returns its first table and a line on
-    the run, for the terminal. Raises EvalError.
+    Write folder/report.md from the files of a finished run. Returns its first table, and a line
+    about the run, for the terminal. Raises EvalError.
     """
     r = read_run(folder)
     about, state, clips = r['about'], r['state'], r['clips']
@@ -365,8 +365,8 @@ def curve_picture(folder):
 
 def draw_confusion(path, result, predictions):
     """
-    Draw the confusion matrix of a run's test predictions at `path`: of its classes, or of scores
-    rounded to whole numbers. result: of read_run; predictions: arrays of read_predictions.
+    Draw the confusion matrix of a run's test predictions at `path`, of its classes or of scores
+    rounded to whole numbers. result: read_run's dict; predictions: read_predictions' arrays.
     """
     info, test = result['info'], result['test']
     pred, label = predictions['pred'], predictions['label']  # [N] each

@@ -36,7 +36,7 @@ from configurator import (
     declared_knobs,
     known_knobs,
     run_knobs,
-    wrong_values,
+    value_errors,
 )
 from fakes import (
     HERE,
@@ -270,8 +270,8 @@ def test_a_pretrained_text_model_is_built(features, tmp_path):
     (Late, dict(sub_dropouts=[0.1, 0.1, 1.0]), r'must be in \[0, 1\)')])
 def test_wrong_knobs_give_one_sentence_each(cls, knobs, sentence):
     k = tiny_knobs(cls, **knobs)
-    assert wrong_values(tiny_knobs(cls), class_annotations(cls)) + cls.check(tiny_knobs(cls)) == []
-    wrong = wrong_values(k, class_annotations(cls)) or cls.check(k)
+    assert value_errors(tiny_knobs(cls), class_annotations(cls)) + cls.check(tiny_knobs(cls)) == []
+    wrong = value_errors(k, class_annotations(cls)) or cls.check(k)
     assert len(wrong) == 1
     assert re.search(sentence, wrong[0])
 

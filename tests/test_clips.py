@@ -94,6 +94,7 @@ def test_clips_of_a_jsonl_may_lack_modalities(run, tmp_path, capsys):
     assert 'a: ' in printed
     assert 'many.jsonl, clip 2: 48 values of vision were NaN or inf and are replaced' in printed
     assert 'clip 1: there is no vision' in printed
+    assert 'test texts' not in printed  # a note only where texts are truncated
 
 
 @pytest.mark.parametrize(

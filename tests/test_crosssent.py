@@ -394,7 +394,7 @@ def test_real_configs_run_on_files_of_their_layout(config, resample, tmp_path):
         (['--mpr_gap=-1'], 'at least 0'),
         (['--eioi_power=0'], 'must be at least 1'),
         (['--batch_size=1'], 'needs pairs of clips'),
-        (['--resample=words'], 'is for sources with one frame a word'),
+        (['--resample=words'], 'is for sources with one frame per word'),
     ],
 )
 def test_bad_knobs_are_refused_with_a_sentence(flags, sentence, corpora, tmp_path):

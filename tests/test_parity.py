@@ -609,7 +609,7 @@ def test_undefined_metrics_are_nan_and_warn_nothing(recwarn):
 @pytest.mark.parametrize(
     'pred, label, words',
     [
-        ([], [], 'the split is empty'),
+        ([], [], 'the split has no clips to score'),
         ([1.0], [1.0, 2.0], '1 predictions for 2 labels'),
         ([np.nan, 1, np.inf], [0, 0, 0], '2 of 3 predictions are nan or inf'),
         ([1e39], [0], '1 of 1 predictions'),

@@ -456,7 +456,7 @@ def brute_force(model, batch, k):
     log p of label k after each clip's prompt -> [B], with teacher forcing through Hugging Face's
     own forward, one clip at a time.
     """
-    x, n = model.read(batch)
+    x, n = model.embed_prompt(batch)
     ids, out = model.prompt.answers[k], []
     for b in range(len(x)):
         embeds = torch.cat([x[b, : n[b]], model.lm.embed(torch.tensor(ids))])[None]
@@ -492,7 +492,7 @@ def test_label_scores_equal_brute_force_log_probabilities(
 ):
     """ One pass over the label trie equals one pass of Hugging Face's forward for each label. """
     model, _, batch = prompted(corpora, tokenizers, kind, family, **knobs)
-    scores = model.label_scores(*model.read(batch))
+    scores = model.label_scores(*model.embed_prompt(batch))
     wanted = torch.stack([brute_force(model, batch, k) for k in range(len(model.prompt.labels))], 1)
     torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=2e-4)
     out = model.predict({k: v for k, v in batch.items() if k != 'label'})
@@ -506,7 +506,7 @@ def test_scores_are_brute_force_log_probabilities_on_every_family(family, corpor
     model, _, batch = prompted(corpora, tokenizers, 'bpe', family, clips=(0, 1))
     if model.lm.attention_cap is not None:
         model.lm.hf.config._attn_implementation = 'eager'
-    scores = model.label_scores(*model.read(batch))  # [B,K]
+    scores = model.label_scores(*model.embed_prompt(batch))  # [B,K]
     for k in (0, 30, 60):
         wanted = brute_force(model, batch, k)  # [B]
         torch.testing.assert_close(scores[:, k], wanted, rtol=1e-4, atol=3e-4)
@@ -520,7 +520,7 @@ def test_scores_over_labels_alone_are_constrained_decoding(family, corpora, toke
     probabilities of all labels sum to 1 by themselves.
     """
     model, _, batch = prompted(corpora, tokenizers, 'bpe', family, score_over='labels', label_eos=True)
-    x, n = model.read(batch)
+    x, n = model.embed_prompt(batch)
     scores = model.label_scores(x, n)  # [B,K]
     torch.testing.assert_close(scores.exp().sum(1), torch.ones(len(x)), rtol=0, atol=1e-4)
 
@@ -562,7 +562,7 @@ def test_generated_answers_equal_hugging_faces(kind, family, corpora, tokenizers
     included.
     """
     model, _, batch = prompted(corpora, tokenizers, kind, family, readout='generate')
-    x, n = model.read(batch)
+    x, n = model.embed_prompt(batch)
     ours = model.lm.go_on(x[:, :-1], n - 1, model.trie_token[:1].expand(3), 4)
     for b in range(3):
         theirs = model.lm.hf.generate(
@@ -591,7 +591,7 @@ def test_label_loss_equals_hugging_faces_on_label_tokens(corpora, tokenizers):
     The gradients are the same with checkpoint_lm.
     """
     model, _, batch = prompted(corpora, tokenizers, 'bpe', 'llama')
-    x, n = model.read(batch)
+    x, n = model.embed_prompt(batch)
     total, count = 0.0, 0
     for b, k in enumerate(model.prompt.index(batch['label'])):
         ids = torch.tensor(model.prompt.answers[k])
@@ -644,7 +644,7 @@ def test_predictions_do_not_depend_on_the_batch(knobs, corpora, tokenizers):
 
         def answers(batch):
             """ The token ids, because an untrained LM's answers all parse to the same default. """
-            x, n = model.read(batch)
+            x, n = model.embed_prompt(batch)
             first = model.trie_token[:1].expand(len(x))  # [B]
             return dict(answer=model.lm.go_on(x[:, :-1], n - 1, first, 4))
 
@@ -718,7 +718,7 @@ def test_tgm_pool_padded_counts_padding_in_the_text_mean(corpora, tokenizers):
         return torch.zeros(3, 4, 32)
 
     model.adapter.forward = adapter
-    model.read(batch)
+    model.embed_prompt(batch)
     (text, mask), first = inputs[0], len(model.prompt.before) + 4
     assert text.shape[1] == 48 and mask.all()
     for b in range(3):

@@ -1,5 +1,5 @@
 """
-Does a run on the toy corpus beat the late-fusion bound on the same test clips?
+Tests whether a run on the toy corpus beats the late-fusion bound on the same test clips.
 
     python tools/adding.py out/RUN [out/RUN-seed1 ..]
 

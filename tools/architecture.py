@@ -12,11 +12,11 @@ from run.pictures import pyplot, save, style
 
 FROZEN, TRAINED, NO_WEIGHTS = '#dfe7f3', '#fdf0dc', 'white'
 COLORS = {FrozenLM: FROZEN, Feed: NO_WEIGHTS, Prompt: NO_WEIGHTS, PseudoTokenLM: NO_WEIGHTS,
-          frames_on_tokens: NO_WEIGHTS}   # of other classes: TRAINED
-NAMES = {MSEAdapter: 'MSEAdapter or CMPTA'}   # where a box stands for two classes
+          frames_on_tokens: NO_WEIGHTS}   # all other classes: TRAINED
+NAMES = {MSEAdapter: 'MSEAdapter or CMPTA'}   # of a box that stands for two classes
 
-# title -> boxes of (class or function, what it gives, shape, x, y), and arrows from box to box by
-# their numbers. x and y run from 0 to 1, y upwards.
+# title -> boxes of (class or function, its output, shape, x, y), and arrows as pairs of the numbers
+# of two boxes. x and y run from 0 to 1, y upwards.
 DRAWN = {
     'DeepMLF': (
         [(FrozenLM, 'text', '[B,T,D]', 0.13, 0.05),
@@ -68,7 +68,7 @@ def draw_boxes(ax, boxes, arrows):
         patches.append(text.get_bbox_patch())
     for a, b in arrows:   # from the edge of a box to the edge of another
         (*_, x_a, y_a), (*_, x_b, y_b) = boxes[a], boxes[b]
-        passes_others = b - a > 3 and y_b - y_a > 0.5   # beside them, straight up
+        passes_others = b - a > 3 and y_b - y_a > 0.5   # then the arrow goes straight up
         arrow = dict(arrowstyle='->', color='0.4', lw=1, shrinkA=2, shrinkB=2, patchA=patches[a],
                      patchB=patches[b])
         ax.annotate('', (x_a if passes_others else x_b, y_b), (x_a, y_a), arrowprops=arrow)
@@ -88,8 +88,8 @@ def draw_block(ax):
 
 def draw_architecture(folder):
     """
-    Draw the systems side by side as folder/architecture.png. Data goes up; each box names the class
-    that computes it, what it gives, and its shape.
+    Draw the systems side by side as folder/architecture.png. Data goes up; each box names a class,
+    its output and the output's shape.
     """
     with style():
         fig = pyplot().figure(figsize=(WIDE, HIGH))

@@ -25,8 +25,8 @@ the release of DeepMLF: text and fusion tokens in one stream with gradients thro
 logits of all positions, also in evaluation, and Hugging Face's GELU.
 
 Both run alternately in one process on the CPU, in float32 or bfloat16 (--dtype). Memory is measured
-in a separate process, above that of the loaded model (Linux only). Only the ratio of the two is
-comparable across machines.
+in a separate process, above that of the loaded model (Linux only). Only the ratio of the two
+implementations is comparable across machines.
 """
 import os
 import pickle
@@ -65,15 +65,15 @@ shapes: Literal['simsv2', 'mosi', 'mosei', 'sims'] = 'simsv2'   # lengths and wi
 vs: Literal['plain', 'without', 'start', 'paper'] = 'plain'   # which benchmark to run
 gpu = [989.0, 450.0, 50.0]     # 'paper': bfloat16 TFLOP/s, GB/s in a node and between nodes (H100)
 gpu_share: Share(with_one=True) = 0.45   # 'paper': share of these TFLOP/s that is reached
-lm_shape = []                  # layers, width, heads, vocabulary of the text model; []: as SIZES
-large_shape = [32, 4096, 32, 32000]  # the same of a large LM, for which FLOPs are counted only
+lm_shape = []                  # layers, width, heads, vocabulary of the text model; []: see SIZES
+large_shape = [32, 4096, 32, 32000]  # the same of a large LM, of which only FLOPs are counted
 bench_clips: AtLeast(1) = 1000     # clips of the random corpus
 bench_batches: AtLeast(1) = 6      # timed batches, spread over all lengths
 warmup_rounds = 20             # 'without': untimed forward passes
 timed_rounds: AtLeast(1) = 50      # 'without': timed forward passes
 start_clips = [1000, 16000]    # 'start': train clips of the corpora; 16000 is about MOSEI's number
 repeats: AtLeast(1) = 5            # timed rounds, after an untimed one
-only = ''                      # set for child processes: what to run, such as 'ours train'
+only = ''                      # set in child processes only: the way to run, such as 'ours train'
 # --------------------------------------------------------------------------------------------------
 _root = str(Path(__file__).resolve().parent.parent)
 _argv = [arg if arg.startswith('-') or os.path.exists(arg) else os.path.join(_root, arg)
@@ -145,7 +145,7 @@ class Plain:
 
     @staticmethod
     def use_plain_parts(model, plain):
-        """ Replaces parts of the model by plain ones (plain=True), or puts ours back. """
+        """ Replaces parts of the model by plain ones (plain=True), or restores ours. """
 
     @staticmethod
     def needed_flops(feed, clips, shape):
@@ -155,7 +155,7 @@ class Plain:
 
     @staticmethod
     def spent_flops(feed, batches, shape):
-        """ FLOPs that ours spends on the same; None: use those counted in the run. """
+        """ FLOPs that our implementation spends on these clips; None: those counted in the run. """
         return None
 
     @staticmethod
@@ -334,7 +334,7 @@ class PlainPseudoTokens(Plain):
             # Hugging Face's needs autocast on meta, which torch 2.6 does not have
             return angles, angles
 
-        def read(batch):
+        def embed_prompt(batch):
             # in place of the adapter: constant pseudo tokens that require a gradient
             x = lm.embed(batch['tokens'])  # [B,L,D]
             before, after = x[:, :first], x[:, first + k['n_pseudo']:]
@@ -342,7 +342,7 @@ class PlainPseudoTokens(Plain):
             return x, batch['text_len']
 
         lm.parts['rope'] = rope
-        big.read = read
+        big.embed_prompt = embed_prompt
         with FlopCounterMode(display=False) as counter:
             for index in batches:
                 batch = {name: v.to('meta') for name, v in feed('train', index).items()}
@@ -381,7 +381,7 @@ class PlainCrossSent(Plain):
         }
 
 
-PLAIN = {  # the entry of the nearest base class counts
+PLAIN = {  # a system takes the entry of its nearest base class
     DeepMLF: PlainDeepMLF,
     PseudoTokenLM: PlainPseudoTokens,
     CrossSent: PlainCrossSent,
@@ -392,22 +392,22 @@ PLAIN = {  # the entry of the nearest base class counts
 plain_way = next(PLAIN[c] for c in cls.__mro__ if c in PLAIN)
 shape = k['lm_shape'] or SIZES[plain_way.family(cls)]
 
-wrong = []
+errors = []
 if plain_way.pretraining_stage and k['vs'] != 'start':
-    wrong += [f"system={k['system']!r} is a pretraining stage, which is not benchmarked: choose "
+    errors += [f"system={k['system']!r} is a pretraining stage, which is not benchmarked: choose "
               "another config"]
 if cls.needs_words(k):
-    wrong += ["resample='words' needs frames of words, which random clips lack: choose another one"]
+    errors += ["resample='words' needs frames of words, which random clips lack: take another one"]
 if k['label'] != 'label':
-    wrong += ["random clips have scores but no classes: choose a config for regression"]
+    errors += ["random clips have scores but no classes: choose a config for regression"]
 if k['dtype'] not in ('auto', 'float32', 'bfloat16'):
-    wrong += ["dtype must be 'float32' or 'bfloat16' here"]
+    errors += ["dtype must be 'float32' or 'bfloat16' here"]
 if len(k['gpu']) != 3 or min(k['gpu']) <= 0 or not k['gpu_share']:
-    wrong += ["gpu must be three numbers above 0, and gpu_share above 0"]
+    errors += ["gpu must be three numbers above 0, and gpu_share above 0"]
 if len(shape) != 4 or len(k['large_shape']) != 4:
-    wrong += ["lm_shape and large_shape must be four numbers: layers, width, heads, vocabulary"]
-if wrong:
-    sys.exit(f"bench: {'; '.join(wrong)}.")
+    errors += ["lm_shape and large_shape must be four numbers: layers, width, heads, vocabulary"]
+if errors:
+    sys.exit(f"bench: {'; '.join(errors)}.")
 
 
 def autocast():
@@ -567,7 +567,7 @@ class Race:
 
     def spread_out(self, split):
         """ Orders an epoch's batches by cost, cuts them into bench_batches equal parts, and returns
-        the middle batch of each: a list of arrays of clips. """
+        the middle batch of each part: a list of arrays of clips. """
         order = epoch_order(self.feed.cost(split), k['batch_size'], 0, None)
         order = order[:k['bench_clips'] // k['batch_size'] or 1]  # full batches only
         n = min(k['bench_batches'], len(order))
@@ -615,13 +615,13 @@ class Race:
         """ Sets the mode and the parts of the model, and the memory allocator, for a way. """
         self.model.train('train' in way)
         plain_way.use_plain_parts(self.model, way.startswith('plain'))
-        # ours holds memory as train.py does; a child process of the plain one keeps the default
+        # ours holds memory as train.py does; a child that measures plain keeps the default
         if not (k['only'] and 'plain' in way):
             hold_memory('ours' in way)
 
     def run(self, way):
         """ Seconds of one pass of a way over its batches. The longest batch runs once before,
-        untimed, so that memory allocation is not measured. """
+        untimed, so that memory allocation is not timed. """
         batches = self.batches[way.split()[1]]
         self.set_up(way)
         self.passes(way, batches[-1:])
@@ -637,8 +637,8 @@ class Race:
         return counter.get_total_flops()
 
     def needed_and_ratio(self, text_shape, spent):
-        """ FLOPs that are needed with a text model of this shape, and the ratio of those that ours
-        spends to them; None if they are not counted for this system. """
+        """ FLOPs that are needed with a text model of this shape, and the FLOPs that ours spends
+        divided by them; None if they are not counted for this system. """
         clips = np.concatenate(self.batches['train'])  # [N]
         needed = plain_way.needed_flops(self.feed, clips, text_shape)
         if not needed:
@@ -868,7 +868,7 @@ def count_on_paper(folder):
 # random features on a converted corpus
 
 def seconds_until_line(argv, starts_with):
-    """ Seconds from the start of a process to its first line that starts so; then kills it. """
+    """ Seconds from the start of a process to its first line with this start; then kills it. """
     since = time.perf_counter()
     env, output = os.environ | {'PYTHONUNBUFFERED': '1'}, []
     with subprocess.Popen([sys.executable, *argv], env=env, text=True,

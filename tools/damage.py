@@ -1,5 +1,5 @@
 """
-How much worse the predictions of a run become when audio and video are missing or damaged.
+Measures how much worse the predictions of a run become if audio and video are missing or damaged.
 
     python tools/damage.py out/RUN [out/RUN-seed1 ..]
 
@@ -28,17 +28,17 @@ SHARES = (0.25, 0.5, 0.75, 1.0)   # shares of clips that lose a modality
 WHOLE = 'undamaged'               # the row that the others are compared with
 
 
-def no_damage(batch, gone, rng):
+def no_damage(batch, uniform, rng):
     """ The condition without damage. """
     return {}
 
 
 def drop(streams, share):
     """ Makes a condition: a share of the clips has no frames of these streams. """
-    def damage(batch, gone, rng):
+    def damage(batch, uniform, rng):
         out = {}
         for m in streams:
-            keep = torch.from_numpy(gone >= share).to(batch[m].device)  # [B]
+            keep = torch.from_numpy(uniform >= share).to(batch[m].device)  # [B]
             out[m] = batch[m] * keep[:, None, None]  # [B,S,d]
             out[m + '_len'] = batch[m + '_len'] * keep  # [B]
             out[m + '_mask'] = batch[m + '_mask'] & keep[:, None]  # [B,S]
@@ -48,7 +48,7 @@ def drop(streams, share):
 
 def add_noise(std):
     """ Makes a condition: noise with the features' standard deviation on every real frame. """
-    def damage(batch, gone, rng):
+    def damage(batch, uniform, rng):
         out = {}
         for m in std:
             x, mask = batch[m], batch[m + '_mask']  # [B,S,d], [B,S]
@@ -61,7 +61,7 @@ def add_noise(std):
 
 def shuffle_frames(streams):
     """ Makes a condition: the frames of each clip in random order. """
-    def damage(batch, gone, rng):
+    def damage(batch, uniform, rng):
         out = {}
         for m in streams:
             x, mask = batch[m], batch[m + '_mask']  # [B,S,d], [B,S]
@@ -74,10 +74,10 @@ def shuffle_frames(streams):
 
 def conditions(std):
     """
-    dict of name -> condition. A condition is a function of a batch, `gone` [B] in [0, 1) (a clip
-    loses its frames if its value is below the share) and a random generator; it returns the entries
-    of the batch that change. std: dict of stream -> the standard deviation of its features, a
-    number or [d].
+    dict of name -> condition. A condition is a function of a batch, `uniform` [B], a random number
+    in [0, 1) of each clip (a clip loses its frames if it is below the share), and a random
+    generator. It returns the entries of the batch that change. std: dict of stream -> the standard
+    deviation of its features, a number or [d].
     """
     streams = list(std)
     rows = {WHOLE: no_damage}
@@ -106,14 +106,14 @@ def damaged(folder, **allowed):
     damages = conditions(std)
 
     n = feed.n_clips['test']
-    gone = np.random.default_rng(0).random(n)  # [N]
+    uniform = np.random.default_rng(0).random(n)  # [N]
     preds = {name: np.zeros(n) for name in damages}  # [N] each
     label = np.zeros(n)  # [N]
     batches = epoch_order(feed.cost('test'), run.knobs['batch_size'], 0, None)
     for i, index in enumerate(batches):
         batch, rng = feed('test', index), np.random.default_rng([1, i])
         for name, damage in damages.items():
-            pred = run.predict(batch | damage(batch, gone[index], rng))['pred']
+            pred = run.predict(batch | damage(batch, uniform[index], rng))['pred']
             preds[name][index] = pred.float().cpu().numpy()
         label[index] = batch['label'].cpu().numpy()
     try:

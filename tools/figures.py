@@ -59,7 +59,7 @@ matplotlib.rcParams.update(STYLE)
 # From logs
 
 def curves(folders, out):
-    """ The learning curve of a run, or of several that differ in the seed. """
+    """ Draws the learning curve of a run, or of several that differ in the seed. """
     make_folder(out)
     path = os.path.join(out, 'curves.png')
     learning_curve(path, [(read_run(folder), read_log(folder)) for folder in folders])
@@ -72,14 +72,14 @@ def title_of(folders):
 
 
 def gate_names(n):
-    """ What the n gates of a block multiply; System.gates gives them in this order. """
+    """ The names of the n gates of a block, in the order of System.gates. """
     if n == 2:
         return ['cross-attention gate', 'FFW gate']
     return [f'gate {i + 1}' for i in range(n)]
 
 
 def gates(folders, out):
-    """ Gate values by layer over training, where the system has gates. """
+    """ Draws gate values by layer over training, if the system has gates. """
     logs = [[e for e in read_log(folder) if e.get('gates')] for folder in folders]
     if not all(logs):
         return
@@ -100,8 +100,8 @@ def gates(folders, out):
 
 def numbers_of(labels):
     """
-    The numbers in the labels of a sweep's rows, and the text that all labels share beside the
-    number: ['n_f = 1', 'n_f = 4'] -> [1.0, 4.0], 'n_f'. None where labels are names.
+    The numbers in the labels of a sweep's rows, and the rest of the text, which all labels share:
+    ['n_f = 1', 'n_f = 4'] -> [1.0, 4.0], 'n_f'. None if the labels are names.
     """
     found = [re.fullmatch(r'(\D*?)(\d+\.?\d*|\.\d+)(\D*)', label) for label in labels]
     if len(labels) < 2 or not all(found):
@@ -116,8 +116,8 @@ def numbers_of(labels):
 
 def draw_sweep(path):
     """
-    The rows of a sweep's JSON, mean and standard deviation over seeds: a line where the rows are
-    numbers of one kind, bars where they are names.
+    Draws the rows of a sweep's JSON, mean and standard deviation over seeds: as a line if the rows
+    are numbers of one kind, as bars if they are names.
     """
     with open_regular(path, follow=True) as f:
         sweep = json.load(f)
@@ -160,7 +160,7 @@ def draw_sweep(path):
 # From predictions
 
 def scatter(predictions, result, out):
-    """ Prediction against label, every test clip. """
+    """ Draws the prediction against the label of every test clip. """
     low, high = result['info']['range']
     pred, label = predictions['pred'], predictions['label']  # [N] each
     fig, ((ax,),) = canvas(high=WIDE)
@@ -175,7 +175,8 @@ def scatter(predictions, result, out):
 
 def truth(folder, out):
     """
-    Prediction against label, and the confusion matrix of the classes, or of the rounded scores.
+    Draws predictions against labels, if they are scores, and the confusion matrix of the classes or
+    of the rounded scores.
     """
     result, (_, predictions) = read_run(folder), read_predictions(folder)
     if result['info']['kind'] != 'classes':
@@ -188,7 +189,8 @@ def truth(folder, out):
 
 def calibration(folder, out, n_bins=10):
     """
-    The calibration of the probabilities of readout='score', with the expected calibration error.
+    Draws the calibration of the probabilities of readout='score', with the expected calibration
+    error.
     For classes: the probability of the answer against the share of right answers. For scores: the
     probability of a positive score against the share of positive labels.
     """
@@ -245,7 +247,8 @@ def fused_vectors(run, feed, n):
 
 def embeddings(folder, out, n_most=1000, **allowed):
     """
-    t-SNE of the fused vectors of the test clips, coloured by label (CrossSent's Figures 3 and 4).
+    Draws the t-SNE of the fused vectors of the test clips, coloured by label (CrossSent's Figures 3
+    and 4).
     """
     run, feed = load_run_and_feed(folder, **allowed)
     n = min(feed.n_clips['test'], n_most)
@@ -286,7 +289,7 @@ def clip_number(feed, clip):
 
 
 def attention(folder, out, clip='', **allowed):
-    """ Where a run attends in one test clip; nothing where the system has no attention. """
+    """ Draws where a run attends in one test clip. Draws nothing if it has no attention. """
     run, feed = load_run_and_feed(folder, **allowed)
     i = clip_number(feed, clip)
     draw_attention(run, feed, i, out, label=label_of(feed, i))
@@ -297,14 +300,15 @@ def label_of(feed, i):
     return float(feed.corpus.label('test', feed.k['label'])[i])
 
 
-# The line of each asking modality has the same colour in all panels of Figure 5.
+# The colour of the line of each modality that attends, in all panels of Figure 5.
 ASKING = dict(text='C0', audio='C1', vision='C2')
 
 
 def views_of_cmpta(folder, clip, **allowed):
     """
-    What Figure 5 shows of a run: its Feed, the clip's index, its prediction, and its attention as
-    System.views has it. Raises EvalError where the run has no attention over audio and vision.
+    The parts of Figure 5 for one run: its Feed, the clip's index, the clip's prediction, and the
+    attention in the form of System.views. Raises EvalError if the run has
+    no attention over audio and vision.
     """
     run, feed = load_run_and_feed(folder, **allowed)
     i = clip_number(feed, clip)
@@ -323,8 +327,8 @@ def views_of_cmpta(folder, clip, **allowed):
 
 def tokens(folders, out, clip='', **allowed):
     """
-    CMPTA's Figure 5: one clip's prediction, and its attention over audio and video, for runs of
-    different n_pseudo.
+    Draws CMPTA's Figure 5: one clip's prediction, and its attention over audio and video, for runs
+    of different n_pseudo.
     """
     n_pseudo = {folder: read_run(folder)['about']['knobs'].get('n_pseudo') for folder in folders}
     for folder, n in n_pseudo.items():

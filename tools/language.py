@@ -56,8 +56,8 @@ def bag(texts, size=4096):
 
 
 def embed(texts, lm, where='data', device='cpu'):
-    """ Sentence vectors of N texts -> [N,D] float32: mean last hidden states of `lm`, or word
-    counts if lm is ''. Raises ModelError. """
+    """ Sentence vectors of N texts -> [N,D] float32: the mean of the last hidden states of `lm`,
+    or word counts if lm is ''. Raises ModelError. """
     if not lm:
         return bag(texts)
     tokens, _, _ = tokenize(load_tokenizer(lm), texts, 128)
@@ -101,9 +101,9 @@ def mean_length(texts):
 
 def compare(a, b, lm='', seed=0):
     """
-    Compares the sentences of two corpora (Table 9) -> a table and a sentence. The classifier sees
-    the same number of sentences of each corpus, in lower case because MOSI is all capitals; 80 %
-    are for training and 20 % for testing, and chance is 0.5. Raises CorpusError.
+    Compares the sentences of two corpora (Table 9) -> a table and a sentence. The classifier reads
+    the same number of sentences of each corpus, in lower case because MOSI is all capitals. 80 %
+    are for training and 20 % for testing. Chance is 0.5. Raises CorpusError.
     """
     corpora = [open_corpus(a), open_corpus(b)]
     rng = np.random.default_rng(seed)

@@ -87,8 +87,8 @@ def knobs_of_run(config, knobs):
 
 def settings_of_row(config, short, changes, flags):
     """ The knobs that a row's runs change in their config. Later ones win: the short settings, the
-    row's changes, the flags. Short settings and flags that the row's system has no knob for are
-    left out. """
+    row's changes, the flags. Short settings (those of quick runs on the toy corpus) and
+    flags that the row's system has no knob for are left out. """
     deciding = {k: v for k, v in flags.items() if k in ('system', 'dataset')}
     known = knobs_of_run(config, changes | deciding)
     short = {k: v for k, v in short.items() if k in known}
@@ -147,11 +147,11 @@ class Run:
             all_gpus = ','.join(map(str, range(torch.cuda.device_count())))
             gpus = (os.environ.get('CUDA_VISIBLE_DEVICES') or all_gpus).split(',')
             env['CUDA_VISIBLE_DEVICES'] = gpus[slot % len(gpus)]
-        # a link could point to another file, and opening a FIFO would block
+        # remove a link, which could point to another file, and a FIFO, which would block
         if os.path.lexists(self.folder + '.txt'):
             os.remove(self.folder + '.txt')
         with open(self.folder + '.txt', 'x', encoding='utf-8') as out:
-            # in its own session: run_all passes Ctrl-C on, so that it arrives only once
+            # in its own session, so that Ctrl-C arrives only once, from run_all
             self.process = subprocess.Popen(
                 argv, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         self.since = time.time()

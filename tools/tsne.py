@@ -6,7 +6,7 @@ import math
 import torch
 
 
-def bandwidths(d2, perplexity):
+def neighbour_probabilities(d2, perplexity):
     """
     Gaussian neighbour probabilities whose rows have the given perplexity, for squared distances d2
     [N,N] -> [N,N]. Finds 1 / (2 sigma^2) of each row by bisection.
@@ -33,7 +33,8 @@ def tsne(x, perplexity=30.0, n_steps=750, seed=0):
     """
     x = torch.as_tensor(x, dtype=torch.float64)
     N = len(x)
-    p = bandwidths(torch.cdist(x, x).square(), min(perplexity, (N - 1) / 3))  # [N,N]
+    p = neighbour_probabilities(
+        torch.cdist(x, x).square(), min(perplexity, (N - 1) / 3))  # [N,N]
     p = ((p + p.T) / (2 * N)).clamp(min=1e-12)
     centred = x - x.mean(0)
     torch.manual_seed(seed)

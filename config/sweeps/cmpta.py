@@ -1,5 +1,5 @@
-# CMPTA's Table 5 (SIMS-V2, MAE) and Table 6 (MELD, weighted F1) (Hans CSA 2026). Its Figure 5 is
-# drawn by tools/figures.py --tokens.
+# CMPTA's Table 5 (SIMS-V2, MAE) and Table 6 (MELD, weighted F1) (Hans CSA 2026).
+# tools/figures.py --tokens draws its Figure 5.
 # python tools/sweep.py config/sweeps/cmpta.py --table=5
 name = 'CMPTA'
 config = 'config/cmpta_toy.py'

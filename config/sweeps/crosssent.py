@@ -1,5 +1,6 @@
-# CrossSent's Tables 8 to 11 and its sensitivity study (Liu et al. 2026; one seed each there).
-# Its Table 4 is tools/bench.py --vs=without, its Table 12 is eval.py --corpus.
+# CrossSent's Tables 8 to 11 and its sensitivity study (Liu et al. 2026; the paper has one seed per
+# row). Its Table 4 is measured by tools/bench.py --vs=without, and its Table 12 by eval.py
+# --corpus=.
 # python tools/sweep.py config/sweeps/crosssent.py --table=9
 name = 'CrossSent'
 config = 'config/crosssent_toy.py'

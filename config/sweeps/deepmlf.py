@@ -1,8 +1,8 @@
-# DeepMLF's tables (Georgiou et al. 2025), sized for the toy LM of 4 layers. --config= and --corpus=
-# run those without toy=True on the paper's corpora.
+# DeepMLF's tables (Georgiou et al. 2025), sized for the toy LM of 4 layers. The tables without
+# toy=True can also be run on the paper's corpora, with --config= and --corpus=.
 # python tools/sweep.py config/sweeps/deepmlf.py --table=11
-# A row is (label, changed knobs, what the paper prints: MAE, lower is better). A run with the knobs
-# of short takes 38 s on 1 CPU core.
+# A row is (label, changed knobs, the number in the paper: MAE unless the note says otherwise). A
+# run with the knobs of `short` takes 38 s on 1 CPU core.
 name = 'DeepMLF'
 config = 'config/deepmlf_toy.py'
 short = dict(epochs=4)

@@ -1,5 +1,5 @@
-# MSE-Adapter's ablations (Yang et al. 2025). Of the paper's results only the directions are known
-# here, not the numbers.
+# MSE-Adapter's ablations (Yang et al. 2025). We know only the directions of the paper's results,
+# not the numbers.
 # python tools/sweep.py config/sweeps/mse.py --table=parts
 name = 'MSE-Adapter'
 config = 'config/mse_toy.py'
