@@ -25,7 +25,7 @@ from corpora.unpickle import CorpusError
 from run.errors import ModelError
 from run.folder import check_regular
 from run.frozen_text import frozen_text
-from run.load_lm import refuse_unknown_tokens, tokenizer_notes
+from run.load_lm import refuse_unknown_tokens
 
 
 class Corpus:
@@ -238,8 +238,7 @@ def tokenize(tokenizer, texts, max_len, special=True):
     tokens, and the number of truncated texts. special=True adds the tokenizer's own special tokens,
     as the released code does: none for GPT-2 and SmolLM2, [CLS] .. [SEP] for Chinese GPT-2, <s> for
     Llama. special=False is for a text inside a prompt. A text without tokens becomes one
-    end-of-text token, because models read the last token. Raises ModelError where max_len has no
-    room for the special tokens.
+    end-of-text token, because models read the last token. Raises ModelError if max_len is too small.
     """
     ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
     long = [i for i, t in enumerate(ids) if len(t) > max_len]
@@ -289,7 +288,6 @@ class Feed:
             self.notes.append("answers have one decimal, and rounding the train labels to one "
                               f"decimal gives a mean absolute error of {rounding:.3f}")
         if tokenizer:
-            self.notes += tokenizer_notes(tokenizer)
             for split in corpus.n_clips:
                 self._tokenize(split, tokenizer)
             if model.frozen_features(k):

@@ -333,9 +333,11 @@ def empty_lm(name, remote=False, as_data=False):
 
 def with_rows(tokenizer, hf):
     """
-    The tokenizer, which from now on says how many rows the embedding of its model has
-    (embedding_rows).
+    The tokenizer, with a new attribute embedding_rows: how many rows the embedding of its model
+    has. Prints what may surprise about the tokenizer.
     """
+    for note in tokenizer_notes(tokenizer):
+        print('  ' + note)
     tokenizer.embedding_rows = len(hf.get_input_embeddings().weight)
     return tokenizer
 
