@@ -1,7 +1,7 @@
 """
-The frozen LM: any Hugging Face causal LM of a known family, run layer by layer by our own code; and
-the encoder that CrossSent fine-tunes, run the same way. run/load_lm.py reads either from its files,
-or makes it from nothing.
+The frozen LM: a Hugging Face causal LM of a known family, whose layers our own code runs one by
+one. And the encoder that CrossSent fine-tunes, run the same way. run/load_lm.py reads them from
+files.
 
 Axis letters, the same in every file:
     B clips   T text tokens   L any sequence   D LM width   V vocabulary   h heads
@@ -47,24 +47,26 @@ class EncoderKnobs(TextModelKnobs, NewModelKnobs):
 # -------------------------------------------------------------------------------------------------
 # What is known about each family of LMs
 
-# One row a family: where Hugging Face keeps its parts, and what it computes otherwise than Llama.
+# One row per family: the names of its parts in transformers, and how it differs from Llama.
 #
-# Paths. Of the LM: layers, embed, wpe (learned positions), rope, rope_local, norm. Of a layer:
-# norm_1, qkv, q_norm, k_norm, out, post_1 (norm behind attention); norm_2, ffw, gate, up, gate_up
-# (both in one matrix), down, act, post_2 (norm behind the FFW). A layer may lack a part.
+# Parts of the LM: layers, embed, wpe (learned positions), rope, rope_local, norm (the last one).
+# Parts of a layer: norm_1, qkv, q_norm, k_norm, out, post_1 (the norm behind attention); norm_2,
+# ffw, gate, up, gate_up (both in one matrix), down, act, post_2 (the norm behind the FFW).
 #
-# Traits, each read in one place below; a text in quotes is an entry of the LM's config:
+# Differences. A value in quotes is the name of an entry in the LM's config.json.
 #   wpe_offset=n             position 0 is row n of wpe
-#   packed='parts', 'heads'  q, k, v are one matrix: one behind another, or head by head
-#   qk_norm='head'           q_norm and k_norm see [B,L,h,D/h]; 'all': [B,L,D]; 'split': [B,h,L,D/h]
+#   packed='parts', 'heads'  q, k, v are one matrix: first all of q, then k and v; or head by head
+#   qk_norm='head'           q_norm and k_norm get [B,L,h,D/h]; 'all': [B,L,D]; 'split': [B,h,L,D/h]
 #   clip                     q, k and v are clamped to this magnitude
-#   pairs=True               rope turns neighbouring features; 'given': cos and sin come in pairs
-#   rope_kinds               which rope each layer takes; or which layers have one (1) and not (0)
-#   attention_scale          factor of q k; attention_root: q k is divided by its square root
-#   attention_cap, logit_cap c tanh(x / c) of q k, of the logits
-#   parallel                 attention and FFW both read the layer's input: True, or a config entry
-#   embed_scale, embed_root  factor of the embeddings: an entry, or True for the root of the width
-#   residual_scale           factor of what attention and FFW add
+#   pairs=True               rope rotates neighbouring features; 'given': cos and sin are repeated
+#   rope_kinds               the kind of rope of each layer; or 1 for a layer with rope and 0 without
+#   attention_scale          factor of q k
+#   attention_root           q k is divided by the square root of this
+#   attention_cap, logit_cap c: q k, or the logits, become c tanh(x / c)
+#   parallel                 attention and FFW both read the layer's input
+#   embed_scale              factor of the embeddings
+#   embed_root=True          that factor is the square root of the width
+#   residual_scale           factor of the outputs of attention and FFW
 #   logit_scale, logit_divisor  factor and divisor of the logits
 #   norm_offset=1            norms multiply by 1 + weight
 LLAMA = dict(
@@ -194,9 +196,9 @@ OTHER_PARTS = ('q_norm', 'k_norm', 'norm_2', 'gate', 'up', 'gate_up', 'down', 'a
 
 def rotate(x, cos, sin, pairs=False):
     """
-    Rotary position embedding (Su et al. 2021) of the first r of each head's features: the two
-    halves of them against each other, or neighbouring pairs. x [B,h,L,D/h], cos and sin [B,L,r] as
-    Hugging Face lays them out; pairs='given': they hold each angle twice in a row already.
+    Rotary position embedding (Su et al. 2021) of the first r features of each head. Feature i is
+    rotated with feature i + r/2, or with pairs=True its neighbour. x [B,h,L,D/h]; cos, sin [B,L,r] as
+    transformers lays them out, and with pairs='given' as neighbours need them -> [B,h,L,D/h].
     """
     r = cos.shape[-1]
     x, rest = x[..., :r], x[..., r:]  # [B,h,L,r], [B,h,L,D/h-r]
@@ -213,12 +215,12 @@ def rotate(x, cos, sin, pairs=False):
 
 
 def soft_cap(x, cap):
-    """ x squeezed into (-cap, cap); unchanged where cap is None. """
+    """ cap tanh(x / cap), or x if cap is None. """
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
 class Times(nn.Module):
-    """ A factor, as a module. """
+    """ Multiplies by a factor. """
 
     def __init__(self, factor):
         super().__init__()
@@ -360,8 +362,8 @@ class FrozenLM(nn.Module):
 
     def norms_of_ffw(self, l):
         """
-        What stands before and behind layer l's FFW, for a block that starts as it: two modules,
-        nn.Identity where the family has nothing there.
+        The modules before and behind layer l's FFW, for a block that starts as a copy of it. They
+        are nn.Identity where the family has none.
         """
         return self.part(l, 'norm_2'), self.part(l, 'post_2')
 
@@ -391,8 +393,8 @@ class FrozenLM(nn.Module):
 
     def place(self, x, positions):
         """
-        Give x [B,L,D] its positions [B,L]: added to it (GPT-2, OPT), or as one (cos, sin) or None
-        a layer to rotate by. Returns x, rope.
+        Give x [B,L,D] its positions [B,L] -> x, rope. GPT-2 and OPT add them to x, and rope is
+        None. Elsewhere rope has (cos, sin) for each layer, or None for a layer without rope.
         """
         if self.parts['wpe'] is not None:
             rows = positions + self.row.get('wpe_offset', 0)  # [B,L]
@@ -421,8 +423,8 @@ class FrozenLM(nn.Module):
 
     def heads(self, l, y):
         """
-        Layer l's projections of y [B,L,D] by head: [B,h,L,D/h], 2x [B,h_kv,L,D/h]. Families pack
-        them, clamp them and normalise them in their own ways.
+        Layer l's projections of y [B,L,D], by head: q [B,h,L,D/h], k and v [B,h_kv,L,D/h]. Some
+        families pack, clamp or normalise them.
         """
         (B, L, _), row, part = y.shape, self.row, self.layer_parts[l]
         q_norm, k_norm = part['q_norm'], part['k_norm']
@@ -463,7 +465,7 @@ class FrozenLM(nn.Module):
         return y.transpose(1, 2).reshape(B, L, -1)
 
     def capped_attention(self, q, k, v, mask):
-        """ Attention with a soft cap on its scores, which torch's own has not -> [B,h,L,D/h]. """
+        """ As scaled_dot_product_attention, with a soft cap on the scores -> [B,h,L,D/h]. """
         if mask is None:
             mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()  # [L,L]
         score = q @ k.transpose(2, 3) * self.attention_scale  # [B,h,L,M]
@@ -472,15 +474,15 @@ class FrozenLM(nn.Module):
 
     def finish(self, l, x, q, k, v, mask=None):
         """
-        The rest of layer l, given what x [B,L,D] asks (q) and all that it may see (k, v
-        [B,h_kv,T+L,D/h]).
+        The rest of layer l for x [B,L,D]: q [B,h,L,D/h] of x, k and v [B,h_kv,M,D/h] of all tokens
+        that x may attend to -> [B,L,D].
         """
         y = self.part(l, 'out')(self.attend(q, k, v, mask))  # [B,L,D]
         y = x + self.part(l, 'post_1')(y)  # [B,L,D]
         return y + self.feed_forward(l, x if self.parallel else y)
 
     def feed_forward(self, l, x):
-        """ What layer l's FFW adds to x [B,L,D], with what surrounds it -> [B,L,D]. """
+        """ What layer l's FFW, with the norms around it, adds to x [B,L,D] -> [B,L,D]. """
         y = self.part(l, 'ffw')(self.part(l, 'norm_2')(x))  # [B,L,D]
         if isinstance(y, tuple):  # experts, before transformers 5: with the router's logits
             y = y[0]
@@ -488,10 +490,9 @@ class FrozenLM(nn.Module):
 
     def block(self, l, x, rope, past=None, mask=None):
         """
-        LM layer l (from 0) on x [B,L,D]. Without `past`, causal over x itself: with padding at the
-        end no real token ever sees it, so no mask is needed. With `past`, the (k, v) of earlier
-        tokens, x comes after them and `mask` [B,1,L,T+L] says who sees whom. Returns x [B,L,D] and
-        this layer's own (k, v) [B,h_kv,L,D/h].
+        LM layer l (from 0) on x [B,L,D] -> x [B,L,D] and the layer's (k, v) of x [B,h_kv,L,D/h].
+        Without `past`, attention is causal over x; padding is at the end, where no real token sees
+        it. `past` is the (k, v) of T earlier tokens, and `mask` [B,1,L,T+L] is True where attended.
         """
         q, k, v = self.qkv(l, x, rope)
         own = k, v
@@ -582,9 +583,8 @@ def unknown_family(family):
 
 class TextEncoder(nn.Module):
     """
-    A BERT- or RoBERTa-family encoder that is fine-tuned, run layer by layer like the frozen LM, so
-    that a block can come between two layers. Its pooler, if it has one, is left out: systems here
-    have heads of their own.
+    A fine-tuned encoder of the BERT or RoBERTa family, run layer by layer, so that a block can come
+    between two layers. Its pooler is left out, because systems here have heads of their own.
     """
 
     def __init__(self, hf):
@@ -598,22 +598,21 @@ class TextEncoder(nn.Module):
             self.n_heads = c.num_attention_heads
             self.dropout = c.attention_probs_dropout_prob
             padding = hf.embeddings.position_embeddings.padding_idx
-            # RoBERTa counts positions from behind its padding id
+            # RoBERTa's positions start at padding_idx + 1
             not_used = 0 if padding is None else padding + 1
             self.max_positions = c.max_position_embeddings - not_used
-            # many that look like a BERT are none: it must compute what Hugging Face's does
-            same = self.gap() <= 1e-2
-        except Exception:  # of any kind: its code is not ours
-            same = False
-        if not same:
-            raise ModelError(f"{c.model_type!r} is no encoder of the BERT or RoBERTa family, or "
-                             "computes something else than they do: take one for --lm=, such as "
-                             "bert-base-uncased or roberta-base.")
+            gap = self.gap()
+            reason = '' if gap <= 1e-2 else f'its hidden states differ by {gap:.2g} of the largest'
+        except Exception as e:  # of any kind: its code is not ours
+            reason = f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
+        if reason:
+            raise ModelError(f"{c.model_type!r} is no encoder of the BERT or RoBERTa family "
+                             f"({reason}): choose one, such as --lm=bert-base-uncased.")
         self.hf.pooler = None
 
     @torch.no_grad()
     def gap(self):
-        """ How far our forward is from Hugging Face's, as a share of the largest hidden state. """
+        """ The largest difference to transformers' own forward, over the largest hidden state. """
         tokens = torch.arange(3, 35)[None, :self.max_positions]  # [1,32]
         tokens = 7 * tokens % self.hf.config.vocab_size
         theirs = self.hf(tokens).last_hidden_state  # [1,32,D]

@@ -27,9 +27,8 @@ from run.lm_compare import compare_once, known_lm
 
 def silence_transformers():
     """
-    No progress bars of Hugging Face's, for weights that take a second; and no request to the hub to
-    convert somebody's weights to safetensors, which transformers would send from a thread of its
-    own.
+    Turn off the progress bars of transformers. And turn off its background request to the hub to
+    convert an LM's weights to safetensors.
     """
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -39,7 +38,7 @@ def silence_transformers():
 @contextmanager
 def quiet():
     """
-    No warnings of transformers': what they say of weights that were not found is a ModelError here.
+    Inside, transformers prints no warnings. Weights that were not found are a ModelError here.
     """
     from transformers.utils import logging
     level = logging.get_verbosity()
@@ -53,7 +52,7 @@ def quiet():
 @contextmanager
 def loading(name):
     """
-    Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError).
+    Inside, any error of transformers becomes a ModelError of one sentence.
     """
     try:
         yield
