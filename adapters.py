@@ -61,7 +61,7 @@ class LoRA(nn.Module):
 def weight_of(layer):
     """ The weight of an LM's linear layer as [n_out, n_in]. GPT-2 stores it as [n_in, n_out], in a
     Conv1D. """
-    return layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+    return layer.weight.T if type(layer).__name__ == 'Conv1D' else layer.weight
 
 
 def linear_like(layer, init):
@@ -197,28 +197,33 @@ class MMBlock(nn.Module):
     query: the tokens that attend to Z, 'fusion', 'text+fusion' or 'text' (the paper's Table 10).
     With 'text' the fusion tokens stay and read Z through the text; the release drops them.
     ffw: 'full', 'lora' or 'none'.
-    norm_2 and, with ffw_init='lm', the full FFW start as copies of the LM block's.
+    norm_2 and, with ffw_init='lm', the full FFW start as copies of the LM block's. So does post_2, the
+    norm behind the FFW that some families have.
+
+    norms: the LM block's norms before and behind its FFW, nn.Identity where it has none.
+    norm_offset: 1 if they multiply by 1 + weight, else 0.
     """
-    def __init__(self, D, d, norm, lm_ffw, n_heads=16, query='fusion', gate='sigmoid',
+    def __init__(self, D, d, norms, lm_ffw, n_heads=16, query='fusion', gate='sigmoid',
                  ffw='full', ffw_init='lm', lora_rank=512, lora_alpha=8192, lora_dropout=0.05,
-                 dropout=0.1):
+                 dropout=0.1, norm_offset=0):
         super().__init__()
         self.query = query
         self.gate = gate
-        # copies of the LM's norm: its type (LayerNorm or RMSNorm) and its eps depend on the family
-        self.norm_1 = copy.deepcopy(norm).float().requires_grad_(True)
-        self.norm_2 = copy.deepcopy(self.norm_1)
-        nn.init.ones_(self.norm_1.weight)
+        # copies of the LM's norms: their type (LayerNorm or RMSNorm) and eps depend on the family
+        before, behind = (copy.deepcopy(norm).float().requires_grad_(True) for norm in norms)
+        self.norm_1 = copy.deepcopy(behind if isinstance(before, nn.Identity) else before)
+        if getattr(self.norm_1, 'weight', None) is not None:  # OLMo's norms have no weights
+            nn.init.constant_(self.norm_1.weight, 1.0 - norm_offset)
         if getattr(self.norm_1, 'bias', None) is not None:
             nn.init.zeros_(self.norm_1.bias)
         self.gca = CrossAttention(D, d, n_heads, dropout)
+        self.ffw = None
         if ffw == 'full':
             self.ffw = FFW(lm_ffw, ffw_init, dropout)
-        elif ffw == 'lora':
+        if ffw == 'lora':
             self.ffw = LoRAFFW(lm_ffw, lora_rank, lora_alpha, lora_dropout)
-        else:
-            self.ffw = None
-            self.norm_2 = None
+        self.norm_2 = before if ffw != 'none' else None
+        self.post_2 = behind if ffw != 'none' else None
         gated = gate != 'none'
         self.a_1 = nn.Parameter(torch.zeros(1)) if gated else None
         self.a_2 = nn.Parameter(torch.zeros(1)) if gated and ffw != 'none' else None
@@ -234,7 +239,8 @@ class MMBlock(nn.Module):
 
     def project(self, x, lm_ffw, gate):
         """ x [B,L,D] plus the gated FFW of x -> [B,L,D]. """
-        return x + (gate * self.ffw(self.norm_2(x), lm_ffw)).to(x.dtype)
+        y = self.post_2(self.ffw(self.norm_2(x), lm_ffw))  # [B,L,D]
+        return x + (gate * y).to(x.dtype)
 
     def forward(self, x_t, x_f, z, z_mask, lm_ffw):
         """ x_t [B,T,D], x_f [B,F,D], z [B,m,d], z_mask [B,m], lm_ffw of the LM block before -> the
@@ -868,3 +874,18 @@ def inputs_of(module, predict, batch, every=False):
     finally:
         handle.remove()
     return seen if every else seen[-1][0]
+
+
+def attention_of_last_layer(encoder, predict, batch):
+    """
+    The attention weights of one clip in a TextEncoder's last layer, the mean over heads (CrossSent's
+    Figures 5 and 6), as System.views returns them.
+    """
+    if not encoder.n_layers:
+        return {}
+    last = encoder.hf.encoder.layer[-1].attention.self
+    x = inputs_of(last.query, predict, batch)[0].float()  # [T,D]
+    q, key = (p(x).view(len(x), encoder.n_heads, -1).transpose(0, 1)
+              for p in (last.query, last.key))  # 2x [h,T,D/h]
+    weights = (q @ key.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)  # [T,T]
+    return {'last layer': (weights, 'text token', 'text token')}

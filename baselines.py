@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from adapters import (
     EncoderLayer,
+    attention_of_last_layer,
     frames_on_tokens,
     inputs_of,
     last_step,
@@ -35,9 +36,10 @@ from adapters import (
 )
 from configurator import AtLeast, Share, class_knobs
 from data import texts_as_read
-from lm import EncoderKnobs, ModelError, attention_of_last_layer
+from lm import EncoderKnobs, ModelError
 from losses import OrdinalKnobs, l1, mse, ordinal_loss
-from run.load_lm import lm_config, load_tokenizer, specials, width_of
+from run.frozen_text import width_of
+from run.load_lm import lm_config, load_tokenizer, specials
 from run.new_lm import load_text_encoder
 from system import System, weight_groups
 

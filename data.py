@@ -22,9 +22,10 @@ from corpora.convert import convert, describe, folder_name, staging
 from corpora.names import STREAMS
 from corpora.toy import VERSION, make_toy
 from corpora.unpickle import CorpusError
-from lm import ModelError
+from run.errors import ModelError
 from run.folder import check_regular
-from run.load_lm import frozen_text, refuse_unknown_tokens
+from run.frozen_text import frozen_text
+from run.load_lm import refuse_unknown_tokens
 
 
 class Corpus:
@@ -237,8 +238,7 @@ def tokenize(tokenizer, texts, max_len, special=True):
     tokens, and the number of truncated texts. special=True adds the tokenizer's own special tokens,
     as the released code does: none for GPT-2 and SmolLM2, [CLS] .. [SEP] for Chinese GPT-2, <s> for
     Llama. special=False is for a text inside a prompt. A text without tokens becomes one
-    end-of-text token, because models read the last token. Raises ModelError where max_len has no
-    room for the special tokens.
+    end-of-text token, because models read the last token. Raises ModelError if max_len is too small.
     """
     ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
     long = [i for i, t in enumerate(ids) if len(t) > max_len]

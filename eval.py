@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 from data import Corpus, CorpusError, Feed, epoch_order, open_corpus
-from lm import ModelError, same_answer
 from metrics import SHOWN, check_finite, claim, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run import ranks
 from run.clips import ClipError, Clips, Transferred, describe_predictions, export, read_clips
+from run.errors import ModelError
+from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
 from run.folder import load_checkpoint, load_tensors, write_text
-from run.load_lm import tokenizer_fingerprint
 from run.machine import devices, hold_memory
 from run.pictures import draw_attention
 from run.report import RUN_KNOBS, EvalError, read_predictions, read_run, report, write_predictions
@@ -231,7 +231,7 @@ def check_fingerprints(folder, k, about, model, tokenizer):
     if model.lm and model.lm.fingerprint() != about['lm_fingerprint']:
         raise EvalError(other_lm_message(folder, k))
     recorded = about.get('lm_answer')
-    if model.lm and recorded and not same_answer(model.lm.answer(), recorded, about['dtype']):
+    if model.lm and recorded and not same_logits(sample_logits(model.lm), recorded, about['dtype']):
         raise EvalError(f"the LM {k['lm']} has the weights that {folder} was trained with but "
                         "computes other outputs, so its configuration was changed: restore it.")
     recorded = about.get('tokenizer_fingerprint')

@@ -1,12 +1,11 @@
 """
-The frozen LM: any Hugging Face causal LM of a known family, run layer by layer by our own code; and
-the encoder that CrossSent fine-tunes, run the same way. run/load_lm.py reads either from its files,
-or makes it from nothing.
+The frozen LM: a Hugging Face causal LM of a known family, whose layers our own code runs one by
+one. And the encoder that CrossSent fine-tunes, run the same way. run/load_lm.py reads them from
+files.
 
 Axis letters, the same in every file:
     B clips   T text tokens   L any sequence   D LM width   V vocabulary   h heads
 """
-import hashlib
 from typing import Literal
 
 import torch
@@ -14,6 +13,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import AtLeast
+from run.errors import ModelError
+from run.fingerprints import fingerprint
+from run.lm_checks import longest_text, refuse_variants
 
 
 class TextModelKnobs:
@@ -42,14 +44,59 @@ class EncoderKnobs(TextModelKnobs, NewModelKnobs):
     """
 
 
-class ModelError(Exception):
-    """ A sentence for the user: what was wrong, where, and what to do. """
-
-
 # -------------------------------------------------------------------------------------------------
-# The frozen LM
+# What is known about each family of LMs
 
-# Where each family keeps its parts: all that we know about any LM. A new family is a line here.
+# One row per family: the names of its parts in transformers, and how it differs from Llama.
+#
+# Parts of the LM: layers, embed, wpe (learned positions), rope, rope_local, norm (the last one).
+# Parts of a layer: norm_1, qkv, q_norm, k_norm, out, post_1 (the norm behind attention); norm_2,
+# ffw, gate, up, gate_up (both in one matrix), down, act, post_2 (the norm behind the FFW).
+#
+# Differences. A value in quotes is the name of an entry in the LM's config.json.
+#   wpe_offset=n             position 0 is row n of wpe
+#   packed='parts', 'heads'  q, k, v are one matrix: first all of q, then k and v; or head by head
+#   qk_norm='head'           q_norm and k_norm get [B,L,h,D/h]; 'all': [B,L,D]; 'split': [B,h,L,D/h]
+#   clip                     q, k and v are clamped to this magnitude
+#   pairs=True               rope rotates neighbouring features; 'given': cos and sin are repeated
+#   rope_kinds               the kind of rope of each layer; or 1 for a layer with rope and 0 without
+#   attention_scale          factor of q k
+#   attention_root           q k is divided by the square root of this
+#   attention_cap, logit_cap c: q k, or the logits, become c tanh(x / c)
+#   parallel                 attention and FFW both read the layer's input
+#   embed_scale              factor of the embeddings
+#   embed_root=True          that factor is the square root of the width
+#   residual_scale           factor of the outputs of attention and FFW
+#   logit_scale, logit_divisor  factor and divisor of the logits
+#   norm_offset=1            norms multiply by 1 + weight
+LLAMA = dict(
+    layers='model.layers',
+    embed='model.embed_tokens',
+    rope='model.rotary_emb',
+    norm='model.norm',
+    norm_1='input_layernorm',
+    qkv=['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+    out='self_attn.o_proj',
+    norm_2='post_attention_layernorm',
+    ffw='mlp',
+    gate='mlp.gate_proj',
+    up='mlp.up_proj',
+    down='mlp.down_proj',
+    act='mlp.act_fn',
+)
+HEAD_NORMS = dict(q_norm='self_attn.q_norm', k_norm='self_attn.k_norm', qk_norm='head')
+NO_GATE = dict(gate=None)
+PACKED_FFW = dict(gate=None, up=None, gate_up='mlp.gate_up_proj', act='mlp.activation_fn')
+GLM = LLAMA | PACKED_FFW | dict(pairs=True)
+GEMMA = LLAMA | dict(embed_root=True, norm_offset=1)
+GEMMA_2 = GEMMA | dict(
+    post_1='post_attention_layernorm',
+    norm_2='pre_feedforward_layernorm',
+    post_2='post_feedforward_layernorm',
+    attention_root='query_pre_attn_scalar',
+    attention_cap='attn_logit_softcapping',
+    logit_cap='final_logit_softcapping',
+)
 FAMILIES = {
     'gpt2': dict(
         layers='transformer.h',
@@ -58,134 +105,233 @@ FAMILIES = {
         norm='transformer.ln_f',
         norm_1='ln_1',
         qkv=['attn.c_attn'],
+        packed='parts',
         out='attn.c_proj',
         norm_2='ln_2',
         ffw='mlp',
-        gate=None,
         up='mlp.c_fc',
         down='mlp.c_proj',
         act='mlp.act',
     ),
-    'llama': dict(
-        layers='model.layers',
-        embed='model.embed_tokens',
-        rope='model.rotary_emb',
-        norm='model.norm',
-        norm_1='input_layernorm',
+    'opt': dict(
+        layers='model.decoder.layers',
+        embed='model.decoder.embed_tokens',
+        wpe='model.decoder.embed_positions',
+        wpe_offset=2,
+        norm='model.decoder.final_layer_norm',
+        norm_1='self_attn_layer_norm',
         qkv=['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
-        out='self_attn.o_proj',
+        out='self_attn.out_proj',
+        norm_2='final_layer_norm',
+        up='fc1',
+        down='fc2',
+        act='activation_fn',
+    ),
+    'gpt_neox': dict(
+        layers='gpt_neox.layers',
+        embed='gpt_neox.embed_in',
+        rope='gpt_neox.rotary_emb',
+        norm='gpt_neox.final_layer_norm',
+        norm_1='input_layernorm',
+        qkv=['attention.query_key_value'],
+        packed='heads',
+        out='attention.dense',
         norm_2='post_attention_layernorm',
+        parallel='use_parallel_residual',
         ffw='mlp',
-        gate='mlp.gate_proj',
-        up='mlp.up_proj',
-        down='mlp.down_proj',
-        act='mlp.act_fn',
+        up='mlp.dense_h_to_4h',
+        down='mlp.dense_4h_to_h',
+        act='mlp.act',
+    ),
+    'llama': LLAMA,
+    'mistral': LLAMA,
+    'qwen2': LLAMA,  # its biases are in its own linears
+    'qwen3': LLAMA | HEAD_NORMS,
+    'qwen3_moe': LLAMA | HEAD_NORMS,  # its experts have no gate, up and down: no MM block
+    'helium': LLAMA | dict(pairs=True),
+    'ernie4_5': LLAMA | dict(pairs=True),
+    'arcee': LLAMA | NO_GATE,
+    'nemotron': LLAMA | NO_GATE | dict(norm_offset=1),
+    'starcoder2': LLAMA | NO_GATE | dict(up='mlp.c_fc', down='mlp.c_proj', act='mlp.act'),
+    'stablelm': LLAMA | dict(
+        q_norm='self_attn.q_layernorm',
+        k_norm='self_attn.k_layernorm',
+        qk_norm='split',
+        parallel='use_parallel_residual',
+    ),
+    'smollm3': LLAMA | dict(rope_kinds='no_rope_layers'),
+    'phi3': LLAMA | PACKED_FFW | dict(qkv=['self_attn.qkv_proj'], packed='parts'),
+    'glm': GLM,
+    'glm4': GLM | dict(post_1='post_self_attn_layernorm', post_2='post_mlp_layernorm'),
+    'granite': LLAMA | dict(
+        embed_scale='embedding_multiplier',
+        attention_scale='attention_multiplier',
+        residual_scale='residual_multiplier',
+        logit_divisor='logits_scaling',
+    ),
+    'cohere': LLAMA | HEAD_NORMS | dict(
+        norm_2=None,  # attention and FFW share norm_1
+        parallel=True,
+        pairs='given',
+        logit_scale='logit_scale',
+    ),
+    'olmo': LLAMA | dict(clip='clip_qkv'),
+    'olmo2': LLAMA | HEAD_NORMS | dict(
+        qk_norm='all',
+        norm_1=None,
+        post_1='post_attention_layernorm',
+        norm_2=None,
+        post_2='post_feedforward_layernorm',
+    ),
+    'gemma': GEMMA,
+    'gemma2': GEMMA_2,
+    'gemma3_text': GEMMA_2 | HEAD_NORMS | dict(
+        rope_local='model.rotary_emb_local',  # before transformers 5
+        rope_kinds='layer_types',
     ),
 }
-FAMILIES['qwen2'] = FAMILIES['llama']  # its biases are in its own linears
-FAMILIES['qwen3'] = FAMILIES['llama'] | dict(q_norm='self_attn.q_norm', k_norm='self_attn.k_norm')
-# GLM-4: rotates neighbouring pairs of half of each head; gate and up of its FFW are one matrix
-FAMILIES['glm'] = FAMILIES['llama'] | dict(pairs=True, gate=None, up=None)
+NEEDED_PARTS = ('norm_1', 'out', 'post_1', 'ffw', 'post_2')   # of a layer, where its row names them
+OTHER_PARTS = ('q_norm', 'k_norm', 'norm_2', 'gate', 'up', 'gate_up', 'down', 'act')
 
 
 def rotate(x, cos, sin, pairs=False):
     """
-    Rotary position embedding (Su et al. 2021) of the first r of each head's features: the two
-    halves of them against each other, or neighbouring pairs. x [B,h,L,D/h], cos and sin [B,L,r] as
-    Hugging Face lays them out.
+    Rotary position embedding (Su et al. 2021) of the first r features of each head. Feature i is
+    rotated with feature i + r/2, or with pairs=True its neighbour. x [B,h,L,D/h]; cos, sin [B,L,r] as
+    transformers lays them out, and with pairs='given' as neighbours need them -> [B,h,L,D/h].
     """
     r = cos.shape[-1]
     x, rest = x[..., :r], x[..., r:]  # [B,h,L,r], [B,h,L,D/h-r]
-    if pairs:
+    if pairs and pairs != 'given':
         cos = cos[..., :r // 2].repeat_interleave(2, -1)  # [B,L,r]
         sin = sin[..., :r // 2].repeat_interleave(2, -1)  # [B,L,r]
+    if pairs:
         turned = torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2)  # [B,h,L,r]
     else:
         turned = torch.cat([-x[..., r // 2:], x[..., :r // 2]], -1)  # [B,h,L,r]
-    return torch.cat([x * cos[:, None] + turned * sin[:, None], rest], -1)  # [B,h,L,D/h]
+    # some families give cos and sin in float32 whatever the LM's dtype
+    x = (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)  # [B,h,L,r]
+    return torch.cat([x, rest], -1)  # [B,h,L,D/h]
 
+
+def soft_cap(x, cap):
+    """ cap tanh(x / cap), or x if cap is None. """
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+class Times(nn.Module):
+    """ Multiplies by a factor. """
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
+class Rows:
+    """
+    Some rows of a linear layer, as a linear layer of its own that shares its weights.
+    """
+
+    def __init__(self, layer, rows):
+        self.layer = layer
+        self.rows = rows
+
+    @property
+    def weight(self):
+        return self.layer.weight[self.rows]  # [n_out,n_in]
+
+    @property
+    def bias(self):
+        return None if self.layer.bias is None else self.layer.bias[self.rows]  # [n_out]
+
+    def __call__(self, x):
+        return F.linear(x, self.weight, self.bias)  # [..,n_in] -> [..,n_out]
+
+
+# -------------------------------------------------------------------------------------------------
+# The frozen LM
 
 class FrozenLM(nn.Module):
     """
-    Any Hugging Face causal LM of a known family, frozen: no gradient, no dropout (train() leaves it
+    A Hugging Face causal LM of a known family, frozen: no gradient, no dropout (train() leaves it
     in eval mode: the release trains through GPT-2's own dropout), and no change of a bit by any
     amount of training.
 
     We call its layers' parts ourselves, one layer at a time, with keys and values as plain
     arguments, so that a caller can put blocks between layers and run a few extra tokens over a
-    text's keys and values.
+    text's keys and values. run/lm_compare.py holds the result against Hugging Face's own forward.
     """
 
-    def __init__(self, hf):
+    def __init__(self, hf, row=None):
+        """ hf: the Hugging Face model; row: a row of FAMILIES, by default its family's. """
         super().__init__()
         c = hf.config
-        if getattr(c, 'use_sliding_window', False):
-            raise ModelError("this LM's layers see a window of the text (use_sliding_window in its "
-                             "config), which the frozen LM here does not do: take another LM.")
-        by_layer = getattr(c, 'scale_attn_by_inverse_layer_idx', False)
-        if by_layer or not getattr(c, 'scale_attn_weights', True):
-            raise ModelError("this GPT-2 scales attention in a way of its own (scale_attn_* in its "
-                             "config), which the frozen LM here does not do: take another LM.")
+        self.family = c.model_type
+        self.row = row or FAMILIES.get(self.family)
+        if self.row is None:
+            raise unknown_family(self.family)
+        refuse_variants(c)
         self.hf = hf.requires_grad_(False).eval()
 
-        try:
-            self.width = c.hidden_size
-            self.n_layers = c.num_hidden_layers
-            self.n_heads = c.num_attention_heads
-            self.n_kv_heads = getattr(c, 'num_key_value_heads', None) or self.n_heads
-            self.head_width = getattr(c, 'head_dim', None) or self.width // self.n_heads
-            self.max_positions = c.max_position_embeddings
-            self.vocabulary = c.vocab_size
-            if c.model_type in FAMILIES:
-                self._take_apart(FAMILIES[c.model_type])
-                return
-            # An unknown family is taken if its parts have a known family's names and it computes
-            # the same: many are Llamas under another name
-            gaps = {family: self.gap(where) for family, where in FAMILIES.items()}
-            nearest = min(gaps, key=gaps.get)
-            if gaps[nearest] <= 1e-2:
-                self._take_apart(FAMILIES[nearest])
-                return
-        except AttributeError:
-            pass  # its config has not even a width
-        raise ModelError(f"the LM family {c.model_type!r} is not known here, and it does not "
-                         "compute what one with its parts' names would: known are "
-                         f"{', '.join(FAMILIES)}; a new one is a line in FAMILIES (lm.py).")
+        self.width = c.hidden_size
+        self.n_layers = c.num_hidden_layers
+        self.n_heads = c.num_attention_heads
+        self.n_kv_heads = getattr(c, 'num_key_value_heads', None) or self.n_heads
+        self.head_width = getattr(c, 'head_dim', None) or self.width // self.n_heads
+        self.vocabulary = c.vocab_size
+        self.max_positions, self.limit = longest_text(c)
+        self.attention_scale = self.value('attention_scale')  # None is 1 / sqrt(D/h)
+        if self.value('attention_root') is not None:
+            self.attention_scale = self.value('attention_root') ** -0.5
+        self.attention_cap = self.value('attention_cap')
+        self.clip = self.value('clip')
+        self.parallel = self.value('parallel', False)
+        self.logit_scale = self.value('logit_scale', 1.0) / self.value('logit_divisor', 1.0)
+        self.logit_cap = self.value('logit_cap')
+        self.embed_scale = self.value('embed_scale', 1.0)
+        if self.row.get('embed_root'):
+            self.embed_scale = self.width ** 0.5
+        self._find_parts()
+        # since transformers 5, Gemma's embedding multiplies by itself
+        self.embed_multiplies = hasattr(self.parts['embed'], 'embed_scale')
 
-    def _take_apart(self, where):
-        """ Finds the LM's parts at the names that `where`, an entry of FAMILIES, gives them. """
-        # plain lists, so that nothing is registered twice and a state dict has each tensor once
-        get = self.hf.get_submodule
-        self.where = where
-        self.parts = {k: get(where[k]) if k in where else None
-                      for k in ('embed', 'norm', 'wpe', 'rope')}
-        self.parts['layers'] = list(get(where['layers']))
-        if not where['up']:
-            return
-        for l, layer in enumerate(self.parts['layers']):
+    def value(self, trait, default=None):
+        """ What a trait of the row is for this LM: itself, or the config's entry of that name. """
+        value = self.row.get(trait, default)
+        return getattr(self.hf.config, value, default) if isinstance(value, str) else value
+
+    def _find_parts(self):
+        """
+        Finds the LM's parts at the names that its row gives them. Raises AttributeError.
+        """
+        # plain dicts and lists, so that nothing is registered twice and a state dict has each
+        # tensor once
+        row, get = self.row, self.hf.get_submodule
+        self.parts = {k: get(row[k]) if row.get(k) else None for k in ('embed', 'norm', 'wpe', 'rope')}
+        self.parts['layers'] = list(get(row['layers']))
+        self.layer_parts, factor = [], self.value('residual_scale', 1.0)
+        for layer in self.parts['layers']:
             # Hugging Face writes GPT-2's GELU as eight passes over memory; this is it in one
-            if type(self.part(l, 'act')).__name__ == 'NewGELUActivation':
-                layer.set_submodule(where['act'], nn.GELU('tanh'))
-
-    @torch.no_grad()
-    def gap(self, where):
-        """
-        How far our forward of this family is from Hugging Face's logits for 256 tokens, as a share
-        of the largest; inf where it does not have the parts. On the meta device there are no
-        numbers to compare.
-        """
-        try:
-            self._take_apart(where)
-            embed = self.parts['embed'].weight
-            n = min(256, self.max_positions)  # longer than most prompts: some LMs only see a window
-            tokens = 7 * torch.arange(n, device=embed.device)[None] % len(embed)  # [1,n]
-            theirs = self.hf(tokens).logits  # [1,n,V]
-            ours = self.lm_head(self(tokens))  # [1,n,V]
-            if embed.is_meta:
-                return 0.0
-            return float((theirs - ours).abs().max() / theirs.abs().max())
-        except (AttributeError, TypeError, IndexError, RuntimeError):
-            return float('inf')
+            if type(submodule(layer, row['act'])).__name__ == 'NewGELUActivation':
+                layer.set_submodule(row['act'], nn.GELU('tanh'))
+            parts = {name: submodule(layer, row.get(name)) for name in OTHER_PARTS}
+            parts |= {k: layer.get_submodule(row[k]) if row.get(k) else None for k in NEEDED_PARTS}
+            parts['qkv'] = [layer.get_submodule(path) for path in row['qkv']]
+            if parts['ffw'] is None:
+                parts['ffw'] = nn.Sequential(parts['up'], parts['act'], parts['down'])
+            behind = Times(factor) if factor != 1 else nn.Identity()
+            for name, usual in dict(norm_1=nn.Identity(), post_1=behind, post_2=behind).items():
+                if parts[name] is None:
+                    parts[name] = usual
+            if parts['norm_2'] is None:
+                parts['norm_2'] = parts['norm_1'] if self.parallel else nn.Identity()
+            self.layer_parts.append(parts)
+        self.parts['rope_local'] = submodule(self.hf, row.get('rope_local'))
+        kinds = self.value('rope_kinds') or [1] * self.n_layers
+        self.rope_kinds = list(kinds)[:self.n_layers]
 
     def train(self, mode=True):
         return super().train(False)
@@ -194,78 +340,159 @@ class FrozenLM(nn.Module):
         return fingerprint(self.hf)
 
     def part(self, l, name):
-        """ Layer l's submodule of the name in FAMILIES (None where the family has none). """
-        path = self.where[name]
-        return self.parts['layers'][l].get_submodule(path) if path else None
+        """ Layer l's part of this name in its row; None, or nn.Identity for a norm, where it has none. """
+        return self.layer_parts[l][name]
 
     def ffw(self, l):
         """
-        The four pieces of layer l's FFW: (gate or None, up, down, act). Raises ModelError where
-        they are not apart.
+        The four pieces of layer l's FFW: (gate or None, up, down, act), each linear as a callable
+        with weight and bias. Raises ModelError where the layer has no such FFW.
         """
-        family = self.hf.config.model_type
-        if not self.where['up']:
-            raise ModelError(f"the LM family {family!r} has gate and up of its FFW in one matrix, "
-                             "which an MM block cannot build on: take another LM for DeepMLF, or "
-                             "write that down in FFW (adapters.py).")
-        try:
-            return tuple(self.part(l, name) for name in ('gate', 'up', 'down', 'act'))
-        except AttributeError as e:  # PyTorch's own sentence names the part
-            raise ModelError(f"the FFW of the LM family {family!r} lacks a part that an MM block "
-                             f"builds on ({e}): take another LM for DeepMLF.") from None
+        gate, up, gate_up, down, act = (
+            self.part(l, name) for name in ('gate', 'up', 'gate_up', 'down', 'act'))
+        if gate_up is not None:
+            half = gate_up.weight.shape[0] // 2
+            gate, up = Rows(gate_up, slice(0, half)), Rows(gate_up, slice(half, None))
+        missing = [name for name, piece in dict(up=up, down=down, act=act).items() if piece is None]
+        if missing or self.row.get('gate') and gate is None:
+            raise ModelError(f"layer {l + 1} of this LM (family {self.family!r}) has no feed-forward "
+                             f"network that an MM block could start from ({missing or ['gate']} not "
+                             "found; experts are none): take another LM for DeepMLF.")
+        return gate, up, down, act
+
+    def norms_of_ffw(self, l):
+        """
+        The modules before and behind layer l's FFW, for a block that starts as a copy of it. They
+        are nn.Identity where the family has none.
+        """
+        return self.part(l, 'norm_2'), self.part(l, 'post_2')
+
+    def refuse_longer(self, n_tokens, what):
+        """ Raises ModelError where n_tokens, which `what` sums up, are too many for this LM. """
+        if n_tokens > self.max_positions:
+            raise ModelError(f"{what} = {n_tokens} tokens is past the {self.max_positions} "
+                             f"{self.limit}: lower max_text_len.")
 
     def embed(self, tokens):
         """ tokens [B,L] -> [B,L,D], without positions (SeqAug comes before them). """
-        return self.parts['embed'](tokens)
+        x = self.parts['embed'](tokens)  # [B,L,D]
+        if self.embed_scale == 1 or self.embed_multiplies:
+            return x
+        return x * torch.tensor(self.embed_scale, dtype=x.dtype)
+
+    @torch.no_grad()
+    def embed_rms(self, n_tokens=4096):
+        """
+        The root mean square of the embeddings as the first layer gets them (Gemma multiplies its
+        weights by the root of the width), over the first n_tokens of the vocabulary.
+        """
+        weight = self.parts['embed'].weight[:n_tokens]  # [n,D]
+        if weight.is_meta:  # there are no numbers
+            return 1.0
+        return self.embed_scale * float(weight.float().pow(2).mean().sqrt())
 
     def place(self, x, positions):
         """
-        Give x [B,L,D] its positions [B,L]: added to it (GPT-2), or as (cos, sin) for every layer to
-        rotate by. Returns x, rope.
+        Give x [B,L,D] its positions [B,L] -> x, rope. GPT-2 and OPT add them to x, and rope is
+        None. Elsewhere rope has (cos, sin) for each layer, or None for a layer without rope.
         """
         if self.parts['wpe'] is not None:
-            return x + self.parts['wpe'](positions), None
-        return x, self.parts['rope'](x, positions)
+            rows = positions + self.row.get('wpe_offset', 0)  # [B,L]
+            return x + F.embedding(rows, self.parts['wpe'].weight), None
+        by_kind = {kind: self._rope(x, positions, kind) for kind in sorted(set(self.rope_kinds))}
+        return x, [by_kind[kind] for kind in self.rope_kinds]
+
+    def _rope(self, x, positions, kind):
+        """ The (cos, sin) [B,L,r] of layers of one kind; None for layers without rope. """
+        if kind == 0:
+            return None
+        if kind == 1:
+            return self.parts['rope'](x, positions)
+        if self.parts['rope_local'] is not None:
+            local = kind == 'sliding_attention'
+            return self.parts['rope_local' if local else 'rope'](x, positions)
+        return self.parts['rope'](x, positions, kind)
 
     def qkv(self, l, x, rope):
         """ Layer l's queries [B,h,L,D/h], keys and values [B,h_kv,L,D/h] of x [B,L,D]. """
-        B, L, _ = x.shape
-        y = self.part(l, 'norm_1')(x)
-        qkv = [self.parts['layers'][l].get_submodule(path)(y) for path in self.where['qkv']]
-        q, k, v = qkv if len(qkv) == 3 else qkv[0].chunk(3, -1)  # [B,L,h D/h] each
-        q = q.view(B, L, self.n_heads, self.head_width)  # [B,L,h,D/h]
-        k = k.view(B, L, self.n_kv_heads, self.head_width)  # [B,L,h_kv,D/h]
-        v = v.view(B, L, self.n_kv_heads, self.head_width)  # [B,L,h_kv,D/h]
-        if 'q_norm' in self.where:
-            q = self.part(l, 'q_norm')(q)
-            k = self.part(l, 'k_norm')(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,h,L,D/h]
-        if rope is not None:
-            pairs = self.where.get('pairs', False)
-            q = rotate(q, *rope, pairs)
-            k = rotate(k, *rope, pairs)
+        q, k, v = self.heads(l, self.part(l, 'norm_1')(x))  # [B,h,L,D/h], 2x [B,h_kv,L,D/h]
+        if rope is not None and rope[l] is not None:
+            q = rotate(q, *rope[l], self.row.get('pairs'))
+            k = rotate(k, *rope[l], self.row.get('pairs'))
         return q, k, v
+
+    def heads(self, l, y):
+        """
+        Layer l's projections of y [B,L,D], by head: q [B,h,L,D/h], k and v [B,h_kv,L,D/h]. Some
+        families pack, clamp or normalise them.
+        """
+        (B, L, _), row, part = y.shape, self.row, self.layer_parts[l]
+        q_norm, k_norm = part['q_norm'], part['k_norm']
+        norm_on = row.get('qk_norm') if q_norm is not None else None
+        y = [project(y) for project in part['qkv']]  # 3x [B,L,h D/h], or packed
+        if row.get('packed') == 'parts':
+            n, n_kv = self.n_heads * self.head_width, self.n_kv_heads * self.head_width
+            y = y[0].split([n, n_kv, n_kv], -1)  # 3x [B,L,h D/h]
+        if row.get('packed') == 'heads':
+            y = y[0].view(B, L, self.n_heads, -1).chunk(3, -1)  # 3x [B,L,h,D/h]
+        if self.clip is not None:
+            y = [v.clamp(-self.clip, self.clip) for v in y]
+        if norm_on == 'all':
+            y = [q_norm(y[0]), k_norm(y[1]), y[2]]
+        q, k, v = (v.reshape(B, L, -1, self.head_width) for v in y)  # 3x [B,L,h,D/h]
+        if norm_on == 'head':
+            q, k = q_norm(q), k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,h,L,D/h]
+        if norm_on == 'split':
+            q, k = q_norm(q), k_norm(k)
+        return q, k, v
+
+    def attend(self, q, k, v, mask=None):
+        """
+        Attention of q [B,h,L,D/h] over k, v [B,h_kv,M,D/h]; mask [B,1,L,M], or None for causal with
+        L = M -> [B,L,h D/h].
+        """
+        B, _, L, _ = q.shape
+        groups = self.n_heads // self.n_kv_heads  # queries per key head
+        if groups > 1:
+            k = k.repeat_interleave(groups, 1)  # [B,h,M,D/h]
+            v = v.repeat_interleave(groups, 1)  # [B,h,M,D/h]
+        if self.attention_cap is None:
+            y = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=self.attention_scale)  # [B,h,L,D/h]
+        else:
+            y = self.capped_attention(q, k, v, mask)  # [B,h,L,D/h]
+        return y.transpose(1, 2).reshape(B, L, -1)
+
+    def capped_attention(self, q, k, v, mask):
+        """ As scaled_dot_product_attention, with a soft cap on the scores -> [B,h,L,D/h]. """
+        if mask is None:
+            mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()  # [L,L]
+        score = q @ k.transpose(2, 3) * self.attention_scale  # [B,h,L,M]
+        score = soft_cap(score, self.attention_cap).masked_fill(~mask, -torch.inf)
+        return score.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
     def finish(self, l, x, q, k, v, mask=None):
         """
-        The rest of layer l, given what x [B,L,D] asks (q) and all that it may see (k, v
-        [B,h_kv,T+L,D/h]).
+        The rest of layer l for x [B,L,D]: q [B,h,L,D/h] of x, k and v [B,h_kv,M,D/h] of all tokens
+        that x may attend to -> [B,L,D].
         """
-        B, L, _ = x.shape
-        groups = self.n_heads // self.n_kv_heads  # queries per key head
-        if groups > 1:
-            k = k.repeat_interleave(groups, 1)  # [B,h,T+L,D/h]
-            v = v.repeat_interleave(groups, 1)  # [B,h,T+L,D/h]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)  # [B,h,L,D/h]
-        x = x + self.part(l, 'out')(y.transpose(1, 2).reshape(B, L, -1))  # [B,L,D]
-        return x + self.part(l, 'ffw')(self.part(l, 'norm_2')(x))
+        y = self.part(l, 'out')(self.attend(q, k, v, mask))  # [B,L,D]
+        y = x + self.part(l, 'post_1')(y)  # [B,L,D]
+        return y + self.feed_forward(l, x if self.parallel else y)
+
+    def feed_forward(self, l, x):
+        """ What layer l's FFW, with the norms around it, adds to x [B,L,D] -> [B,L,D]. """
+        y = self.part(l, 'ffw')(self.part(l, 'norm_2')(x))  # [B,L,D]
+        if isinstance(y, tuple):  # experts, before transformers 5: with the router's logits
+            y = y[0]
+        return self.part(l, 'post_2')(y)
 
     def block(self, l, x, rope, past=None, mask=None):
         """
-        LM layer l (from 0) on x [B,L,D]. Without `past`, causal over x itself: with padding at the
-        end no real token ever sees it, so no mask is needed. With `past`, the (k, v) of earlier
-        tokens, x comes after them and `mask` [B,1,L,T+L] says who sees whom. Returns x [B,L,D] and
-        this layer's own (k, v) [B,h_kv,L,D/h].
+        LM layer l (from 0) on x [B,L,D] -> x [B,L,D] and the layer's (k, v) of x [B,h_kv,L,D/h].
+        Without `past`, attention is causal over x; padding is at the end, where no real token sees
+        it. `past` is the (k, v) of T earlier tokens, and `mask` [B,1,L,T+L] is True where attended.
         """
         q, k, v = self.qkv(l, x, rope)
         own = k, v
@@ -279,7 +506,20 @@ class FrozenLM(nn.Module):
 
     @property
     def lm_head(self):
-        return self.hf.get_output_embeddings()  # [..,D] -> [..,V]
+        """ Hidden states after the final norm to logits: a callable, [..,D] -> [..,V]. """
+        if self.logit_scale == 1 and self.logit_cap is None:
+            return self.hf.get_output_embeddings()  # a linear layer, whose gradient is known
+        return self._scaled_logits
+
+    def _scaled_logits(self, x):
+        """ The logits of a family that scales or caps them: x [..,D] -> [..,V]. """
+        logits = self.hf.get_output_embeddings()(x)  # [..,V]
+        return soft_cap(logits * self.logit_scale, self.logit_cap)
+
+    def logits_of(self, x, tokens):
+        """ The logits of these tokens [C] alone: x [..,D] after the final norm -> [..,C]. """
+        logits = Rows(self.hf.get_output_embeddings(), tokens)(x)  # [..,C]
+        return soft_cap(logits * self.logit_scale, self.logit_cap)
 
     def forward(self, tokens):
         """ Text alone: tokens [B,T] -> hidden states after the final norm [B,T,D]. """
@@ -288,17 +528,6 @@ class FrozenLM(nn.Module):
         for l in range(self.n_layers):
             x, _ = self.block(l, x, rope)
         return self.final_norm(x)
-
-    @torch.no_grad()
-    def answer(self, n_tokens=8, n_logits=4):
-        """
-        A few numbers that change with the LM's configuration, which the weights' fingerprint does not
-        see: the first logits behind fixed tokens, and the largest magnitude of all -> list of floats.
-        """
-        embed = self.parts['embed'].weight  # [V,D]
-        tokens = 7 * torch.arange(n_tokens, device=embed.device)[None] % self.vocabulary  # [1,n]
-        logits = self.lm_head(self(tokens))[0, -1].float()  # [V]
-        return [round(float(v), 6) for v in (*logits[:n_logits], logits.abs().max())]
 
     def go_on(self, x, n_read, token, n_new):
         """
@@ -332,14 +561,30 @@ class FrozenLM(nn.Module):
         return torch.stack(new, 1)  # [B,n_new]
 
 
+def submodule(module, path):
+    """ The submodule at a dotted path; None where there is no path, or nothing at it. """
+    try:
+        return module.get_submodule(path) if path else None
+    except AttributeError:
+        return None
+
+
+def unknown_family(family):
+    """
+    The ModelError for an LM without a row: encoder-decoders, state-space and hybrid models, and
+    those with several position indices a token have none.
+    """
+    return ModelError(f"the LM family {family!r} is not known here: known are "
+                      f"{', '.join(FAMILIES)}, and a new one is a row in FAMILIES (lm.py).")
+
+
 # -------------------------------------------------------------------------------------------------
 # The encoder that is fine-tuned
 
 class TextEncoder(nn.Module):
     """
-    A BERT- or RoBERTa-family encoder that is fine-tuned, run layer by layer like the frozen LM, so
-    that a block can come between two layers. Its pooler, if it has one, is left out: systems here
-    have heads of their own.
+    A fine-tuned encoder of the BERT or RoBERTa family, run layer by layer, so that a block can come
+    between two layers. Its pooler is left out, because systems here have heads of their own.
     """
 
     def __init__(self, hf):
@@ -353,22 +598,21 @@ class TextEncoder(nn.Module):
             self.n_heads = c.num_attention_heads
             self.dropout = c.attention_probs_dropout_prob
             padding = hf.embeddings.position_embeddings.padding_idx
-            # RoBERTa counts positions from behind its padding id
+            # RoBERTa's positions start at padding_idx + 1
             not_used = 0 if padding is None else padding + 1
             self.max_positions = c.max_position_embeddings - not_used
-            # many that look like a BERT are none: it must compute what Hugging Face's does
-            same = self.gap() <= 1e-2
-        except Exception:  # of any kind: its code is not ours
-            same = False
-        if not same:
-            raise ModelError(f"{c.model_type!r} is no encoder of the BERT or RoBERTa family, or "
-                             "computes something else than they do: take one for --lm=, such as "
-                             "bert-base-uncased or roberta-base.")
+            gap = self.gap()
+            reason = '' if gap <= 1e-2 else f'its hidden states differ by {gap:.2g} of the largest'
+        except Exception as e:  # of any kind: its code is not ours
+            reason = f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
+        if reason:
+            raise ModelError(f"{c.model_type!r} is no encoder of the BERT or RoBERTa family "
+                             f"({reason}): choose one, such as --lm=bert-base-uncased.")
         self.hf.pooler = None
 
     @torch.no_grad()
     def gap(self):
-        """ How far our forward is from Hugging Face's, as a share of the largest hidden state. """
+        """ The largest difference to transformers' own forward, over the largest hidden state. """
         tokens = torch.arange(3, 35)[None, :self.max_positions]  # [1,32]
         tokens = 7 * tokens % self.hf.config.vocab_size
         theirs = self.hf(tokens).last_hidden_state  # [1,32,D]
@@ -403,49 +647,3 @@ class TextEncoder(nn.Module):
         for l in range(self.n_layers):
             x = self.layer(l, x, mask)
         return x
-
-
-# -------------------------------------------------------------------------------------------------
-# What a model is, and where it looks
-
-def _whole(p):
-    """ A parameter without its gradient; in one piece where processes share it. """
-    p = p.detach()
-    return p.full_tensor() if hasattr(p, 'full_tensor') else p
-
-
-def same_answer(ours, theirs, dtype):
-    """ Whether two FrozenLM.answer are the same but for the rounding of a dtype on another machine. """
-    tolerance = (1e-3 if dtype == 'float32' else 5e-2) * max(1e-6, abs(theirs[-1]))
-    return len(ours) == len(theirs) and all(abs(a - b) <= tolerance for a, b in zip(ours, theirs))
-
-
-def fingerprint(model):
-    """
-    16 hex digits that another LM, or this one trained again, would not have: of the first 256
-    values of each tensor, as hashing gigabytes at every start would take long.
-    """
-    first = [_whole(p).flatten()[:256].float().cpu().numpy().tobytes() for p in model.parameters()]
-    return hashlib.sha256(b''.join(first)).hexdigest()[:16]
-
-
-def attention_of_last_layer(encoder, predict, batch):
-    """
-    Where the tokens of one clip look in the encoder's last layer, the mean over heads (CrossSent's
-    Figures 5 and 6), as System.views has it.
-    """
-    if not encoder.n_layers:
-        return {}
-    last = encoder.hf.encoder.layer[-1].attention.self
-    seen = []
-    handle = last.query.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        predict(batch)
-    finally:
-        handle.remove()
-
-    x = seen[-1][0].float()  # [T,D]
-    q, key = (p(x).view(len(x), encoder.n_heads, -1).transpose(0, 1)
-              for p in (last.query, last.key))  # 2x [h,T,D/h]
-    weights = (q @ key.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)  # [T,T]
-    return {'last layer': (weights, 'text token', 'text token')}

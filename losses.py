@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import AtLeast
-from lm import ModelError
+from run.errors import ModelError
 
 
 class OrdinalKnobs:

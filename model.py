@@ -30,6 +30,7 @@ from adapters import (
     AVEncoder,
     MMBlock,
     MSEAdapter,
+    attention_of_last_layer,
     augment_embeddings,
     frames_on_tokens,
     inputs_of,
@@ -41,15 +42,14 @@ from configurator import AtLeast, Share
 from data import texts_as_read
 from lm import (
     EncoderKnobs,
-    FrozenLM,
     LMKnobs,
     ModelError,
     NewModelKnobs,
-    attention_of_last_layer,
 )
 from losses import OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
 from prompts import Prompt, PromptKnobs, rated_texts
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
+from run.lm_compare import known_lm
 from run.load_lm import empty_lm, load_lm, load_tokenizer, refuse_unknown_tokens, specials
 from run.new_lm import load_text_encoder, new_lm
 from system import System, weight_groups
@@ -240,17 +240,15 @@ class DeepMLF(System):
         if not layers or layers[0] < 1 or layers[-1] > lm.n_layers or repeated:
             raise ModelError(f"mm_layers={k['mm_layers']} must be different numbers from 1 to "
                              f"{lm.n_layers}, the layers of this LM.")
-        longest = k['max_text_len'] + k['n_fusion']
-        if longest > lm.max_positions:
-            raise ModelError(f"max_text_len + n_fusion = {longest} is past the {lm.max_positions} "
-                             "positions of this LM: lower max_text_len.")
-        self.fusion_tokens = nn.Parameter(0.02 * torch.randn(k['n_fusion'], D))  # [F,D]
+        lm.refuse_longer(k['max_text_len'] + k['n_fusion'], 'max_text_len + n_fusion')
+        std = 0.02 * lm.embed_scale  # a usual start of an embedding's weights
+        self.fusion_tokens = nn.Parameter(std * torch.randn(k['n_fusion'], D))  # [F,D]
         self.mm_blocks = nn.ModuleDict()
         for n in layers:
             self.mm_blocks[str(n)] = MMBlock(
-                D, d, lm.part(n - 1, 'norm_2'), lm.ffw(n - 1), k['mm_heads'], k['mm_query'],
+                D, d, lm.norms_of_ffw(n - 1), lm.ffw(n - 1), k['mm_heads'], k['mm_query'],
                 k['mm_gate'], k['mm_ffw'], k['mm_ffw_init'], k['lora_rank'], k['lora_alpha'],
-                k['lora_dropout'], k['dropout'])
+                k['lora_dropout'], k['dropout'], lm.row.get('norm_offset', 0))
         self.task_head = nn.Sequential(
             nn.Linear(d + 2 * D, k['head_width']), nn.ReLU(), nn.Linear(k['head_width'], 1))
         self.av_head = nn.Linear(d, 1)
@@ -278,7 +276,7 @@ class DeepMLF(System):
         hf = empty_lm(k['lm'], k['trust_remote_code'])
         with torch.device('meta'):
             try:
-                cls(FrozenLM(hf), AVEncoder({'audio': 1}, k['av_width'], 1, k['av_heads']), k)
+                cls(known_lm(hf), AVEncoder({'audio': 1}, k['av_width'], 1, k['av_heads']), k)
             except ValueError as e:
                 raise ModelError(str(e)) from None
 
@@ -293,7 +291,7 @@ class DeepMLF(System):
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
         lm, tokenizer = load_lm(
-            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data)
+            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data, k['data_dir'])
         model = cls.assemble(k, facts, lm, tokenizer)
         if k['av_init'] == 'random':
             return model, tokenizer
@@ -448,6 +446,7 @@ class PseudoTokenKnobs(LMKnobs, PromptKnobs, OrdinalKnobs):
     pseudo_projection: Literal['released', 'full'] = 'released'  # rank 2, or full rank
     readout: Literal['score', 'generate', 'head'] = 'score'  # how the answer is read
     score_estimate: Literal['expected', 'mode', 'median'] = 'expected'  # of the label probabilities
+    score_over: Literal['vocabulary', 'labels'] = 'vocabulary'  # tokens that an answer token competes with
     head_width: AtLeast(1) = 64   # hidden width of the head of readout='head'
     checkpoint_lm = False         # recompute the LM's layers in the backward pass, to save memory
 
@@ -476,15 +475,9 @@ class PseudoTokenLM(System):
         """ lm: FrozenLM; prompt: Prompt; k: the knobs, a dict; widths: stream -> width. """
         super().__init__()
         self.lm, self.prompt, self.k = lm, prompt, k
-        embed = lm.parts['embed'].weight  # [V,D]
-        # estimated from the first 4096 tokens; tensors on the meta device have no values
-        embed_rms = 1.0 if embed.is_meta else float(embed[:4096].float().pow(2).mean().sqrt())
-        self.adapter = self.make_adapter(k, widths, lm.width, embed_rms)
+        self.adapter = self.make_adapter(k, widths, lm.width, lm.embed_rms())
         longest = prompt.longest() + k['n_pseudo'] + k['max_text_len']
-        if longest > lm.max_positions:
-            raise ModelError(f"prompt, pseudo tokens, max_text_len and label make {longest} "
-                             f"tokens, past the {lm.max_positions} positions of this LM: lower "
-                             "max_text_len.")
+        lm.refuse_longer(longest, 'prompt, pseudo tokens, max_text_len and label')
         self.refuse_unknown_tokens()
         for name, tensor in prompt.trie().items():
             self.register_buffer('trie_' + name, tensor, persistent=False)
@@ -492,7 +485,8 @@ class PseudoTokenLM(System):
         self.register_buffer('values', values, persistent=False)  # [K]
         if k['readout'] == 'head':
             n_out = 1 if prompt.kind == 'regression' else len(prompt.labels)
-            self.query_tokens = nn.Parameter(0.02 * torch.randn(1, lm.width))  # [1,D]
+            std = 0.02 * lm.embed_scale  # a usual start of an embedding's weights
+            self.query_tokens = nn.Parameter(std * torch.randn(1, lm.width))  # [1,D]
             self.head = nn.Sequential(
                 nn.Linear(lm.width, k['head_width']), nn.ReLU(), nn.Linear(k['head_width'], n_out))
 
@@ -523,7 +517,7 @@ class PseudoTokenLM(System):
         Prompt(k, facts.labels[k['label']],
                load_tokenizer(k['lm'], k['trust_remote_code'], as_data))
         lm, tokenizer = load_lm(
-            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data)
+            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data, k['data_dir'])
         return cls.assemble(k, facts, lm, tokenizer), tokenizer
 
     @classmethod
@@ -603,19 +597,39 @@ class PseudoTokenLM(System):
 
     def label_scores(self, x, n):
         """
-        The log-probability of every label string, by one pass over the label trie -> [B,K]. It is
-        exact up to rounding in the LM's dtype.
+        The log-probability of every label string, by one pass over the label trie -> [B,K]. With
+        score_over='vocabulary' it is exact to the LM's dtype. With 'labels' each token competes
+        with the tokens that continue a label at its place, as in constrained decoding. Then no
+        logits of the whole vocabulary are computed.
         """
         y = self.lm.embed(self.trie_token).expand(len(x), -1, -1)  # [B,N,D]
         h = self.hidden_behind_prompt(x, n, y, self.trie_depth, self.trie_sees)  # [B,N,D]
-        at_once = max(1, 2 ** 22 // (h.shape[1] * self.lm.vocabulary))  # clips, for 16 MB of logits
-        scores = []
+        if self.k['score_over'] == 'labels':
+            log_p = self.log_p_over_labels(h)  # [B,K,n]
+        else:
+            log_p = self.log_p_over_vocabulary(h)  # [B,K,n]
+        return torch.where(self.trie_real, log_p, 0.0).sum(-1)  # [B,K]
+
+    def log_p_over_vocabulary(self, h):
+        """ Log-probability of each token of each label, h [B,N,D] -> [B,K,n]. """
+        N = h.shape[1]
+        # clips at once: logits of 16 MB, but at least 128 rows, for which the head's weights are read
+        at_once = max(2 ** 22 // (N * self.lm.vocabulary), 128 // N, 1)
+        pieces = []
         for part in h.split(at_once):
             logits = self.lm.lm_head(part).float()  # [b,N,V]
             total = logits.logsumexp(-1)[:, self.trie_node]  # [b,K,n]
-            log_p = logits[:, self.trie_node, self.trie_answer] - total  # [b,K,n]
-            scores.append(torch.where(self.trie_real, log_p, 0.0).sum(-1))  # [b,K]
-        return torch.cat(scores)  # [B,K]
+            pieces.append(logits[:, self.trie_node, self.trie_answer] - total)  # [b,K,n]
+        return torch.cat(pieces)  # [B,K,n]
+
+    def log_p_over_labels(self, h):
+        """ As log_p_over_vocabulary, among the tokens that continue a label alone. """
+        tokens, column = self.trie_answer.unique(return_inverse=True)  # [C], [K,n]
+        allowed = torch.zeros(h.shape[1], len(tokens), dtype=torch.bool, device=h.device)  # [N,C]
+        allowed[self.trie_node[self.trie_real], column[self.trie_real]] = True
+        logits = self.lm.logits_of(h, tokens).float()  # [B,N,C]
+        logits = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)  # [B,N,C]
+        return logits[:, self.trie_node, column]  # [B,K,n]
 
     def head_out(self, x, n):
         """ The head's output for a learned query behind the prompt -> [B,1] or [B,K]. """

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from lm import ModelError
+from run.errors import ModelError
 from run.load_lm import specials
 
 

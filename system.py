@@ -18,9 +18,9 @@ import torch
 import torch.nn as nn
 
 from configurator import check_declaration
-from lm import ModelError
 from losses import ordinal_errors, ordinal_notes
 from metrics import BETTER
+from run.errors import ModelError
 
 
 class System(nn.Module):

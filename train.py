@@ -26,10 +26,10 @@ import torch
 from configurator import AtLeast, Share, configure
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import continuation, evaluate, evaluate_controls, majority_metrics
-from lm import ModelError
 from metrics import BETTER
 from model import SYSTEMS
 from run import ranks
+from run.errors import ModelError
 from run.finite import FirstBad
 from run.folder import load_checkpoint, load_info, load_tensors, write_text
 from run.interrupt import Interrupt

@@ -18,9 +18,9 @@ import zipfile
 import numpy as np
 
 from corpora.names import SPLITS, STREAMS
-from lm import ModelError
 from metrics import SHOWN
 from model import SYSTEMS
+from run.errors import ModelError
 from run.folder import load_checkpoint, open_regular, save_checkpoint, write_text
 from run.report import EvalError
 

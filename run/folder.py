@@ -21,7 +21,7 @@ except ImportError:   # Windows
 
 import torch
 
-from lm import ModelError
+from run.errors import ModelError
 
 
 def open_regular(path, mode='r', follow=False):

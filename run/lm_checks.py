@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 
-from lm import ModelError
+from run.errors import ModelError
 
 ALLOW_CODE = "--trust_remote_code=True on your own command line allows that"
 ADAPTER_FILES = ('adapter_config.json', 'adapter_model.safetensors', 'adapter_model.bin')
@@ -254,3 +254,61 @@ def refuse_what_is_no_lm(config, name):
         raise ModelError(f"the LM {name!r} that a received folder names is of the kind "
                          f"{config.model_type!r}, which is no language model that transformers "
                          "knows: nothing of it is read.")
+
+
+def refuse_encoder_decoder(config, name):
+    """ Raises ModelError where a model's hidden states of a text are not those of one stack. """
+    if getattr(config, 'is_encoder_decoder', False):
+        raise ModelError(f"{name!r} is an encoder-decoder ({config.model_type}), whose hidden states "
+                         "of a text are not those of one stack of layers: take a causal LM or an "
+                         "encoder such as bert-base-uncased or roberta-base.")
+
+
+def refuse_gguf(name):
+    """ Raises ModelError with the commands that dequantise it: --lm= names a GGUF file or folder. """
+    files = [name] if str(name).endswith('.gguf') else []
+    if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, f)) for f in WEIGHTS):
+        files = sorted(f for f in os.listdir(name) if f.endswith('.gguf'))
+    if files:
+        folder, file = os.path.split(files[0]) if files == [name] else (name, files[0])
+        code = ('import torch, transformers as t; '
+                f'a = dict(pretrained_model_name_or_path={json.dumps(folder or ".")}, '
+                f'gguf_file={json.dumps(file)}); '
+                'm = t.AutoModelForCausalLM.from_pretrained(**a, dtype=torch.float32); '
+                'm.save_pretrained("lm"); t.AutoTokenizer.from_pretrained(**a).save_pretrained("lm")')
+        raise ModelError(f"{os.path.join(folder, file)} is a GGUF file, in which the weights are "
+                         "quantised: write them as a folder of safetensors by "
+                         f"python -c {shlex.quote(code)} (needs pip install gguf) and take --lm=lm.")
+
+
+def refuse_variants(c):
+    """ Raises ModelError where a config asks for what no row of FAMILIES computes. """
+    if getattr(c, 'scale_attn_by_inverse_layer_idx', False) or not getattr(c, 'scale_attn_weights', True):
+        raise ModelError("this GPT-2 scales attention in a way of its own (scale_attn_* in its "
+                         "config), which the frozen LM here does not do: take another LM.")
+    if getattr(c, 'word_embed_proj_dim', c.hidden_size) != c.hidden_size:
+        raise ModelError(f"this LM's embeddings are {c.word_embed_proj_dim} wide and its layers "
+                         f"{c.hidden_size} (as OPT-350m's), which the frozen LM here does not do: "
+                         "take another LM.")
+    if not getattr(c, 'do_layer_norm_before', True):
+        raise ModelError("this OPT has its norms behind attention (do_layer_norm_before=false in "
+                         "its config), which the frozen LM here does not do: take another LM.")
+
+
+def longest_text(c):
+    """
+    How many tokens an LM takes here by its config, and what the limit is: its positions, or less
+    where layers see a window of the text, or where rotary angles change with the length.
+    """
+    limits = [(c.max_position_embeddings, 'positions of this LM')]
+    window = getattr(c, 'sliding_window', None)
+    windowed = 'sliding_attention' in (getattr(c, 'layer_types', None) or ['sliding_attention'])
+    if window and windowed and getattr(c, 'use_sliding_window', True):
+        limits.append((window, "tokens that this LM's attention sees (sliding_window in its config)"))
+    rope = getattr(c, 'rope_scaling', None) or getattr(c, 'rope_parameters', None) or {}
+    if rope.get('rope_type', rope.get('type')) == 'longrope':
+        short = (rope.get('original_max_position_embeddings')
+                 or getattr(c, 'original_max_position_embeddings', None))
+        if short:
+            limits.append((short, "tokens from which this LM's rope changes (original_max_position_embeddings)"))
+    return min(limits, key=lambda limit: limit[0])

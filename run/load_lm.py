@@ -1,19 +1,13 @@
 """
-LMs, text encoders and tokenizers: read from their files, or made from nothing.
-
-Axis letters: B texts of a batch, T text tokens, N texts, n tokens of all texts, D LM width.
+LMs, text encoders and tokenizers, read from their files.
 """
-import hashlib
 import json
 import os
 from contextlib import contextmanager
 
-import numpy as np
 import torch
-import torch.nn as nn
 
-from lm import FrozenLM, ModelError, TextEncoder, fingerprint
-from run.folder import replacing, write_text
+from lm import ModelError, TextEncoder, unknown_family
 from run.lm_checks import (
     ALLOW_CODE,
     SAFE_WEIGHTS,
@@ -21,19 +15,20 @@ from run.lm_checks import (
     hub_has_answered,
     read_json,
     refuse_folder,
+    refuse_gguf,
     refuse_hub_adapter,
     refuse_hub_code,
     refuse_what_is_no_lm,
 )
+from run.lm_compare import compare_once, known_lm
 
 # -------------------------------------------------------------------------------------------------
 # What transformers prints and raises
 
 def silence_transformers():
     """
-    No progress bars of Hugging Face's, for weights that take a second; and no request to the hub to
-    convert somebody's weights to safetensors, which transformers would send from a thread of its
-    own.
+    Turn off the progress bars of transformers. And turn off its background request to the hub to
+    convert an LM's weights to safetensors.
     """
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -43,7 +38,7 @@ def silence_transformers():
 @contextmanager
 def quiet():
     """
-    No warnings of transformers': what they say of weights that were not found is a ModelError here.
+    Inside, transformers prints no warnings. Weights that were not found are a ModelError here.
     """
     from transformers.utils import logging
     level = logging.get_verbosity()
@@ -57,7 +52,7 @@ def quiet():
 @contextmanager
 def loading(name):
     """
-    Whatever Hugging Face says of an LM that cannot be had or read, as one sentence (ModelError).
+    Inside, any error of transformers becomes a ModelError of one sentence.
     """
     try:
         yield
@@ -105,6 +100,7 @@ def lm_config(name, remote=False, as_data=False):
         if as_data and os.path.islink(name):
             raise ModelError(f"{name} is a link, and an LM that a received folder names is read "
                              "from its own files alone: put the folder itself there.")
+    refuse_gguf(name)
     if os.path.exists(name) and not os.path.isdir(name):
         raise ModelError(f"the LM {name!r} is no folder: --lm= takes the folder that has "
                          "config.json, weights and tokenizer.")
@@ -124,18 +120,6 @@ def lm_config(name, remote=False, as_data=False):
         raise ModelError(f"the LM {name!r} asks for a kernel from the hub (attn_implementation: "
                          f"{way}), which is code: {ALLOW_CODE}.")
     return config, name
-
-
-def width_of(config):
-    """
-    The width of an LM's hidden states, or ModelError: some have several, or project them behind the
-    last layer.
-    """
-    width = getattr(config, 'hidden_size', None)
-    if not width or getattr(config, 'word_embed_proj_dim', width) != width:
-        raise ModelError(f"the LM family {config.model_type!r} does not say how wide its hidden "
-                         "states are: take another --lm=.")
-    return width
 
 
 # -------------------------------------------------------------------------------------------------
@@ -189,7 +173,22 @@ def load_tokenizer(name, remote=False, as_data=False):
     with loading(name):
         if model_alone:
             return SentencePiece(name)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=remote and not as_data)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=remote and not as_data)
+    # without tokenizer files, transformers 5 makes an empty tokenizer of the family's class
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(f"the LM {name!r} has no tokenizer, or one without tokens for texts: put "
+                         "its tokenizer.json or tokenizer.model beside the weights.")
+    return tokenizer
+
+
+def tokenizer_notes(tokenizer):
+    """ Sentences about what a tokenizer does that may surprise. """
+    before = specials(tokenizer)[0]
+    doubled = sorted({t for t in before if before.count(t) > 1})
+    if doubled:
+        return [f"the tokenizer puts the special token {doubled[0]} {before.count(doubled[0])} "
+                "times before each text, which few LMs were trained with: check tokenizer.json"]
+    return []
 
 
 def specials(tokenizer):
@@ -203,21 +202,6 @@ def specials(tokenizer):
         if full[i:i + len(bare)] == bare:
             return full[:i], full[i + len(bare):]
     return [], []
-
-
-def tokenizer_fingerprint(tokenizer):
-    """
-    16 hex digits of the token ids that a tokenizer makes of a few texts, as fingerprint is for
-    weights.
-    """
-    texts = [
-        "The film was GREAT, wasn't it? I'd say 7/10 (+0.6, -1.5).",
-        ' two  spaces\n',
-        'na\u00efve \u6211\u4e0d\u559c\u6b22 \U0001f642',
-    ]
-    ids = tokenizer(texts, add_special_tokens=True)['input_ids']
-    ids = [[int(t) for t in text] for text in ids]
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
 def refuse_unknown_tokens(lists, rows, what):
@@ -340,38 +324,44 @@ def empty_lm(name, remote=False, as_data=False):
     """
     from transformers import AutoModelForCausalLM
     config, name = lm_config(name, remote, as_data)
+    if getattr(config, 'is_encoder_decoder', False):
+        raise unknown_family(config.model_type)
     with loading(name), torch.device('meta'):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=remote and not as_data)
 
 
 def with_rows(tokenizer, hf):
     """
-    The tokenizer, which from now on says how many rows the embedding of its model has
-    (embedding_rows).
+    The tokenizer, with a new attribute embedding_rows: how many rows the embedding of its model
+    has. Prints what may surprise about the tokenizer.
     """
+    for note in tokenizer_notes(tokenizer):
+        print('  ' + note)
     tokenizer.embedding_rows = len(hf.get_input_embeddings().weight)
     return tokenizer
 
 
-def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=False):
+def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=False, data_dir=None):
     """
     A pretrained causal LM and its tokenizer, by Hugging Face name or by folder (a run of
     system='lm' is one too). random_init keeps the shape and throws the weights away, for the
-    control that every reader asks for. Raises ModelError where neither the hub, nor the local
-    cache, nor a folder has it.
+    control that every reader asks for. The LM is compared with transformers' own forward
+    (run/lm_compare.py), once for each `data_dir`. Raises ModelError where neither the hub, nor the
+    local cache, nor a folder has it.
     """
-    from transformers import AutoModelForCausalLM, __version__
-    renamed = [int(n) for n in __version__.split('.')[:2]] >= [4, 56]
-    dtype_argument = {'dtype' if renamed else 'torch_dtype': dtype}
+    from transformers import AutoModelForCausalLM
     config, name = lm_config(name, remote, as_data)
+    known_lm(empty_lm(name, remote, as_data))  # refuses what is no known LM before its weights are read
     if random_init:
         with loading(name):
             hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote and not as_data)
             hf = hf.to(dtype)
     else:
-        hf = load_weights(AutoModelForCausalLM, name, config, remote, as_data, **dtype_argument,
+        hf = load_weights(AutoModelForCausalLM, name, config, remote, as_data, dtype=dtype,
                           instead="; --lm_init=random is for an LM that shall be random")
-    lm = FrozenLM(hf)
+    lm = known_lm(hf)
+    folder = None if data_dir is None or random_init else os.path.join(data_dir, 'lm_checks')
+    compare_once(lm, name, folder)
     return lm, with_rows(load_tokenizer(name, remote, as_data), lm.hf)
 
 
@@ -386,69 +376,3 @@ def load_encoder(name, remote=False, as_data=False):
                       instead="; --lm=new is for an encoder that shall be random")
     encoder = TextEncoder(hf.float())
     return encoder, with_rows(load_tokenizer(name, remote, as_data), encoder.hf)
-
-
-# -------------------------------------------------------------------------------------------------
-# Hidden states of a corpus, computed once
-
-def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64, as_data=False):
-    """
-    The last hidden states of any Hugging Face model for texts (lists of token ids), end to end, and
-    the model's fingerprint. Computed once, and kept in `folder` as float16 [n, D], mapped and never
-    read whole; n is all tokens of all texts. What they are kept under changes with the texts and
-    with the model's files (or its revision on the hub). Raises ModelError.
-    """
-    config, name = lm_config(name, remote, as_data)
-    files = []
-    if os.path.isdir(name):
-        for entry in os.scandir(name):
-            stat = entry.stat()
-            files.append((entry.name, stat.st_size, stat.st_mtime_ns))
-    place = os.path.abspath(name) if files else name
-    which = json.dumps([place, sorted(files), getattr(config, '_commit_hash', None), tokens])
-    path = os.path.join(folder, hashlib.sha256(which.encode()).hexdigest()[:16])
-    if not os.path.exists(path + '.json'):
-        _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as_data)
-    with open(path + '.json', encoding='utf-8') as f:
-        made = json.load(f)
-    return np.load(path + '.npy', mmap_mode='r'), made['fingerprint']  # [n,D]
-
-
-@torch.no_grad()
-def _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as_data):
-    """ Writes the hidden states to path.npy, and then to path.json which model they are of. """
-    from transformers import AutoModel
-    longest = max(map(len, tokens))
-    if longest > getattr(config, 'max_position_embeddings', longest):
-        raise ModelError(f"a text of {longest} tokens is past the {config.max_position_embeddings} "
-                         f"positions of {name!r}: lower max_text_len.")
-    model = load_weights(AutoModel, name, config, remote, as_data, unused=('pooler.',))
-    model = model.float().eval().to(device)
-    rows = len(model.get_input_embeddings().weight)
-    refuse_unknown_tokens(tokens, rows, "the corpus's texts")
-
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    start = np.cumsum([0] + [len(t) for t in tokens])  # [N+1]
-    with replacing(path + '.npy') as new:
-        shape = int(start[-1]), width_of(config)
-        out = np.lib.format.open_memmap(new, 'w+', np.float16, shape)  # [n,D]
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        for i in range(0, len(order), batch_size):
-            index = order[i:i + batch_size]
-            texts = [torch.tensor(tokens[k]) for k in index]
-            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(device)  # [B,T]
-            lengths = torch.tensor([len(tokens[k]) for k in index], device=device)  # [B]
-            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]  # [B,T]
-            hidden = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-            hidden = hidden.half().cpu()  # [B,T,D]
-            if not hidden[mask.cpu()].isfinite().all():
-                raise ModelError(f"hidden states of {name!r} are past what float16 holds: take "
-                                 "another LM for text_features='frozen'.")
-            for k, x in zip(index, hidden):
-                out[start[k]:start[k + 1]] = x[:len(tokens[k])]
-        out.flush()
-    write_text(path + '.json', json.dumps(dict(model=name, fingerprint=fingerprint(model))))
-
-
-# -------------------------------------------------------------------------------------------------
-# Made from nothing

@@ -3,10 +3,12 @@ The machine that a run is on: its devices and their memory.
 """
 import ctypes
 import os
+import shutil
+import sys
 
 import torch
 
-from lm import ModelError
+from run.errors import ModelError
 
 
 def devices():
@@ -22,6 +24,8 @@ def choose_device(device, dtype, float32_bytes, k):
     available = devices()
     if device == 'auto':
         device = next(d for d in available if available[d])
+    if k['compile']:
+        check_compiler(device)
     if not available[device]:
         raise ModelError(f"this machine has no device={device}: choose one of "
                          f"{', '.join(d for d in available if available[d])}.")
@@ -35,6 +39,21 @@ def choose_device(device, dtype, float32_bytes, k):
     print(f"  the LM {k['lm']} in float32 is too large for the memory of this machine: {dtype} is "
           "used")
     return device, dtype
+
+
+def check_compiler(device):
+    """
+    Raises ModelError where torch.compile would not find the compiler that it needs: C++ for the
+    CPU, C for CUDA's Triton. Environment variables CXX and CC name another one, as for torch.
+    """
+    variable, language = ('CC', 'C') if device == 'cuda' else ('CXX', 'C++')
+    usual = dict(C=['gcc', 'clang', 'cc'], **{'C++': ['clang++' if sys.platform == 'darwin' else 'g++']})
+    if sys.platform == 'win32':
+        usual = dict(C=['cl'], **{'C++': ['cl']})
+    names = [os.environ[variable]] if os.environ.get(variable) else usual[language]
+    if not any(shutil.which(name) for name in names):
+        raise ModelError(f"--compile=True needs a {language} compiler ({' or '.join(names)}) and none is "
+                         f"on the PATH: install one, set {variable} to it, or leave --compile out.")
 
 
 def memory(device):

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import transformers
 
-from lm import ModelError
 from run import ranks
 from run.clips import corpus_facts
+from run.errors import ModelError
+from run.fingerprints import sample_logits, tokenizer_fingerprint
 from run.folder import (
     load_checkpoint,
     load_tensors,
@@ -27,7 +28,6 @@ from run.folder import (
     save_checkpoint,
     write_text,
 )
-from run.load_lm import tokenizer_fingerprint
 from run.report import FORMAT, RUN_KNOBS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -44,7 +44,7 @@ def describe_run(name, knobs, corpus, model, tokenizer, device, dtype, lm_finger
         device=device, dtype=dtype, threads=torch.get_num_threads(), processes=ranks.N_RANKS,
         matmul_gflops=round(matmul_rate(), 1), corpus=corpus_facts(corpus),
         lm_fingerprint=lm_fingerprint,
-        lm_answer=model.lm.answer() if model.lm else None,
+        lm_answer=sample_logits(model.lm) if model.lm else None,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None)
 
 

@@ -8,9 +8,9 @@ import os
 import numpy as np
 
 from configurator import check_knobs, known_knobs
-from lm import ModelError
 from metrics import METRIC_HELP, SHOWN, check_finite, markdown_table, regression_metrics
 from model import SYSTEMS
+from run.errors import ModelError
 from run.folder import load_info, open_regular, write_text
 from run.pictures import confusion_picture, learning_curve, run_title
 

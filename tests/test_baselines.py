@@ -55,7 +55,7 @@ from fakes import (
 from lm import EncoderKnobs, ModelError, TextEncoder
 from losses import OrdinalKnobs
 from model import SYSTEMS
-from run.load_lm import frozen_text, width_of
+from run.frozen_text import frozen_text, width_of
 
 SCRIPT = HERE / 'train.py'
 COMMON = declared_knobs(SCRIPT)[0]

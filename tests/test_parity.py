@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from adapters import AVEncoder, CrossAttention, LoRA, LoRAFFW, MMBlock, sinusoid
 from fakes import (
+    EVERY_LM,
     GOLDEN,
     TOLERANCE,
     golden,
@@ -25,7 +26,7 @@ from fakes import (
     tiny_deepmlf,
     tiny_lm,
 )
-from lm import FAMILIES, FrozenLM
+from lm import FrozenLM
 from metrics import (
     BETTER,
     METRIC_HELP,
@@ -42,11 +43,11 @@ from metrics import (
 # The frozen LM against Hugging Face
 
 
-@pytest.mark.parametrize('family', sorted(FAMILIES))
+@pytest.mark.parametrize('family', EVERY_LM)
 def test_frozen_lm_gives_hugging_faces_logits(family):
     """
     In float32 with padding at the end, on the real tokens, to 1e-5; in float64 without padding
-    (transformers 4.46 cannot mask there) to 1e-12.
+    (transformers 4 cannot mask there) to 1e-12.
 
     In float32 the logits are mostly bit-equal. But in about one process of fifteen (torch 2.13,
     CPU) a single call, theirs or ours, was off by 3.5e-5 on a few tokens, and the next call was
@@ -56,6 +57,8 @@ def test_frozen_lm_gives_hugging_faces_logits(family):
     tokens = torch.randint(60, (3, 11), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(11) < torch.tensor([11, 7, 3])[:, None]
     lm = FrozenLM(hf)
+    if lm.attention_cap is not None:
+        hf.config._attn_implementation = 'eager'  # sdpa of transformers leaves the cap out
 
     def gap(mask=None):
         theirs = hf(tokens, attention_mask=None if mask is None else mask.long()).logits
@@ -65,11 +68,14 @@ def test_frozen_lm_gives_hugging_faces_logits(family):
 
     with torch.no_grad():
         assert min(gap(mask) for _ in range(3)) <= 1e-5
+        if family == 'qwen3_moe':
+            return  # torch's grouped matmul takes no float64
         hf.double()
-        assert gap() <= 1e-12
+        rope_in_float32 = family.split(':')[0] in ('cohere', 'ernie4_5')  # whatever the LM's dtype
+        assert gap() <= (1e-6 if rope_in_float32 else 1e-12)
 
 
-@pytest.mark.parametrize('family', ['gpt2', 'llama'])
+@pytest.mark.parametrize('family', EVERY_LM)
 def test_a_suffix_on_stored_keys_and_values_equals_the_whole_text(family):
     """
     Running 4 tokens on the keys and values of 7 equals running all 11, rope and positions included.
@@ -223,7 +229,7 @@ def test_mm_block_equals_the_releases(flavour):
             nn.GELU(),
         )
         norm = nn.LayerNorm(D, 1e-5)
-        block = MMBlock(D, d, norm, lm_ffw, int(meta['n_head']), dropout=0.0)
+        block = MMBlock(D, d, (norm, nn.Identity()), lm_ffw, int(meta['n_head']), dropout=0.0)
     else:
         lm_ffw = (
             linear(g['mlp_gate_proj']),
@@ -233,10 +239,11 @@ def test_mm_block_equals_the_releases(flavour):
         )
         rank = g['lora_up_proj_A'].shape[1]
         block = MMBlock(
-            D, d, nn.RMSNorm(D, 1e-6), lm_ffw, int(meta['n_head']), ffw='none', dropout=0.0
+            D, d, (nn.RMSNorm(D, 1e-6), nn.Identity()), lm_ffw, int(meta['n_head']), ffw='none', dropout=0.0
         )
         block.ffw = AdditiveSwiGLU(lm_ffw, rank, float(meta['lora_scaling']) * rank)
         block.norm_2 = nn.RMSNorm(D, 1e-6)
+        block.post_2 = nn.Identity()
         block.a_2 = nn.Parameter(torch.zeros(1))
         for part, name in (
             (block.ffw.gate, 'gate'),
@@ -359,7 +366,7 @@ def test_mm_blocks_have_the_papers_size(width, layers, heads, params):
 
     with torch.device('meta'):
         lm = FrozenLM(GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=1, n_head=heads)))
-        block = MMBlock(width, 30, lm.part(0, 'norm_2'), lm.ffw(0), 16)
+        block = MMBlock(width, 30, lm.norms_of_ffw(0), lm.ffw(0), 16)
     assert sum(p.numel() for p in block.parameters()) == params
 
 
@@ -382,7 +389,7 @@ def test_smollm2_mm_block_has_lora_weights_only_in_its_ffw():
                 )
             )
         )
-        block = MMBlock(2048, 30, lm.part(0, 'norm_2'), lm.ffw(0), 16, ffw='lora')
+        block = MMBlock(2048, 30, lm.norms_of_ffw(0), lm.ffw(0), 16, ffw='lora')
     n = sum(p.numel() for p in block.parameters())
     assert n == 2 * 2048 + 2 * 2048**2 + 30 * 4096 + 3 * 512 * (2048 + 8192) + 2
     assert round(n / 1e6, 2) == 24.24

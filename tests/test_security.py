@@ -21,8 +21,8 @@ import torch
 import eval as evaluation
 from configurator import known_knobs
 from fakes import HERE, TINY, command, deepmlf, forge, train
-from lm import ModelError
 from model import SYSTEMS
+from run.errors import ModelError
 from run.folder import load_checkpoint, replacing, save_checkpoint
 from run.load_lm import lm_config
 

@@ -46,8 +46,8 @@ from fakes import (
     train,
     with_value_at,
 )
-from lm import ModelError
 from run import machine
+from run.errors import ModelError
 from run.folder import load_checkpoint
 
 

@@ -8,7 +8,7 @@ training and evaluation, share of this machine's matmul peak, and FLOPs spent ov
         another config; any knob of its run or of this file is a flag
     python tools/bench.py config/baseline_mult.py --dataset=sims --shapes=sims
     python tools/bench.py config/crosssent_mosei.py --shapes=mosei --vs=without
-        the cost of GMRA (the paper's Table 4)
+        the cost of GMRA (the paper's Table 4); for pseudo tokens, the cost of exact label scores
     python tools/bench.py --vs=start
         time from process start to the first step, by size of the corpus, and speed of conversion
     python tools/bench.py --vs=paper
@@ -162,6 +162,11 @@ class Plain:
     def adapter(system, widths, D):
         """ The adapter that makes pseudo tokens for a frozen LM of width D, or None. """
         return None
+
+    @staticmethod
+    def tokens(model, B):
+        """ Random texts of B clips, of the largest length -> [B,T]. """
+        return torch.randint(10, shape[-1], (B, k['max_text_len']))
 
     @staticmethod
     def ablation():
@@ -347,6 +352,22 @@ class PlainPseudoTokens(Plain):
     @staticmethod
     def adapter(system, widths, D):
         return system.make_adapter(k, widths, D, 1.0)
+
+    @staticmethod
+    def tokens(model, B):
+        text = Plain.tokens(model, B)  # [B,T]
+        before, after = (torch.tensor(ids).expand(B, -1)
+                         for ids in (model.prompt.before, model.prompt.after))
+        pseudo = torch.zeros(B, k['n_pseudo'], dtype=torch.long)  # [B,P]
+        return torch.cat([before, pseudo, text, after], 1)  # [B,before+P+T+after]
+
+    @staticmethod
+    def ablation():
+        return {
+            'without': dict(score_over='labels'),
+            'with': dict(score_over='vocabulary'),
+            'paper': ('none',) * 4,
+        }
 
 
 class PlainCrossSent(Plain):
@@ -684,17 +705,18 @@ def by_turns(folder):
 
 def ablated(knobs, device):
     """ The system with some knobs changed, with a random text model. """
-    _, d_a, _, d_v, _ = SHAPES[k['shapes']]
-    corpus = SimpleNamespace(widths=dict(audio=d_a, vision=d_v))
+    _, d_a, _, d_v, limit = SHAPES[k['shapes']]
+    score = dict(kind='regression', range=[-limit, limit])
+    corpus = SimpleNamespace(widths=dict(audio=d_a, vision=d_v), labels=dict(label=score))
     model, _ = build(corpus, k | knobs)
     return model.to(device).eval()
 
 
-def random_batch(B, device):
+def random_batch(model, B, device):
     """ B random clips of the largest lengths. """
     S_a, d_a, S_v, d_v, _ = SHAPES[k['shapes']]
-    T = k['max_text_len']
-    batch = dict(tokens=torch.randint(10, shape[-1], (B, T), device=device))  # [B,T]
+    batch = dict(tokens=plain_way.tokens(model, B).to(device))  # [B,T]
+    T = batch['tokens'].shape[1]
     for m, S, d in (('audio', S_a, d_a), ('vision', S_v, d_v)):
         batch[m] = torch.randn(B, S, d, device=device)  # [B,S,d]
     for m, n in (('text', T), ('audio', S_a), ('vision', S_v)):
@@ -719,7 +741,7 @@ def forward_megabytes(way, models, device):
         return child_megabytes(way)
     for model in models.values():
         model.to('cpu')
-    batch = random_batch(64, device)
+    batch = random_batch(models[way], 64, device)
     torch.cuda.reset_peak_memory_stats()
     forward_seconds(models[way].to(device), batch, device)
     return torch.cuda.max_memory_allocated() / 2 ** 20
@@ -736,14 +758,14 @@ def with_and_without(folder):
     if k['only']:  # in a child process
         before = resident('VmRSS', reset=True)
         model = ablated(ablation[k['only']], device)
-        forward_seconds(model, random_batch(64, device), device)
+        forward_seconds(model, random_batch(model, 64, device), device)
         print(resident('VmHWM') - before)
         return
 
     models = {way: ablated(ablation[way], device) for way in ('without', 'with')}
     seconds = {(way, B): [] for B in (1, 64) for way in models}
     for B in (1, 64):
-        batch = random_batch(B, device)
+        batch = random_batch(models['with'], B, device)
         for _ in range(k['warmup_rounds'] + k['timed_rounds']):
             for way, model in models.items():
                 seconds[way, B].append(forward_seconds(model, batch, device))

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 
 from data import STREAMS, CorpusError, epoch_order
 from eval import check_same_experiment, load_run_and_feed, take_permissions
-from lm import ModelError
 from metrics import SHOWN, markdown_table, mean_std_n, score_by, task_metrics
+from run.errors import ModelError
 from run.report import EvalError, read_run
 
 SHARES = (0.25, 0.5, 0.75, 1.0)   # shares of clips that lose a modality

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 
 from data import CorpusError
 from eval import check_same_experiment, load_run_and_feed, take_permissions
-from lm import ModelError
 from metrics import BETTER, check_finite
 from model import SYSTEMS
+from run.errors import ModelError
 from run.folder import make_folder, open_regular
 from run.pictures import (
     ON_LINES,

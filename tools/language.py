@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 
 from corpora.unpickle import CorpusError
 from data import lowercase_if_all_caps, open_corpus, tokenize
-from lm import ModelError
 from metrics import markdown_table
-from run.load_lm import frozen_text, load_tokenizer
+from run.errors import ModelError
+from run.frozen_text import frozen_text
+from run.load_lm import load_tokenizer
 
 DECAY = 1e-2  # L2 penalty on the classifier's weights, for standardised features
 

@@ -42,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 from configurator import declared_knobs, parse_flags, run_knobs
 from data import CorpusError
 from eval import load_run
-from lm import ModelError
 from metrics import SHOWN, claim, markdown_table, mean_std_n, score_by
 from model import SYSTEMS
+from run.errors import ModelError
 from run.folder import lock, write_text
 from run.report import RUN_KNOBS, EvalError, read_predictions, read_run
 
