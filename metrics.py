@@ -346,14 +346,17 @@ def claim(metric, first, other, label, by, **how):
 
     The verdict is 'better' or 'worse' if both have at least 3 runs and the 95 % interval of the
     paired difference excludes 0. Otherwise it is 'open', which does not mean that they are equal.
-    The rule holds only if nothing was selected on the test set.
+    The rule holds only if nothing was selected on the test set. With fewer runs the text says that
+    nothing is claimed.
     """
     difference, low, high = paired_bootstrap(metric, other, first, label, **how)
-    is_real = min(len(first), len(other)) >= 3 and (low > 0 or high < 0)
+    enough = min(len(first), len(other)) >= 3
+    is_real = enough and (low > 0 or high < 0)
     verdict = 'open'
     if is_real:
         verdict = 'better' if (difference > 0) == (BETTER[by] == 'high') else 'worse'
     text = f'{difference:+.4f} [{low:+.4f}, {high:+.4f}]'
+    text += '' if enough else '; nothing is claimed: n < 3'
     return dict(difference=difference, low=low, high=high, verdict=verdict, text=text)
 
 
