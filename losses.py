@@ -207,8 +207,8 @@ def ordinal_notes(k, labels, last_epoch):
         names, rise, they = f'weight_{used[0]}', 'rises', 'it is'
         if len(used) > 1:
             names, rise, they = 'weight_mpr and weight_eioi', 'rise', 'they are'
-        notes.append(f"{names} {rise} from 0 over ramp_epochs={k['ramp_epochs']:g} epochs, one step "
-                     f"an epoch: in the first epoch {they} 0")
+        notes.append(f"{names} {rise} from 0 over ramp_epochs={k['ramp_epochs']:g} epochs, one "
+                     f"step an epoch: in the first epoch {they} 0")
     if used and k['ramp_epochs'] > last_epoch:
         notes.append(f"ramp_epochs={k['ramp_epochs']:g} ends after the last epoch ({last_epoch}, "
                      "counted from 0): the regularisers never get their full weight")

@@ -235,8 +235,11 @@ def test_deepmlf_loss_by_hand():
 def test_training_names_the_unit_of_each_loss_term():
     score, classes = dict(kind='regression'), dict(kind='classes')
     note = units_note(['task', 'loss', 'lm', 'av'], SYSTEMS['deepmlf'].units, score)
-    assert note == "loss terms: av, task in label units; lm in nats per token; loss is their weighted sum"
-    assert units_note(['label'], UNITS, classes) == "loss terms: label in nats per token of the answer"
+    units = "av, task in label units; lm in nats per token; loss is their weighted sum"
+    assert note == f"loss terms: {units}"
+    assert units_note(['label'], UNITS, classes) == (
+        "loss terms: label in nats per token of the answer"
+    )
     assert 'task in nats per clip' in units_note(['task', 'loss'], SYSTEMS['mse'].units, classes)
     assert 'diff in a scale of its own; task in squared label units' in units_note(
         ['task', 'diff'], SYSTEMS['misa'].units, score

@@ -9,8 +9,8 @@ Trains one system. From top to bottom: knobs (settings), checks, data, model, lo
     torchrun --standalone --nproc_per_node=4 train.py config/..    the same run on four processes
 
 A run is a folder: config.json, log.jsonl, best and last .safetensors (+ .json), test.jsonl,
-result.json, report.md, curve.png. `python eval.py out/NAME` evaluates it again. Config files and
-flags override the defaults here and in the system's class; the last one on the command line wins.
+result.json, report.md and .html, curve.png. `python eval.py out/NAME` evaluates it again. Config
+files and flags override the defaults here and in the system's class; the last one counts.
 """
 import hashlib
 import json
@@ -372,7 +372,7 @@ try:
             write_predictions(out_dir, clips, predictions)
         write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
         curve_picture(out_dir)
-        print(report(out_dir))
+        print(report(out_dir, clips))
 except (EvalError, ModelError) as e:
     stop(str(e))
 except OSError as e:

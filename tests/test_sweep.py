@@ -93,7 +93,7 @@ def test_the_papers_column_is_not_read_as_ours():
 
 
 class FakeRun:
-    """ A run of a sweep that lasts `minutes` of the fake clock, and the parts that run_all reads. """
+    """ A run of a sweep that lasts some minutes of the fake clock, with what run_all reads. """
     prerequisites = set()
 
     def __init__(self, label, seed, minutes, now, failed=''):
