@@ -31,7 +31,8 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0;
   border-bottom: 1px solid #ddd; }
 th { color: #555; font-weight: 600; } tr.own td { font-weight: 600; }
 td.number, th.number { white-space: nowrap; text-align: right; }
-td.text { min-width: 14rem; white-space: pre-line; } td.id { overflow-wrap: anywhere; }
+td.text { min-width: 14rem; white-space: pre-line; } td.definition { min-width: 25rem; }
+td.id { overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem; }
 dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
@@ -108,7 +109,7 @@ def metric_table(r, predictions):
         valid = f"{r['valid'][key]:.3f}" if key in r['valid'] else '-'
         rows.append([key, f"{r['test'][key]:.3f}", interval, valid, better, what])
     header = ['metric', 'test', '95 % interval', 'valid', 'better', 'definition']
-    return table_html(header, rows, ['', 'number', 'number', 'number', '', ''], cards=True)
+    return table_html(header, rows, ['', 'number', 'number', 'number', '', 'definition'])
 
 
 def worst_clips(predictions, info, n=N_WORST):
@@ -166,8 +167,8 @@ def worst_section(r, ids, texts, predictions, reads_text):
         order = 'in the order of the test set' if prob is None else (
             'the least probability of the true class first')
         rule = f'{n_wrong} of {len(ids)} test clips are wrong; {order}.'
-    return section(f'The {len(worst)} worst test clips', paragraph(rule),
-                   table_html(header, rows, kinds, cards=True))
+    title = 'The worst test clip' if len(worst) == 1 else f'The {len(worst)} worst test clips'
+    return section(title, paragraph(rule), table_html(header, rows, kinds, cards=True))
 
 
 def html_report(r, facts, compared, clips, pictures, reads_text):
