@@ -37,7 +37,7 @@ from adapters import (
 from configurator import AtLeast, Share, class_knobs
 from data import texts_as_read
 from lm import EncoderKnobs, ModelError
-from losses import OrdinalKnobs, l1, mse, ordinal_loss
+from losses import UNITS, OrdinalKnobs, l1, mse, ordinal_loss
 from run.frozen_text import width_of
 from run.load_lm import lm_config, load_tokenizer, specials
 from run.new_lm import load_text_encoder
@@ -661,6 +661,7 @@ class MISA(Attentive):
         lr_vision: AtLeast(0) = 1.0     # learning rate of the video LSTMs, as a multiple of lr
 
     task_loss = staticmethod(mse)
+    units = UNITS | dict(task='squared label units')
     lr_parts = ('encoder', 'audio', 'vision')
     scorer = 'head'
 
@@ -980,6 +981,7 @@ class ALMT(Attentive):
         almt_tokens: AtLeast(1) = 8    # P, tokens that each stream is compressed into
 
     task_loss = staticmethod(mse)
+    units = UNITS | dict(task='squared label units')
     scorer = 'out'
 
     def __init__(self, encoder, D, facts, k):

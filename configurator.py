@@ -21,6 +21,7 @@ knob's annotation restricts its values: `Literal['a', 'b']`, `AtLeast(1)`, `Shar
 """
 import ast
 import difflib
+import fnmatch
 import functools
 import inspect
 import io
@@ -100,6 +101,40 @@ def _check(key, value, default, where):
     _stop(f"{key} wants {wants}, got {got} {where}")
 
 
+# Names that other libraries have for a knob -> the knobs that may be meant. Of several words the
+# first that fits a knob of the run counts; '*' stands for any letters.
+_USUAL_NAMES = {
+    'learning_rate lrate base_lr': 'lr', 'min_lr eta_min': 'lr_min', 'wd decay': 'weight_decay',
+    'max_epochs num_epochs n_epochs num_train_epochs epoch': 'epochs', 'max_iters': 'max_steps',
+    'batch bs train_batch_size per_device_train_batch_size': 'batch_size',
+    'gradient_accumulation_steps grad_accum accumulation_steps': 'accumulate',
+    'grad_clip max_grad_norm gradient_clip_val': 'clip', 'eps epsilon': 'adam_eps',
+    'warmup warmup_steps num_warmup_steps warmup_ratio': 'warmup_epochs',
+    'early_stop early_stopping early_stopping_patience': 'patience',
+    'metric monitor metric_for_best_model': 'select', 'random_seed': 'seed',
+    'model model_name model_name_or_path llm language_model backbone bert': 'lm system',
+    'method arch architecture': 'system', 'data data_path dataset_name csv': 'corpus',
+    'target': 'label', 'modality': 'modalities', 'max_length max_len seq_len': 'max_text_len',
+    'output_dir output save_dir log_dir': 'out_dir', 'logging_steps log_every': 'log_interval',
+    'save_steps': 'save_interval', 'gpu gpus cuda use_cuda accelerator': 'device',
+    'precision fp16 bf16 amp mixed_precision torch_dtype': 'dtype',
+    'resume_from_checkpoint checkpoint ckpt_path': 'resume', 'overwrite_output_dir': 'fresh',
+    'hidden_size hidden_dim d_model embed_dim': 'fusion_width *_width',
+    'num_layers n_layers': 'fusion_layers *_layers', 'num_heads n_heads': 'fusion_heads *_heads',
+    'dropout_rate drop_rate dropout_prob p_drop': 'dropout *_dropout', 'lora_r': 'lora_rank',
+    'num_tokens n_tokens': 'n_fusion n_pseudo'}
+_KNOBS_MEANT = {name: knobs.split() for names, knobs in _USUAL_NAMES.items()
+                for name in names.split()}
+
+
+def _knobs_meant(key, known):
+    """ The knobs in `known`, at most 3, that a user of another library may mean by `key`. """
+    for pattern in _KNOBS_MEANT.get(key.lower().replace('-', '_'), []):
+        if found := fnmatch.filter(known, pattern):
+            return found[:3]
+    return []
+
+
 def _refuse_unknown(key, known, where, systems=None):
     """ Stop if the run has no knob `key`; the message names the systems that have it. """
     if key in known:
@@ -108,8 +143,8 @@ def _refuse_unknown(key, known, where, systems=None):
     if owners:
         _stop(f"{key} {where} is a knob of {', '.join(owners)}, not of this run's system")
     all_knobs = set(known).union(*(class_knobs(cls) for cls in (systems or {}).values()))
-    near = difflib.get_close_matches(key, sorted(all_knobs), n=1)
-    hint = f", did you mean {near[0]!r}?" if near else (
+    near = _knobs_meant(key, known) or difflib.get_close_matches(key, sorted(all_knobs), n=1)
+    hint = f", did you mean {' or '.join(map(repr, near))}?" if near else (
         "; --help lists the keys, and a helper variable of a config file starts with '_'")
     _stop(f"unknown key {key!r} {where}{hint}")
 

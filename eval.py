@@ -278,14 +278,14 @@ def evaluate_clips(folder, path, **allowed):
 def evaluate_again(folder, **allowed):
     """
     Evaluate the best checkpoint of a run on its test set again. Overwrites test.jsonl, result.json
-    and report.md, and returns the report's table. Raises EvalError, ModelError, CorpusError.
+    and the reports, and returns the report's table. Raises EvalError, ModelError, CorpusError.
     """
     r, run = read_run(folder), load_run(folder, **allowed)
     r['test'], predictions = run.test(run.corpus, run.knobs)
     if predictions:
         write_predictions(folder, run.corpus, predictions)
     write_text(os.path.join(folder, 'result.json'), json.dumps(r, indent=1))
-    return report(folder)
+    return report(folder, run.corpus)
 
 
 def cells(metrics, keys):

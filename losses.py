@@ -13,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from configurator import AtLeast
 from run.errors import ModelError
 
+# The units of loss terms. Terms of other names have a scale of their own.
+UNITS = dict.fromkeys('task text audio vision av fusion'.split(), 'label units') | dict(
+    lm='nats per token', label='nats per token of the answer', mpr='label units',
+    eioi='label units to the power eioi_power')
+
 
 class OrdinalKnobs:
     """ The ordinal regularisers of CrossSent, for any system that predicts a score by a head. """
@@ -197,7 +202,14 @@ def ordinal_notes(k, labels, last_epoch):
     train split; last_epoch: number of the run's last epoch, from 0.
     """
     notes = []
-    if (k['weight_mpr'] or k['weight_eioi']) and k['ramp_epochs'] > last_epoch:
+    used = [name for name in ('mpr', 'eioi') if k['weight_' + name]]
+    if used and k['ramp_epochs']:
+        names, rise, they = f'weight_{used[0]}', 'rises', 'it is'
+        if len(used) > 1:
+            names, rise, they = 'weight_mpr and weight_eioi', 'rise', 'they are'
+        notes.append(f"{names} {rise} from 0 over ramp_epochs={k['ramp_epochs']:g} epochs, one "
+                     f"step an epoch: in the first epoch {they} 0")
+    if used and k['ramp_epochs'] > last_epoch:
         notes.append(f"ramp_epochs={k['ramp_epochs']:g} ends after the last epoch ({last_epoch}, "
                      "counted from 0): the regularisers never get their full weight")
     if k['weight_mpr'] and k['mpr_gap'] >= labels.max() - labels.min():
@@ -208,3 +220,18 @@ def ordinal_notes(k, labels, last_epoch):
         notes.append(f"mpr_margin={k['mpr_margin']:g} is larger than (1 - mpr_slope) mpr_gap = "
                      f"{allowed:g}: MPR will punish even perfect predictions")
     return notes
+
+
+def units_note(terms, units, info):
+    """
+    A sentence on the units of a run's loss terms. terms: their names; units {term: unit}: of the
+    system; info: the label's entry in meta.json.
+    """
+    if info['kind'] == 'classes':
+        units = units | dict(task='nats per clip')
+    groups = {}
+    for name in sorted(set(terms) - {'loss'}):
+        groups.setdefault(units.get(name, 'a scale of its own'), []).append(name)
+    parts = [f"{', '.join(names)} in {unit}" for unit, names in groups.items()]
+    whole = '' if len(terms) == 1 else '; loss is their weighted sum'
+    return f"loss terms: {'; '.join(parts)}{whole}"

@@ -327,6 +327,24 @@ def paired_bootstrap(metric_fn, preds_a, preds_b, label, n_resamples=2000, seed=
     return float(a.mean() - b.mean()), float(low), float(high)
 
 
+def bootstrap(metrics_fn, pred, label, n_resamples=500, seed=0):
+    """
+    {metric: (low, high)}: the 95 % percentile interval of each metric of one run over the choice of
+    test clips. metrics_fn(pred [N], label [N]) -> dict of metrics. nan if the metric is undefined
+    on a resample. The interval does not cover seeds.
+    """
+    rng, n = np.random.default_rng(seed), len(label)
+    resampled = []
+    for _ in range(n_resamples):
+        clips = rng.integers(n, size=n)
+        resampled.append(metrics_fn(pred[clips], label[clips]))
+    found = {}
+    for name in set.intersection(*map(set, resampled)):
+        values = [metrics[name] for metrics in resampled]
+        found[name] = tuple(float(v) for v in np.percentile(values, [2.5, 97.5]))
+    return found
+
+
 def score_by(info):
     """
     The metric by which systems are compared: its name ('mae' or 'wf1') and a function of
@@ -346,14 +364,17 @@ def claim(metric, first, other, label, by, **how):
 
     The verdict is 'better' or 'worse' if both have at least 3 runs and the 95 % interval of the
     paired difference excludes 0. Otherwise it is 'open', which does not mean that they are equal.
-    The rule holds only if nothing was selected on the test set.
+    The rule holds only if nothing was selected on the test set. With fewer runs the text says that
+    nothing is claimed.
     """
     difference, low, high = paired_bootstrap(metric, other, first, label, **how)
-    is_real = min(len(first), len(other)) >= 3 and (low > 0 or high < 0)
+    enough = min(len(first), len(other)) >= 3
+    is_real = enough and (low > 0 or high < 0)
     verdict = 'open'
     if is_real:
         verdict = 'better' if (difference > 0) == (BETTER[by] == 'high') else 'worse'
     text = f'{difference:+.4f} [{low:+.4f}, {high:+.4f}]'
+    text += '' if enough else '; nothing is claimed: n < 3'
     return dict(difference=difference, low=low, high=high, verdict=verdict, text=text)
 
 

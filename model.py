@@ -46,7 +46,7 @@ from lm import (
     ModelError,
     NewModelKnobs,
 )
-from losses import OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
+from losses import UNITS, OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
 from prompts import Prompt, PromptKnobs, rated_texts
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
 from run.lm_compare import known_lm
@@ -832,6 +832,8 @@ class CrossSent(System):
         text_pool: Literal['first', 'mean'] = 'first'  # first token, or mean of tokens
         lr_encoder: AtLeast(0) = 1.0  # factor of the learning rate for the encoder's own weights
         dropout: Share() = 0.1        # in the GMRA and the head
+
+    units = UNITS | dict(task='squared label units')
 
     def __init__(self, encoder, tokenizer, widths, k):
         super().__init__()

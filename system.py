@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from configurator import check_declaration
-from losses import ordinal_errors, ordinal_notes
+from losses import UNITS, ordinal_errors, ordinal_notes
 from metrics import BETTER
 from run.errors import ModelError
 
@@ -36,6 +36,7 @@ class System(nn.Module):
     text_first = False              # batches group clips by text length first, then by frame cost
     one_process = False             # it stores statistics of clips: no training under torchrun
     inherited_knobs = ()            # knobs that a prerequisite run takes from the run that needs it
+    units = UNITS                   # of its loss terms {name: unit}, as training prints them once
 
     def __init__(self):
         super().__init__()

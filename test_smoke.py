@@ -4,6 +4,7 @@ The blocks, the losses, DeepMLF and the configurator. Each test checks one prope
     python -m pytest -q test_smoke.py
 """
 
+import fnmatch
 import itertools
 import math
 import os
@@ -12,10 +13,12 @@ import subprocess
 import sys
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
+import configurator
 from adapters import AVEncoder, LoRA, MMBlock, augment_embeddings, masked_mean, pool_frames, seqaug
 from configurator import (
     AtLeast,
@@ -40,7 +43,15 @@ from fakes import (
     tiny_lm,
 )
 from lm import FrozenLM, ModelError
-from losses import deepmlf_loss, lm_loss, summed_cross_entropy
+from losses import (
+    UNITS,
+    deepmlf_loss,
+    lm_loss,
+    ordinal_notes,
+    ramp,
+    summed_cross_entropy,
+    units_note,
+)
 from model import SYSTEMS, AVModel
 from run.load_lm import load_lm
 from system import System
@@ -219,6 +230,34 @@ def test_deepmlf_loss_by_hand():
 
 # -------------------------------------------------------------------------------------------------
 # DeepMLF
+
+
+def test_training_names_the_unit_of_each_loss_term():
+    score, classes = dict(kind='regression'), dict(kind='classes')
+    note = units_note(['task', 'loss', 'lm', 'av'], SYSTEMS['deepmlf'].units, score)
+    units = "av, task in label units; lm in nats per token; loss is their weighted sum"
+    assert note == f"loss terms: {units}"
+    assert units_note(['label'], UNITS, classes) == (
+        "loss terms: label in nats per token of the answer"
+    )
+    assert 'task in nats per clip' in units_note(['task', 'loss'], SYSTEMS['mse'].units, classes)
+    assert 'diff in a scale of its own; task in squared label units' in units_note(
+        ['task', 'diff'], SYSTEMS['misa'].units, score
+    )
+
+
+def test_training_says_that_the_regularisers_are_off_in_the_first_epoch():
+    k = dict(
+        weight_mpr=0.1, weight_eioi=0.0, ramp_epochs=5.0, mpr_gap=0.5, mpr_margin=0.1, mpr_slope=0.5
+    )
+    labels = np.array([-3.0, 3.0])
+    (note,) = ordinal_notes(k, labels, last_epoch=19)
+    assert note.startswith('weight_mpr rises from 0') and 'in the first epoch it is 0' in note
+    assert ramp(k, dict(epoch=torch.tensor(0))) == 0 < ramp(k, dict(epoch=torch.tensor(1)))
+    (note,) = ordinal_notes(k | dict(weight_eioi=0.1), labels, last_epoch=19)
+    assert note.startswith('weight_mpr and weight_eioi rise from 0')
+    assert ordinal_notes(k | dict(ramp_epochs=0.0), labels, last_epoch=19) == []
+    assert ordinal_notes(k | dict(weight_mpr=0.0), labels, last_epoch=19) == []
 
 
 def test_text_never_depends_on_audio_or_video():
@@ -732,6 +771,47 @@ def test_a_knob_of_another_system_names_its_owner(tmp_path):
         SystemExit, match="mse_width on the command line is a knob of mse, not of this run's system"
     ):
         command('train.py', 'config/deepmlf_toy.py', '--mse_width=4')
+
+
+@pytest.mark.parametrize(
+    'config, name, knobs',
+    [
+        ('deepmlf_toy', 'learning_rate', "'lr'"),
+        ('deepmlf_toy', 'max_epochs', "'epochs'"),
+        ('deepmlf_toy', 'num_epochs', "'epochs'"),
+        ('deepmlf_toy', 'batch', "'batch_size'"),
+        ('deepmlf_toy', 'model', "'lm'"),
+        ('av_toy', 'model', "'system'"),  # it has no LM
+        ('deepmlf_toy', 'hidden_size', "'av_width' or 'head_width'"),
+        ('baseline_mult', 'hidden-size', "'fusion_width'"),
+        ('deepmlf_toy', 'dropout_rate', "'dropout'"),
+        ('av_toy', 'dropout_rate', "'av_dropout'"),
+        ('deepmlf_toy', 'output_dir', "'out_dir'"),
+        ('deepmlf_toy', 'data', "'corpus'"),
+        ('deepmlf_toy', 'gpu', "'device'"),
+        ('deepmlf_toy', 'precision', "'dtype'"),
+        ('deepmlf_toy', 'FP16', "'dtype'"),
+        ('deepmlf_toy', 'n_tokens', "'n_fusion'"),
+        ('mse_toy', 'n_tokens', "'n_pseudo'"),
+    ],
+)
+def test_the_usual_name_of_a_knob_is_understood(config, name, knobs):
+    with pytest.raises(SystemExit) as e:
+        command('train.py', f'config/{config}.py', f'--{name}=1')
+    assert f"unknown key {name!r} on the command line, did you mean {knobs}?" in str(e.value)
+
+
+def test_a_usual_name_suggests_only_knobs_of_the_runs_system():
+    declared, _ = declared_knobs(HERE / 'train.py')
+    every = set(declared).union(*map(class_knobs, SYSTEMS.values()))
+    for name, meant in configurator._KNOBS_MEANT.items():
+        assert name not in every
+        for pattern in meant:  # no name of a knob is out of date
+            assert fnmatch.filter(every, pattern), pattern
+        for cls in SYSTEMS.values():
+            known = declared | class_knobs(cls)
+            assert set(configurator._knobs_meant(name, known)) <= set(known)
+    assert configurator._knobs_meant('lora_r', declared | class_knobs(SYSTEMS['av'])) == []
 
 
 def test_the_order_within_a_file_and_on_the_command_line_does_not_matter(tmp_path):

@@ -9,8 +9,8 @@ Trains one system. From top to bottom: knobs (settings), checks, data, model, lo
     torchrun --standalone --nproc_per_node=4 train.py config/..    the same run on four processes
 
 A run is a folder: config.json, log.jsonl, best and last .safetensors (+ .json), test.jsonl,
-result.json, report.md, curve.png. `python eval.py out/NAME` evaluates it again. Config files and
-flags override the defaults here and in the system's class; the last one on the command line wins.
+result.json, report.md and .html, curve.png. `python eval.py out/NAME` evaluates it again. Config
+files and flags override the defaults here and in the system's class; the last one counts.
 """
 import hashlib
 import json
@@ -26,6 +26,7 @@ import torch
 from configurator import AtLeast, Share, configure
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import continuation, evaluate, evaluate_controls, majority_metrics
+from losses import units_note
 from metrics import BETTER
 from model import SYSTEMS
 from run import ranks
@@ -242,8 +243,7 @@ print(f"  {n_steps} steps of {batch_size} x {accumulate} clips, {steps_per_epoch
 if ranks.N_RANKS > accumulate:
     feed.notes.append(f"{ranks.N_RANKS} processes for {accumulate} micro-batches: some are idle")
 last_epoch = (n_steps - 1) // steps_per_epoch
-feed.notes += System.run_notes(config, clips.label('train', label), last_epoch)
-for note in feed.notes:
+for note in feed.notes + System.run_notes(config, clips.label('train', label), last_epoch):
     print(f"  {note}")
 
 # ---------------------------------------------------------------------------------------------------------
@@ -285,8 +285,8 @@ while state['step'] < n_steps and not state['done']:
         for k, v in (out['terms'] | dict(loss=out['loss'])).items():
             terms[k] = terms.get(k, 0) + v.detach() * share
     if state['step'] == 0:
-        idle = [n for n, p in named.items() if p.grad is None]
-        if idle:
+        print(f"  {units_note(out['terms'], System.units, feed.info)}")
+        if idle := [n for n, p in named.items() if p.grad is None]:
             stop(f"{len(idle)} trainable weights, such as {idle[0]}, get no gradient: freeze them, "
                  "or change the knob that cuts them off from the loss.")
     for p in named.values() if loss_scale != 1 else ():
@@ -372,7 +372,7 @@ try:
             write_predictions(out_dir, clips, predictions)
         write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
         curve_picture(out_dir)
-        print(report(out_dir))
+        print(report(out_dir, clips))
 except (EvalError, ModelError) as e:
     stop(str(e))
 except OSError as e:

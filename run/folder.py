@@ -92,7 +92,13 @@ def write_bytes(path, content):
 
 
 def save_picture(figure, path, **options):
-    """ Save a matplotlib figure as the PNG `path`, as write_text does; `options` go to savefig. """
+    """
+    Save a matplotlib figure as the PNG `path`, as write_text does, or into an open binary file;
+    `options` go to savefig.
+    """
+    if hasattr(path, 'write'):
+        figure.savefig(path, format='png', **options)
+        return
     with replacing(path) as new:
         figure.savefig(new, format='png', **options)
 

@@ -1,12 +1,13 @@
 """
 The pictures that several commands draw, and the style of all pictures: learning curves, a confusion
-matrix, and attention weights.
+matrix, calibration, and attention weights.
 
 Axis letters: N clips, K classes, M attended positions.
 """
 import os
 import sys
 import textwrap
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -56,6 +57,13 @@ def save(fig, folder, name):
     save_picture(fig, path)
     pyplot().close(fig)
     print(path)
+
+
+def drawn(draw, *arguments):
+    """ The PNG that draw(file, *arguments) draws, as bytes. """
+    file = BytesIO()
+    draw(file, *arguments)
+    return file.getvalue()
 
 
 def canvas(rows=1, columns=1, high=HIGH, wide=WIDE):
@@ -223,6 +231,73 @@ def confusion_picture(path, pred, label, names, title):
         ax.set(xlabel='predicted class', ylabel='true class')
         fig.colorbar(picture, label='share of the true class', shrink=0.8)
         set_title(fig, title)
+        save_picture(fig, path)
+        pyplot().close(fig)
+
+
+def draw_confusion(path, result, predictions):
+    """
+    Draw the confusion matrix of a run's test predictions at `path`, of its classes or of scores
+    rounded to whole numbers. result: read_run's dict; predictions: read_predictions' arrays.
+    """
+    info, test = result['info'], result['test']
+    pred, label = predictions['pred'], predictions['label']  # [N] each
+    if info['kind'] == 'classes':
+        names, metrics = info['names'], ('wf1', 'acc')
+    else:
+        low, high = info['range']
+        levels = np.arange(round(low), round(high) + 1)
+        names, metrics = [f'{v:+d}' if v else '0' for v in levels], ('mae', 'corr')
+        pred = np.round(np.clip(pred, low, high)) - levels[0]  # [N]
+        label = np.round(np.clip(label, low, high)) - levels[0]  # [N]
+    scores = ', '.join(f'{key} {test[key]:.3f}' for key in metrics if key in test)
+    rounded = '' if info['kind'] == 'classes' else '; scores rounded'
+    title = f"{run_title([result['about']])}\ntest: {scores}, {len(pred)} clips{rounded}"
+    confusion_picture(path, pred, label, names, title)
+
+
+# --------------------------------------------------------------------------------------------------
+# Calibration
+
+def answer_values(info, n):
+    """ The scores [n] that the n answers of a system with readout='score' stand for. """
+    return np.linspace(*info['range'], n)
+
+
+def calibration_picture(path, result, predictions, n_bins=10):
+    """
+    A picture at `path` of the calibration of a run's probabilities, with the expected calibration
+    error. For classes: the probability of the answer against the share of right answers. For
+    scores: the probability of a positive score against the share of positive labels. result:
+    read_run's dict; predictions: read_predictions' arrays, with prob [N,K].
+    """
+    prob, label = predictions['prob'], predictions['label']  # [N,K], [N]
+    if result['info']['kind'] == 'classes':
+        stated = prob.max(1)  # [N]
+        right = prob.argmax(1) == label  # [N]
+        x_name, y_name = 'probability of the answer', 'share of right answers'
+    else:
+        values = answer_values(result['info'], prob.shape[1])  # [K]
+        stated = prob[:, values > 1e-6].sum(1)  # [N]
+        right = label > 0  # [N]
+        x_name, y_name = 'probability of a positive score', 'share of positive labels'
+
+    bin_of = np.minimum((stated * n_bins).astype(int), n_bins - 1)  # [N]
+    bins = [bin_of == b for b in range(n_bins) if (bin_of == b).any()]  # [N] each
+    x = np.array([stated[b].mean() for b in bins])
+    y = np.array([right[b].mean() for b in bins])
+    n = np.array([np.sum(b) for b in bins])
+    error = np.sum(n * np.abs(x - y)) / n.sum()
+    with style():
+        fig, ((ax,),) = canvas(high=WIDE)
+        ax.plot([0, 1], [0, 1], color='0.6', lw=0.8)
+        ax.plot(x, y, 'o-', ms=4)
+        for x_b, y_b, n_b in zip(x, y, n):
+            ax.annotate(str(n_b), (x_b, y_b), textcoords='offset points', xytext=(4, -8),
+                        fontsize=6)
+        ax.set(xlabel=x_name, ylabel=y_name, xlim=(0, 1), ylim=(0, 1), aspect='equal')
+        set_title(fig, f"{run_title([result['about']])}\nexpected calibration error {error:.3f}; "
+                       "numbers are clips")
         save_picture(fig, path)
         pyplot().close(fig)
 

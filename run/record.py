@@ -141,8 +141,8 @@ class Record:
                 self.stop(f"another run is writing into {self.folder}: wait for it, or give "
                           "another --out_dir.")
             remove_leftovers(self.folder)
-            # result.json and report.md stand for a finished run, and this run is not finished
-            outdated = ['result.json', 'report.md']
+            # result.json and the reports stand for a finished run, and this run is not finished
+            outdated = ['result.json', 'report.md', 'report.html']
             if fresh:
                 outdated += ['last.safetensors', 'last.json', 'best.safetensors', 'best.json',
                              'test.jsonl', 'curve.png']

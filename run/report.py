@@ -11,8 +11,9 @@ from configurator import check_knobs, known_knobs
 from metrics import METRIC_HELP, SHOWN, check_finite, markdown_table, regression_metrics
 from model import SYSTEMS
 from run.errors import ModelError
-from run.folder import load_info, open_regular, write_text
-from run.pictures import confusion_picture, learning_curve, run_title
+from run.folder import is_regular, load_info, open_regular, write_bytes, write_text
+from run.pictures import calibration_picture, draw_confusion, drawn, learning_curve
+from run.report_html import html_report
 
 FORMAT = 2   # version of the run folder's format; raise it when older folders cannot be read
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -241,12 +242,12 @@ def prerequisite_runs(about):
     return runs
 
 
-def summary(folder, r):
+def comparison(folder, r):
     """
-    The report's table of test metrics and the notes under it, as text. Its rows: those of
-    comparison_rows (text only: DeepMLF's text head, which sees no audio or video, or the frozen LM
-    without pseudo tokens; audio+video only: the AV encoder's own run, or DeepMLF's AV head), the
-    late-fusion bound if the corpus has bounds, and the run itself.
+    The report's table of test metrics and the notes under it: header, rows, sentences. Its rows:
+    those of comparison_rows (text only: DeepMLF's text head, which sees no audio or video, or the
+    frozen LM without pseudo tokens; audio+video only: the AV encoder's own run, or DeepMLF's AV
+    head), the late-fusion bound if the corpus has bounds, and the run itself.
     """
     k, name = r['about']['knobs'], r['about']['name']
     cls = SYSTEMS[k['system']]
@@ -270,21 +271,21 @@ def summary(folder, r):
         reached = [cell(ceilings.get(bound, {}), best)] if ceilings else []
         table.append([row] + [cell(metrics, key) for key in keys] + reached)
     header = ['test'] + keys + ([f'best possible {best}'] if ceilings else [])
-    text = markdown_table(header, table)
+    notes = []
     if ceilings:
-        text += (f"\n\nBest possible {best}: that of an optimal predictor with the same inputs as the "
-                 "row, known exactly for this corpus.")
+        notes.append(f"Best possible {best}: that of an optimal predictor with the same inputs as "
+                     "the row, known exactly for this corpus.")
     if ceilings and cls.reads_text:
-        text += (f" Late-fusion bound: the best {best} of a sum of a text predictor and an "
-                 "audio+video predictor.\n\n")
-        text += distance_to_bounds(name, best, r['test'][best], ceilings)
+        notes[0] += (f" Late-fusion bound: the best {best} of a sum of a text predictor and an "
+                     "audio+video predictor.")
+        notes.append(distance_to_bounds(name, best, r['test'][best], ceilings))
     if r.get('lm_kept') is not None:
-        text += "\n\n" + ("Without the adapter, the frozen LM continues two texts as it did before "
-                          "training, token for token."
-                          if r['lm_kept'] else
-                          "**Without the adapter, the frozen LM does not continue two texts as it "
-                          "did before training.**")
-    return text
+        notes.append("Without the adapter, the frozen LM continues two texts as it did before "
+                     "training, token for token."
+                     if r['lm_kept'] else
+                     "**Without the adapter, the frozen LM does not continue two texts as it did "
+                     "before training.**")
+    return header, table, notes
 
 
 def distance_to_bounds(name, best, reached, ceilings):
@@ -298,53 +299,95 @@ def distance_to_bounds(name, best, reached, ceilings):
             "this run does not show that it fuses the modalities.")
 
 
-def report(folder):
-    """
-    Write folder/report.md from the files of a finished run. Returns its first table, and a line
-    about the run, for the terminal. Raises EvalError.
-    """
-    r = read_run(folder)
+def run_facts(r):
+    """ What a report says of a run besides its metrics: a list of (name, text). """
     about, state, clips = r['about'], r['state'], r['clips']
-    name, k = about['name'], about['knobs']
-    predicts = SYSTEMS[k['system']].predicts
-    seconds = r['seconds']
+    changed = ' with uncommitted changes' if about['dirty'] else ''
+    corpus = os.path.basename(about['corpus']['folder'])
+    return [
+        ('Command', about['command']),
+        ('Commit', f"{about['commit'] or 'none'}{changed}"),
+        ('Corpus', f"{corpus} ({clips['train']} training, {clips['valid']} validation, "
+                   f"{clips['test']} test clips)"),
+        ('Weights', f"{r['n_trainable']:,} trainable, {r['n_frozen']:,} frozen"),
+        ('Time of training and testing', time_text(r)),
+        ('Checkpoint', f"step {state['best_step']} of {state['step']}, chosen by validation "
+                       f"{about['knobs']['select']} ({state['best']:.4f}), not by the test set")]
+
+
+def time_text(r):
+    """ How long a run took, and on what, as text. """
+    about, seconds = r['about'], r['seconds']
     took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-    took += (f" on {about['device']} ({about['threads']} CPU thread{'s' * (about['threads'] > 1)}, "
-             f"{about['matmul_gflops']} GFLOP/s in a float32 matmul)")
-    table = summary(folder, r) if predicts else f"Test loss: {r['test']['loss']:.4f}"
+    return (f"{took} on {about['device']} ({about['threads']} CPU "
+            f"thread{'s' * (about['threads'] > 1)}, {about['matmul_gflops']} GFLOP/s in a float32 "
+            "matmul)")
+
+
+def report_pictures(folder, r, predictions):
+    """
+    The pictures of a report: a list of (name, PNG, caption). predictions: read_predictions' arrays;
+    None for a language model. The learning curve is that in the folder, if it is there.
+    """
+    pictures, path = [], os.path.join(folder, 'curve.png')
+    if is_regular(path):
+        with open_regular(path, 'rb') as f:
+            pictures.append(('learning curve', f.read(), ''))
+    if predictions:
+        names, caption = r['info'].get('names', []), ''
+        if not ''.join(names).isascii():   # the picture shows such names by their numbers
+            caption = f"Classes: {', '.join(f'{i} {n}' for i, n in enumerate(names))}."
+        pictures.append(('confusion matrix', drawn(draw_confusion, r, predictions), caption))
+        if 'prob' in predictions:
+            png = drawn(calibration_picture, r, predictions)
+            pictures.append(('calibration of the probabilities', png, ''))
+    return pictures
+
+
+def report(folder, corpus):
+    """
+    Write folder/report.html and folder/report.md from the files of a finished run and the texts of
+    its corpus. Returns the first table, and a line about the run, for the terminal. Raises
+    EvalError.
+    """
+    r, predictions, compared, clips = read_run(folder), None, None, None
+    name, cls = r['about']['name'], SYSTEMS[r['about']['knobs']['system']]
+    table = f"Test loss: {r['test']['loss']:.4f}" if not cls.predicts else ''
+    if cls.predicts:
+        header, rows, notes = compared = comparison(folder, r)
+        table = '\n\n'.join([markdown_table(header, rows), *notes])
+        ids, predictions = read_predictions(folder)
+        clips = ids, corpus.text('test'), predictions
     each = []
     for key, v in r['test'].items():
         better, what = METRIC_HELP.get(key, METRIC_HELP['f1_<class>']).split(' is better: ')
         valid = f"{r['valid'][key]:.4f}" if key in r['valid'] else '-'
         each.append([key, f"{v:.4f}", valid, better, what])
-    pictures = '![learning curve](curve.png)'
-    if predicts and r['info']['kind'] == 'classes':
-        _, p = read_predictions(folder)
-        draw_confusion(os.path.join(folder, 'confusion.png'), r, p)
-        pictures += '\n\n![confusion matrix](confusion.png)'
-        names = r['info']['names']
-        if not ''.join(names).isascii():
-            numbered = ', '.join(f'{i} {n}' for i, n in enumerate(names))
-            pictures += f'\n\nClasses: {numbered}.'
-    changed = ' with uncommitted changes' if about['dirty'] else ''
-    corpus = os.path.basename(about['corpus']['folder'])
+    facts, pictures = run_facts(r), report_pictures(folder, r, predictions)
+    linked = '![learning curve](curve.png)'
+    for what, png, caption in pictures:
+        if what == 'confusion matrix' and r['info']['kind'] == 'classes':
+            write_bytes(os.path.join(folder, 'confusion.png'), png)
+            linked += '\n\n![confusion matrix](confusion.png)'
+            linked += f'\n\n{caption}' if caption else ''
+    page = html_report(r, facts, compared, clips, pictures, cls.reads_text)
+    write_text(os.path.join(folder, 'report.html'), page)
+    facts[0] = ('Command', f'`{facts[0][1]}`')
+    listed = '\n'.join(f'- {key}: {v}' for key, v in facts)
+    # report.md is last: train.py takes a run that has it for finished
     write_text(os.path.join(folder, 'report.md'), f"""# {name}
 
-- Command: `{about['command']}`
-- Commit: {about['commit'] or 'none'}{changed}
-- Corpus: {corpus} ({clips['train']} training, {clips['valid']} validation, {clips['test']} test clips)
-- Weights: {r['n_trainable']:,} trainable, {r['n_frozen']:,} frozen
-- Training and testing took {took}
-- Checkpoint: step {state['best_step']} of {state['step']}, chosen by validation {k['select']}
-  ({state['best']:.4f}), not by the test set
+{listed}
 
 {table}
 
 {markdown_table(['metric', 'test', 'valid', 'better', 'definition'], each)}
 
-{pictures}
+{linked}
 """)
-    return f"{table}\n\n{name}: trained and tested in {took}; the report is {folder}/report.md"
+    took = time_text(r)
+    return (f"{table}\n\n{name}: trained and tested in {took}; the report is {folder}/report.md, "
+            "and report.html for a browser")
 
 
 def read_log(folder):
@@ -361,24 +404,3 @@ def read_log(folder):
 def curve_picture(folder):
     """ Draw folder/curve.png, the learning curve of a finished run. Raises EvalError. """
     learning_curve(os.path.join(folder, 'curve.png'), [(read_run(folder), read_log(folder))])
-
-
-def draw_confusion(path, result, predictions):
-    """
-    Draw the confusion matrix of a run's test predictions at `path`, of its classes or of scores
-    rounded to whole numbers. result: read_run's dict; predictions: read_predictions' arrays.
-    """
-    info, test = result['info'], result['test']
-    pred, label = predictions['pred'], predictions['label']  # [N] each
-    if info['kind'] == 'classes':
-        names, metrics = info['names'], ('wf1', 'acc')
-    else:
-        low, high = info['range']
-        levels = np.arange(round(low), round(high) + 1)
-        names, metrics = [f'{v:+d}' if v else '0' for v in levels], ('mae', 'corr')
-        pred = np.round(np.clip(pred, low, high)) - levels[0]  # [N]
-        label = np.round(np.clip(label, low, high)) - levels[0]  # [N]
-    scores = ', '.join(f'{key} {test[key]:.3f}' for key in metrics if key in test)
-    rounded = '' if info['kind'] == 'classes' else '; scores rounded'
-    title = f"{run_title([result['about']])}\ntest: {scores}, {len(pred)} clips{rounded}"
-    confusion_picture(path, pred, label, names, title)

@@ -279,9 +279,11 @@ def test_another_corpus_another_lm_and_another_tokenizer_are_refused(copied, rec
 def test_nothing_is_written_through_a_link(copied, received):
     """Each file that a command writes, and its name with .new, is a link to a file outside."""
     victim = copied.parent / 'victim.txt'
-    names = ['report.md', 'result.json', 'test.jsonl', 'curve.png', 'confusion.png', 'best.json']
+    names = ['report.md', 'report.html', 'result.json', 'test.jsonl', 'curve.png', 'confusion.png']
+    names.append('best.json')
     for name in [n + '.new' for n in names] + [
         'report.md',
+        'report.html',
         'test.jsonl',
         'curve.png',
         'confusion.png',

@@ -8,6 +8,8 @@ import json
 import os
 import runpy
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,8 +41,10 @@ def test_better_needs_three_seeds_and_an_interval_that_excludes_zero():
     small, large = predictions_off_by(0.3, 3), predictions_off_by(0.5, 3)
     assert claim(MAE, large, small, label, 'mae')['verdict'] == 'better'
     assert claim(MAE, small, large, label, 'mae')['verdict'] == 'worse'
-    # two seeds are too few
-    assert claim(MAE, predictions_off_by(0.5, 2), small, label, 'mae')['verdict'] == 'open'
+    # two seeds are too few, and the text says so
+    few = claim(MAE, predictions_off_by(0.5, 2), small, label, 'mae')
+    assert few['verdict'] == 'open' and few['text'].endswith(']; nothing is claimed: n < 3')
+    assert claim(MAE, large, small, label, 'mae')['text'].endswith(']')
     wide = np.random.default_rng(0).normal(0, 1, (3, 200)).astype(np.float32)
     assert claim(MAE, wide, wide[::-1], label, 'mae')['verdict'] == 'open'
     y = (np.arange(200) % 2).astype(np.float32)
@@ -77,6 +81,69 @@ def test_a_row_is_bold_only_if_it_beats_the_first_or_is_the_first_and_beats_all(
     assert 'failed' in sweep.table([row('a', 0.5), failed], paper)[0]
     with pytest.raises(EvalError, match='nothing to compare with'):
         sweep.table([failed, row('a', 0.5)], paper)
+
+
+def test_the_papers_column_is_not_read_as_ours():
+    paper = dict(a='.499', b='.502')
+    drawn, numbers = sweep.table([row('a', 0.5), row('b', 0.2, n=2)], paper)
+    head, _, first, second = [line.split('|')[1:-1] for line in drawn.splitlines()]
+    assert head[-1].strip() == 'paper (not ours)' and first[-1].strip() == '.499'
+    assert 'nothing is claimed: n < 3' in second[-4] and '<' not in first[-4]
+    assert [n['paper'] for n in numbers] == ['.499', '.502']
+
+
+class FakeRun:
+    """ A run of a sweep that lasts some minutes of the fake clock, with what run_all reads. """
+    prerequisites = set()
+
+    def __init__(self, label, seed, minutes, now, failed=''):
+        self.label, self.seed, self.minutes, self.now = label, seed, minutes, now
+        self.outcome, self.failed, self.folder = failed, '', label
+
+    def finished(self):
+        return not self.minutes
+
+    def has(self, name):
+        return True
+
+    def start(self, slot, threads):
+        self.slot, self.since = slot, self.now[0]
+
+    def ended(self):
+        self.failed = self.outcome
+        return self.now[0] >= self.since + 60 * self.minutes
+
+
+def test_a_sweep_says_which_run_of_how_many_since_and_until_when(monkeypatch, capsys):
+    now = [1.6e9]   # the fake clock, which goes on while run_all sleeps
+
+    def sleep(_):
+        now[0] += 30
+
+    monkeypatch.setattr(sweep, 'time', SimpleNamespace(
+        time=lambda: now[0], sleep=sleep, localtime=lambda at=None: time.gmtime(at or now[0]),
+        strftime=lambda form, at=None: time.strftime(form, at or time.gmtime(now[0]))))
+    monkeypatch.setattr(sweep, 'read_run', lambda folder: dict(seconds=240.0))
+    runs = [FakeRun('old', 0, 0, now), FakeRun('a', 0, 2, now), FakeRun('b', 1, 6, now, 'no room'),
+            FakeRun('c', 1, 2, now)]
+    sweep.run_all(runs, jobs=1)
+    assert capsys.readouterr().out.splitlines() == [
+        '4 runs, 1 of them already finished; 1 at a time',
+        # the finished run took 4 min, and three runs are left
+        '  run 2 of 4 (a, seed 0) since 12:26; 1 done; ETA 12 min, until 12:38',
+        # the mean of 4 and 2 min; two runs are left
+        '  run 2 of 4 (a, seed 0) finished after 2.0 min; 2 done; ETA 6 min, until 12:34',
+        '  run 3 of 4 (b, seed 1) since 12:28; 2 done; ETA 6 min, until 12:34',
+        # a failed run says nothing of the others' time
+        '  run 3 of 4 (b, seed 1) FAILED (no room) after 6.0 min; 3 done; ETA 3 min, until 12:37',
+        '  run 4 of 4 (c, seed 1) since 12:34; 3 done; ETA 3 min, until 12:37',
+        '  run 4 of 4 (c, seed 1) finished after 2.0 min; 4 done']
+    assert sweep.clock(now[0] + 24 * 3600) == '2020-09-14 12:37'
+
+
+def test_the_time_left_counts_the_part_of_an_active_run_that_is_done():
+    assert sweep.time_left([60.0, 120.0], since=[30.0], n_waiting=2, jobs=1) == 240
+    assert sweep.time_left([60.0, 120.0], since=[30.0, 500.0], n_waiting=2, jobs=2) == 120
 
 
 def all_rows():

@@ -423,7 +423,7 @@ def test_a_finished_run_has_its_files_and_best_has_the_best_validation(corpora, 
     assert info['state']['best'] == min(v['valid']['mae'] for v in valid)
     files = """
         .lock best.json best.safetensors config.json curve.png last.json last.safetensors log.jsonl
-        report.md result.json test.jsonl
+        report.html report.md result.json test.jsonl
     """
     assert {p.name for p in (curriculum / 'whole').iterdir()} == set(files.split())
 

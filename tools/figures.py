@@ -37,17 +37,19 @@ from run.pictures import (
     ON_LINES,
     STYLE,
     WIDE,
+    calibration_picture,
     canvas,
     clip_title,
     draw_attention,
     draw_band,
+    draw_confusion,
     learning_curve,
     run_title,
     save,
     seconds_per_frame,
     set_title,
 )
-from run.report import EvalError, draw_confusion, read_log, read_predictions, read_run
+from run.report import EvalError, read_log, read_predictions, read_run
 from tools.architecture import draw_architecture
 from tools.tsne import tsne
 
@@ -187,42 +189,15 @@ def truth(folder, out):
     print(path)
 
 
-def calibration(folder, out, n_bins=10):
-    """
-    Draws the calibration of the probabilities of readout='score', with the expected calibration
-    error.
-    For classes: the probability of the answer against the share of right answers. For scores: the
-    probability of a positive score against the share of positive labels.
-    """
+def calibration(folder, out):
+    """ Draws the calibration of the probabilities of readout='score', if the run has them. """
     result, (_, predictions) = read_run(folder), read_predictions(folder)
     if 'prob' not in predictions:
         return
-    prob, label = predictions['prob'], predictions['label']  # [N,K], [N]
-    if result['info']['kind'] == 'classes':
-        stated = prob.max(1)  # [N]
-        right = prob.argmax(1) == label  # [N]
-        x_name, y_name = 'probability of the answer', 'share of right answers'
-    else:
-        values = np.linspace(*result['info']['range'], prob.shape[1])  # [K]
-        stated = prob[:, values > 1e-6].sum(1)  # [N]
-        right = label > 0  # [N]
-        x_name, y_name = 'probability of a positive score', 'share of positive labels'
-
-    bin_of = np.minimum((stated * n_bins).astype(int), n_bins - 1)  # [N]
-    bins = [bin_of == b for b in range(n_bins) if (bin_of == b).any()]  # [N] each
-    x = np.array([stated[b].mean() for b in bins])
-    y = np.array([right[b].mean() for b in bins])
-    n = np.array([np.sum(b) for b in bins])
-    fig, ((ax,),) = canvas(high=WIDE)
-    ax.plot([0, 1], [0, 1], color='0.6', lw=0.8)
-    ax.plot(x, y, 'o-', ms=4)
-    for x_b, y_b, n_b in zip(x, y, n):
-        ax.annotate(str(n_b), (x_b, y_b), textcoords='offset points', xytext=(4, -8), fontsize=6)
-    error = np.sum(n * np.abs(x - y)) / n.sum()
-    ax.set(xlabel=x_name, ylabel=y_name, xlim=(0, 1), ylim=(0, 1), aspect='equal')
-    set_title(fig, f"{run_title([result['about']])}\nexpected calibration error {error:.3f}; "
-                   "numbers are clips")
-    save(fig, out, 'calibration')
+    make_folder(out)
+    path = os.path.join(out, 'calibration.png')
+    calibration_picture(path, result, predictions)
+    print(path)
 
 
 # --------------------------------------------------------------------------------------------------

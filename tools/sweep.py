@@ -49,6 +49,7 @@ from run.folder import lock, write_text
 from run.report import RUN_KNOBS, EvalError, read_predictions, read_run
 
 ROOT = str(Path(__file__).resolve().parent.parent)
+PAPER = 'paper (not ours)'   # the header of the column of what the paper prints
 FLAGS = dict(table='', seeds='3', jobs='', config='', out='out/sweeps')
 # knobs that the sweep itself sets for each run
 OWN = {'seed', 'out_dir', 'resume', 'fresh', 'needs'}
@@ -168,30 +169,53 @@ class Run:
         return True
 
 
+def clock(at):
+    """ A time (seconds since 1970) as hour and minute, with the date if that is not today. """
+    today = time.strftime('%Y-%m-%d') == time.strftime('%Y-%m-%d', time.localtime(at))
+    return time.strftime('%H:%M' if today else '%Y-%m-%d %H:%M', time.localtime(at))
+
+
+def time_left(seconds, since, n_waiting, jobs):
+    """ The estimated seconds until a sweep ends, from the mean of the finished runs. seconds: of
+    each finished run; since: for how many seconds each active run has been training. """
+    mean = np.mean(seconds)
+    return (n_waiting * mean + sum(max(0, mean - t) for t in since)) / jobs
+
+
 def run_all(runs, jobs):
-    """ Trains the unfinished runs, `jobs` at a time, and prints the progress. On Ctrl-C each run
-    saves, and the sweep stops. """
+    """ Trains the unfinished runs, `jobs` at a time, and prints which run of how many starts and
+    ends, and when the sweep will end. On Ctrl-C each run saves, and the sweep stops. """
     todo = [r for r in runs if not r.finished()]
-    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them already finished; {jobs} at a time")
+    took = [read_run(r.folder)['seconds'] for r in runs if r not in todo]
+    active, done = [], len(took)
+    print(f"{len(runs)} runs, {done} of them already finished; {jobs} at a time")
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    active, done, started = [], 0, time.time()
+
+    def progress(r, event):
+        """ Prints what happened to a run, and when the sweep ends if a run has finished. """
+        now, end = time.time(), ''
+        if took and (todo or active):
+            left = time_left(took, [now - a.since for a in active], len(todo), jobs)
+            end = f"; ETA {left / 60:.0f} min, until {clock(now + left)}"
+        print(f"  run {runs.index(r) + 1} of {len(runs)} ({r.label}, seed {r.seed}) {event}; "
+              f"{done} done{end}", flush=True)
+
     try:
         while todo or active:
             for r in [r for r in active if r.ended()]:
                 active.remove(r)
                 done += 1
-                left = len(todo) + len(active)
-                eta = (time.time() - started) / done * left
-                minutes = (time.time() - r.since) / 60
-                outcome = f"FAILED ({r.failed})" if r.failed else f"{minutes:.1f} min"
-                print(f"  {done} of {done + left}  {r.label}, seed {r.seed}: {outcome}; "
-                      f"ETA {eta / 60:.0f} min", flush=True)
+                seconds = time.time() - r.since
+                took += [] if r.failed else [seconds]
+                event = f"FAILED ({r.failed})" if r.failed else "finished"
+                progress(r, f"{event} after {seconds / 60:.1f} min")
             busy = set().union(*(r.prerequisites for r in active if not r.has('config.json')))
             ready = next((r for r in todo if not r.prerequisites & busy), None)
             if ready is not None and len(active) < jobs:
                 todo.remove(ready)
                 ready.start(min(set(range(jobs)) - {r.slot for r in active}), threads)
                 active.append(ready)
+                progress(ready, f"since {clock(ready.since)}")
             else:
                 time.sleep(0.2)
     except KeyboardInterrupt:
@@ -282,7 +306,7 @@ def table(rows, paper):
         minutes = f"{np.mean(row['seconds']) / 60:.1f}" if row['seconds'] else '-'
         weights = f"{row['n_trainable'][0]:,}" if row['n_trainable'] else '-'
         cells.append([label] + means + [difference, minutes, weights, paper[row['label']]])
-    head = [f'{by} less the first row, 95 %', 'min a run', 'trainable', 'paper']
+    head = [f'{by} less the first row, 95 %', 'min a run', 'trainable', PAPER]
 
     large = ('preds', 'truth', 'info', 'ids')
     numbers = []
