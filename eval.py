@@ -6,17 +6,18 @@ Evaluates finished runs from their folders.
     python eval.py out/RUN --corpus=OTHER             test on another corpus (--modalities too)
     python eval.py out/RUN --modalities=text,vision   test with these modalities alone
     python eval.py out/RUN --clip=mine.npz            predict your own clips (see run/clips.py)
+    python eval.py out/RUN --text="I loved it"        predict these words; with --clip, its words
     python eval.py out/RUN --export=FOLDER            copy the run for others, without its corpus
     .. --trust_remote_code=True    with any command: the LM's authors may run their code here
     .. --data_dir=FOLDER           with any command: folder of converted corpora ('data')
 
+In Python: from eval import load (run/predictor.py).
 Metrics, and the rule for calling a difference real, are in metrics.py.
 """
 import json
 import os
 import re
 import sys
-import tempfile
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -27,12 +28,12 @@ from data import Corpus, CorpusError, Feed, epoch_order, open_corpus
 from metrics import SHOWN, check_finite, claim, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run import ranks
-from run.clips import ClipError, Clips, Transferred, describe_predictions, export, read_clips
+from run.clips import ClipError, Clips, export
 from run.errors import ModelError
 from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
-from run.folder import load_checkpoint, load_tensors, write_text
+from run.folder import ROOT, find_folder, load_checkpoint, load_tensors, write_text
 from run.machine import devices, hold_memory
-from run.pictures import draw_attention
+from run.predictor import Predictor, describe_clips, transferred
 from run.report import RUN_KNOBS, EvalError, read_predictions, read_run, report, write_predictions
 from system import checked_prediction
 
@@ -124,12 +125,24 @@ def continuation(model, tokenizer, texts=('The film was', 'I said that'), n_new=
 # ---------------------------------------------------------------------------------------------------------
 # Loading a finished run
 
+def load(folder, trust_remote_code=False, data_dir=None):
+    """
+    A finished or exported run for notebooks and scripts, a Predictor, from any working directory. A
+    relative `folder` is in the current folder, or else in the checkout. data_dir: the folder of
+    converted corpora, that of the checkout by default. Reads the corpus only where evaluate needs
+    it. Raises EvalError, ModelError, CorpusError.
+    """
+    data_dir = os.path.join(ROOT, 'data') if data_dir is None else str(data_dir)
+    folder = find_folder(str(folder)).rstrip('/')
+    return Predictor(load_run(folder, True, trust_remote_code, data_dir))
+
+
 def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='data'):
     """
     Load the best checkpoint of a run. The namespace that it returns has the model (in eval mode),
     predict(batch), the corpus that it was trained on, feed(corpus, knobs) -> a Feed, and
     test(corpus, knobs) -> evaluate's result on the test split. without_corpus=True reads the run's
-    folder alone, which is enough to predict a user's own clips.
+    folder alone, which is enough to predict a user's own clips; own_corpus() opens the corpus later.
 
     The folder may come from a stranger. It may name an LM and a corpus folder: both names are
     printed, both are read as data, and both must match the fingerprint and the SHA-256 in the
@@ -144,6 +157,10 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
                         f"{about['knobs']['lm']!r} ship with it: add --trust_remote_code=True to "
                         "this command if you trust them.")
     k = about['knobs'] | dict(data_dir=data_dir, out_dir=folder, needs=[])
+    trained_in = about['knobs']['out_dir']
+    facts['folder'] = find_folder(facts['folder'], folder, trained_in)
+    if k.get('lm', 'new') not in ('new', 'lm'):   # those two are no paths
+        k['lm'] = find_folder(k['lm'], folder, trained_in)
     if 'trust_remote_code' in k:
         k['trust_remote_code'] = trust_remote_code
     about['knobs'] = k
@@ -185,6 +202,7 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
             return model.predict(batch)
 
     return SimpleNamespace(
+        folder=folder, own_corpus=lambda: open_own_corpus(folder, facts),
         corpus=corpus, model=model.eval(), feed=make_feed, test=test, predict=predict,
         result=result, knobs=k, info=result['info'], facts=facts, system=SYSTEMS[k['system']],
         values=model.prompt.values if model.prompt else None)
@@ -253,28 +271,6 @@ def load_run_and_feed(folder, **allowed):
 # ---------------------------------------------------------------------------------------------------------
 # The commands
 
-def evaluate_clips(folder, path, **allowed):
-    """
-    Predict a user's own clips and draw the attention of each, in folder/clips. Returns notes and
-    predictions as text. Raises EvalError, ModelError, CorpusError, ClipError.
-    """
-    run = load_run(folder, without_corpus=True, **allowed)
-    if not run.system.predicts:
-        raise EvalError(f"{folder} is a language model, which predicts no score: name another run.")
-    rows, notes = read_clips(path, run.facts, run.system.modalities_read(run.knobs))
-    with tempfile.TemporaryDirectory() as scratch:   # for the frozen LM's features of these texts
-        run.knobs |= dict(train_fraction=1.0, shuffle_streams=False, data_dir=scratch)
-        text, _ = describe_predictions(run, rows)
-        feed = run.feed(Clips(run.facts, rows), run.knobs)
-        # Feed's note on truncated texts
-        notes += [n for n in feed.notes if n.startswith('test text') and ', 0 truncated' not in n]
-        stem = os.path.splitext(os.path.basename(path))[0]
-        for i in range(len(rows)):
-            name = stem + (f'-{i}' if len(rows) > 1 else '')
-            draw_attention(run, feed, i, os.path.join(folder, 'clips'), name)
-    return '\n'.join(notes + [text])
-
-
 def evaluate_again(folder, **allowed):
     """
     Evaluate the best checkpoint of a run on its test set again. Overwrites test.jsonl, result.json
@@ -318,16 +314,9 @@ def evaluate_on(folder, source, modalities=None, **allowed):
     r, home, k = run.result, run.corpus, run.knobs
     other = open_corpus(source, k['data_dir'])
     modalities = [m for m in k['modalities'] if modalities is None or m in modalities]
-    for m in modalities:
-        if other.widths.get(m) != home.widths.get(m):
-            raise EvalError(f"{m} is {home.widths.get(m)} wide in {home.name} and "
-                            f"{other.widths.get(m)} in {other.name}, so these are other features: "
-                            "leave it out (--modalities=text uses the text alone).")
-    if (info := other.labels.get(k['label'])) != r['info']:
-        raise EvalError(f"the label {k['label']!r} is {r['info']} in {home.name} and {info} in "
-                        f"{other.name}, so scores cannot be compared: name another corpus.")
+    other = transferred(run, other, modalities)
     here, _ = run.test(home, k | dict(modalities=modalities))
-    there, _ = run.test(Transferred(other, home, modalities), k | dict(modalities=modalities))
+    there, _ = run.test(other, k | dict(modalities=modalities))
     keys = [key for key in here if key in there]
     rows = [[home.name] + cells(here, keys), [f'{other.name}, zero-shot'] + cells(there, keys)]
     header = f"{r['about']['name']} ({', '.join(['text'] + modalities)}) on"
@@ -402,17 +391,20 @@ def main(argv):
     if not folders:
         sys.exit(__doc__)
     allowed = take_permissions(flags)
-    unknown = set(flags) - {'corpus', 'modalities', 'clip', 'export'}
-    if unknown or flags and len(folders) > 1 or len(flags) > 1 and {'clip', 'export'} & set(flags):
+    alone = {'clip', 'text'} if {'clip', 'text'} & set(flags) else {'export'} & set(flags)
+    unknown = set(flags) - (alone or {'corpus', 'modalities'})
+    if unknown or flags and len(folders) > 1:
         raise EvalError("the flags for one run are --corpus=OTHER, --modalities=text,audio,vision, "
-                        "and alone --clip=FILE or --export=FOLDER; --trust_remote_code=True and "
-                        "--data_dir=FOLDER go with every command (python eval.py --help).")
+                        "and alone --clip=FILE, --text=WORDS (or both) or --export=FOLDER; "
+                        "--trust_remote_code=True and --data_dir=FOLDER go with every command "
+                        "(python eval.py --help).")
     only = flags['modalities'].split(',') if 'modalities' in flags else None
     if set(only or ()) - {'text', 'audio', 'vision'}:
         raise EvalError(f"--modalities={flags['modalities']} must list text, audio or vision.")
     run = folders[0]
-    if 'clip' in flags:
-        print(evaluate_clips(run, flags['clip'], **allowed))
+    if {'clip', 'text'} & set(flags):
+        run = load_run(run, without_corpus=True, **allowed)
+        print(describe_clips(run, flags.get('clip'), flags.get('text')))
     elif 'export' in flags:
         load_run(run, without_corpus=True, **allowed)   # an export must be loadable
         print(export(run, read_run(run), flags['export']))

@@ -51,14 +51,15 @@ def knobs_of(config):
     return k | dict(data_dir=str(work / 'data'))
 
 
-def train(config):
+def train(config, *flags):
     """
     Train a run by train.py, unless it is finished. -> its folder, and its result.json as a dict.
+    flags: knobs, such as '--max_steps=200'.
     """
     folder = work / Path(config).stem
     if not (folder / 'result.json').exists():
         command = [sys.executable, 'train.py', config, f'--out_dir={folder}',
-                   f'--data_dir={work / "data"}', '--fresh=True']
+                   f'--data_dir={work / "data"}', '--fresh=True', *flags]
         if fast:
             command.append('--max_steps=10')
         done = subprocess.run(command, capture_output=True, text=True)

@@ -1,8 +1,9 @@
 """
-Predicts a user's own clips with a run, and exports runs for other people.
+Reads a user's own clips, which run/predictor.py predicts, and exports runs for other people.
 
     python eval.py out/RUN --clip=mine.npz     arrays text (a string), audio [S,d_a], vision [S,d_v]
     python eval.py out/RUN --clip=mine.jsonl   one clip per line: {"text": .., "audio": [[..], ..]}
+    python eval.py out/RUN --text="I loved it"   a clip of these words alone
     python eval.py out/RUN --export=FOLDER     copy the run for others, without its corpus
 
 Text, audio and vision may each be left out; "id" may name a clip. Features must be of the same
@@ -21,7 +22,7 @@ from corpora.names import SPLITS, STREAMS
 from metrics import SHOWN
 from model import SYSTEMS
 from run.errors import ModelError
-from run.folder import load_checkpoint, open_regular, save_checkpoint, write_text
+from run.folder import find_folder, load_checkpoint, open_regular, save_checkpoint, write_text
 from run.report import EvalError
 
 # (stream, width) of public feature extractors, to name them when a width is wrong
@@ -33,7 +34,7 @@ FEATURES = {
 LARGEST_COPY = 200e6   # bytes; an export copies local LMs up to this size, and names the others
 
 
-class ClipError(Exception):
+class ClipError(ValueError):
     """ One sentence for the user: what is wrong with a clip or an export, and what to do. """
 
 
@@ -150,36 +151,53 @@ def read_rows(path):
     raise ClipError(f"{path} is neither a .npz nor a .jsonl file: save the clip as one of these.")
 
 
-def read_clips(path, facts, seen=('text', *STREAMS)):
+def read_clips(path, facts, seen=('text', *STREAMS), text=None):
     """
-    The clips of a .npz or .jsonl file -> (list of dict(id, text, audio, vision), notes). Frames are
-    float32 [S,d], or [0,d] where a stream is left out; NaN and inf become 0. The notes are
-    sentences on what was repaired or is not used. `facts`: corpus_facts of the run; `seen`: the
-    modalities that the run reads (System.modalities_read). Raises ClipError.
+    The clips of a .npz or .jsonl file -> (list of checked_clip's dicts, notes). text: the words of
+    its one clip, instead of its own. Raises ClipError.
     """
     rows = read_rows(path)
     if not rows:
         raise ClipError(f"{path} holds no clip: write one per line.")
+    if text is not None:
+        if len(rows) > 1 or not isinstance(rows[0], dict):
+            raise ClipError(f"{path} does not hold one clip, which --text= could give words to: "
+                            "write the text into the file.")
+        rows[0]['text'] = text
     clips, notes = [], []
     for n, row in enumerate(rows):
         name = os.path.basename(path) + (f', clip {n}' if len(rows) > 1 else '')
-        is_clip = isinstance(row, dict) and isinstance(row.get('text', ''), str)
-        if not is_clip or set(row) - {'id', 'text', *STREAMS}:
-            raise ClipError(f"{name} may hold only text (one string), audio, vision and id: remove "
-                            "the rest.")
-        row = {key: v for key, v in row.items() if v is not None}
-        try:
-            row.get('text', '').encode()
-        except UnicodeEncodeError:
-            raise ClipError(f"the text of {name} is no valid Unicode: correct it.") from None
-        if not {'text', *STREAMS} & set(row):
-            raise ClipError(f"{name} has neither text, nor audio, nor vision: add one of them.")
-        clip = dict(id=str(row.get('id', name)), text=row.get('text', ''))
-        for m in facts['widths']:
-            clip[m] = frames_of(row, m, name, facts, notes)
-        check_clip(clip, row, name, facts, seen, notes)
+        clip, own_notes = checked_clip(row, name, facts, seen)
         clips.append(clip)
+        notes += own_notes
     return clips, notes
+
+
+def checked_clip(row, name, facts, seen):
+    """
+    A clip as a user gives it, a dict of text, audio, vision and id -> (dict(id, text, audio,
+    vision), notes). Frames are float32 [S,d], or [0,d] where a stream is left out; NaN and inf
+    become 0. The notes are sentences on what was repaired or is not used. `name`: of the clip, for
+    messages; `facts`: corpus_facts of the run; `seen`: the modalities that the run reads
+    (System.modalities_read). Raises ClipError.
+    """
+    notes = []
+    is_clip = isinstance(row, dict) and isinstance(row.get('text', ''), str)
+    if not is_clip or set(row) - {'id', 'text', *STREAMS}:
+        raise ClipError(f"{name} may hold only text (one string), audio, vision and id: remove "
+                        "the rest.")
+    row = {key: v for key, v in row.items() if v is not None}
+    try:
+        row.get('text', '').encode()
+    except UnicodeEncodeError:
+        raise ClipError(f"the text of {name} is no valid Unicode: correct it.") from None
+    if not {'text', *STREAMS} & set(row):
+        raise ClipError(f"{name} has neither text, nor audio, nor vision: add one of them.")
+    clip = dict(id=str(row.get('id', name)), text=row.get('text', ''))
+    for m in facts['widths']:
+        clip[m] = frames_of(row, m, name, facts, notes)
+    check_clip(clip, row, name, facts, seen, notes)
+    return clip, notes
 
 
 def frames_of(row, m, name, facts, notes):
@@ -226,84 +244,6 @@ def check_clip(clip, row, name, facts, seen, notes):
     for m in STREAMS:
         if m in row and m not in facts['widths']:
             notes.append(f"{name}: {m} is not used, as the run's corpus has no such stream")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Predicting clips
-
-def describe_predictions(run, clips):
-    """
-    Predict clips with a run (eval.load_run), with all modalities and without each of them in turn
-    -> (text, predictions [N]). The text has the score or class of each clip, an interval or
-    probabilities if the system gives them, and the change without each modality.
-    """
-    k, seen = run.knobs, run.system.modalities_read(run.knobs)
-    whole, without = predict_clips(run, clips), {}
-    for m in k['modalities']:
-        if m in run.facts['widths'] and m in run.system.streams(k):
-            others = [other for other in k['modalities'] if other != m]
-            without[m] = predict_clips(run, clips, others)
-    if 'text' in seen:
-        without['text'] = predict_clips(run, [r | dict(text='') for r in clips])
-    lines = []
-    for i, clip in enumerate(clips):
-        lines.append(f"{clip['id']}: {prediction_text(run, whole, i)}")
-        for m, other in without.items():
-            lines.append(f"  without {m}: {change_text(run, whole, other, i)}")
-    return '\n'.join(lines), whole['pred']
-
-
-def predict_clips(run, rows, modalities=None):
-    """
-    run.predict for clips -> {name: array [N] or [N,K]}. Each clip is predicted alone, so that none
-    is padded. Raises ClipError.
-    """
-    modalities = run.knobs['modalities'] if modalities is None else modalities
-    feed = run.feed(Clips(run.facts, rows), run.knobs | dict(modalities=modalities))
-    each = [run.predict(feed('test', np.array([i]))) for i in range(len(rows))]
-    out = {}
-    for name in each[0]:
-        out[name] = np.concatenate([o[name].float().cpu().numpy() for o in each])  # [N] or [N,K]
-    for name, values in out.items():
-        bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))  # clips
-        if len(bad):
-            raise ClipError(f"the prediction ({name}) for {rows[bad[0]]['id']} is NaN or inf: look "
-                            "for frames far outside the training data, such as values near 1e38.")
-    return out
-
-
-def class_name(run, number):
-    return run.info['names'][int(number)] if number >= 0 else 'no class'
-
-
-def prediction_text(run, out, i):
-    """ The prediction of clip i as text. """
-    info, pred = run.info, out['pred'][i]
-    prob = out['prob'][i] if 'prob' in out else None
-    if info['kind'] == 'classes':
-        text = class_name(run, pred)
-        if prob is not None:
-            text += '  (' + ', '.join(f'{n} {p:.2f}' for n, p in zip(info['names'], prob)) + ')'
-        return text
-    text = f'{pred:+.2f} in [{info["range"][0]:g}, {info["range"][1]:g}]'
-    if prob is None:
-        return text + f" (the run's test MAE is {run.result['test']['mae']:.2f})"
-    # prob is over the labels that the prompt allows, in ascending order
-    at = [min(int((prob.cumsum() < q).sum()), len(prob) - 1) for q in (0.1, 0.9)]
-    low, high = np.asarray(run.values)[at]
-    return text + f', 80 % of the probability in [{low:+.1f}, {high:+.1f}]'
-
-
-def change_text(run, whole, other, i):
-    """ The prediction of clip i in `other`, and its change from the one in `whole`, as text. """
-    pred, new_pred = whole['pred'][i], other['pred'][i]
-    if run.info['kind'] != 'classes':
-        return f"{new_pred:+.2f} (change {new_pred - pred:+.2f})"
-    text = class_name(run, new_pred)
-    if 'prob' in whole and pred >= 0:
-        change = other['prob'][i][int(pred)] - whole['prob'][i][int(pred)]
-        text += f" (probability of {class_name(run, pred)}: change {change:+.2f})"
-    return text
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -376,8 +316,9 @@ def text_model_folder(folder, k):
     """
     if k['lm'] == 'lm' and os.path.isdir(os.path.join(folder, 'lm')):
         return os.path.join(folder, 'lm')   # this run is an export itself
-    source = os.path.join(folder if k['lm'] == 'new' else k['lm'], 'hf')
-    return source if os.path.isdir(source) else k['lm']
+    lm = folder if k['lm'] == 'new' else find_folder(k['lm'], folder, k['out_dir'])
+    source = os.path.join(lm, 'hf')
+    return source if os.path.isdir(source) else lm
 
 
 def copy_regular_files(source, target):

@@ -23,6 +23,28 @@ import torch
 
 from run.errors import ModelError
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # the checkout
+
+
+def find_folder(name, folder='', out_dir=''):
+    """
+    The corpus or LM folder that a run names. A relative name starts where the run was trained: at
+    the part of its `folder` before `out_dir`, its own path as it records it. Where that is unknown
+    or has no such folder, the name starts in the current folder, and then in the checkout. Returns
+    `name` itself if none of them has it; it may be an LM of the hub.
+    """
+    if not name:
+        return name
+    path, own = os.path.abspath(folder), os.path.normpath(out_dir)
+    homes = [os.getcwd(), ROOT]
+    if folder and path.endswith(os.sep + own):
+        homes.insert(0, path[:-len(own)])
+    for home in homes:
+        found = os.path.join(home, name)
+        if os.path.isdir(found):
+            return name if os.path.isdir(name) and os.path.samefile(found, name) else found
+    return name
+
 
 def open_regular(path, mode='r', follow=False):
     """

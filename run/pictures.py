@@ -334,14 +334,19 @@ def seconds_per_frame(corpus, column):
     return None
 
 
+@torch.no_grad()
+def attention_of(run, batch):
+    """ System.views of a batch of one clip, by a run of eval.load_run. """
+    return run.model.views(batch, run.predict)
+
+
 def draw_attention(run, feed, i, out, stem='attention', label=None):
     """
     Draw where a run attends in test clip i of a feed, as out/stem.png. Draws nothing if the system
     has no attention. label: the clip's, for the title.
     """
     batch = feed('test', np.array([i]))
-    with torch.no_grad():
-        views = run.model.views(batch, run.predict)
+    views = attention_of(run, batch)
     if not views:
         return
     title = clip_title(feed, i, float(run.predict(batch)['pred']), label)

@@ -11,12 +11,19 @@ from configurator import check_knobs, known_knobs
 from metrics import METRIC_HELP, SHOWN, check_finite, markdown_table, regression_metrics
 from model import SYSTEMS
 from run.errors import ModelError
-from run.folder import is_regular, load_info, open_regular, write_bytes, write_text
+from run.folder import (
+    ROOT,
+    find_folder,
+    is_regular,
+    load_info,
+    open_regular,
+    write_bytes,
+    write_text,
+)
 from run.pictures import calibration_picture, draw_confusion, drawn, learning_curve
 from run.report_html import html_report
 
 FORMAT = 2   # version of the run folder's format; raise it when older folders cannot be read
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 class EvalError(Exception):
@@ -210,7 +217,7 @@ def comparison_rows(folder, r):
     rows += [(row, metrics, bounds.get(row, '')) for row, metrics in r['controls'].items()]
     _, p = read_predictions(folder)
     parts = cls.readings(k, p)
-    for row, run in prerequisite_runs(r['about']).items():
+    for row, run in prerequisite_runs(folder, r['about']).items():
         rows.append((row, run['test'], SYSTEMS[run['about']['knobs']['system']].bound()))
         # a prerequisite replaces the part of the model with the same bound
         parts = {name: (key, bound) for name, (key, bound) in parts.items() if bound != rows[-1][2]}
@@ -225,15 +232,15 @@ MAJORITY, TEXT, AV, LATE_FUSION, FULL = BOUNDS = 'majority text av late full'.sp
 PART = {AV: 'audio+video only', TEXT: 'text only'}
 
 
-def prerequisite_runs(about):
+def prerequisite_runs(folder, about):
     """
-    {name of the row: result.json} of the runs from which this one started, if they predict the
-    label on the same corpus.
+    {name of the row: result.json} of the runs from which the run in `folder` started, if they
+    predict the label on the same corpus.
     """
     k, runs = about['knobs'], {}
     for knob in SYSTEMS[k['system']].prerequisite_knobs(k):
         try:
-            r = read_run(k[knob])
+            r = read_run(find_folder(k[knob], folder, k['out_dir']))
         except (EvalError, ModelError):   # the knob names no run, or the run is not there
             continue
         cls = SYSTEMS[r['about']['knobs']['system']]

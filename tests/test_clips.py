@@ -17,19 +17,25 @@ import data
 import eval as evaluation
 from corpora.convert import convert
 from fakes import command, msena, save, train
-from run import clips
+from run import clips, predictor
 from run.report import read_predictions
 from tools import damage
 
 
-@pytest.fixture(scope='module')
-def run(curriculum, tmp_path_factory):
-    """
-    A copy of the DeepMLF run, because clips/ is written into it and other tests list its files.
-    """
-    copy = tmp_path_factory.mktemp('clips') / 'whole'
-    shutil.copytree(curriculum / 'whole', copy)
-    return copy
+@pytest.fixture
+def run(curriculum):
+    return curriculum / 'whole'
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """ --clip writes its pictures into out/clips of the current folder. """
+    monkeypatch.chdir(tmp_path)
+
+
+def files_of(folder):
+    """ The files in a folder, and the time at which each was last written. """
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob('*')}
 
 
 def save_clip(run, tmp_path, n=0, **changes):
@@ -51,7 +57,7 @@ def test_a_clip_file_gets_the_same_prediction_as_the_clip_in_the_corpus(run, tmp
     for n in range(3):
         path, expected = save_clip(run, tmp_path, n)
         rows, notes = clips.read_clips(str(path), loaded.facts)
-        text, pred = clips.describe_predictions(loaded, rows)
+        text, pred, _ = predictor.describe_predictions(loaded, rows)
         assert pred[0] == pytest.approx(expected, abs=1e-5) and not notes
         assert [line.split(':')[0].strip() for line in text.splitlines()] == [
             'mine.npz',
@@ -62,24 +68,61 @@ def test_a_clip_file_gets_the_same_prediction_as_the_clip_in_the_corpus(run, tmp
 
 
 def test_an_export_works_without_the_corpus_and_the_lms_folder(
-    run, curriculum, tmp_path, monkeypatch, capsys
+    run, curriculum, tmp_path, capsys
 ):
     path, expected = save_clip(run, tmp_path)
     command('eval.py', run, f'--export={tmp_path}/away')
     capsys.readouterr()
     shutil.move(curriculum / 'lm_toy', curriculum / 'hidden')
     try:
-        monkeypatch.chdir(tmp_path)
+        before = files_of(tmp_path / 'away')
         command('eval.py', 'away', f'--clip={path}')
+        assert files_of(tmp_path / 'away') == before
     finally:
         shutil.move(curriculum / 'hidden', curriculum / 'lm_toy')
-    assert f'mine.npz: {expected:+.2f} in [-3, 3]' in capsys.readouterr().out
-    assert (tmp_path / 'away' / 'clips' / 'mine.png').stat().st_size > 5000
+    printed = capsys.readouterr().out
+    assert f'mine.npz: {expected:+.2f} in [-3, 3]' in printed
+    assert os.path.join('out', 'clips', 'away', 'mine.png') in printed
+    assert (tmp_path / 'out' / 'clips' / 'away' / 'mine.png').stat().st_size > 5000
     readme = (tmp_path / 'away' / 'README.md').read_text()
     assert readme.startswith('---\nlibrary_name: nanomsa')
     assert 'audio 12, vision 16' in readme and 'base_model' not in readme
     with pytest.raises(SystemExit, match='already exists'):
         command('eval.py', run, f'--export={tmp_path}/away')
+
+
+def test_pictures_of_clips_are_never_in_the_runs_own_folder(run, tmp_path, monkeypatch, capsys):
+    """ Not even if the current folder is in the run's, and the clip file too. """
+    command('eval.py', run, f'--export={tmp_path}/away')
+    (tmp_path / 'away' / 'lm' / 'one.jsonl').write_text('{"text": "it was awful"}')
+    before = files_of(tmp_path / 'away')
+    monkeypatch.chdir(tmp_path / 'away' / 'lm')
+    command('eval.py', '..', '--clip=one.jsonl', f'--data_dir={tmp_path}/data')
+    assert files_of(tmp_path / 'away') == before
+    picture = tmp_path / 'out' / 'clips' / 'away' / 'one.png'
+    assert picture.stat().st_size > 5000
+    assert os.path.relpath(picture) in capsys.readouterr().out
+
+
+def test_a_text_on_the_command_line_is_a_clip_or_the_words_of_one(run, tmp_path, capsys):
+    path, _ = save_clip(run, tmp_path)
+    loaded = evaluation.load(run, data_dir=tmp_path / 'data')
+    words = 'well the film was awful'
+    capsys.readouterr()
+    command('eval.py', run, f'--text={words}')
+    printed = capsys.readouterr().out
+    assert f"text: {loaded.predict(words)['score']:+.2f} in" in printed
+    assert 'text: there is no audio' in printed
+    assert (tmp_path / 'out' / 'clips' / 'whole' / 'text.png').exists()
+    with np.load(path) as npz:
+        frames = {m: npz[m] for m in ('audio', 'vision')}
+    command('eval.py', run, f'--text={words}', f'--clip={path}')
+    assert f"mine.npz: {loaded.predict(words, **frames)['score']:+.2f}" in capsys.readouterr().out
+    (tmp_path / 'two.jsonl').write_text('{"text": "a"}\n' * 2)
+    with pytest.raises(SystemExit, match='two.jsonl does not hold one clip'):
+        command('eval.py', run, f'--text={words}', f'--clip={tmp_path}/two.jsonl')
+    with pytest.raises(SystemExit, match='none of the modalities that this run reads'):
+        command('eval.py', run, '--text= ')
 
 
 def test_clips_of_a_jsonl_may_lack_modalities(run, tmp_path, capsys):
@@ -185,7 +228,7 @@ def test_a_clip_file_is_raw_even_if_the_corpus_was_stored_standardised(corpora, 
     loaded = evaluation.load_run(str(tmp_path / 'r'), without_corpus=True)
     rows, _ = clips.read_clips(str(tmp_path / 'mine.npz'), loaded.facts)
     _, p = read_predictions(str(tmp_path / 'r'))
-    _, pred = clips.describe_predictions(loaded, rows)
+    _, pred, _ = predictor.describe_predictions(loaded, rows)
     assert pred[0] == pytest.approx(float(p['pred'][n]), abs=2e-3)
 
 

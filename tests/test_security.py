@@ -30,8 +30,8 @@ from run.load_lm import lm_config
 # only change the model's arithmetic, and the checkpoint's weights must fit it. Choices from a list
 # are checked against the list. Every other knob is here: reason -> knobs.
 WHY_HARMLESS = {
-    "a path, which is not read or replaced by the "
-    "reader's own": 'data_dir out_dir corpus dataset needs',
+    "a path, which is not read or replaced by the reader's own": 'data_dir corpus dataset needs',
+    "a path, of which only the end is compared with the folder's own path": 'out_dir',
     "names another run, whose result.json is read as data if it is on the same corpus": 'av_from',
     "names an LM, which is read as data and must have the checkpoint's fingerprint": 'lm',
     "a permission, which only the command line can give": 'trust_remote_code',
@@ -55,6 +55,12 @@ def test_every_knob_is_harmless_in_a_strangers_folder_for_a_known_reason():
             )
             choice = get_origin(allowed.get(knob)) is Literal
             assert (arithmetic and values) or choice or knob in reasons, knob
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """ --clip writes its pictures into out/clips of the current folder. """
+    monkeypatch.chdir(tmp_path_factory.mktemp('elsewhere'))
 
 
 @pytest.fixture
@@ -128,7 +134,7 @@ def test_a_received_folder_runs_no_code(where, header, asks, received):
         command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
     assert not ran.exists()
     assert '--trust_remote_code=True' in str(stopped.value) and 'code' in str(stopped.value)
-    assert not (received / 'clips').exists()
+    assert not list(received.parent.rglob('*.png')) and not os.path.exists('out')
 
 
 @pytest.mark.parametrize(
@@ -298,16 +304,17 @@ def test_nothing_is_written_through_a_link(copied, received):
         assert name.endswith(('.new', '.png')) or not path.is_symlink()
 
 
-@pytest.mark.parametrize(
-    'name, argv', [('clips', ['eval.py', '--clip=CLIP']), ('figures', ['tools/figures.py'])]
-)
-def test_no_file_is_written_into_a_folder_behind_a_link(name, argv, copied, received):
-    outside = copied.parent / 'outside'
+@pytest.mark.parametrize('script', ['eval.py', 'tools/figures.py'])
+def test_no_file_is_written_into_a_folder_behind_a_link(script, copied, received, tmp_path):
+    outside = tmp_path / 'outside'
     outside.mkdir()
-    (copied / name).symlink_to(outside)
-    flags = [flag.replace('CLIP', f'{received.parent}/clip.jsonl') for flag in argv[1:]]
-    with pytest.raises(SystemExit, match=f'{name}.*is a link'):
-        command(argv[0], copied, *flags)
+    place, flags = copied / 'figures', []
+    if script == 'eval.py':
+        place, flags = Path('out/clips/copied'), [f'--clip={tmp_path}/clip.jsonl']
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(outside)
+    with pytest.raises(SystemExit, match=f'{place.name}.*is a link'):
+        command(script, copied, *flags)
     assert not list(outside.iterdir())
 
 
