@@ -180,7 +180,7 @@ def _write_labels(splits, out, label_range, notes):
                 raise CorpusError(f"{lacking[name][0]}; correct the source or remove the clip.")
             notes.append(f"{len(lacking[name])} clips have no {name}, so a run with "
                          f"--label={name} is refused")
-        classes = type(train[name]) is list
+        classes = isinstance(train[name][0], str)
         if classes:
             seen = sorted(set(train[name]) - {''})
             # only the classes of train; KNOWN_CLASSES decides nothing but their order

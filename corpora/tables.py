@@ -154,7 +154,7 @@ def _ids(table, summary, video):
         columns = [found] if found else []
         if found and key_name(found) in PART_IDS and video:
             columns = [*video, found]
-    table.read |= dict.fromkeys(columns, 'id')
+    table.read = dict.fromkeys(columns, 'id') | table.read
     parts = [table.texts(c, summary) for c in columns]
     ids = ['$_$'.join(row) for row in zip(*parts)] if parts else [''] * len(table.rows)
     return [clip if clip.strip('$_ ') else None for clip in ids]

@@ -11,6 +11,9 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
+import time
 import zipfile
 
 import numpy as np
@@ -24,6 +27,7 @@ from corpora.tables import seconds_of, split_by_video
 from corpora.unpickle import CorpusError
 from data import open_corpus
 from fakes import HERE, msena, save
+from run.absent import PUBLISHED, absent_files
 from run.pictures import seconds_per_frame
 
 MELD = HERE.parent / 'shared' / 'data' / 'meld'
@@ -499,3 +503,44 @@ def test_ids_may_be_numbers_tuples_and_arrays(ids, first, tmp_path):
         s['id'] = ids(len(s['id']))
     corpus = converted(save(tree, tmp_path / 'x.pkl'), tmp_path)
     assert corpus.id('train')[1] == first
+
+
+# -------------------------------------------------------------------------------------------------
+# A run without its files
+
+
+def test_a_run_without_corpus_and_lm_is_refused_in_one_sentence_with_both(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'}
+    env |= dict(HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path / 'hf'))   # nothing listens
+    command = [sys.executable, str(HERE / 'train.py'), 'config/deepmlf_mosei.py']
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    last = done.stderr.strip().split('\n')[-1]
+    for word in ("'MOSEI/Processed/unaligned_50.pkl' does not exist", 'github.com/thuiar/MMSA',
+                 'ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f', "'gpt2-large'",
+                 'http://127.0.0.1:9 cannot be reached', 'python train.py config/deepmlf_toy.py'):
+        assert word in last, done.stderr
+    assert done.returncode == 1 and 'Retry' not in done.stderr
+    assert not os.path.exists(tmp_path / 'out')
+
+
+def test_the_search_for_absent_files_takes_less_than_two_seconds(monkeypatch):
+    from huggingface_hub import constants
+
+    def never_answers(request, timeout):
+        time.sleep(timeout)
+        raise TimeoutError('timed out')
+
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr('urllib.request.urlopen', never_answers)
+    began = time.time()
+    both = absent_files(dict(corpus='unaligned_50.pkl', lm='no/such', system='none'), [], str(HERE))
+    assert time.time() - began < 2
+    assert 'of MOSI (SHA-256 78e0' in both and 'of MOSEI (SHA-256 ad8b' in both
+    assert "'no/such' is not in the local cache" in both and 'python train.py needs' in both
+    assert absent_files(dict(corpus='toy', lm='new', system='none'), [], str(HERE)) is None
+
+
+def test_the_sums_of_the_published_files_are_those_of_the_documents():
+    page = (HERE / 'docs' / 'corpora.md').read_text(encoding='utf-8')
+    for file, digest in PUBLISHED.values():
+        assert f'`{digest}`' in page and f'`{file}`' in page
