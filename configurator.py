@@ -25,6 +25,7 @@ import fnmatch
 import functools
 import inspect
 import io
+import linecache
 import math
 import runpy
 import shlex
@@ -250,13 +251,35 @@ def class_annotations(cls):
     return {k: v for c in reversed(cls.Knobs.__mro__[:-1]) for k, v in inspect.get_annotations(c).items()}
 
 
+@functools.lru_cache
+def _sources_of_classes(text):
+    """
+    {qualified name: source} of the classes in the text of a file. inspect.getsource would parse the
+    whole file for each class, which takes seconds for the classes of all systems.
+    """
+    found, lines = {}, text.splitlines(keepends=True)
+
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                found[prefix + child.name] = ''.join(lines[child.lineno - 1:child.end_lineno])
+                visit(child, f'{prefix}{child.name}.')
+            elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                visit(child, prefix)
+
+    visit(ast.parse(text), '')
+    return found
+
+
 def class_comments(cls):
     """ {knob: its comment} of a system; {} for a class whose source is not in a file. """
     comments = {}
     for c in reversed(cls.Knobs.__mro__[:-1]):
         try:
-            source = textwrap.dedent(inspect.getsource(c))
-        except (OSError, TypeError):
+            lines = ''.join(linecache.getlines(inspect.getsourcefile(c) or ''))
+            source = _sources_of_classes(lines).get(c.__qualname__) or inspect.getsource(c)
+            source = textwrap.dedent(source)
+        except (OSError, TypeError, SyntaxError):
             continue
         comments |= _comments_of(source, column=4)
     return comments

@@ -13,6 +13,12 @@ corpus folders.
                                                     show it
     python data.py SOURCE --encoding=gbk            the encoding of texts that are stored as bytes,
                                                     where it is not UTF-8
+    python data.py SOURCE --label_column=0          the column of scores [N, 7]
+    python data.py mine.csv --split=80/10/10        a table (.csv, .tsv, .jsonl), split by video
+    python data.py mine.csv --text=COLUMN --label=COLUMN,COLUMN --classes=COLUMN --split=COLUMN
+                            --id=COLUMN,COLUMN --video=COLUMN --audio=COLUMN --vision=COLUMN
+                            --speaker=COLUMN --dialogue=COLUMN --start=COLUMN --end=COLUMN
+                                                    the columns, where their names do not say it
 
 The corpus folder is data/NAME. Without --name, NAME is the name of the source and a hash.
 
@@ -37,9 +43,9 @@ from pathlib import Path
 
 import numpy as np
 
-from corpora import sources
+from corpora import sources, tables
 from corpora.describe import describe
-from corpora.names import SPLIT_FIELDS, SPLITS, Summary
+from corpora.names import N_NAMED, SPLIT_FIELDS, SPLITS, Summary
 from corpora.padding import find_padding
 from corpora.sources import check_splits
 from corpora.streams import standardise_to_float16, write_stream
@@ -54,14 +60,17 @@ KNOWN_CLASSES = [
 
 
 # layout -> reader(paths, scratch, files, summary), which returns texts, labels and streams by split
-READERS = dict(msena=sources.read_msena, lists=sources.read_lists)
+READERS = dict(
+    tables=tables.read_tables, msena=sources.read_msena, lists=sources.read_lists)
 
 
 def find_source(source):
     """
-    (name, layout, {split or 'all': path}) of a source: an M-SENA .pkl, or a folder of
-    NAME_train.pkl, NAME_valid.pkl and NAME_test.pkl. Raises CorpusError.
+    (name, layout, {split or 'all': path}) of a source: an M-SENA .pkl, a table, or a folder of
+    NAME_train.pkl, NAME_valid.pkl and NAME_test.pkl or of three tables. Raises CorpusError.
     """
+    if os.path.isfile(source) and str(source).lower().endswith(tables.TABLE_ENDS):
+        return Path(source).stem, 'tables', {'all': str(source)}
     if os.path.isfile(source):
         return Path(source).stem, 'msena', {'all': str(source)}
     names = [p.name[:-len('_train.pkl')] for p in sorted(Path(source).glob('*_train.pkl'))]
@@ -72,15 +81,18 @@ def find_source(source):
             return names[0], 'lists', paths
         raise CorpusError(f"{missing[0]} is missing; a corpus needs train, valid and test "
                           "files.")
+    by_split = tables.table_files(source) if os.path.isdir(source) and not names else {}
+    if by_split:
+        return Path(os.path.abspath(source)).name, 'tables', by_split
     if not os.path.exists(source):
         what = "does not exist"
     elif names:
         what = f"holds several corpora ({', '.join(names)}), and each needs a folder of its own"
     else:
-        what = "holds neither meta.json nor a NAME_train.pkl"
+        what = "holds neither meta.json nor a NAME_train.pkl nor tables"
     raise CorpusError(f"The corpus '{source}' {what}; a corpus is 'toy', a corpus folder, an "
-                      "M-SENA .pkl, or a folder of NAME_train.pkl, NAME_valid.pkl and "
-                      "NAME_test.pkl.")
+                      "M-SENA .pkl, a table (.csv, .tsv, .jsonl), or a folder of NAME_train.pkl, "
+                      "NAME_valid.pkl and NAME_test.pkl or of three tables.")
 
 
 def _split_file(folder, name, split):
@@ -149,51 +161,88 @@ def _progress_bar(n_bytes):
     return tqdm(total=n_bytes, unit='B', unit_scale=True, disable=small, mininterval=1).update
 
 
-def _write_labels(splits, out, label_range):
+def _write_labels(splits, out, label_range, notes):
     """
-    Writes label*.npy, float32 [N], or emotion.npy, int64 [N], of all splits. Returns the entry
-    `labels` of meta.json. Raises CorpusError for a label that is not finite, is outside the range,
-    or is a class that train does not have.
+    Writes NAME.npy of all labels and splits: float32 [N] for a score, int64 [N] for classes. A
+    missing value is NaN or -1; training on that label refuses it. Returns the entry `labels` of
+    meta.json. Raises CorpusError if each label has missing values, for a score outside the range,
+    or a class that train does not have.
     """
     entries = {}
     train = splits['train']['labels']
+    lacking = {name: _clips_without(name, splits) for name in train}
     for name in train:
-        if name == 'emotion':
-            seen = sorted(set(train[name]))
+        if len(lacking[name]) == sum(len(s['id']) for s in splits.values()) and len(train) > 1:
+            notes.append(f"the label {name} is missing in all clips, so it was left out")
+            continue
+        if lacking[name]:
+            if all(lacking.values()):
+                raise CorpusError(f"{lacking[name][0]}; correct the source or remove the clip.")
+            notes.append(f"{len(lacking[name])} clips have no {name}, so a run with "
+                         f"--label={name} is refused")
+        classes = isinstance(train[name][0], str)
+        if classes:
+            seen = sorted(set(train[name]) - {''})
             # only the classes of train; KNOWN_CLASSES decides nothing but their order
             known = next((known for known in KNOWN_CLASSES if set(seen) <= set(known)), seen)
             names = [c for c in known if c in seen]
             entries[name] = dict(kind='classes', names=names)
         else:
-            top = max(np.abs(s['labels'][name]).max() for s in splits.values())
-            low, high = label_range or ((-1, 1) if top <= 1 or 'label_T' in train else (-3, 3))
+            scores = np.concatenate([s['labels'][name] for s in splits.values()])  # [sum of N]
+            top = np.abs(scores[np.isfinite(scores)]).max(initial=0)
+            low, high = label_range or ((-1, 1) if top <= 1 else (-3, 3))
             entries[name] = dict(kind='regression', range=[low, high])
         for split, s in splits.items():
             y = s['labels'][name]  # [N]
             for clip, v in zip(s['id'], y):
                 where = f"The {name} of clip {clip} in the split {split} is {v}"
-                if name == 'emotion':
-                    if v not in names:
-                        raise CorpusError(f"{where}, but train has only {', '.join(names)}; "
-                                          "correct the source.")
-                elif not math.isfinite(v):
-                    raise CorpusError(f"{where}; correct the source or remove the clip.")
-                elif not low <= v <= high:
+                if classes and v not in names and v:
+                    raise CorpusError(f"{where}, but train has only {', '.join(names)}; "
+                                      "correct the source.")
+                if not classes and (v < low or v > high) and math.isfinite(v):
                     raise CorpusError(f"{where}, outside [{low}, {high}]; if the label is right, "
                                       "convert the source with python data.py SOURCE "
                                       "--label_range=LOW,HIGH.")
-            if name == 'emotion':
-                y = np.array([names.index(v) for v in y])  # [N]
+            if classes:
+                y = np.array([names.index(v) if v else -1 for v in y])  # [N]
             else:
-                y = np.float32(y)  # [N]
+                y = np.where(np.isfinite(y), y, np.nan).astype(np.float32)  # [N]
             np.save(out / split / f'{name}.npy', y)
     return entries
+
+
+def _clips_without(name, splits):
+    """ A sentence on each clip without a finite score or a class. """
+    found = []
+    for split, s in splits.items():
+        for clip, v in zip(s['id'], s['labels'][name]):
+            if v == '' or type(v) is not str and not math.isfinite(v):
+                found.append(f"The {name} of clip {clip} in the split {split} is {v or 'missing'}")
+    return found
+
+
+def _note_crossing_videos(splits, notes):
+    """
+    Notes the videos that are in two splits. The video of a clip is given, or the part of its id
+    before $_$ or [.
+    """
+    videos = {}
+    for split, s in splits.items():
+        parts = [re.fullmatch(r'(.+?)(?:\$_\$.*|\[\d+\])', clip) for clip in s['id']]
+        videos[split] = s.get('video') or [p and p[1] for p in parts]
+    sets = {split: set(v) - {None} for split, v in videos.items()}
+    both = sorted(v for v in set.union(*sets.values()) if sum(v in s for s in sets.values()) > 1)
+    if both:
+        n = sum(v in sets['train'] for split in ('valid', 'test') for v in videos[split])
+        more = ', ..' * (len(both) > N_NAMED)
+        notes.append(f"{len(both)} videos are in more than one split, and {n} clips of valid and "
+                     f"test are of a video of train: {', '.join(both[:N_NAMED])}{more}")
 
 
 def _write_texts(splits, out):
     """ Writes text.jsonl of all splits. Returns the entry `text` of meta.json. """
     for split, s in splits.items():
-        keys = [k for k in ('id', 'text', 'speaker', 'dialogue') if k in s]
+        keys = [k for k in ('id', 'text', 'speaker', 'dialogue', 'duration') if k in s]
         with open(out / split / 'text.jsonl', 'w', encoding='utf-8', newline='\n') as f:
             for row in zip(*(s[k] for k in keys)):
                 f.write(json.dumps(dict(zip(keys, row)), ensure_ascii=False) + '\n')
@@ -204,11 +253,12 @@ def _write_texts(splits, out):
     return dict(empty=empty, upper_case=upper > 0.95 * (upper + lower))
 
 
-def convert(source, folder, dtype='float32', label_range=None, padding=None, encoding=None):
+def convert(source, folder, dtype='float32', label_range=None, padding=None, encoding=None,
+            label_column=None, **table):
     """
-    Writes the corpus folder `folder` from `source`: an M-SENA .pkl, or a folder of NAME_train.pkl,
-    NAME_valid.pkl and NAME_test.pkl. Padding is cut off, and nan and inf become 0. Returns the dict
-    of meta.json. Raises CorpusError, and then leaves nothing behind.
+    Writes the corpus folder `folder` from `source`, see find_source. Padding is cut off, and nan
+    and inf become 0. Returns the dict of meta.json. Raises CorpusError, and then leaves nothing
+    behind.
 
     dtype: 'float32', or 'float16', which also standardises the frames by the mean and std of train.
     label_range: (low, high). None takes [-1, 1] for CH-SIMS and where all labels are in it, and
@@ -217,6 +267,8 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
     find_padding.
     encoding: a Python codec for texts that are stored as bytes or as Python 2 strings. None takes
     UTF-8.
+    label_column: which of several scores a clip, from 0. None: a source has one.
+    table: the columns of a table, see FLAGS in corpora/tables.py.
 
     The memory that is needed does not grow with the file: a few copies of one 32 MiB chunk, the
     texts and the labels. Only an array in Fortran order is held as a whole.
@@ -229,30 +281,38 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
         raise CorpusError(f"--padding must be left or right, not {padding!r}.")
     _check_encoding(encoding)
     _, layout, paths = find_source(source)
+    if table and layout != 'tables':
+        raise CorpusError(f"--{next(iter(table))} is for tables (.csv, .tsv, .jsonl), and {source} "
+                          "is none; leave it out.")
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise CorpusError(f"{folder} already exists; remove it, or give another --name.")
     with staging(folder) as out, ExitStack() as files, errors_as_corpus_error(source):
-        summary = Summary(encoding)
+        summary = Summary(encoding, table, label_column)
         splits = READERS[layout](paths, out.parent, files, summary)
         check_splits(splits, source)
         for split in SPLITS:
             (out / split).mkdir()
-        labels = _write_labels(splits, out, label_range)
+        labels = _write_labels(splits, out, label_range, summary.notes)
+        _note_crossing_videos(splits, summary.notes)
         text = _write_texts(splits, out)
         found = find_padding(splits, source, padding, summary)
 
         frames = [f for s in splits.values() for f in s['streams'].values()]
-        stats = [os.stat(p) for p in paths.values()]
+        read = [*paths.values(), *summary.files]
+        stats = [os.stat(p) for p in read]
         n_bytes = sum(s.st_size for s in stats)
         progress = _progress_bar(n_bytes + sum(4 * f.N * f.L * f.d for f in frames))
         streams = {m: write_stream(m, splits, out, progress, found[m]) for m in found}
+        if 'duration' in splits['train']:
+            for m, rate in tables.frame_rates(splits, streams, out).items():
+                streams[m]['frames_per_second'] = rate
         if dtype == 'float16':
             streams = {m: standardise_to_float16(m, info, out) for m, info in streams.items()}
 
         meta = dict(
             format=1,
             name=out.name,
-            source=_source_entry(source, layout, paths, stats, progress),
+            source=_source_entry(source, layout, read, stats, progress),
             clips={k: len(s['text']) for k, s in splits.items()},
             labels=labels,
             streams=streams,
@@ -261,6 +321,8 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
             unread=summary.unread,
             defaults=summary.defaults,
         )
+        if summary.notes:
+            meta['notes'] = summary.notes
         if encoding:
             meta['text']['encoding'] = encoding
         written = json.dumps(meta, indent=1, ensure_ascii=False)
@@ -272,7 +334,7 @@ def _source_entry(source, layout, paths, stats, progress):
     """ The entry `source` of meta.json: size, time and SHA-256 of all files together. """
     place = Path(os.path.abspath(source))
     sha = hashlib.sha256()
-    for path in paths.values():
+    for path in paths:
         with open(path, 'rb') as f:
             while piece := f.read(4 << 20):
                 sha.update(piece)
@@ -317,7 +379,8 @@ def folder_name(source):
 def command_line(argv):
     """
     python data.py SOURCE [--name=NAME] [--dtype=float32|float16] [--label_range=LOW,HIGH]
-    [--padding=left|right] [--encoding=CODEC]
+    [--padding=left|right] [--encoding=CODEC] [--label_column=NUMBER], and for a table
+    [--split=80/10/10] or [--text|label|classes|split|id|video|audio|vision|start|end=COLUMN]
     """
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
     sources = [a for a in argv if not a.startswith('--')]
@@ -325,7 +388,8 @@ def command_line(argv):
     if {'compare', 'subsets'} & set(flags):
         raise CorpusError("data.py does not compare corpora; run python tools/language.py "
                           "--compare A B.")
-    unknown = sorted(set(flags) - {'name', 'dtype', 'label_range', 'padding', 'encoding'})
+    own = {'name', 'dtype', 'label_range', 'padding', 'encoding', 'label_column'}
+    unknown = sorted(set(flags) - own - set(tables.FLAGS))
     if unknown:
         raise CorpusError(f"There is no flag --{unknown[0]}; the usage is {usage}.")
     if len(sources) != 1:
@@ -337,8 +401,13 @@ def command_line(argv):
         except ValueError:
             raise CorpusError("--label_range must be two numbers, LOW,HIGH, not "
                               f"{flags['label_range']!r}.") from None
+    label_column = flags.get('label_column')
+    if label_column is not None and not label_column.isdecimal():
+        raise CorpusError(f"--label_column must be a number from 0 on, not {label_column!r}.")
     folder = os.path.join('data', flags.get('name') or folder_name(sources[0]))
     meta = convert(sources[0], folder, flags.get('dtype', 'float32'), label_range,
-                   flags.get('padding'), flags.get('encoding'))
+                   flags.get('padding'), flags.get('encoding'),
+                   None if label_column is None else int(label_column),
+                   **{f: v for f, v in flags.items() if f in tables.FLAGS})
     print(describe(meta))
     print(f"train on it: python train.py CONFIG --corpus={folder}")

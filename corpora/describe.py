@@ -26,6 +26,9 @@ def describe(meta):
         rows.append(('', f"clips: {s['clips_empty']} without frames, {s['clips_all_zero']} with "
                          f"all frames zero, {s['lengths_repaired']} with a missing or impossible "
                          "stated length"))
+        if 'frames_per_second' in s:
+            rows.append(('', f"{s['frames_per_second']:g} frames a second, by the clips' start and "
+                             "end"))
         rows += [('', row) for row in _describe_lengths(m, s)]
     if not meta['streams']:
         rows.append(('streams', "neither audio nor vision, only text"))
@@ -33,6 +36,7 @@ def describe(meta):
     capitals = ', the train split is in capitals' * text['upper_case']
     rows.append(('text', f"{text['empty']} empty texts" + capitals))
     rows += [('', row) for row in _describe_text(text)]
+    rows += [('note', note) for note in meta.get('notes', ())]
     rows += _describe_keys(meta)
     return '\n'.join([f"corpus {meta['name']}"] + [f'  {a:8s} {b}' for a, b in rows])
 
@@ -96,6 +100,7 @@ def _describe_keys(meta):
     unread = []
     for key, entry in meta.get('unread', {}).items():
         shape = f" {entry['shape']}" if entry['shape'] is not None else ''
+        shape += f" ({entry['type']})" if 'type' in entry else ''
         unread.append(key + shape + (f" in {entry['count']} clips" if lists else ''))
     if unread:
         rows.append(('not read', ', '.join(unread[:50]) + ', ..' * (len(unread) > 50)))

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from corpora.lazy import LazyArray
+from corpora.lazy import LazyArray, Unread
 from corpora.unpickle import CorpusError
 
 SIDE_SAMPLE = 2000  # clips per stream and split, at most, from which the padding side is found
@@ -28,21 +28,47 @@ def is_missing(value):
     return value is None or type(value) is float and math.isnan(value)
 
 
-def numbers_of(column, n, where, optional=False):
+def type_name(x):
+    """ The type of a value of a pickle, for an error message. """
+    return x.name if type(x) is Unread else type(x).__name__
+
+
+def _one_column(array, n, where, column):
+    """ The numbers of an array [n, 1 .. 1, k], [n]: those of a column. Raises CorpusError. """
+    k = array.shape[-1] if len(array.shape) > 1 else 1
+    if k == 1 or array.shape[0] != n or math.prod(array.shape) != n * k:
+        return array
+    return array.all().reshape(n, k)[:, _checked_column(k, where, column)].tolist()  # n
+
+
+def _checked_column(k, where, column):
+    """ The column. Raises CorpusError if none of the k columns was chosen. """
+    if column is None or column >= k:
+        raise CorpusError(f"{where} holds {k} numbers for each clip; choose the column, from 0 on, "
+                          f"with python data.py SOURCE --label_column=0 .. {k - 1}.")
+    return column
+
+
+def numbers_of(column, n, where, optional=False, column_number=None):
     """
     A list or array of n numbers as float64 [N]. Each may be in an array or list of one entry. A
-    missing number is NaN if `optional`. Raises CorpusError for anything else.
+    missing number is NaN if `optional`. column_number: which number of each clip is taken from an
+    array [n, k]. Raises CorpusError for anything else.
     """
+    if type(column) is LazyArray:
+        column = _one_column(column, n, where, column_number)
     values = column_of(column, n, where)
     for i, v in enumerate(values):
-        if type(v) is LazyArray and math.prod(v.shape) == 1:
-            v = v.all().item()
+        if type(v) is LazyArray:
+            v = v.all().ravel().tolist()
         if type(v) is list and len(v) == 1:
             v = v[0]
+        if type(v) is list and len(v) > 1:
+            v = v[_checked_column(len(v), where, column_number)]
         if optional and is_missing(v):
             v = math.nan
         if type(v) not in (int, float, bool):
-            raise CorpusError(f"Entry {i} of {where} is a {type(v).__name__}, not a number; "
+            raise CorpusError(f"Entry {i} of {where} is a {type_name(v)}, not a number; "
                               "correct the source.")
         values[i] = v
     return np.array(values, np.float64)
@@ -50,7 +76,7 @@ def numbers_of(column, n, where, optional=False):
 
 def _clip_array(value):
     """ A clip's entry in a list of arrays, or None if it is missing or has no values. """
-    if type(value) is LazyArray:
+    if isinstance(value, LazyArray):
         if value.dtype == object and value.shape == ():
             return _clip_array(value.all().item())
         return value if math.prod(value.shape) else None
@@ -123,7 +149,7 @@ class Frames:
                               "its split; correct the source.")
         self.arrays = [source] if self.one else [_clip_array(a) for a in source]
         there = [a for a in self.arrays if a is not None]
-        if any(type(a) is not LazyArray for a in there):
+        if any(not isinstance(a, LazyArray) for a in there):
             raise CorpusError(f"{where} is neither an array nor a list of arrays; correct the "
                               "source.")
         shapes = [a.shape[1:] if self.one else a.shape for a in there]  # (L,d) or (d,)

@@ -18,6 +18,14 @@ class Py2Str(str):
     """ A Python 2 str (a text, or an array's bytes), read as Latin-1, which keeps every byte. """
 
 
+class Unread:
+    """ Stands for an object of a type that is not read, such as a torch tensor. name: its type. """
+    __slots__ = ('name',)
+
+    def __init__(self, name):
+        self.name = {'torch._utils._rebuild_tensor_v2': 'torch.Tensor'}.get(name, name)
+
+
 class Lazy:
     """
     Bytes or text that stay in the file: n_bytes from `offset` on. codec: how they are encoded in
@@ -116,6 +124,9 @@ class LazyArray:
             raise ValueError("the shape of an array is not a tuple of sizes")
         if any(type(n) is not int or not 0 <= n < 2 ** 48 for n in shape):
             raise ValueError("the shape of an array is not a tuple of sizes")
+        if type(dtype) is Unread:   # such as times: an array of a kind that no field takes
+            self.shape, self.dtype, self.fortran, self.payload = (), np.dtype('V1'), False, b'\0'
+            return
         self.dtype = dtype.np
         self.fortran = bool(fortran) and len(shape) > 1
         n = math.prod(shape)

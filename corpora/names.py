@@ -4,7 +4,7 @@ under another name, were not read, or got a default.
 """
 import re
 
-from corpora.lazy import Lazy, LazyArray
+from corpora.lazy import Lazy, LazyArray, Unread
 from corpora.unpickle import CorpusError
 
 SPLITS = ('train', 'valid', 'test')
@@ -17,7 +17,7 @@ def _name_table(**fields):
     return {name: field for field, names in fields.items() for name in names.split()}
 
 
-def _stream_names():
+def stream_names():
     """ The known names of the streams and of their lengths, for _name_table. """
     names = dict(
         audio='audio audios acoustic acoustics covarep speech voice '
@@ -32,7 +32,7 @@ def _stream_names():
     return names | lengths
 
 
-def _label_names():
+def label_names():
     """ The known names of the scores. CH-SIMS has a score of the clip and one of each modality. """
     names = ('regression_labels', 'regression_label', 'labels', 'label', 'sentiment', 'sentiments',
              'scores', 'score')
@@ -47,10 +47,10 @@ OTHER_NAMES = dict(
     speaker='speaker speakers speaker_id',
     dialogue='dialogue dialogues dialogue_id dialog dialog_id conversation conversation_id',
 )
-MSENA_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names(), **_label_names(), **OTHER_NAMES)
+MSENA_FIELDS = _name_table(text=TEXT_NAMES, **stream_names(), **label_names(), **OTHER_NAMES)
 # in a list of clips, a clip is a dict, and its entry 'features' is another dict
 CLIP_FIELDS = _name_table(emotion='label labels emotion emotions', **OTHER_NAMES)
-FEATURE_FIELDS = _name_table(text=TEXT_NAMES, **_stream_names())
+FEATURE_FIELDS = _name_table(text=TEXT_NAMES, **stream_names())
 SPLIT_FIELDS = _name_table(
     train='train training', valid='valid validation val dev', test='test testing')
 # the names of fields in a layout, where they differ from ours
@@ -121,16 +121,24 @@ def find_fields(holder, table, own, where):
 
 class Summary:
     """
-    Notes of a conversion for meta.json. encoding: the codec that the user gave, or None.
+    Notes of a conversion for meta.json. encoding: the codec that the user gave, or None. table: the
+    columns that the user gave, {flag of corpora/tables.py: column}. label_column: the column of
+    scores that have several for each clip, or None.
 
     renamed {key: field}: the keys that were read under another name.
     unread {key: dict(shape, count)}: the keys that were not read.
     defaults {field: dict(count, first)}: how many missing values got a default, and in which clips.
     text {problem: count}: the texts that were repaired or look wrong.
+    notes: sentences on anything else.
+    files: the paths of further files that were read, whose content belongs to the source.
     """
 
-    def __init__(self, encoding=None):
+    def __init__(self, encoding=None, table=None, label_column=None):
         self.encoding = encoding
+        self.table = table or {}
+        self.label_column = label_column
+        self.notes = []
+        self.files = []
         self.renamed = {}
         self.unread = {}
         self.defaults = {}
@@ -145,6 +153,8 @@ class Summary:
             if value is None or key in found.values():
                 continue
             entry = self.unread.setdefault(printed(key), dict(shape=_shape(value), count=0))
+            if type(value) is Unread:
+                entry['type'] = value.name
             entry['count'] += 1
 
     def note_default(self, field, split, i, name=None):

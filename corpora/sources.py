@@ -5,8 +5,16 @@ the dict of M-SENA, and three lists of clips.
 import re
 from collections import Counter
 
-from corpora.frames import MAX_WIDTH, Frames, all_zero, column_of, is_missing, numbers_of
-from corpora.lazy import Lazy, LazyArray, Py2Str
+from corpora.frames import (
+    MAX_WIDTH,
+    Frames,
+    all_zero,
+    column_of,
+    is_missing,
+    numbers_of,
+    type_name,
+)
+from corpora.lazy import Lazy, LazyArray, Py2Str, Unread
 from corpora.names import (
     CLIP_FIELDS,
     FEATURE_FIELDS,
@@ -70,8 +78,12 @@ def _repair_controls(text, summary):
 
 def clip_text(x, where, summary):
     """ A clip's text as a str that any tokenizer takes. Raises CorpusError if it is not a text. """
-    if type(x) is int:
-        x = str(x)  # some ids are integers
+    if type(x) is LazyArray:
+        x = x.all().tolist()
+    if type(x) in (int, float):
+        x = str(int(x) if x == int(x) else x)  # some ids are numbers
+    if type(x) in (tuple, list) and x:  # (video, clip), as an id
+        x = '$_$'.join(clip_text(part, where, summary) for part in x)
     if type(x) is Lazy:
         x = x.value()
     if type(x) is Py2Str:
@@ -79,7 +91,7 @@ def clip_text(x, where, summary):
     if isinstance(x, (bytes, bytearray)):
         x = _decode_bytes(bytes(x), where, summary.encoding)
     if not isinstance(x, str):
-        raise CorpusError(f"{where} is a {type(x).__name__}, not a text; correct the source.")
+        raise CorpusError(f"{where} is a {type_name(x)}, not a text; correct the source.")
     if '\0' in x:
         summary.count_text('control_characters')
     elif C1_CONTROLS.search(x):
@@ -104,6 +116,8 @@ def _optional_texts(field, column, split, n, where, summary, ids=None):
     A column of n texts as a list of str. A missing text becomes '', a missing id SPLIT_NUMBER.
     """
     texts = []
+    if type(column) is LazyArray and len(column.shape) == 2 and column.shape[0] == n:
+        column = column.all().tolist()  # an id is a row
     for i, value in enumerate(column_of(column, n, where)):
         if is_missing(value):
             summary.note_default(field, split, i, ids and ids[i])
@@ -116,14 +130,27 @@ def _optional_texts(field, column, split, n, where, summary, ids=None):
 def _keys(x):
     """ The keys of a dict, or the type of anything else, for an error message. """
     if type(x) is not dict:
-        return f"a {type(x).__name__}"
+        return f"a {type_name(x)}"
     return ', '.join(map(printed, x))[:300]
+
+
+def refuse_unread(fields, where):
+    """
+    Raises CorpusError if a field that is needed holds objects of a type that is not read. where:
+    {field: its name in the error message}.
+    """
+    for field, value in fields.items():
+        first = next(iter(value), None) if type(value) in (list, tuple) else value
+        if type(first) is Unread:
+            raise CorpusError(f"{where[field]} was refused: it names {first.name}, which no array "
+                              "or plain container needs; convert it to a NumPy array (a torch "
+                              "tensor has .numpy()) and write the pickle again.")
 
 
 def read_msena(paths, scratch, files, summary):
     """ Reads a pickle of M-SENA or MMSA: {split: {key: N entries}}. Raises CorpusError. """
     path = paths['all']
-    tree = read_pickle(files.enter_context(open(path, 'rb')), scratch)
+    tree = read_pickle(files.enter_context(open(path, 'rb')), scratch, skip=True)
     keys = find_fields(tree, SPLIT_FIELDS, {}, f"of {path}") if type(tree) is dict else {}
     if len(keys) < len(SPLITS):
         raise CorpusError(f"{path} holds {_keys(tree)}, and needs the keys train, valid and test; "
@@ -140,6 +167,7 @@ def _read_msena_split(clips, split, path, summary):
                           "and regression_labels; correct the source.")
     has = {field: clips[key] for field, key in found.items()}
     label = {field: f"{printed(key)} {where}" for field, key in found.items()}
+    refuse_unread(has, label)
     n = len(column_of(has['text'], None, label['text']))
     s = dict(labels={}, streams={}, aligned_text=_aligned_text(clips, n))
     ids = None
@@ -150,7 +178,8 @@ def _read_msena_split(clips, split, path, summary):
         if field in has:
             s[field] = _optional_texts(field, has[field], split, n, label[field], summary, ids)
     for field in [f for f in has if f.startswith('label')]:
-        s['labels'][field] = numbers_of(has[field], n, label[field])
+        s['labels'][field] = numbers_of(
+            has[field], n, label[field], optional=True, column_number=summary.label_column)
     s['labels'] = {f: s['labels'][f] for f in sorted(s['labels'], key=list(MSENA_OWN).index)}
     for m in STREAMS:
         if m not in has:
@@ -185,7 +214,7 @@ def read_lists(paths, scratch, files, summary):
     """
     splits = {}
     for split, path in paths.items():
-        clips = read_pickle(files.enter_context(open(path, 'rb')), scratch)
+        clips = read_pickle(files.enter_context(open(path, 'rb')), scratch, skip=True)
         if type(clips) is not list:
             raise CorpusError(f"{path} holds {_keys(clips)}, not a list of clips; correct the "
                               "source.")
@@ -208,6 +237,7 @@ def _read_list(clips, split, path, summary):
         summary.note_fields(features, inner, LISTS_OWN)
         own = {field: clip[key] for field, key in outer.items()}
         rows.append(own | {field: features[key] for field, key in inner.items()})
+        refuse_unread(rows[-1], {field: f"The {field} of clip {i} {where}" for field in rows[-1]})
 
     def column(field):
         """ A list with the field of each clip or None, or None if no clip has the field. """

@@ -13,7 +13,8 @@ import os
 import pickle
 from contextlib import contextmanager
 
-from corpora.lazy import Dtype, Lazy, LazyArray, Py2Str, Refused, decode
+from corpora.kinds import line_ends_were_changed, other_kind
+from corpora.lazy import Dtype, Lazy, LazyArray, Py2Str, Refused, Unread, decode
 
 LAZY_BYTES = 4096  # a payload longer than this stays in the file
 
@@ -40,7 +41,9 @@ def errors_as_corpus_error(path, f=None):
     except Exception as e:
         what = f"{type(e).__name__}: {ascii(str(e))[1:-1][:120]}"
         if f and f.tell() >= os.path.getsize(path):
-            what = "it ends in the middle of its data"
+            what = "it ends in the middle of its data" + (f", {e}" if type(e) is EOFError else '')
+        if f and line_ends_were_changed(path):
+            what = "each of its line feeds follows a carriage return, so it was copied as text"
         raise CorpusError(f"{path} is damaged or not a corpus ({what}); compare its SHA-256 with "
                           "the publisher's.") from e
 
@@ -67,6 +70,13 @@ def _plain_keys(keys):
     return keys
 
 
+def _items(u, items):
+    """ The items of a set. Raises TypeError for one that is not plain; with skip it is left out. """
+    if u.skip:
+        items = [k for k in items if type(k) not in (list, tuple, dict, set, frozenset, Unread)]
+    return _plain_keys(items)
+
+
 def _array(u, state):
     array = LazyArray(u.scratch)
     if state:
@@ -75,6 +85,8 @@ def _array(u, state):
 
 
 def _reconstruct(u, cls, *_):
+    if type(cls) is Unread:
+        return cls
     if cls is not NDARRAY:
         raise TypeError("an array of a class other than ndarray")
     return _array(u, None)  # BUILD fills it
@@ -105,7 +117,12 @@ def _bytes(u, *args):
 
 
 def _dtype(u, *args):
-    return Dtype(*args)
+    try:
+        return Dtype(*args)
+    except Refused:
+        if not u.skip:
+            raise
+        return Unread('numpy.dtype')
 
 
 def _ordered_dict(u, pairs=()):
@@ -117,11 +134,11 @@ def _frombuffer(u, buffer, dtype, shape, order):
 
 
 def _set(u, items=()):
-    return set(_plain_keys(items))
+    return set(_items(u, items))
 
 
 def _frozenset(u, items=()):
-    return frozenset(_plain_keys(items))
+    return frozenset(_items(u, items))
 
 
 NDARRAY = AllowedGlobal()
@@ -146,12 +163,14 @@ class Unpickler(pickle._Unpickler):
     """
     The standard library's unpickler in Python, without access to anything outside the pickle: a
     global is looked up only in ALLOWED_GLOBALS, REDUCE calls only functions in it, and BUILD fills
-    only a Dtype or a LazyArray.
+    only a Dtype or a LazyArray. With skip, any other global becomes an Unread: it is not imported,
+    a call of it is not made, and its state is dropped.
     """
 
-    def __init__(self, f, scratch=None):
+    def __init__(self, f, scratch=None, skip=False):
         super().__init__(f, encoding='latin1')
         self.f = f
+        self.skip = skip
         self.scratch = scratch
         self.size = os.fstat(f.fileno()).st_size
         self._file_readline = self._line
@@ -166,6 +185,8 @@ class Unpickler(pickle._Unpickler):
         if (module, name) in ALLOWED_GLOBALS:
             return ALLOWED_GLOBALS[module, name]
         what = ascii(f'{module}.{name}')[1:-1][:120]
+        if self.skip:
+            return Unread(what)
         raise Refused(f"names {what}, which no array or plain container needs")
 
     def _refuse(self):
@@ -177,9 +198,10 @@ class Unpickler(pickle._Unpickler):
 
     def _payload(self, n, codec=None, is_text=False):
         """ The next n bytes of the file, as a Lazy if they are more than LAZY_BYTES. """
-        if self.f.tell() + n > self.size:
+        end = self.f.tell() + n
+        if end > self.size:
             self.f.seek(self.size)
-            raise EOFError
+            raise EOFError(f"at {self.size} of at least {end} bytes")
         if n <= LAZY_BYTES:
             return self.f.read(n)
         self.f.seek(n, os.SEEK_CUR)
@@ -220,23 +242,56 @@ class Unpickler(pickle._Unpickler):
     def load_setitem(self):
         value = self.stack.pop()
         key = self.stack.pop()
-        self._last(dict)[_plain_keys([key])[0]] = value
+        self._put([key], [value])
 
     def load_setitems(self):
         items = self.pop_mark()
-        self._last(dict).update(zip(_plain_keys(items[::2]), items[1::2], strict=True))
+        self._put(items[::2], items[1::2])
+
+    def _put(self, keys, values):
+        """ Puts items into the dict on top of the stack. With skip, keys that are not plain go. """
+        if self.skip and type(self.stack[-1]) is Unread:
+            return
+        target = self._last(dict)
+        for key, value in zip(keys, values, strict=True):
+            if not (self.skip and type(key) in (tuple, frozenset, Unread)):
+                target[_plain_keys([key])[0]] = value
 
     def load_dict(self):
         items = self.pop_mark()
-        self.append(dict(zip(_plain_keys(items[::2]), items[1::2], strict=True)))
+        self.append({})
+        self._put(items[::2], items[1::2])
+
+    def load_append(self):
+        value = self.stack.pop()
+        if type(self.stack[-1]) is not Unread:
+            self._last(list).append(value)
+
+    def load_appends(self):
+        items = self.pop_mark()
+        if type(self.stack[-1]) is not Unread:
+            self._last(list).extend(items)
+
+    def load_newobj(self):
+        """ An object of a class that is not read. Without skip, it is refused. """
+        if not self.skip:
+            self._refuse()
+        self.stack.pop()
+        self._last(Unread)
+
+    def load_newobj_ex(self):
+        if self.skip:
+            self.stack.pop()
+        self.load_newobj()
 
     def load_additems(self):
         items = self.pop_mark()
-        self._last(set).update(_plain_keys(items))
+        if type(self.stack[-1]) is not Unread:
+            self._last(set).update(_items(self, items))
 
     def load_frozenset(self):
         items = self.pop_mark()  # before self.append, because pop_mark changes it
-        self.append(frozenset(_plain_keys(items)))
+        self.append(frozenset(_items(self, items)))
 
     def _last(self, *kinds):
         """ The top of the stack. Raises TypeError if it is none of the types `kinds`. """
@@ -247,6 +302,8 @@ class Unpickler(pickle._Unpickler):
 
     def load_reduce(self):
         args = self.stack.pop()
+        if self.skip and type(self.stack[-1]) is Unread:
+            return   # what the call would make is not read either
         call = self._last(AllowedGlobal).call
         if type(args) is not tuple or not call:
             raise TypeError("a call of something that is not a function")
@@ -254,6 +311,8 @@ class Unpickler(pickle._Unpickler):
 
     def load_build(self):
         state = self.stack.pop()
+        if self.skip and type(self.stack[-1]) is Unread:
+            return
         target = self._last(Dtype, LazyArray)
         if type(state) is not tuple:
             raise TypeError("the state of an object is not a tuple")
@@ -283,10 +342,13 @@ def _py2(b):
 INHERITED = '''
     PROTO STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1
     FLOAT BINFLOAT SHORT_BINBYTES SHORT_BINUNICODE TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3
-    EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT EMPTY_SET GLOBAL STACK_GLOBAL GET BINGET LONG_BINGET
+    EMPTY_LIST LIST EMPTY_DICT EMPTY_SET GLOBAL STACK_GLOBAL GET BINGET LONG_BINGET
     PUT BINPUT LONG_BINPUT MEMOIZE
 '''.split()
-OVERRIDDEN = 'UNICODE STRING FRAME SETITEM SETITEMS DICT ADDITEMS FROZENSET REDUCE BUILD'.split()
+OVERRIDDEN = '''
+    UNICODE STRING FRAME SETITEM SETITEMS DICT APPEND APPENDS ADDITEMS FROZENSET REDUCE BUILD NEWOBJ
+    NEWOBJ_EX
+'''.split()
 TABLE = {op: pickle._Unpickler.dispatch[getattr(pickle, op)[0]] for op in INHERITED}
 TABLE |= {op: vars(Unpickler)['load_' + op.lower()] for op in OVERRIDDEN}
 TABLE |= dict(
@@ -302,12 +364,16 @@ Unpickler.dispatch = dict.fromkeys(range(256), Unpickler._refuse)
 Unpickler.dispatch |= {getattr(pickle, op)[0]: load for op, load in TABLE.items()}
 
 
-def read_pickle(f, scratch=None):
+def read_pickle(f, scratch=None, skip=False):
     """
     The content of the pickle in f, an open binary file, with a LazyArray for each numpy array. The
-    file must stay open while arrays are read. scratch: a folder for decoded copies. Raises
-    CorpusError for anything but plain containers and arrays of plain dtypes, and OSError if the
-    file cannot be read.
+    file must stay open while arrays are read. scratch: a folder for decoded copies. skip=True gives
+    an Unread for each object of another type, which is not made either. Raises CorpusError for a
+    file that is no pickle, and without skip for anything but plain containers and arrays of plain
+    dtypes, and OSError if the file cannot be read.
     """
+    kind = other_kind(f.name)
+    if kind:
+        raise CorpusError(f"{f.name} is not a pickle: it {kind}.")
     with errors_as_corpus_error(f.name, f):
-        return Unpickler(f, scratch).load()
+        return Unpickler(f, scratch, skip).load()

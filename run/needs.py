@@ -14,6 +14,8 @@ import threading
 
 from configurator import declared_knobs, run_knobs
 from run import ranks
+from run.absent import absent_files
+from run.errors import ModelError
 from run.report import RUN_KNOBS, EvalError, read_json, read_run
 
 # Environment variable that is set for a child, whose stdin is a pipe from its parent
@@ -50,6 +52,9 @@ def make_prerequisites(k, script, systems, suffix):
         if not os.path.isfile(os.path.join(root, need)):
             raise EvalError(f"needs lists {need}, but there is no such config: correct its name.")
     pending = pending_knobs(k, systems)
+    absent = absent_files(k, pending, root)
+    if absent:
+        raise ModelError(absent)
     systems[k['system']].refuse_impossible_model(k, pending)   # raises before hours of training
     used = {k[knob]: knob for knob in pending}   # name of a prerequisite -> the knob that names it
     for need in k['needs']:

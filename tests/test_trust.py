@@ -823,6 +823,9 @@ def test_commands_of_the_documents_run(corpora, tmp_path, monkeypatch, capsys):
     change = dict(audio=of_width(74), vision=of_width(35), vision_lengths=six_frames)
     make_corpus(tmp_path, 'unaligned_50', **change)
     emotion_lists(tmp_path / 'CHERMA0723')
+    table = ['video_id,clip_id,text,label,emotion']
+    table += [f'v{i // 2},{i % 2},clip {i} is fine,{i % 5 - 2},joy' for i in range(60)]
+    (tmp_path / 'mine.csv').write_text('\n'.join(table), encoding='utf-8')
     clip = dict(audio=np.zeros((4, 12), 'f4'), vision=np.zeros((3, 16), 'f4'))
     np.savez('mine.npz', text='it was superb', **clip)
     handmade = re.search(r'^```python\n(.*?)^```', (HERE / 'docs/corpora.md').read_text(), re.M | re.S)

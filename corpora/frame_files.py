@@ -1,0 +1,191 @@
+"""
+Files that hold the frames of one clip: .npy, .npz, .csv, .tsv, .pt and .pth. Reading one runs no
+code from it.
+
+Axis letters: S frames of a clip, d features of a frame.
+"""
+import csv
+import math
+import os
+
+import numpy as np
+
+from corpora.lazy import LazyArray
+from corpora.unpickle import CorpusError
+
+ENDS = ('.npy', '.npz', '.csv', '.tsv', '.pt', '.pth')
+
+
+class FrameFile(LazyArray):
+    """
+    The frames of one clip in a file, [S, d] or [d]. The file is open only while it is read, so that
+    a corpus of 10,000 files needs no more handles than one of ten. Raises CorpusError where the
+    file does not hold an array of numbers. where: the clip and the file, for error messages.
+    """
+    __slots__ = ('path', 'stream', 'where')
+
+    def __init__(self, path, stream, where):
+        super().__init__(None)
+        self.path = path
+        self.stream = stream
+        self.where = where
+        self.fortran = False
+        header = self._header()
+        self.shape, self.dtype = self._checked(self._load() if header is None else header)
+
+    def _checked(self, a):
+        """ The shape and dtype of an array or header. Raises CorpusError. """
+        if a.dtype.kind not in 'fiub':
+            what = 'Python objects' if a.dtype == object else f'values of dtype {a.dtype}'
+            raise CorpusError(f"{self.where} holds {what}, not numbers; save each clip's frames as "
+                              "one array of float32 [frames, features].")
+        shape = tuple(a.shape)
+        if len(shape) == 3 and shape[0] == 1:
+            shape = shape[1:]  # [S,d]
+        if len(shape) not in (1, 2):
+            raise CorpusError(f"{self.where} holds an array of shape {list(a.shape)}; the frames "
+                              "of a clip are an array [frames, features].")
+        return shape, a.dtype
+
+    def _header(self):
+        """ The header of a .npy file, with a shape and a dtype; None for other files. """
+        if not self.path.lower().endswith('.npy') or not os.path.getsize(self.path):
+            return None
+        with self._reading():
+            return np.lib.format.open_memmap(self.path, 'r')
+
+    def _reading(self):
+        return _Reading(self.where)
+
+    def _load(self):
+        """ The array that the file holds. Raises CorpusError. """
+        if not os.path.getsize(self.path):
+            raise CorpusError(f"{self.where} is empty (0 bytes); make the file again, or leave the "
+                              "cell empty if the clip has no frames.")
+        end = os.path.splitext(self.path)[1].lower()
+        with self._reading():
+            if end == '.npy':
+                return np.load(self.path, allow_pickle=False)
+            if end == '.npz':
+                return self._from_npz()
+            if end in ('.csv', '.tsv'):
+                return self._from_text('\t' if end == '.tsv' else ',')
+            return self._from_torch()
+
+    def _from_npz(self):
+        with np.load(self.path, allow_pickle=False) as arrays:
+            names = arrays.files
+            own = [n for n in names if n == self.stream]
+            if len(names) != 1 and not own:
+                raise CorpusError(f"{self.where} holds the arrays {', '.join(names) or 'none'}; it "
+                                  f"must hold one array, or one that is called {self.stream}.")
+            return arrays[own[0] if own else names[0]]
+
+    def _from_text(self, delimiter):
+        """ A table of numbers, one frame a line, with or without a line of names. """
+        with open(self.path, encoding='utf-8-sig', newline='') as f:
+            lines = [line for line in csv.reader(f, delimiter=delimiter) if line]
+        if lines and not _is_number(lines[0][0]):
+            lines = lines[1:]
+        widths = sorted({len(line) for line in lines})
+        if len(widths) > 1:
+            raise CorpusError(f"{self.where} has frames of {widths[0]} and of {widths[-1]} "
+                              "features; all frames of a corpus have the same features.")
+        return np.array(lines, object).astype(np.float64)  # [S,d]
+
+    def _from_torch(self):
+        """ A tensor, or a dict of tensors that has one, or one of the stream's name. """
+        import torch
+        value = torch.load(self.path, map_location='cpu', weights_only=True)  # runs no code
+        if type(value) is dict:
+            tensors = {k: v for k, v in value.items() if isinstance(v, torch.Tensor)}
+            if len(tensors) != 1 and self.stream not in tensors:
+                raise CorpusError(f"{self.where} holds the tensors "
+                                  f"{', '.join(map(str, tensors)) or 'none'}; it must hold one "
+                                  f"tensor, or one that is called {self.stream}.")
+            value = tensors.get(self.stream, next(iter(tensors.values())))
+        if not isinstance(value, torch.Tensor):
+            raise CorpusError(f"{self.where} holds a {type(value).__name__}, not a tensor; save "
+                              "the frames of a clip as one tensor [frames, features].")
+        value = value.detach()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+    def rows(self, i, j):
+        """ Rows i:j, [j-i, ..]. The file is read and closed. """
+        a = self._load()
+        if self._checked(a) != (self.shape, self.dtype):
+            raise CorpusError(f"{self.where} was changed while it was read; convert again.")
+        return a.reshape(self.shape)[i:j]
+
+    def all(self):
+        return self.rows(0, self.shape[0])
+
+
+class _Reading:
+    """ A context that turns the errors of reading a file of frames into a CorpusError. """
+
+    def __init__(self, where):
+        self.where = where
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if error is None or isinstance(error, CorpusError) or not isinstance(error, Exception):
+            return
+        if 'allow_pickle' in str(error) or 'Python objects' in str(error):
+            what = "holds Python objects, which are not read"
+        elif 'weights_only' in str(error) or 'Weights only' in str(error):
+            what = "holds more than tensors, which is not read because loading it could run code"
+        else:
+            reason = ' '.join(ascii(str(error))[1:-1].split())[:100]
+            what = f"could not be read ({type(error).__name__}: {reason})"
+        raise CorpusError(f"{self.where} {what}; save the frames of a clip as one array of "
+                          "float32 [frames, features].") from None
+
+
+def _is_number(text):
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
+
+
+def frame_files(paths, ids, stream, where, add):
+    """
+    A FrameFile for each path, None for a path that is None. paths, ids: of the N clips; where: the
+    table, for error messages; add(path): called with each file that is used. Raises CorpusError
+    where files are missing, are no frames, or differ in their features.
+    """
+    given = [(i, p) for i, p in enumerate(paths) if p is not None]
+    if wrong := [(i, p) for i, p in given if not p.lower().endswith(ENDS)]:
+        i, p = wrong[0]
+        raise CorpusError(f"The {stream} of clip {ids[i]} in {where} is {p!r}, which is no file of "
+                          f"frames; name files that end in {', '.join(ENDS)}.")
+    if gone := [(i, p) for i, p in given if not os.path.isfile(p)]:
+        i, p = gone[0]
+        raise CorpusError(f"{len(gone)} of {len(given)} files of {stream} frames in {where} are "
+                          f"missing, first that of clip {ids[i]} ({p}); correct the paths, which "
+                          "count from the table's folder, or leave the cells empty.")
+    found, first = [None] * len(paths), None
+    for i, p in _progress(given, stream):
+        a = found[i] = FrameFile(p, stream, f"The file of {stream} frames of clip {ids[i]} ({p})")
+        if not math.prod(a.shape):
+            continue
+        first = first or a
+        if a.shape[-1] != first.shape[-1] or len(a.shape) != len(first.shape):
+            raise CorpusError(f"{a.where} has shape {list(a.shape)}, and {first.path} has "
+                              f"{list(first.shape)}; all frames of a stream have the same "
+                              "features.")
+        add(p)
+    return found
+
+
+def _progress(items, stream):
+    """ The items, with a progress bar if they are many. """
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, f'{stream} files', disable=len(items) < 2000, mininterval=1)
