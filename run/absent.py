@@ -39,8 +39,11 @@ def absent_corpus(source):
             "give it with --corpus=FILE")
 
 
-def absent_lm(name):
-    """ Why the LM of the hub's name cannot be had here, or None if it can or may be. """
+def absent_lm(name, wait=True):
+    """
+    Why the LM of this hub name cannot be loaded here, or None if it can or may be. With wait=True a
+    hub that has not answered after SECONDS may still answer; with False it counts as unreachable.
+    """
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
     try:
@@ -59,6 +62,8 @@ def absent_lm(name):
         except urllib.error.HTTPError:
             return None   # it answers
         except (OSError, ValueError) as e:
+            if wait and isinstance(getattr(e, 'reason', e), TimeoutError):
+                return None
             why = f"{constants.ENDPOINT} cannot be reached ({getattr(e, 'reason', e)})"
     return (f"the LM {name!r} is not in the local cache and {why}: connect to the hub, or give a "
             "folder with config.json, weights and tokenizer with --lm=FOLDER")
@@ -72,7 +77,7 @@ def absent_files(k, pending, root):
     corpus = absent_corpus(k['corpus'])
     lm = k.get('lm')
     named = lm and lm != 'new' and 'lm' not in pending and not os.path.exists(lm)
-    lm = absent_lm(lm) if named else None
+    lm = absent_lm(lm, wait=not corpus) if named else None
     if not corpus and not lm:
         return None
     toy = os.path.join('config', f"{k['system']}_toy.py")
