@@ -358,7 +358,7 @@ def test_real_configs_run_on_files_of_their_layout(config, resample, tmp_path):
     words += [f'w{i}' for i in range(50)]
     (tmp_path / 'vocab.txt').write_text('\n'.join(words))
     tiny_bert().save_pretrained(tmp_path / 'bert')
-    BertTokenizerFast(vocab_file=str(tmp_path / 'vocab.txt')).save_pretrained(tmp_path / 'bert')
+    BertTokenizerFast(str(tmp_path / 'vocab.txt')).save_pretrained(tmp_path / 'bert')
     layouts = dict(mosi=(5, 20, 3), mosei=(74, 35, 3), sims=(33, 709, 1))
     d_a, d_v, limit = layouts[config.split('_')[1]]
     n = 4 if resample == 'words' else 6  # words of THE FILM WAS GOOD
@@ -388,7 +388,7 @@ def test_real_configs_run_on_files_of_their_layout(config, resample, tmp_path):
     [
         (['--gmra_layer=9'], 'from 1 to 3'),
         (['--gmra_heads=5'], 'does not divide gmra_width'),
-        (['--lm=no/such'], 'could not be loaded'),
+        (['--lm=no/such'], 'is not in the local cache'),
         (['--label=emotion', '--select=wf1'], 'classes'),
         (['--resample=nearest'], 'is none of linear'),
         (['--mpr_gap=-1'], 'at least 0'),

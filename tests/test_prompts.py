@@ -6,7 +6,6 @@ MSE-Adapter and CMPTA: pseudo tokens, prompts, the label trie, the three readout
 
 import json
 import math
-import os
 import pickle
 import shutil
 
@@ -1018,7 +1017,7 @@ def test_micro_batches_equal_one_large_batch_with_labels_of_unequal_length(
         ('cmpta_toy', '--cmpta_heads=5', 'does not divide cmpta_width'),
         ('mse_toy', '--msf_scales=[]', 'must be numbers of at least 1'),
         ('mse_toy', '--prompt=fr', "prompt='fr' is none of en, cn, toy"),
-        ('mse_toy', '--lm=no/such-lm', 'could not be loaded'),
+        ('mse_toy', '--lm=no/such-lm', 'is not in the local cache'),
         ('mse_toy', '--label=label_T', "has no label 'label_T', only label, emotion"),
     ],
 )
@@ -1142,11 +1141,8 @@ def test_real_configs_run_on_files_of_their_layout(config, rated_lm, tmp_path):
     assert np.isfinite(list(own.values())).all()
     assert result['about']['knobs']['system'] in config
     if 'meld' in config:
-        row = json.loads(
-            open(
-                tmp_path / 'data' / os.listdir(tmp_path / 'data')[0] / 'test' / 'text.jsonl'
-            ).readline()
-        )
+        (texts,) = (tmp_path / 'data').glob('*/test/text.jsonl')
+        row = json.loads(texts.read_text(encoding='utf-8').splitlines()[0])
         assert row['speaker'] == 'Joey'
         assert row['dialogue'] == '12'
         assert result['info']['names'] == MELD

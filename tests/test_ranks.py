@@ -8,8 +8,6 @@ one process.
 import json
 import re
 import shlex
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -17,34 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from configurator import declared_knobs, run_knobs
-from fakes import ENV, HERE, deepmlf, killed_in_batch, train
+from fakes import HERE, deepmlf, killed_in_batch, torchrun, train
 from model import SYSTEMS
 
 OLD = tuple(map(int, torch.__version__.split('.')[:2])) < (2, 7)
 no_fsdp = pytest.mark.skipif(OLD, reason="FSDP2 of torch 2.6 needs a GPU")
 # 8 micro-batches an epoch in steps of 3, 3 and 2; 2 processes share them 2 + 1, 2 + 1, 1 + 1
 UNEVEN = ['--accumulate=3', '--save_interval=2']
-
-
-def torchrun(*argv, n=2):
-    """
-    Run train.py (or a worker.py) in n processes -> (exit status, printed output). In 2 of about 60
-    of these runs a process was aborted (SIGABRT), and the cause was not found (LOG.md). Such a run
-    is repeated once, with a warning.
-    """
-    is_worker = str(argv[0]).endswith('worker.py')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-    command += [f'--nproc_per_node={n}', *([] if is_worker else [HERE / 'train.py']), *argv]
-    env = ENV | {'OMP_NUM_THREADS': '1', 'PYTHONFAULTHANDLER': '1'}
-    done = subprocess.run(
-        list(map(str, command)), cwd=HERE, env=env, capture_output=True, text=True, timeout=300
-    )
-    printed = done.stdout + done.stderr
-    if 'exitcode: -6' in printed and '--fresh=True' not in argv:
-        warnings.warn(f'a process was aborted: {printed[-8000:]}')
-        fresh = [] if '--resume=True' in argv or is_worker else ['--fresh=True']
-        return torchrun(*argv, *fresh, n=n)
-    return done.returncode, printed
 
 
 def read_log(folder):

@@ -43,6 +43,7 @@ from fakes import (
     tiny_batch,
     tiny_deepmlf,
     tiny_lm,
+    torchrun,
     train,
     with_value_at,
 )
@@ -462,7 +463,7 @@ def test_eval_reproduces_the_test_metrics_and_compares_runs(curriculum):
         (['--corpus=nowhere.pkl'], 'nowhere.pkl'),
         (['--label=mood'], "no label 'mood'"),
         (['--label=emotion'], 'classes'),
-        (['--lm=no/such-lm'], 'could not be loaded'),
+        (['--lm=no/such-lm'], 'is not in the local cache'),
         (['--mm_layers=[9]'], 'from 1 to 4'),
         (['--mm_heads=5'], 'does not divide'),
         (['--av_from='], 'needs a pretrained AV encoder'),
@@ -487,7 +488,7 @@ def test_a_missing_or_unsuitable_lm_stops_the_run_before_its_prerequisites(corpo
     run += [f'--out_dir={tmp_path}/run', *TINY]
     tiny_lm().save_pretrained(tmp_path / 'lm')
     for flags, sentence in (
-        (['--lm=no/such-lm'], 'could not be loaded'),
+        (['--lm=no/such-lm'], 'is not in the local cache'),
         (['--mm_layers=[2,7]', f'--lm={tmp_path}/lm'], 'from 1 to'),
     ):
         with pytest.raises(SystemExit, match=sentence):
@@ -780,15 +781,12 @@ def run_shortened(line, monkeypatch):
     if program in ('pip', 'git', 'cd') or words[:2] == ['-m', 'pytest']:
         return
     if program == 'torchrun':
-        at = words.index('train.py')
-        words = words[:at] + [str(HERE / 'train.py')] + words[at + 1 :] + ['--max_steps=2']
-        words = [re.sub('nproc_per_node=.*', 'nproc_per_node=2', w) for w in words]
-        words += ['--device=cpu', '--out_dir=out/torchrun', *SMALL_LM[words[at + 1]]]
+        flags = words[words.index('train.py') + 1 :]
+        flags += ['--max_steps=2', '--device=cpu', '--out_dir=out/torchrun', *SMALL_LM[flags[0]]]
         if not os.path.exists('out/lm_toy_rated-steps2'):
             train('config/lm_toy_rated.py', '--max_steps=2', '--device=cpu')
-        command = [sys.executable, '-m', 'torch.distributed.run', *words]
-        done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-        assert done.returncode == 0, (line, done.stderr[-2000:])
+        status, printed = torchrun(*flags, cwd=os.getcwd())
+        assert status == 0, (line, printed[-2000:])
         return
     assert program == 'python', line
     if words[0] == '-c':
