@@ -216,14 +216,15 @@ class MMBlock(nn.Module):
             nn.init.constant_(self.norm_1.weight, 1.0 - norm_offset)
         if getattr(self.norm_1, 'bias', None) is not None:
             nn.init.zeros_(self.norm_1.bias)
+        # before the weights below: gradient norms are summed in this order
+        self.norm_2 = before if ffw != 'none' else None
+        self.post_2 = behind if ffw != 'none' else None
         self.gca = CrossAttention(D, d, n_heads, dropout)
         self.ffw = None
         if ffw == 'full':
             self.ffw = FFW(lm_ffw, ffw_init, dropout)
         if ffw == 'lora':
             self.ffw = LoRAFFW(lm_ffw, lora_rank, lora_alpha, lora_dropout)
-        self.norm_2 = before if ffw != 'none' else None
-        self.post_2 = behind if ffw != 'none' else None
         gated = gate != 'none'
         self.a_1 = nn.Parameter(torch.zeros(1)) if gated else None
         self.a_2 = nn.Parameter(torch.zeros(1)) if gated and ffw != 'none' else None
