@@ -231,16 +231,21 @@ METRICS = {
     'jump_mean_3': ('lower', "jump_mean on three levels (SIMS "
                              "only)", lambda s: s.ordinal('jump_mean', three=True)),
 }
-METRIC_HELP = {name: f'{better} is better: '
-                     f'{what}' for name, (better, what, _) in METRICS.items()} | {
-    'loss': "lower is better: the training loss, of a model that predicts no label",
-    'acc': "higher is better: share of clips with the right class",
-    'wf1': "higher is better: F1 of each class, averaged by the class's share of the labels",
-    'f1_<class>': "higher is better: F1 of one class",
-    'unread': "lower is better: share of clips whose generated answer was no label (scored as the "
-              "middle of the range, or as a wrong class)",
+# name -> (which way is better, description) of every metric
+METRIC_HELP = {name: (better, what) for name, (better, what, _) in METRICS.items()} | {
+    'loss': ('lower', "the training loss, of a model that predicts no label"),
+    'acc': ('higher', "share of clips with the right class"),
+    'wf1': ('higher', "F1 of each class, averaged by the class's share of the labels"),
+    'f1_<class>': ('higher', "F1 of one class"),
+    'unread': ('lower', "share of clips whose generated answer was no label (scored as the middle "
+                        "of the range, or as a wrong class)"),
 }
-BETTER = {key: 'low' if text.startswith('lower') else 'high' for key, text in METRIC_HELP.items()}
+BETTER = {key: 'low' if better == 'lower' else 'high' for key, (better, _) in METRIC_HELP.items()}
+
+
+def metric_help(key):
+    """ (which way is better, description) of a metric of a run, such as f1_joy. """
+    return METRIC_HELP.get(key, METRIC_HELP['f1_<class>'])
 
 
 def regression_metrics(pred, label, label_range):
@@ -343,6 +348,15 @@ def bootstrap(metrics_fn, pred, label, n_resamples=500, seed=0):
         values = [metrics[name] for metrics in resampled]
         found[name] = tuple(float(v) for v in np.percentile(values, [2.5, 97.5]))
     return found
+
+
+def central_interval(prob, values):
+    """
+    (low, high): the interval of scores that holds the central 80 % of the probability. prob [K]: of
+    the scores values [K], in ascending order.
+    """
+    low, high = (min(int((prob.cumsum() < q).sum()), len(prob) - 1) for q in (0.1, 0.9))
+    return float(values[low]), float(values[high])
 
 
 def score_by(info):

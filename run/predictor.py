@@ -22,6 +22,7 @@ import numpy as np
 
 from corpora.names import STREAMS
 from data import open_corpus
+from metrics import central_interval
 from run.clips import ClipError, Clips, Transferred, checked_clip, label_text, read_clips
 from run.folder import find_folder
 from run.pictures import attention_of, draw_attention
@@ -275,9 +276,7 @@ def interval_of(run, pred, prob):
         return dict(interval=(float(pred - mae), float(pred + mae)),
                     interval_is="the score plus and minus the run's test MAE")
     # prob is over the labels that the prompt allows, in ascending order
-    at = [min(int((prob.cumsum() < q).sum()), len(prob) - 1) for q in (0.1, 0.9)]
-    low, high = np.asarray(run.values)[at]
-    return dict(interval=(float(low), float(high)), interval_is='80 % of the probability')
+    return dict(interval=central_interval(prob, run.values), interval_is='80 % of the probability')
 
 
 def changed_prediction(run, whole, other, i):

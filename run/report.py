@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from configurator import check_knobs, known_knobs
-from metrics import METRIC_HELP, SHOWN, check_finite, markdown_table, regression_metrics
+from metrics import SHOWN, check_finite, markdown_table, metric_help, regression_metrics
 from model import SYSTEMS
 from run.errors import ModelError
 from run.folder import (
@@ -367,7 +367,7 @@ def report(folder, corpus):
         clips = ids, corpus.text('test'), predictions
     each = []
     for key, v in r['test'].items():
-        better, what = METRIC_HELP.get(key, METRIC_HELP['f1_<class>']).split(' is better: ')
+        better, what = metric_help(key)
         valid = f"{r['valid'][key]:.4f}" if key in r['valid'] else '-'
         each.append([key, f"{v:.4f}", valid, better, what])
     facts, pictures = run_facts(r), report_pictures(folder, r, predictions)

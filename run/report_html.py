@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from metrics import METRIC_HELP, SHOWN, bootstrap, task_metrics
+from metrics import SHOWN, bootstrap, central_interval, metric_help, task_metrics
 from run.pictures import answer_values, as_text
 
 N_WORST = 10   # clips in the table of the worst ones
@@ -103,7 +103,7 @@ def metric_table(r, predictions):
     keys = sorted(r['test'], key=lambda key: SHOWN.index(key) if key in SHOWN else len(SHOWN))
     rows = []
     for key in keys:
-        better, what = METRIC_HELP.get(key, METRIC_HELP['f1_<class>']).split(' is better: ')
+        better, what = metric_help(key)
         low, high = spread.get(key, (np.nan, np.nan))
         interval = f'{low:.3f} to {high:.3f}' if np.isfinite([low, high]).all() else '-'
         valid = f"{r['valid'][key]:.3f}" if key in r['valid'] else '-'
@@ -138,8 +138,7 @@ def probability_text(prob, info):
         shown = [f"{info['names'][i]} {prob[i]:.2f}" for i in order if prob[i] >= SMALLEST]
         return ', '.join(shown)
     values = answer_values(info, len(prob))  # [K]
-    at = [min(int((prob.cumsum() < share).sum()), len(prob) - 1) for share in (0.1, 0.9)]
-    low, high = values[at]
+    low, high = central_interval(prob, values)
     best = int(prob.argmax())
     return f'80 % in {low:+.1f} to {high:+.1f}; most likely {values[best]:+.1f} ({prob[best]:.2f})'
 
