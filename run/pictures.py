@@ -209,6 +209,11 @@ def learning_curve(path, runs):
 # --------------------------------------------------------------------------------------------------
 # Confusion matrix
 
+def drawable(names):
+    """ The names of classes for a picture. Its font has no Chinese letters: those get numbers. """
+    return [name if name.isascii() else str(i) for i, name in enumerate(names)]
+
+
 def confusion_picture(path, pred, label, names, title):
     """
     A picture at `path` of the counts of true classes against predicted classes, coloured by the
@@ -217,8 +222,7 @@ def confusion_picture(path, pred, label, names, title):
     counts = confusion(pred, label, len(names))  # [K,K]
     n_true = np.bincount(np.asarray(label, int), minlength=len(names))  # [K]
     share = counts / np.maximum(n_true, 1)[:, None]  # [K,K]
-    # the font has no Chinese letters: such a class is shown by its number
-    ticks = [name if name.isascii() else str(i) for i, name in enumerate(names)]
+    ticks = drawable(names)
     with style():
         size = 0.45 * len(names)
         fig, ((ax,),) = canvas(high=1.3 + size, wide=1.9 + size)

@@ -37,12 +37,14 @@ from run.pictures import (
     ON_LINES,
     STYLE,
     WIDE,
+    attention_of,
     calibration_picture,
     canvas,
     clip_title,
     draw_attention,
     draw_band,
     draw_confusion,
+    drawable,
     learning_curve,
     run_title,
     save,
@@ -60,12 +62,18 @@ matplotlib.rcParams.update(STYLE)
 # --------------------------------------------------------------------------------------------------
 # From logs
 
+def draw_file(out, name, draw, *arguments):
+    """ Draws out/name.png by draw(path, *arguments), and prints the path. """
+    make_folder(out)
+    path = os.path.join(out, name + '.png')
+    draw(path, *arguments)
+    print(path)
+
+
 def curves(folders, out):
     """ Draws the learning curve of a run, or of several that differ in the seed. """
-    make_folder(out)
-    path = os.path.join(out, 'curves.png')
-    learning_curve(path, [(read_run(folder), read_log(folder)) for folder in folders])
-    print(path)
+    runs = [(read_run(folder), read_log(folder)) for folder in folders]
+    draw_file(out, 'curves', learning_curve, runs)
 
 
 def title_of(folders):
@@ -183,21 +191,14 @@ def truth(folder, out):
     result, (_, predictions) = read_run(folder), read_predictions(folder)
     if result['info']['kind'] != 'classes':
         scatter(predictions, result, out)
-    make_folder(out)
-    path = os.path.join(out, 'confusion.png')
-    draw_confusion(path, result, predictions)
-    print(path)
+    draw_file(out, 'confusion', draw_confusion, result, predictions)
 
 
 def calibration(folder, out):
     """ Draws the calibration of the probabilities of readout='score', if the run has them. """
     result, (_, predictions) = read_run(folder), read_predictions(folder)
-    if 'prob' not in predictions:
-        return
-    make_folder(out)
-    path = os.path.join(out, 'calibration.png')
-    calibration_picture(path, result, predictions)
-    print(path)
+    if 'prob' in predictions:
+        draw_file(out, 'calibration', calibration_picture, result, predictions)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def embeddings(folder, out, n_most=1000, **allowed):
     points = ax.scatter(*y.T, c=label, s=5, cmap='tab10' if classes else 'coolwarm', lw=0)
     if classes:   # some classes may have no clip here
         handles, _ = points.legend_elements(num=None)
-        names = [k if k.isascii() else str(i) for i, k in enumerate(run.info['names'])]
+        names = drawable(run.info['names'])
         ax.legend(handles, [names[v] for v in np.unique(label).astype(int)])
     else:
         fig.colorbar(points, label='label', shrink=0.8)
@@ -288,8 +289,7 @@ def views_of_cmpta(folder, clip, **allowed):
     run, feed = load_run_and_feed(folder, **allowed)
     i = clip_number(feed, clip)
     batch = feed('test', np.array([i]))
-    with torch.no_grad():
-        views = run.model.views(batch, run.predict)
+    views = attention_of(run, batch)
     if not {'over audio', 'over vision'} <= set(views):
         raise EvalError(f"{folder} has no attention over audio and over video: --tokens is for "
                         "runs of CMPTA that have both.")
