@@ -511,15 +511,14 @@ class FrozenLM(nn.Module):
             return self.hf.get_output_embeddings()  # a linear layer, whose gradient is known
         return self._scaled_logits
 
-    def _scaled_logits(self, x):
-        """ The logits of a family that scales or caps them: x [..,D] -> [..,V]. """
-        logits = self.hf.get_output_embeddings()(x)  # [..,V]
+    def _scaled_logits(self, x, head=None):
+        """ The logits of a family that scales or caps them: x [..,D] -> [..,V], or of rows of it. """
+        logits = (head or self.hf.get_output_embeddings())(x)  # [..,V]
         return soft_cap(logits * self.logit_scale, self.logit_cap)
 
     def logits_of(self, x, tokens):
         """ The logits of these tokens [C] alone: x [..,D] after the final norm -> [..,C]. """
-        logits = Rows(self.hf.get_output_embeddings(), tokens)(x)  # [..,C]
-        return soft_cap(logits * self.logit_scale, self.logit_cap)
+        return self._scaled_logits(x, Rows(self.hf.get_output_embeddings(), tokens))  # [..,C]
 
     def forward(self, tokens):
         """ Text alone: tokens [B,T] -> hidden states after the final norm [B,T,D]. """

@@ -177,6 +177,12 @@ class AVModel(System):
 # --------------------------------------------------------------------------------------------------
 # DeepMLF
 
+def load_frozen_lm(k, dtype, as_data):
+    """ The FrozenLM that the knobs (LMKnobs) name, and its tokenizer. Raises ModelError. """
+    is_random = k['lm_init'] == 'random'
+    return load_lm(k['lm'], dtype, is_random, k['trust_remote_code'], as_data, k['data_dir'])
+
+
 def float32_bytes_of_lm(k):
     """
     The float32 size of the LM that the knobs name, from its configuration. Raises ModelError.
@@ -290,8 +296,7 @@ class DeepMLF(System):
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
-        lm, tokenizer = load_lm(
-            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data, k['data_dir'])
+        lm, tokenizer = load_frozen_lm(k, dtype, as_data)
         model = cls.assemble(k, facts, lm, tokenizer)
         if k['av_init'] == 'random':
             return model, tokenizer
@@ -516,8 +521,7 @@ class PseudoTokenLM(System):
         # refuse ambiguous labels before the LM is loaded, which may take gigabytes
         Prompt(k, facts.labels[k['label']],
                load_tokenizer(k['lm'], k['trust_remote_code'], as_data))
-        lm, tokenizer = load_lm(
-            k['lm'], dtype, k['lm_init'] == 'random', k['trust_remote_code'], as_data, k['data_dir'])
+        lm, tokenizer = load_frozen_lm(k, dtype, as_data)
         return cls.assemble(k, facts, lm, tokenizer), tokenizer
 
     @classmethod

@@ -37,6 +37,13 @@ def tokenizer_fingerprint(tokenizer):
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
+def fixed_tokens(lm, n):
+    """ n token ids [1,n] that are the same for every LM of this vocabulary. """
+    weight = lm.parts['embed'].weight  # [V,D]
+    n_known = min(len(weight), lm.vocabulary)
+    return 7 * torch.arange(n, device=weight.device)[None] % n_known
+
+
 @torch.no_grad()
 def sample_logits(lm, n_tokens=8, n_logits=4):
     """
@@ -44,9 +51,7 @@ def sample_logits(lm, n_tokens=8, n_logits=4):
     not see: the first logits behind fixed tokens, and the largest magnitude of all -> list of
     floats.
     """
-    embed = lm.parts['embed'].weight  # [V,D]
-    tokens = 7 * torch.arange(n_tokens, device=embed.device)[None] % lm.vocabulary  # [1,n]
-    logits = lm.lm_head(lm(tokens))[0, -1].float()  # [V]
+    logits = lm.lm_head(lm(fixed_tokens(lm, n_tokens)))[0, -1].float()  # [V]
     return [round(float(v), 6) for v in (*logits[:n_logits], logits.abs().max())]
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 
 from lm import FAMILIES, FrozenLM, ModelError, unknown_family
+from run.fingerprints import fixed_tokens
 from run.folder import write_text
 
 EQUAL = 1e-4             # largest difference of float32 logits, as a share of the largest logit
@@ -65,13 +66,6 @@ def exact_attention(lm):
     finally:
         if lm.attention_cap is not None:
             config._attn_implementation = before
-
-
-def fixed_tokens(lm, n):
-    """ n tokens [1,n] that are the same for every LM of this vocabulary. """
-    weight = lm.parts['embed'].weight  # [V,D]
-    n_known = min(len(weight), lm.vocabulary)
-    return 7 * torch.arange(n, device=weight.device)[None] % n_known
 
 
 def logits_of_both(lm, n):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lm import ModelError, TextEncoder, unknown_family
+from lm import FAMILIES, ModelError, TextEncoder, unknown_family
 from run.lm_checks import (
     ALLOW_CODE,
     SAFE_WEIGHTS,
@@ -18,6 +18,7 @@ from run.lm_checks import (
     refuse_gguf,
     refuse_hub_adapter,
     refuse_hub_code,
+    refuse_variants,
     refuse_what_is_no_lm,
 )
 from run.lm_compare import compare_once, known_lm
@@ -351,7 +352,11 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=
     """
     from transformers import AutoModelForCausalLM
     config, name = lm_config(name, remote, as_data)
-    known_lm(empty_lm(name, remote, as_data))  # refuses what is no known LM before its weights are read
+    # refuse what no row of FAMILIES computes before its weights are read
+    if config.model_type in FAMILIES:
+        refuse_variants(config)
+    else:
+        known_lm(empty_lm(name, remote, as_data))
     if random_init:
         with loading(name):
             hf = AutoModelForCausalLM.from_config(config, trust_remote_code=remote and not as_data)

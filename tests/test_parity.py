@@ -38,6 +38,7 @@ from metrics import (
     paired_bootstrap,
     regression_metrics,
 )
+from run.lm_compare import exact_attention
 
 # -------------------------------------------------------------------------------------------------
 # The frozen LM against Hugging Face
@@ -57,8 +58,6 @@ def test_frozen_lm_gives_hugging_faces_logits(family):
     tokens = torch.randint(60, (3, 11), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(11) < torch.tensor([11, 7, 3])[:, None]
     lm = FrozenLM(hf)
-    if lm.attention_cap is not None:
-        hf.config._attn_implementation = 'eager'  # sdpa of transformers leaves the cap out
 
     def gap(mask=None):
         theirs = hf(tokens, attention_mask=None if mask is None else mask.long()).logits
@@ -66,7 +65,7 @@ def test_frozen_lm_gives_hugging_faces_logits(family):
         assert ours[real].isfinite().all() and ours.dtype == next(hf.parameters()).dtype
         return float((ours - theirs)[real].abs().max())
 
-    with torch.no_grad():
+    with torch.no_grad(), exact_attention(lm):
         assert min(gap(mask) for _ in range(3)) <= 1e-5
         if family == 'qwen3_moe':
             return  # torch's grouped matmul takes no float64

@@ -44,6 +44,7 @@ from losses import label_loss
 from model import CMPTALM
 from prompts import Prompt
 from run import machine
+from run.lm_compare import exact_attention
 from run.load_lm import SentencePiece, load_lm
 from run.report import read_predictions
 
@@ -503,11 +504,10 @@ def test_label_scores_equal_brute_force_log_probabilities(
 def test_scores_are_brute_force_log_probabilities_on_every_family(family, corpora, tokenizers):
     """ (OPT's table of positions and the long rope are for 128 and 64 tokens here: too short.) """
     model, _, batch = prompted(corpora, tokenizers, 'bpe', family, clips=(0, 1))
-    if model.lm.attention_cap is not None:
-        model.lm.hf.config._attn_implementation = 'eager'
     scores = model.label_scores(*model.embed_prompt(batch))  # [B,K]
     for k in (0, 30, 60):
-        wanted = brute_force(model, batch, k)  # [B]
+        with exact_attention(model.lm):
+            wanted = brute_force(model, batch, k)  # [B]
         torch.testing.assert_close(scores[:, k], wanted, rtol=1e-4, atol=3e-4)
 
 
@@ -856,17 +856,16 @@ def test_remote_code_needs_permission_and_the_logits_of_a_known_family(
 def test_go_on_equals_hugging_faces_greedy_decoding(family):
     hf = tiny_lm(family)
     lm, ids = FrozenLM(hf), torch.randint(3, 60, (1, 7))
-    if lm.attention_cap is not None:
-        hf.config._attn_implementation = 'eager'  # sdpa of transformers leaves the cap out
     new = lm.go_on(lm.embed(ids[:, :-1]), torch.tensor([6]), ids[:, -1], 5)
-    theirs = hf.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=5,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
+    with exact_attention(lm):
+        theirs = hf.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
     assert new.tolist() == theirs[:, 7:].tolist()
 
 
