@@ -20,6 +20,12 @@ from torch.utils.checkpoint import checkpoint
 # --------------------------------------------------------------------------------------------------
 # LoRA and the FFW of an MM block
 
+def check_heads(n_heads, d, heads, width):
+    """ Raises ValueError if n_heads does not divide the width d; heads, width: the knobs' names. """
+    if d % n_heads:
+        raise ValueError(f"{heads}={n_heads} does not divide {width}{d}: set it to a divisor.")
+
+
 class LoRA(nn.Module):
     """
     The low-rank update of one frozen linear layer W (Hu et al. 2021, eq. 3):
@@ -153,9 +159,7 @@ class CrossAttention(nn.Module):
     """
     def __init__(self, D, d_context, n_heads, dropout=0.0):
         super().__init__()
-        if D % n_heads:
-            raise ValueError(f"mm_heads={n_heads} does not divide the LM width {D}: "
-                             "set it to a divisor.")
+        check_heads(n_heads, D, 'mm_heads', 'the LM width ')
         self.n_heads = n_heads
         self.scale = (D // n_heads) ** -0.5
         self.dropout = dropout
@@ -395,9 +399,7 @@ class AVEncoder(nn.Module):
         if not widths:
             raise ValueError("the AV encoder needs audio or vision, and this corpus has neither: "
                              "take another corpus.")
-        if d % n_heads:
-            raise ValueError(f"av_heads={n_heads} does not divide av_width={d}: "
-                             "set it to a divisor.")
+        check_heads(n_heads, d, 'av_heads', 'av_width=')
         self.d = d
         self.av_len = av_len
         self.dropout = dropout
@@ -580,9 +582,7 @@ class DirectedAttention(nn.Module):
     """
     def __init__(self, d, n_heads, pool='mean', dropout=0.1, attend=True):
         super().__init__()
-        if d % n_heads:
-            raise ValueError(f"cmpta_heads={n_heads} does not divide cmpta_width={d}: "
-                             "set it to a divisor.")
+        check_heads(n_heads, d, 'cmpta_heads', 'cmpta_width=')
         self.n_heads = n_heads
         self.pool = pool
         self.dropout = dropout
@@ -805,9 +805,7 @@ class GMRA(nn.Module):
     def __init__(self, widths, D, d=768, n_heads=12, mult=4.0, concat='sequence',
                  start='identity', dropout=0.1):
         super().__init__()
-        if d % n_heads:
-            raise ValueError(f"gmra_heads={n_heads} does not divide gmra_width={d}: "
-                             "set it to a divisor.")
+        check_heads(n_heads, d, 'gmra_heads', 'gmra_width=')
         self.n_heads = n_heads
         self.concat = concat
         self.dropout = dropout
