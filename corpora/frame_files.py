@@ -11,6 +11,7 @@ import os
 import numpy as np
 
 from corpora.lazy import LazyArray
+from corpora.rows import number_of
 from corpora.unpickle import CorpusError
 
 ENDS = ('.npy', '.npz', '.csv', '.tsv', '.pt', '.pth')
@@ -85,7 +86,7 @@ class FrameFile(LazyArray):
         """ A table of numbers, one frame a line, with or without a line of names. """
         with open(self.path, encoding='utf-8-sig', newline='') as f:
             lines = [line for line in csv.reader(f, delimiter=delimiter) if line]
-        if lines and not _is_number(lines[0][0]):
+        if lines and number_of(lines[0][0]) is None:
             lines = lines[1:]
         widths = sorted({len(line) for line in lines})
         if len(widths) > 1:
@@ -142,14 +143,6 @@ class _Reading:
             what = f"could not be read ({type(error).__name__}: {reason})"
         raise CorpusError(f"{self.where} {what}; save the frames of a clip as one array of "
                           "float32 [frames, features].") from None
-
-
-def _is_number(text):
-    try:
-        float(text)
-        return True
-    except ValueError:
-        return False
 
 
 def frame_files(paths, ids, stream, where, add):

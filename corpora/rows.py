@@ -22,6 +22,14 @@ def read_rows(path, encoding):
     return columns, rows, lines
 
 
+def number_of(cell):
+    """ A cell as a float; None if it is no number. """
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
 def _decoded(path, encoding):
     raw = Path(path).read_bytes()
     if raw[:2] in (b'\xff\xfe', b'\xfe\xff'):

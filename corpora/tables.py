@@ -27,7 +27,7 @@ from corpora.names import (
     printed,
     stream_names,
 )
-from corpora.rows import read_rows
+from corpora.rows import number_of, read_rows
 from corpora.sources import clip_text
 from corpora.unpickle import CorpusError
 
@@ -78,14 +78,6 @@ def table_files(folder):
 
 def _is_missing(cell):
     return cell.strip().lower() in MISSING
-
-
-def _number(cell):
-    """ A cell as a float; None if it is no number. """
-    try:
-        return float(cell)
-    except ValueError:
-        return None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -194,7 +186,7 @@ def _labels(table, summary):
     for column in score_columns + class_columns:
         cells = table.cells(column)
         there = [c for c in cells if not _is_missing(c)]
-        numbers = sum(_number(c) is not None for c in there)
+        numbers = sum(number_of(c) is not None for c in there)
         if not there:
             summary.notes.append(f"the column {printed(column)} is empty and was not read")
         elif column in class_columns or 2 * numbers < len(there):
@@ -226,7 +218,7 @@ def _label_name(column, classes, labels):
 def _scores(table, column):
     y = np.full(len(table.rows), math.nan)  # [N]
     for i, cell in enumerate(table.cells(column)):
-        value = _number(cell)
+        value = number_of(cell)
         if value is None and not _is_missing(cell):
             raise CorpusError(f"The score in column {column!r} on {table.places[i]} is "
                               f"{printed(cell)!r}, not a number; correct it, or read the column as "
@@ -238,7 +230,7 @@ def _scores(table, column):
 def seconds_of(cell):
     """ Seconds from '12.5', '00:01:02,345' or '1:02.5'; NaN if the cell is neither. """
     parts = cell.strip().replace(',', '.').split(':')
-    values = [_number(p) for p in parts]
+    values = [number_of(p) for p in parts]
     if len(parts) > 3 or None in values:
         return math.nan
     return sum(v * 60 ** i for i, v in enumerate(reversed(values)))
@@ -264,7 +256,7 @@ def ratio_of(flag):
     """ (train, valid, test) shares of '80/10/10'; None if the flag is a column's name. """
     if not flag or not re.fullmatch(r'[\d.]+(/[\d.]+){2}', flag):
         return None
-    shares = [_number(s) or 0 for s in flag.split('/')]
+    shares = [number_of(s) or 0 for s in flag.split('/')]
     if min(shares) <= 0:
         raise CorpusError(f"--split={flag} must give each of train, valid and test a share above "
                           "0, for example --split=80/10/10.")
