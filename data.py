@@ -235,10 +235,9 @@ def truncate_right(tokenizer):
 def tokenize(tokenizer, texts, max_len, special=True):
     """
     Returns the token ids of each text (lists of at most max_len), the number of texts without
-    tokens, and the number of truncated texts. special=True adds the tokenizer's own special tokens,
-    as the released code does: none for GPT-2 and SmolLM2, [CLS] .. [SEP] for Chinese GPT-2, <s> for
-    Llama. special=False is for a text inside a prompt. A text without tokens becomes one
-    end-of-text token, because models read the last token. Raises ModelError if max_len is too small.
+    tokens, and that of truncated texts. special=True adds the tokenizer's own special tokens, such
+    as <s>; False is for a text inside a prompt. A text without tokens becomes one end-of-text
+    token, because models read the last token. Raises ModelError if max_len is too small.
     """
     ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
     long = [i for i, t in enumerate(ids) if len(t) > max_len]
@@ -260,12 +259,12 @@ def tokenize(tokenizer, texts, max_len, special=True):
 class Feed:
     """
     A corpus as one run reads it: texts are tokenised once, batches come on a device, and each clip
-    has a cost, so that clips of similar length share a batch. `k` has the run's knobs, `model` is
-    its System, and tokenizer=None means that it reads no text. The model's prompt, if it has one,
-    is put around each text, with places for the pseudo tokens. If the model uses frozen features,
-    batch['text'] holds hidden states of a frozen LM, [B,T,D]. as_data: see lm_config. Public
-    attributes: info (the label's entry in meta.json), n_clips (after train_fraction), notes. Raises
-    CorpusError; ModelError where the frozen LM cannot be loaded or lacks a token's embedding.
+    has a cost, so that clips of similar length share a batch. k: the run's knobs; model: its
+    System; tokenizer: None if it reads no text; as_data: see lm_config. The model's prompt, if it
+    has one, is put around each text, with places for the pseudo tokens. With frozen features,
+    batch['text'] holds hidden states of a frozen LM, [B,T,D]. Public attributes: info (the label's
+    entry in meta.json), n_clips (after train_fraction), notes, truncated {split: the note on its
+    truncated texts}. Raises CorpusError, ModelError.
     """
     def __init__(self, corpus, k, tokenizer, device, model, as_data=False):
         self.corpus, self.k, self.device, self.model, self.prompt = corpus, k, device, model, model.prompt
@@ -282,7 +281,8 @@ class Feed:
             self.clips['train'] = self._train_subset(k['train_fraction'], k['seed'])
         self.n_clips = {split: len(clips) for split, clips in self.clips.items()}
         self.stream_clips = self._shuffled_clips(k['seed']) if k['shuffle_streams'] else {}
-        self.tokens, self.words, self.text, self.notes, self.lm_fingerprint = {}, {}, {}, [], None
+        self.tokens, self.words, self.text, self.truncated = {}, {}, {}, {}  # by split
+        self.notes, self.lm_fingerprint = [], None
         rounding = self._find_answers() if self.prompt else 0.0
         if rounding > 1e-6:
             self.notes.append("answers have one decimal, and rounding the train labels to one "
@@ -316,9 +316,10 @@ class Feed:
         mean = np.mean([len(t) for t in tokens])
         self.notes.append(f"{split} texts: {mean:.1f} tokens on average, {n_empty} empty, {n_cut} "
                           f"truncated to {k['max_text_len']} tokens")
+        if n_cut:
+            self.truncated[split] = self.notes[-1]
         if prompt:
-            before, after = prompt.before + [0] * k['n_pseudo'], prompt.after
-            tokens = [before + own + after for own in tokens]
+            tokens = [prompt.before + [0] * k['n_pseudo'] + own + prompt.after for own in tokens]
         self.tokens[split] = tokens
         if self.model.needs_words(k):
             self.words[split] = self._words(tokenizer, split, texts)
@@ -341,8 +342,7 @@ class Feed:
             if both.any() and np.mean((n_frames == n_words)[both]) < 0.5:
                 raise CorpusError(f"resample='words' is for sources with one frame per word, and "
                                   f"{m} has {np.median(n_frames):.0f} frames for "
-                                  f"{np.median(n_words):.0f} words (medians): take another "
-                                  "resample.")
+                                  f"{np.median(n_words):.0f} words (medians): take another resample.")
         try:
             with truncate_right(tokenizer):
                 offsets = tokenizer(list(texts), truncation=True, max_length=self.k['max_text_len'],

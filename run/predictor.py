@@ -252,7 +252,7 @@ def predict_without_each(run, clips):
 
 def truncation_notes(feed):
     """ Feed's note on the texts of a user's clips, if any was truncated. """
-    return [n for n in feed.notes if n.startswith('test text') and ', 0 truncated' not in n]
+    return [note for split, note in feed.truncated.items() if split == 'test']
 
 
 def prediction(run, out, i):
