@@ -1,6 +1,6 @@
 """
 The trainable blocks of the systems in model.py, in plain PyTorch. model.py puts them into a frozen
-LM or an encoder. The baselines' own blocks are in baselines.py.
+LM or an encoder. The baselines' own blocks are in baselines/.
 
 Axis letters, the same in every file:
     B clips   T text tokens   S audio or video frames   F fusion tokens

@@ -3,7 +3,7 @@ The systems on language models, and SYSTEMS, the dict of all systems by name.
 
 DeepMLF, MSE-Adapter and CMPTA use a frozen LM, CrossSent fine-tunes an encoder. The LM and the
 audiovisual encoder can also be trained by themselves. Each is one class with the contract of
-system.py. The baselines are in baselines.py.
+system.py. The baselines are in baselines/.
 
 Axis letters, the same in every file:
     B clips   T text tokens   S audio or video frames   F fusion tokens
@@ -37,7 +37,7 @@ from adapters import (
     masked_mean,
     text_vector,
 )
-from baselines import BASELINES
+from baselines.all import BASELINES
 from configurator import AtLeast, Share
 from data import texts_as_read
 from lm import (

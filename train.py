@@ -46,7 +46,7 @@ from run.record import Record, describe_run, norm_of, refuse_other_knobs, resume
 from run.report import EvalError, curve_picture, report, write_predictions
 from system import checked_loss
 
-# The knobs of every run. The knobs of one system are in its class, in model.py or baselines.py.
+# The knobs of every run. The knobs of one system are in its class, in model.py or baselines/.
 # Data and task
 system = 'deepmlf'            # a name in SYSTEMS (model.py)
 dataset = ''                  # in a config with settings for several data sets: the one to use

@@ -26,7 +26,7 @@ from run.errors import ModelError
 from run.folder import lock
 from system import System, checked_loss, checked_prediction
 
-PACKAGES = ('corpora', 'run', 'tools')
+PACKAGES = ('baselines', 'corpora', 'run', 'tools')
 
 
 def parsed(paths):
@@ -79,7 +79,6 @@ MOST_LINES = {
     'train.py': 380,
     'model.py': 940,  # 900, and room for the system that docs/fork.md adds
     'adapters.py': 900,
-    'baselines.py': 1060,  # the aim is 900
     'lm.py': 650,
     'run/load_lm.py': 470,  # the aim is 450
     'tools/bench.py': 925,  # the aim is 450
