@@ -438,16 +438,16 @@ class AVEncoder(nn.Module):
 
 
 def masked_mean(x, mask):
-    """ x [B,L,d], mask [B,L] -> [B,d], the mean over the real positions; zeros where there is
-    none. """
+    """ The mean over real positions; zeros where there is none. x [B,L,d], mask [B,L] -> [B,d]. """
     weight = mask[..., None].to(x.dtype)  # [B,L,1]
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1)  # [B,d]
 
 
 def text_vector(x, mask, pool):
-    """ One vector per text: its first token ('first') or the mean of its real tokens ('mean'). x
-    [B,T,D], mask [B,T] -> [B,D]. """
-    return x[:, 0] if pool == 'first' else masked_mean(x, mask)
+    """ The 'first' token, the 'last' real one or the 'mean': x [B,T,D], mask [B,T] -> [B,D]. """
+    if pool == 'mean':
+        return masked_mean(x, mask)  # [B,D]
+    return x[:, 0] if pool == 'first' else last_step(x, mask.sum(1))  # [B,D]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -478,6 +478,16 @@ class MatchScale(nn.Module):
     def forward(self, x):
         """ x [B,P,D] -> [B,P,D]. """
         return F.rms_norm(x, x.shape[-1:]) * self.embed_rms * self.gain[:, None]
+
+
+class FreeTokens(nn.Module):
+    """ P learned vectors, the same for every clip, as pseudo tokens (Lester et al. 2021). """
+    def __init__(self, n_pseudo, D, embed_rms):
+        super().__init__()
+        self.tokens = nn.Parameter(embed_rms * torch.randn(n_pseudo, D))  # [P,D]
+
+    def forward(self, batch, text, text_mask):
+        return self.tokens.expand(len(text), -1, -1)  # [B,P,D]
 
 
 class MSEAdapter(nn.Module):

@@ -22,10 +22,10 @@ from corpora.convert import convert, describe, folder_name, staging
 from corpora.names import STREAMS
 from corpora.toy import VERSION, make_toy
 from corpora.unpickle import CorpusError
-from run.errors import ModelError
 from run.folder import check_regular
 from run.frozen_text import frozen_text
 from run.load_lm import refuse_unknown_tokens
+from run.texts import texts_as_read, tokenize, truncating, word_of_tokens
 
 
 class Corpus:
@@ -77,6 +77,14 @@ class Corpus:
 
     def id(self, split):
         return [r['id'] for r in self._rows(split)]
+
+    def turns(self, split):
+        """ (dialogue, speaker) of each clip. Raises CorpusError if the corpus does not hold them. """
+        rows = self._rows(split)
+        if any(not r.get('dialogue') or not r.get('speaker') for r in rows):
+            raise CorpusError(f"The corpus {self.name} does not hold the dialogue and the speaker of "
+                              "each clip, which the knob context needs: set it to 0.")
+        return [(r['dialogue'], r['speaker']) for r in rows]
 
     def label(self, split, name='label'):
         """ One number for each clip, [N]: float32, or int64 for classes. """
@@ -139,20 +147,6 @@ def open_corpus(source, where='data'):
             if not (folder / 'meta.json').is_file():   # unless another process has just made it
                 raise
     return Corpus(folder)
-
-
-def lowercase_if_all_caps(texts, corpus):
-    """
-    The texts, in lower case if the train split is in capitals, as CMU-MOSI is: a cased tokenizer
-    splits a word in capitals into many tokens.
-    """
-    return [t.lower() for t in texts] if corpus.meta['text']['upper_case'] else list(texts)
-
-
-def texts_as_read(corpus, system, k, split):
-    """ The texts of a split as a run reads them. system: a System class; k: the run's knobs. """
-    texts = system.texts(k, corpus, split)
-    return lowercase_if_all_caps(texts, corpus) if k['lowercase'] == 'auto' else texts
 
 
 def epoch_order(cost, batch_size, seed, epoch):
@@ -219,43 +213,6 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
     return batch
 
 
-@contextmanager
-def truncate_right(tokenizer):
-    """ In this context the tokenizer truncates texts at the end, whatever its default side is. """
-    default = getattr(tokenizer, 'truncation_side', None)   # None: not a Hugging Face tokenizer
-    if default is not None:
-        tokenizer.truncation_side = 'right'
-    try:
-        yield
-    finally:
-        if default is not None:
-            tokenizer.truncation_side = default
-
-
-def tokenize(tokenizer, texts, max_len, special=True):
-    """
-    Returns the token ids of each text (lists of at most max_len), the number of texts without
-    tokens, and that of truncated texts. special=True adds the tokenizer's own special tokens, such
-    as <s>; False is for a text inside a prompt. A text without tokens becomes one end-of-text
-    token, because models read the last token. Raises ModelError if max_len is too small.
-    """
-    ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
-    long = [i for i, t in enumerate(ids) if len(t) > max_len]
-    if long:   # truncated by the tokenizer, which keeps a final [SEP] for the text head
-        with truncate_right(tokenizer):
-            cut = tokenizer([texts[i] for i in long], add_special_tokens=special, truncation=True,
-                            max_length=max_len)
-        for i, t in zip(long, cut['input_ids']):
-            ids[i] = t
-        longest = max(map(len, cut['input_ids']))
-        if longest > max_len:   # transformers truncates nothing if the special tokens have no room
-            raise ModelError(f"max_text_len={max_len} has no room for the special tokens of this "
-                             f"tokenizer, which makes {longest} tokens of a text; raise this knob.")
-    known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
-    filler = next((t for t in known if t is not None and t >= 0), 0)
-    return [list(t) or [filler] for t in ids], sum(not t for t in ids), len(long)
-
-
 class Feed:
     """
     A corpus as one run reads it: texts are tokenised once, batches come on a device, and each clip
@@ -310,7 +267,8 @@ class Feed:
         """ Sets the tokens of a split, with the prompt, and if needed each token's word. """
         k, prompt = self.k, self.prompt
         texts = texts_as_read(self.corpus, self.model, k, split)
-        tokens, n_empty, n_cut = tokenize(tokenizer, texts, k['max_text_len'], special=not prompt)
+        keep = 'end' if k.get('context') else 'start'   # a dialogue's last text is the clip's own
+        tokens, n_empty, n_cut = tokenize(tokenizer, texts, k['max_text_len'], not prompt, keep)
         rows = getattr(tokenizer, 'embedding_rows', None)   # None: the LM is not loaded here
         refuse_unknown_tokens(tokens, rows, f"the texts of the split {split!r}")
         mean = np.mean([len(t) for t in tokens])
@@ -344,7 +302,7 @@ class Feed:
                                   f"{m} has {np.median(n_frames):.0f} frames for "
                                   f"{np.median(n_words):.0f} words (medians): take another resample.")
         try:
-            with truncate_right(tokenizer):
+            with truncating(tokenizer):
                 offsets = tokenizer(list(texts), truncation=True, max_length=self.k['max_text_len'],
                                     return_offsets_mapping=True)['offset_mapping']
         except (TypeError, ValueError, NotImplementedError, KeyError):
@@ -427,17 +385,6 @@ class Feed:
             if m in self.streams:
                 cost += self.model.frame_cost(self.k, self.corpus.lengths(split, m))
         return cost[self.clips[split]]
-
-
-def word_of_tokens(text, spans):
-    """
-    The number of the word (between spaces) that each token begins in, from the tokens' spans
-    [start, end) in the text. -1 for a token that is empty or only space, as special tokens are.
-    """
-    starts = [not c.isspace() and (i == 0 or text[i - 1].isspace()) for i, c in enumerate(text)]
-    number = np.cumsum(starts) - 1   # of the word at each character
-    first = [next((i for i in range(a, b) if not text[i].isspace()), None) for a, b in spans]
-    return [-1 if i is None else int(number[i]) for i in first]
 
 
 if __name__ == '__main__':

@@ -178,8 +178,7 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
     load_tensors(model, load_checkpoint(os.path.join(folder, 'best.safetensors'))[0], folder)
     device = about['device'] if devices()[about['device']] else 'cpu'
     model.to(device)
-    if device == 'cpu':
-        hold_memory()
+    hold_memory(device == 'cpu')
 
     def autocast():
         return torch.autocast(device, dtype, enabled=dtype is not torch.float32)

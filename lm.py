@@ -27,6 +27,8 @@ class TextModelKnobs:
 class LMKnobs(TextModelKnobs):
     """ A frozen LM. """
     lm_init: Literal['pretrained', 'random'] = 'pretrained'  # 'random': new weights, as a control
+    lm_depth: AtLeast(0) = 0   # run only so many of the LM's layers, from the first; 0: all
+    context: AtLeast(0) = 0    # earlier utterances of the dialogue before each text, with speakers
 
 
 class NewModelKnobs:

@@ -243,6 +243,16 @@ METRIC_HELP = {name: (better, what) for name, (better, what, _) in METRICS.items
 BETTER = {key: 'low' if better == 'lower' else 'high' for key, (better, _) in METRIC_HELP.items()}
 
 
+def is_better(metric, value, best):
+    """
+    Whether a value of a metric is better than the best so far; best: None at first. NaN, such as
+    the Corr of constant predictions, is worse than any number.
+    """
+    if best is None or np.isnan(best):
+        return best is None or not np.isnan(value)
+    return value < best if BETTER[metric] == 'low' else value > best
+
+
 def metric_help(key):
     """ (which way is better, description) of a metric of a run, such as f1_joy. """
     return METRIC_HELP.get(key, METRIC_HELP['f1_<class>'])

@@ -28,6 +28,7 @@ from adapters import (
     CMPTA,
     GMRA,
     AVEncoder,
+    FreeTokens,
     MMBlock,
     MSEAdapter,
     attention_of_last_layer,
@@ -38,20 +39,24 @@ from adapters import (
     text_vector,
 )
 from baselines.all import BASELINES
+from baselines.lora_lm import LoRALM
 from configurator import AtLeast, Share
-from data import texts_as_read
-from lm import (
-    EncoderKnobs,
-    LMKnobs,
-    ModelError,
-    NewModelKnobs,
-)
+from lm import EncoderKnobs, LMKnobs, ModelError, NewModelKnobs
 from losses import UNITS, OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
 from prompts import Prompt, PromptKnobs, rated_texts
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
 from run.lm_compare import known_lm
-from run.load_lm import empty_lm, load_lm, load_tokenizer, refuse_unknown_tokens, specials
+from run.load_lm import (
+    cut_to_depth,
+    empty_lm,
+    float32_bytes_of_lm,
+    load_frozen_lm,
+    load_tokenizer,
+    refuse_unknown_tokens,
+    specials,
+)
 from run.new_lm import load_text_encoder, new_lm
+from run.texts import texts_as_read
 from system import System, weight_groups
 
 # --------------------------------------------------------------------------------------------------
@@ -177,19 +182,6 @@ class AVModel(System):
 # --------------------------------------------------------------------------------------------------
 # DeepMLF
 
-def load_frozen_lm(k, dtype, as_data):
-    """ The FrozenLM that the knobs (LMKnobs) name, and its tokenizer. Raises ModelError. """
-    is_random = k['lm_init'] == 'random'
-    return load_lm(k['lm'], dtype, is_random, k['trust_remote_code'], as_data, k['data_dir'])
-
-
-def float32_bytes_of_lm(k):
-    """
-    The float32 size of the LM that the knobs name, from its configuration. Raises ModelError.
-    """
-    return 4 * sum(p.numel() for p in empty_lm(k['lm'], k['trust_remote_code']).parameters())
-
-
 def last_real(x, n):
     """ The last of the n [B] real tokens of x [B,T,..] -> [B,1,..]; with T = 1, the only one. """
     return x[torch.arange(len(x), device=x.device), (n - 1).clamp(max=x.shape[1] - 1)][:, None]
@@ -221,6 +213,7 @@ class DeepMLF(System):
         lora_rank: AtLeast(1) = 512   # r, rank of LoRA
         lora_alpha: AtLeast(0) = 8192.0  # the update is scaled by alpha / r
         lora_dropout: Share() = 0.05  # on the input of LoRA
+        text_pool: Literal['last', 'mean'] = 'last'  # of the text in the heads: last token, or mean
         head_width: AtLeast(1) = 64   # hidden width of the task head
         dropout: Share() = 0.1        # in MM blocks
         text_reg: Literal['seqaug', 'noise', 'dropout', 'none'] = 'seqaug'  # regulariser (Table 12)
@@ -270,6 +263,9 @@ class DeepMLF(System):
         errors = super().check(k)
         if k['text_reg'] != 'noise' and k['text_reg_rate'] > 1:
             errors += [f"text_reg_rate={k['text_reg_rate']} must be in [0, 1]"]
+        if k['lm_depth'] and k['weight_lm']:
+            errors += ["lm_depth leaves out the LM's last layers, without which it predicts no "
+                       "text: --weight_lm=0"]
         return errors
 
     @classmethod
@@ -282,7 +278,8 @@ class DeepMLF(System):
         hf = empty_lm(k['lm'], k['trust_remote_code'])
         with torch.device('meta'):
             try:
-                cls(known_lm(hf), AVEncoder({'audio': 1}, k['av_width'], 1, k['av_heads']), k)
+                lm = cut_to_depth(known_lm(hf), k['lm_depth'])
+                cls(lm, AVEncoder({'audio': 1}, k['av_width'], 1, k['av_heads']), k)
             except ValueError as e:
                 raise ModelError(str(e)) from None
 
@@ -370,17 +367,20 @@ class DeepMLF(System):
         sees = batch['text_mask'][:, None, None]  # [B,1,1,T]
         return self.lm.finish(l, last_real(x, text_len), q, k, v, sees), (k, v)
 
-    def heads(self, x_t, x_f, z, z_mask, text_len):
+    def heads(self, x_t, x_f, z, z_mask, batch):
         """
         The task head (eq. 12) and the three modality heads -> dict of [B]. In float32, because bf16
         would round predictions to 1/128.
         """
         with torch.autocast(z.device.type, enabled=False):
             z_mean = masked_mean(z, z_mask)  # [B,d]
-            x_last = last_real(x_t, text_len)[:, 0].float()  # [B,D]
+            if self.k['text_pool'] == 'mean':
+                x_text = masked_mean(x_t.float(), batch['text_mask'])  # [B,D]
+            else:
+                x_text = last_real(x_t, batch['text_len'])[:, 0].float()  # [B,D]
             x_mean = x_f.float().mean(1)  # [B,D]
-            out = dict(pred=self.task_head(torch.cat([z_mean, x_last, x_mean], -1)))  # [B,1] each
-            for head, x in (('av', z_mean), ('text', x_last), ('fusion', x_mean)):
+            out = dict(pred=self.task_head(torch.cat([z_mean, x_text, x_mean], -1)))  # [B,1] each
+            for head, x in (('av', z_mean), ('text', x_text), ('fusion', x_mean)):
                 if self.weights[head]:  # without a loss the head is untrained
                     out[head] = getattr(self, head + '_head')(x)
             return {name: y[:, 0] for name, y in out.items()}  # [B] each
@@ -391,8 +391,10 @@ class DeepMLF(System):
         audio and video only if mm_query includes the text. No logits over the vocabulary are
         computed.
         """
-        whole = 'text' in self.k['mm_query']  # figures need all text tokens of the last layer
-        return self.heads(*self.streams_through_lm(batch, whole), batch['text_len'])
+        k = self.k
+        # figures need all text tokens of the last layer
+        whole = 'text' in k['mm_query'] or k['text_pool'] == 'mean'
+        return self.heads(*self.streams_through_lm(batch, whole), batch)
 
     def forward(self, batch):
         """
@@ -400,8 +402,9 @@ class DeepMLF(System):
         so the LM loss trains only the FFW, norm_2 and second gate of the MM blocks.
         """
         k = self.k
-        x_t, x_f, z, z_mask = self.streams_through_lm(batch, whole=k['weight_lm'] > 0)
-        out = self.heads(x_t, x_f, z, z_mask, batch['text_len'])
+        whole = k['weight_lm'] > 0 or k['text_pool'] == 'mean'
+        x_t, x_f, z, z_mask = self.streams_through_lm(batch, whole)
+        out = self.heads(x_t, x_f, z, z_mask, batch)
         terms, loss = deepmlf_loss(out, batch['label'], self.weights)
         ordinal_terms, ordinal = ordinal_loss(out['pred'], batch['label'], k, batch)
         terms, loss = terms | ordinal_terms, loss + ordinal
@@ -509,6 +512,9 @@ class PseudoTokenLM(System):
         errors = super().check(k)
         if (k['weight_mpr'] or k['weight_eioi']) and k['readout'] != 'head':
             errors += ["weight_mpr and weight_eioi need a score that a head predicts: "
+                       "--readout=head"]
+        if k['lm_depth'] and k['readout'] != 'head':
+            errors += ["lm_depth leaves out the LM's last layers, without which it says no label: "
                        "--readout=head"]
         return errors
 
@@ -724,6 +730,24 @@ class PseudoTokenLM(System):
         return self.pseudo_tokens(batch, self.lm.embed(batch['tokens'])).flatten(1)  # [B,P D]
 
 
+class PromptTuning(PseudoTokenLM):
+    """
+    Prompt tuning (Lester et al. 2021), the control of pseudo tokens: P free vectors in their place,
+    which see no clip. So the LM reads the text alone.
+    """
+
+    @classmethod
+    def streams(cls, k):
+        return ()
+
+    @classmethod
+    def make_adapter(cls, k, widths, D, embed_rms):
+        return FreeTokens(k['n_pseudo'], D, embed_rms)
+
+    def fused(self, batch, predict):
+        return super().fused(batch, predict) if self.k['readout'] == 'head' else None
+
+
 class MSEAdapterLM(PseudoTokenLM):
     """ MSE-Adapter: Text-Guide-Mixer and Multi-Scale-Fusion make the pseudo tokens. """
 
@@ -913,4 +937,4 @@ class CrossSent(System):
 
 SYSTEMS = dict(
     lm=LanguageModel, av=AVModel, deepmlf=DeepMLF, mse=MSEAdapterLM, cmpta=CMPTALM,
-    crosssent=CrossSent, **BASELINES)
+    prompt_tuning=PromptTuning, crosssent=CrossSent, lora_lm=LoRALM, **BASELINES)

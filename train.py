@@ -27,9 +27,10 @@ from configurator import AtLeast, Share, configure
 from data import CorpusError, Feed, epoch_order, open_corpus
 from eval import continuation, evaluate, evaluate_controls, majority_metrics
 from losses import units_note
-from metrics import BETTER
+from metrics import is_better
 from model import SYSTEMS
 from run import ranks
+from run.average import WeightAverage
 from run.errors import ModelError
 from run.finite import FirstBad
 from run.folder import load_checkpoint, load_info, load_tensors, write_text
@@ -87,6 +88,7 @@ beta_1: Share() = 0.9         # AdamW
 beta_2: Share() = 0.95        # AdamW
 adam_eps: AtLeast(0) = 1e-8   # AdamW
 clip: AtLeast(0) = 1.0        # largest gradient norm, after accumulation; 0: no clipping
+average_epochs: AtLeast(0) = 0.0   # validate and test the mean weights of about so many epochs
 # ---------------------------------------------------------------------------------------------------------
 _here = os.path.dirname(os.path.abspath(__file__))
 _argv = sys.argv[1:]
@@ -170,8 +172,7 @@ lm_fingerprint = model.lm.fingerprint() if model.lm else feed.lm_fingerprint
 if shard_lm != 'off':
     ranks.shard(model.lm, shard_lm, device)
 model.to(device)
-if device == 'cpu':
-    hold_memory()
+hold_memory(device == 'cpu')
 text_before = continuation(model, tokenizer)   # greedy text of the frozen LM, to compare later
 
 # Every trainable weight is in exactly one group. A checkpoint stores moments by the weight's name.
@@ -190,6 +191,7 @@ n_train = feed.n_clips['train']
 steps_per_epoch = math.ceil(math.ceil(n_train / batch_size) / accumulate)
 n_steps = steps_per_epoch * epochs if max_steps < 0 else min(max_steps, steps_per_epoch * epochs)
 warmup_steps = round(warmup_epochs * steps_per_epoch)
+average = WeightAverage(named, average_epochs * steps_per_epoch)
 
 
 def lr_at(step):
@@ -212,7 +214,7 @@ about = describe_run(name, config, clips, model, tokenizer, device, dtype, lm_fi
 state = dict(step=0, best=None, best_step=0, stale=0, seconds=0.0, done=False)
 if resume:
     try:
-        state, saved = resume_from(last_path, about, model, named, optimizer)
+        state, saved = resume_from(last_path, about, model, named, optimizer, average)
     except ModelError as e:
         stop(str(e))
     state['done'] = state['stale'] >= patience
@@ -249,7 +251,6 @@ for note in feed.notes + System.run_notes(config, clips.label('train', label), l
 # ---------------------------------------------------------------------------------------------------------
 # The loop
 
-low_is_better = BETTER[select] == 'low'
 cost, order, order_epoch = feed.cost('train'), None, None
 started, first_bad = time.time() - state['seconds'], FirstBad(device)
 line_time, line_clips = time.time(), 0   # since the last printed line
@@ -304,6 +305,7 @@ while state['step'] < n_steps and not state['done']:
         group['lr'] = lr_at(step - 1) * group['scale']
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    average.update(step)
     line_clips += n_clips
     state['seconds'] = time.time() - started
 
@@ -323,23 +325,21 @@ while state['step'] < n_steps and not state['done']:
         line = (f"  step {step:5d}/{n_steps}  epoch {step / steps_per_epoch:6.2f}  {losses}"
                 f"  grad_norm {grad_norm:.2f}  {rate:5.0f} clips/s  ETA {eta // 60}:{eta % 60:02d}")
     if validating:
-        valid, _ = evaluate_split('valid')
-        value, best = valid[select], state['best']
-        # NaN (such as Corr of constant predictions) is worse than any number
-        better = best is None or (math.isnan(best) and not math.isnan(value)) \
-            or (value < best if low_is_better else value > best)
-        stale = state['stale'] + 1
-        state.update(dict(best=value, best_step=step, stale=0) if better else dict(stale=stale))
+        with average.applied():
+            valid, _ = evaluate_split('valid')
+            value, stale = valid[select], state['stale'] + 1
+            better = is_better(select, value, state['best'])
+            state.update(dict(best=value, best_step=step, stale=0) if better else dict(stale=stale))
+            if better:
+                record.save_best(model, state)
         state['done'] = state['stale'] >= patience
         record.log(step=step, epoch=round(step / steps_per_epoch, 3), valid=valid, best=better)
         line += f"  valid {select} {value:.4f}{' (best)' if better else ''}"
-        if better:
-            record.save_best(model, state)
     if logging:
         print(line, flush=True)
         line_time, line_clips = time.time(), 0
     if saving:
-        record.save_last(model, named, optimizer, state)
+        record.save_last(model, named, optimizer, state, average)
     if leaving:
         stop(f"interrupted after step {step} of {n_steps} and saved: --resume=True continues.")
 interrupt.leave()

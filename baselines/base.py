@@ -27,12 +27,12 @@ import torch.nn.functional as F
 
 from adapters import attention_of_last_layer, inputs_of, last_step, text_vector
 from configurator import AtLeast, Share, class_knobs
-from data import texts_as_read
 from lm import EncoderKnobs, ModelError
 from losses import OrdinalKnobs, l1, ordinal_loss
 from run.frozen_text import width_of
 from run.load_lm import lm_config, load_tokenizer
 from run.new_lm import load_text_encoder
+from run.texts import texts_as_read
 from system import System, weight_groups
 
 STREAMS = ('text', 'audio', 'vision')  # also the order of the numbers in a knob with one per stream

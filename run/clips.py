@@ -60,6 +60,10 @@ class Clips:
     def id(self, split):
         return [r['id'] for r in self.rows]
 
+    def turns(self, split):
+        """ Each clip is a dialogue of its own, and its text is read as it is. """
+        return [(i, None) for i in range(len(self.rows))]
+
     def label(self, split, name='label'):
         info = self.labels[name]
         if info['kind'] == 'classes':
@@ -100,6 +104,9 @@ class Transferred:
 
     def id(self, split):
         return self.other.id(split)
+
+    def turns(self, split):
+        return self.other.turns(split)
 
     def label(self, split, name='label'):
         return self.other.label(split, name)

@@ -155,11 +155,16 @@ class SentencePiece:
         self.after = []
         if self.eos_token_id is not None and c.get('add_eos_token', False):
             self.after = [self.eos_token_id]
+        self.truncation_side = 'right'  # where a long text is cut: as Hugging Face's tokenizers
 
     def __call__(self, texts, add_special_tokens=True, truncation=False, max_length=None):
         before, after = (self.before, self.after) if add_special_tokens else ([], [])
-        room = max(0, max_length - len(before) - len(after)) if truncation else None
-        return {'input_ids': [before + ids[:room] + after for ids in self.sp.encode(list(texts))]}
+        texts = self.sp.encode(list(texts))
+        if truncation:
+            room = max(0, max_length - len(before) - len(after))
+            left = self.truncation_side == 'left'
+            texts = [ids[max(0, len(ids) - room):] if left else ids[:room] for ids in texts]
+        return {'input_ids': [before + ids + after for ids in texts]}
 
     def decode(self, ids):
         return self.sp.decode(list(ids))
@@ -368,6 +373,34 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=
     folder = None if data_dir is None or random_init else os.path.join(data_dir, 'lm_checks')
     compare_once(lm, name, folder)
     return lm, with_rows(load_tokenizer(name, remote, as_data), lm.hf)
+
+
+def load_frozen_lm(k, dtype, as_data):
+    """
+    The FrozenLM that the knobs (LMKnobs) describe, and its tokenizer. Raises ModelError.
+    """
+    is_random = k['lm_init'] == 'random'
+    lm, tokenizer = load_lm(k['lm'], dtype, is_random, k['trust_remote_code'], as_data, k['data_dir'])
+    return cut_to_depth(lm, k['lm_depth']), tokenizer
+
+
+def cut_to_depth(lm, depth):
+    """
+    The LM, which runs its first `depth` layers alone (0: all). The final norm comes behind the last
+    of these. Raises ModelError.
+    """
+    if depth > lm.n_layers:
+        raise ModelError(f"lm_depth={depth} is more than the {lm.n_layers} layers of this LM: lower "
+                         "it, or take 0 for all of them.")
+    lm.n_layers = depth or lm.n_layers
+    return lm
+
+
+def float32_bytes_of_lm(k):
+    """
+    The float32 size of the LM that the knobs name, from its configuration. Raises ModelError.
+    """
+    return 4 * sum(p.numel() for p in empty_lm(k['lm'], k['trust_remote_code']).parameters())
 
 
 def load_encoder(name, remote=False, as_data=False):

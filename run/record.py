@@ -102,11 +102,11 @@ def refuse_other_run(folder, before, now):
                              "restore the former one, or give another --out_dir.")
 
 
-def resume_from(path, about, model, named, optimizer):
+def resume_from(path, about, model, named, optimizer, average):
     """
-    Load a `last` checkpoint into the model and the optimizer. named: name -> trainable weight.
-    Returns the run's state and describe_run's dict from the checkpoint. Raises ModelError if the
-    checkpoint is damaged or of another run than `about`.
+    Load a `last` checkpoint into the model, the optimizer and the average of the weights. named:
+    name -> trainable weight. Returns the run's state and describe_run's dict from the checkpoint.
+    Raises ModelError if the checkpoint is damaged or of another run than `about`.
     """
     saved, info = load_checkpoint(path)
     folder = os.path.dirname(path)
@@ -116,6 +116,8 @@ def resume_from(path, about, model, named, optimizer):
     for name, p in named.items():
         moments = {k: saved.get(f'optimizer.{name}.{k}') for k in ('step', 'exp_avg', 'exp_avg_sq')}
         optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
+    for name, mean in average.mean.items():
+        mean.copy_(saved[f'average.{name}'])
     return info['state'], info['about']
 
 
@@ -175,12 +177,15 @@ class Record:
         """ Save the tensors that evaluation needs. """
         self._save('best', own_tensors(model), state)
 
-    def save_last(self, model, named, optimizer, state):
-        """ Save what resuming needs: the model's tensors and the optimizer's moments. """
+    def save_last(self, model, named, optimizer, state, average):
+        """
+        Save what resuming needs: the model's tensors, the optimizer's moments, the mean weights.
+        """
         tensors = {f'model.{key}': v for key, v in own_tensors(model).items()}
         for name, p in named.items():
             for key, v in optimizer.state.get(p, {}).items():
                 tensors[f'optimizer.{name}.{key}'] = v
+        tensors |= {f'average.{name}': mean for name, mean in average.mean.items()}
         self._save('last', tensors, state)
 
     def _save(self, kind, tensors, state):

@@ -205,7 +205,7 @@ class PlainDeepMLF(Plain):
                 mm_block = model.mm_blocks[str(l + 1)]
                 x = torch.cat(mm_block(x[:, :T], x[:, T:], z, z_mask, lm.ffw(l)), 1)  # [B,T+F,D]
         x = lm.final_norm(x)
-        out = model.heads(x[:, :T], x[:, T:], z, z_mask, batch['text_len'])
+        out = model.heads(x[:, :T], x[:, T:], z, z_mask, batch)
         labels = batch['tokens'][:, 1:].masked_fill(~batch['text_mask'][:, 1:], -100)  # [B,T-1]
         logits = lm.lm_head(x)[:, :T - 1].float()  # [B,T-1,V]
         lm_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())

@@ -24,11 +24,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
 from corpora.unpickle import CorpusError
-from data import lowercase_if_all_caps, open_corpus, tokenize
+from data import open_corpus
 from metrics import markdown_table
 from run.errors import ModelError
 from run.frozen_text import frozen_text
 from run.load_lm import load_tokenizer
+from run.texts import lowercase_if_all_caps, tokenize
 
 DECAY = 1e-2  # L2 penalty on the classifier's weights, for standardised features
 

@@ -1,0 +1,18 @@
+# LoRA on Gemma 3 270M with a head on the text of MELD's 7 emotions.
+# python train.py config/lora_meld_gemma.py --corpus=data/meld --lm=FOLDER
+# corpus: python data.py FOLDER_OF_MELDS_TABLES --name=meld
+system = 'lora_lm'
+corpus = 'meld'
+label = 'emotion'
+select = 'wf1'
+lm = 'google/gemma-3-270m'
+context = 5
+max_text_len = 128
+train_fraction = 0.2
+batch_size = 32
+accumulate = 1
+epochs = 4
+lr = 5e-4
+weight_decay = 0.01
+lm_depth = 12
+average_epochs = 1.0

@@ -1,0 +1,13 @@
+# LoRA on Gemma 3 270M with a head on the text of CMU-MOSI, without audio: what plain fine-tuning
+# gives, to compare the adapters on the frozen LM with.
+# python train.py config/lora_mosi_gemma.py --corpus=mosi_official.pkl --lm=FOLDER
+system = 'lora_lm'
+corpus = 'mosi_official.pkl'
+lm = 'google/gemma-3-270m'
+lm_depth = 12
+batch_size = 32
+accumulate = 1
+epochs = 4
+lr = 5e-4
+weight_decay = 0.01
+average_epochs = 1.0

@@ -1,0 +1,89 @@
+"""
+The texts of a corpus, as a run reads them, and their tokens.
+"""
+from contextlib import contextmanager
+
+import numpy as np
+
+from run.errors import ModelError
+
+
+def lowercase_if_all_caps(texts, corpus):
+    """
+    The texts, in lower case if the train split is in capitals, as CMU-MOSI is: a cased tokenizer
+    splits a word in capitals into many tokens.
+    """
+    return [t.lower() for t in texts] if corpus.meta['text']['upper_case'] else list(texts)
+
+
+def texts_as_read(corpus, system, k, split):
+    """ The texts of a split as a run reads them. system: a System class; k: the run's knobs. """
+    texts = system.texts(k, corpus, split)
+    if k['lowercase'] == 'auto':
+        texts = lowercase_if_all_caps(texts, corpus)
+    return with_context(texts, corpus.turns(split), k['context']) if k.get('context') else texts
+
+
+def with_context(texts, turns, n):
+    """
+    Each text behind the last n texts of its dialogue: a line each, which names the speaker. turns:
+    (dialogue, speaker or None) of each text.
+    """
+    out, dialogues = [], {}
+    for text, (dialogue, speaker) in zip(texts, turns):
+        lines = dialogues.setdefault(dialogue, [])
+        lines.append(f'{speaker}: {text}' if speaker else text)
+        out.append('\n'.join(lines[-n - 1:]))
+    return out
+
+
+@contextmanager
+def truncating(tokenizer, keep='start'):
+    """
+    In this context the tokenizer keeps the start or the end of a long text, whatever its default
+    is.
+    """
+    default = getattr(tokenizer, 'truncation_side', None)   # None: not a Hugging Face tokenizer
+    if default is not None:
+        tokenizer.truncation_side = 'right' if keep == 'start' else 'left'
+    try:
+        yield
+    finally:
+        if default is not None:
+            tokenizer.truncation_side = default
+
+
+def tokenize(tokenizer, texts, max_len, special=True, keep='start'):
+    """
+    Returns the token ids of each text (lists of at most max_len), the number of texts without
+    tokens, and that of truncated texts, of which the start or the end is kept. special=True adds
+    the tokenizer's own special tokens, such as <s>; False is for a text inside a prompt. A text
+    without tokens becomes one end-of-text token, because models read the last token. Raises
+    ModelError if max_len is too small.
+    """
+    ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
+    long = [i for i, t in enumerate(ids) if len(t) > max_len]
+    if long:   # truncated by the tokenizer, which keeps a final [SEP] for the text head
+        with truncating(tokenizer, keep):
+            cut = tokenizer([texts[i] for i in long], add_special_tokens=special, truncation=True,
+                            max_length=max_len)
+        for i, t in zip(long, cut['input_ids']):
+            ids[i] = t
+        longest = max(map(len, cut['input_ids']))
+        if longest > max_len:   # transformers truncates nothing if the special tokens have no room
+            raise ModelError(f"max_text_len={max_len} has no room for the special tokens of this "
+                             f"tokenizer, which makes {longest} tokens of a text; raise this knob.")
+    known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    filler = next((t for t in known if t is not None and t >= 0), 0)
+    return [list(t) or [filler] for t in ids], sum(not t for t in ids), len(long)
+
+
+def word_of_tokens(text, spans):
+    """
+    The number of the word (between spaces) that each token begins in, from the tokens' spans
+    [start, end) in the text. -1 for a token that is empty or only space, as special tokens are.
+    """
+    starts = [not c.isspace() and (i == 0 or text[i - 1].isspace()) for i, c in enumerate(text)]
+    number = np.cumsum(starts) - 1   # of the word at each character
+    first = [next((i for i in range(a, b) if not text[i].isspace()), None) for a, b in spans]
+    return [-1 if i is None else int(number[i]) for i in first]
