@@ -44,7 +44,7 @@ class UnimodalLabels(nn.Module):
         new = ~self.seen[index]  # [B]
         for m in ['fused', *self.streams]:
             self[m][index] = torch.where(new, label, self[m][index])
-        self.seen[index] = True
+        self.seen.index_fill_(0, index, True)   # an assignment would copy True from the CPU
 
     def distance(self, m, feature, clips):
         """ Distance [B] from feature [B,d_m] to the mean feature of `clips`, a mask [N]. """
