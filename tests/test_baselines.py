@@ -11,25 +11,14 @@ import pytest
 import torch
 
 import eval as evaluation
-from baselines import (
-    ALMT,
-    BASELINES,
-    LFDNN,
-    LMF,
-    MAG,
-    MAGBERT,
-    MISA,
-    TETFN,
-    TFN,
-    CrossStack,
-    Late,
-    MulT,
-    SelfLabelled,
-    SelfMM,
-    UnimodalLabels,
-    cmd,
-    orthogonality,
-)
+from baselines.all import BASELINES
+from baselines.almt import ALMT
+from baselines.crossmodal import CrossStack
+from baselines.mag import MAG, MAGBERT
+from baselines.misa import MISA, cmd, orthogonality
+from baselines.mult import MulT
+from baselines.selfmm import TETFN, SelfLabelled, SelfMM, UnimodalLabels
+from baselines.vectors import LFDNN, LMF, TFN, Late
 from configurator import (
     class_annotations,
     class_knobs,
