@@ -389,7 +389,7 @@ def measure_row(name, dtype_name, batch_size, peak):
     took = [seconds_of(training.train, DEVICE) for _ in range(REPEATS)]
     seconds = float(np.median(took))
     say(f"{what}: training {n_clips / seconds:.1f} clips/s, +-{50 * np.ptp(took) / seconds:.0f} %, "
-        f"{n_tokens / seconds:.0f} text tokens/s, peak memory {gigabytes(DEVICE, peak=True):.1f} GB")
+        f"{n_tokens / seconds:.0f} tokens/s, peak memory {gigabytes(DEVICE, peak=True):.1f} GB")
     say(f"{what}: training {flops / seconds / 1e12:.1f} TFLOP/s, "
         f"{100 * flops / seconds / peak[dtype_name]:.1f} % of the {dtype_name} matmul peak")
 
