@@ -4,6 +4,8 @@
 # hardware: not run
 # expected: not run: the corpus is not available here
 # paper: no number for this stage; the hyperparameters are those of the released code
+# Batch: the release accumulates 4 batches of 32; the paper states no batch for this stage. SeqAug of
+# raw features is in the release alone. Gradients are clipped by norm (release: by value).
 system = 'av'
 corpus = 'MOSI/Processed/unaligned_50.pkl'
 standardise = True

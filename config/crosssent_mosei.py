@@ -5,6 +5,8 @@
 # paper: Acc2 (Non0) 87.72, F1 87.71, Acc7 54.7, MAE 0.513, Corr 0.804 (one seed)
 # The paper's hyperparameters are in images that cannot be read, so the values here are ours. The
 # paper selects the checkpoint with the lowest validation MSE; select = 'r2' selects the same one.
+# Warm-up: the paper says "a linear warmup schedule"; here a cosine follows it. The paper states no
+# batch size.
 system = 'crosssent'
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 lm = 'roberta-base'

@@ -7,6 +7,8 @@
 # paper: Acc2 (Non0) 89.78, F1 89.75, Acc7 52.1, MAE 0.563, Corr 0.878 (one seed)
 # The paper's hyperparameters are in images that cannot be read, so the values here are ours. The
 # paper selects the checkpoint with the lowest validation MSE; select = 'r2' selects the same one.
+# Warm-up: the paper says "a linear warmup schedule"; here a cosine follows it. The paper states no
+# batch size.
 system = 'crosssent'
 corpus = 'MOSI/Processed/unaligned_50.pkl'
 lm = 'roberta-base'

@@ -8,6 +8,8 @@
 # paper selects the checkpoint with the lowest validation MSE; select = 'r2' selects the same one.
 # The label range is a third of that of MOSI, so mpr_gap, mpr_margin and eioi_band are a third of
 # those in crosssent_mosi.py.
+# Warm-up: the paper says "a linear warmup schedule"; here a cosine follows it. The paper states no
+# batch size.
 system = 'crosssent'
 corpus = 'SIMS/Processed/unaligned_39.pkl'
 lm = 'bert-base-chinese'

@@ -5,6 +5,9 @@
 # paper: Acc2 82.75, F1 83.15, MAE 0.353, Corr 0.729 (mean of >= 5 seeds)
 # n_fusion is 20 in the release and in the paper's text, and 16 in its Table 1. The features are
 # standardised (the default of standardise) in place of the release's BatchNorm.
+# Batch: the paper says 32 and states no accumulation. The release accumulates 8 batches of 32, and so
+# does this config; --accumulate=1 is the literal reading. SeqAug of raw audio and video (av_seqaug)
+# is in the release alone.
 needs = ['config/av_sims.py']
 corpus = 'SIMS/Processed/unaligned_39.pkl'
 dtype = 'float32'             # as in the release for GPT-2
