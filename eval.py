@@ -31,10 +31,10 @@ from run import ranks
 from run.clips import ClipError, Clips, export
 from run.errors import ModelError
 from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
-from run.folder import ROOT, find_folder, load_checkpoint, load_tensors, write_text
+from run.folder import ROOT, find_folder, load_checkpoint, load_tensors
 from run.machine import devices, hold_memory
 from run.predictor import Predictor, describe_clips, transferred
-from run.report import RUN_KNOBS, EvalError, read_predictions, read_run, report, write_predictions
+from run.report import RUN_KNOBS, EvalError, print_and_save, read_predictions, read_run
 from system import checked_prediction
 
 # ---------------------------------------------------------------------------------------------------------
@@ -164,9 +164,6 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
     if 'trust_remote_code' in k:
         k['trust_remote_code'] = trust_remote_code
     about['knobs'] = k
-    if about['dtype'] not in ('float32', 'bfloat16', 'float16') or about['device'] not in devices():
-        raise EvalError(f"{folder} has the dtype {about['dtype']!r} and the device "
-                        f"{about['device']!r}, and one of them is unknown: restore its files.")
     dtype = getattr(torch, about['dtype'])
     try:
         corpus = Clips(facts) if without_corpus else open_own_corpus(folder, facts)
@@ -272,15 +269,18 @@ def load_run_and_feed(folder, **allowed):
 
 def evaluate_again(folder, **allowed):
     """
-    Evaluate the best checkpoint of a run on its test set again. Overwrites test.jsonl, result.json
-    and the reports, and returns the report's table. Raises EvalError, ModelError, CorpusError.
+    Evaluate the best checkpoint of a run on its test set again. Prints the report's table, and then
+    overwrites test.jsonl, result.json and the reports. Returns the table. Raises EvalError,
+    ModelError, CorpusError.
     """
     r, run = read_run(folder), load_run(folder, **allowed)
     r['test'], predictions = run.test(run.corpus, run.knobs)
-    if predictions:
-        write_predictions(folder, run.corpus, predictions)
-    write_text(os.path.join(folder, 'result.json'), json.dumps(r, indent=1))
-    return report(folder, run.corpus)
+    try:
+        return print_and_save(folder, r, run.corpus, predictions)
+    except OSError as e:
+        raise EvalError(f"{e.filename or folder} cannot be written ({e.strerror}), so the scores "
+                        "above are not saved: free disk space, or copy the run to another "
+                        "disk.") from None
 
 
 def cells(metrics, keys):
@@ -403,16 +403,18 @@ def main(argv):
     run = folders[0]
     if {'clip', 'text'} & set(flags):
         run = load_run(run, without_corpus=True, **allowed)
-        print(describe_clips(run, flags.get('clip'), flags.get('text')))
+        describe_clips(run, flags.get('clip'), flags.get('text'))
     elif 'export' in flags:
         load_run(run, without_corpus=True, **allowed)   # an export must be loadable
         print(export(run, read_run(run), flags['export']))
+    elif len(folders) > 1:
+        print(compare(folders))
     elif 'corpus' in flags:
         print(evaluate_on(run, flags['corpus'], only, **allowed))
     elif 'modalities' in flags:
         print(evaluate_without(run, [m for m in only if m != 'text'], **allowed))
     else:
-        print(evaluate_again(run, **allowed) if len(folders) == 1 else compare(folders))
+        evaluate_again(run, **allowed)
 
 
 def take_permissions(flags):
@@ -434,4 +436,5 @@ if __name__ == '__main__':
     except (EvalError, CorpusError, ModelError, ClipError) as e:
         sys.exit(f"eval: {e}")
     except OSError as e:
-        sys.exit(f"eval: {e.filename} cannot be read or written: {e.strerror}.")
+        sys.exit(f"eval: {e.filename or 'a file'} cannot be read or written ({e.strerror}): free "
+                 "disk space, or correct the path.")

@@ -13,7 +13,6 @@ result.json, report.md and .html, curve.png. `python eval.py out/NAME` evaluates
 files and flags override the defaults here and in the system's class; the last one counts.
 """
 import hashlib
-import json
 import math
 import os
 import sys
@@ -33,7 +32,8 @@ from run import ranks
 from run.average import WeightAverage
 from run.errors import ModelError
 from run.finite import FirstBad
-from run.folder import load_checkpoint, load_info, load_tensors, write_text
+from run.folder import load_checkpoint, load_tensors
+from run.forms import read_header
 from run.interrupt import Interrupt
 from run.machine import choose_device, hold_memory
 from run.needs import (
@@ -44,7 +44,7 @@ from run.needs import (
     refuse_other_corpus,
 )
 from run.record import Record, describe_run, norm_of, refuse_other_knobs, resume_from
-from run.report import EvalError, curve_picture, report, write_predictions
+from run.report import EvalError, curve_picture, print_and_save
 from system import checked_loss
 
 # The knobs of every run. The knobs of one system are in its class, in model.py or baselines/.
@@ -138,7 +138,7 @@ if resume and not os.path.exists(last_path):
 
 try:
     if resume:   # compare the knobs before any prerequisite is trained
-        saved = load_info(last_path)['about']
+        saved = read_header(last_path)['about']
         refuse_other_knobs(out_dir, saved, config, pending_knobs(config, SYSTEMS))
     prerequisites = make_prerequisites(config, os.path.join(_here, 'train.py'), SYSTEMS, suffix)
     device, dtype = choose_device(device, dtype, System.float32_bytes, config)
@@ -368,11 +368,7 @@ result['controls'] = evaluate_controls(model, feed, autocast)
 result['seconds'] = round(time.time() - started, 1)
 try:
     if ranks.RANK == 0:
-        if predictions:
-            write_predictions(out_dir, clips, predictions)
-        write_text(os.path.join(out_dir, 'result.json'), json.dumps(result, indent=1))
-        curve_picture(out_dir)
-        print(report(out_dir, clips))
+        print_and_save(out_dir, result, clips, predictions, curve_picture(out_dir, result))
 except (EvalError, ModelError) as e:
     stop(str(e))
 except OSError as e:

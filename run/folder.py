@@ -87,16 +87,18 @@ def _refusal(path, sentence):
 def replacing(path):
     """
     Yields the name of a new, empty file beside `path`. The file replaces `path` when the block
-    ends, and is removed if the block raises. Raises OSError.
+    ends, and is removed if the block raises. Raises OSError, which names `path`.
     """
     new = f'{path}.{secrets.token_hex(4)}.new'
-    open(new, 'xb').close()   # 'x' follows no link and opens no file of another writer
     try:
+        open(new, 'xb').close()   # 'x' follows no link and opens no file of another writer
         yield new
         os.replace(new, path)
-    except BaseException:
+    except BaseException as e:
         if os.path.exists(new):
             os.remove(new)
+        if isinstance(e, OSError) and e.filename in (None, new):   # a full disk names no file
+            e.filename, e.filename2 = str(path), None
         raise
 
 

@@ -13,7 +13,8 @@ import torch.nn as nn
 
 from run.errors import ModelError
 from run.fingerprints import fingerprint
-from run.folder import replacing, write_text
+from run.folder import check_regular, replacing, write_text
+from run.json_files import read_json
 from run.lm_checks import refuse_encoder_decoder
 from run.load_lm import lm_config, load_weights, refuse_unknown_tokens
 
@@ -61,15 +62,28 @@ def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64,
     place = os.path.abspath(name) if files else name
     which = json.dumps([place, sorted(files), getattr(config, '_commit_hash', None), tokens])
     path = os.path.join(folder, hashlib.sha256(which.encode()).hexdigest()[:16])
-    if not os.path.exists(path + '.json'):
-        _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as_data)
-    with open(path + '.json', encoding='utf-8') as f:
-        made = json.load(f)
-    return np.load(path + '.npy', mmap_mode='r'), made['fingerprint']  # [n,D]
+    shape = sum(map(len, tokens)), width_of(config)   # n, D
+    stored = _stored_text(path, shape)
+    if stored is None:
+        _make_frozen_text(path, name, config, tokens, shape, remote, device, batch_size, as_data)
+        stored = _stored_text(path, shape)
+    return stored
+
+
+def _stored_text(path, shape):
+    """ What frozen_text returns, from its two files; None if one is missing or damaged. """
+    try:
+        made = read_json(path + '.json', dict(fingerprint=str))
+        check_regular(path + '.npy')
+        hidden = np.load(path + '.npy', mmap_mode='r')  # [n,D]
+    except (OSError, ValueError, EOFError):
+        return None
+    is_whole = hidden.shape == shape and hidden.dtype == np.float16
+    return (hidden, made['fingerprint']) if is_whole else None
 
 
 @torch.no_grad()
-def _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as_data):
+def _make_frozen_text(path, name, config, tokens, shape, remote, device, batch_size, as_data):
     """ Writes the hidden states to path.npy, and then to path.json which model they are of. """
     from transformers import AutoModel
     refuse_encoder_decoder(config, name)
@@ -85,9 +99,11 @@ def _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as
 
     os.makedirs(os.path.dirname(path), exist_ok=True)
     start = np.cumsum([0] + [len(t) for t in tokens])  # [N+1]
-    with replacing(path + '.npy') as new:
-        shape = int(start[-1]), width_of(config)
-        out = np.lib.format.open_memmap(new, 'w+', np.float16, shape)  # [n,D]
+    # written through the file, because writing to a memory map on a full disk kills the process
+    with replacing(path + '.npy') as new, open(new, 'wb') as out:
+        header = dict(descr='<f2', fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(out, header)
+        begin, row = out.tell(), 2 * shape[1]   # bytes before the first row, and of a row
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         for i in range(0, len(order), batch_size):
             index = order[i:i + batch_size]
@@ -101,6 +117,6 @@ def _make_frozen_text(path, name, config, tokens, remote, device, batch_size, as
                 raise ModelError(f"hidden states of {name!r} are past what float16 holds: take "
                                  "another LM for text_features='frozen'.")
             for k, x in zip(index, hidden):
-                out[start[k]:start[k + 1]] = x[:len(tokens[k])]
-        out.flush()
+                out.seek(begin + row * int(start[k]))
+                out.write(x[:len(tokens[k])].numpy().astype('<f2').tobytes())
     write_text(path + '.json', json.dumps(dict(model=name, fingerprint=fingerprint(model))))

@@ -16,7 +16,7 @@ from configurator import declared_knobs, run_knobs
 from run import ranks
 from run.absent import absent_files
 from run.errors import ModelError
-from run.report import RUN_KNOBS, EvalError, read_json, read_run
+from run.report import RUN_KNOBS, EvalError, read_run
 
 # Environment variable that is set for a child, whose stdin is a pipe from its parent
 WATCHED = 'NANOMSA_ENDS_WITH_PARENT'
@@ -130,7 +130,7 @@ def check_finished(folder, wanted):
 def refuse_other_corpus(folders, corpus):
     """ Raises EvalError if a prerequisite was trained on another corpus than this one. """
     for folder in folders:
-        if read_json(folder, 'config.json')['corpus']['sha256'] != corpus.sha256:
+        if read_run(folder)['about']['corpus']['sha256'] != corpus.sha256:
             raise EvalError(f"{folder} was trained on another file than the source of "
                             f"{corpus.folder}: remove {folder}, or give an --out_dir that is not "
                             "beside it.")

@@ -302,8 +302,8 @@ def class_name(run, number):
 
 def describe_clips(run, path=None, text=None):
     """
-    Predict the clips of a file, or one of a text alone, and draw the attention in each. Returns
-    notes and predictions as text. `text` with a path replaces the words of the file's one clip.
+    Predict the clips of a file, or one of a text alone. Prints notes and predictions, and then
+    draws the attention in each clip. `text` with a path replaces the words of the file's one clip.
     Raises EvalError, ModelError, CorpusError, ClipError.
     """
     refuse_lm(run)
@@ -316,10 +316,10 @@ def describe_clips(run, path=None, text=None):
         stem = os.path.splitext(os.path.basename(path))[0]
     with reading_clips(run) as run:
         described, _, feed = describe_predictions(run, clips)
+        print('\n'.join(notes + truncation_notes(feed) + [described]), flush=True)
         for i in range(len(clips)):
             name = stem + (f'-{i}' if len(clips) > 1 else '')
             draw_attention(run, feed, i, picture_folder(run.folder), name)
-    return '\n'.join(notes + truncation_notes(feed) + [described])
 
 
 def picture_folder(folder):

@@ -28,6 +28,8 @@ from run.folder import (
     save_checkpoint,
     write_text,
 )
+from run.forms import check_log_line, read_header
+from run.json_files import parsed
 from run.report import FORMAT, RUN_KNOBS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -108,7 +110,8 @@ def resume_from(path, about, model, named, optimizer, average):
     name -> trainable weight. Returns the run's state and describe_run's dict from the checkpoint.
     Raises ModelError if the checkpoint is damaged or of another run than `about`.
     """
-    saved, info = load_checkpoint(path)
+    info = read_header(path)
+    saved, _ = load_checkpoint(path)
     folder = os.path.dirname(path)
     refuse_other_run(folder, info['about'], about)
     own = {k.removeprefix('model.'): v for k, v in saved.items() if k.startswith('model.')}
@@ -119,6 +122,26 @@ def resume_from(path, about, model, named, optimizer, average):
     for name, mean in average.mean.items():
         mean.copy_(saved[f'average.{name}'])
     return info['state'], info['about']
+
+
+def lines_until(path, step):
+    """
+    The lines of a log.jsonl up to a step. Lines that are damaged are left out: a killed run may
+    have written its last one only in part. Raises OSError.
+    """
+    if not os.path.lexists(path):
+        return []
+    kept = []
+    with open_regular(path, 'rb') as f:
+        for line in f:
+            try:
+                entry = parsed(line.decode())
+                check_log_line(entry)
+            except ValueError:
+                continue
+            if entry['step'] <= step:
+                kept.append(json.dumps(entry) + '\n')
+    return kept
 
 
 class Record:
@@ -152,11 +175,7 @@ class Record:
                 if os.path.exists(os.path.join(self.folder, file)):
                     os.remove(os.path.join(self.folder, file))
             write_text(os.path.join(self.folder, 'config.json'), json.dumps(self.about, indent=1))
-            lines = []
-            if resume and os.path.lexists(self.log_path):
-                lines = open_regular(self.log_path).readlines()
-            # drop a last line that a killed run has written only in part
-            lines = [s for s in lines if s.endswith('\n') and json.loads(s)['step'] <= step]
+            lines = lines_until(self.log_path, step) if resume else []
             write_text(self.log_path, ''.join(lines))
             self.file = open(self.log_path, 'a', encoding='utf-8', buffering=1)
         except OSError as e:

@@ -11,15 +11,9 @@ from configurator import check_knobs, known_knobs
 from metrics import SHOWN, check_finite, markdown_table, metric_help, regression_metrics
 from model import SYSTEMS
 from run.errors import ModelError
-from run.folder import (
-    ROOT,
-    find_folder,
-    is_regular,
-    load_info,
-    open_regular,
-    write_bytes,
-    write_text,
-)
+from run.folder import ROOT, find_folder, is_regular, open_regular, write_bytes
+from run.forms import RESULT, check_about, check_label, check_log_line, read_header
+from run.json_files import NUMBER, check_form, parsed_lines, read_json, read_json_lines, shorten
 from run.pictures import calibration_picture, draw_confusion, drawn, learning_curve
 from run.report_html import html_report
 
@@ -42,26 +36,30 @@ def read_run(folder):
     are taken from the checkpoint's header. If result.json contradicts the header, it was edited or
     belongs to another checkpoint, which is an error. Raises EvalError, ModelError.
     """
-    result = read_json(folder, 'result.json')
+    result = read_run_json(folder, 'result.json')
+    path = f'{folder}/result.json'
     try:
         about = result['about']
-        if about.get('format') != FORMAT:
-            raise EvalError(f"{folder} was written by another version (format "
-                            f"{about.get('format')}, and this is {FORMAT}): check out that version "
-                            "to read it.")
+        if about['format'] != FORMAT:
+            raise EvalError(f"{folder} was written by another version (format {about['format']}, "
+                            f"and this is {FORMAT}): check out that version to read it.")
         checkpoint = os.path.join(folder, 'best.safetensors')
         if os.path.lexists(checkpoint):
-            header = load_info(checkpoint)['about']
+            path = checkpoint   # that an error message names
+            header = read_header(checkpoint)['about']
+            check_about(header)
+            path = f'{folder}/result.json'
+            check_about(about)
             refuse_edits(folder, about, header, result['info'])
             needs_trust = about['knobs'].get('trust_remote_code')
             corpus_folder = about['corpus']['folder']   # a resumed run may have read it elsewhere
             from_header = ('name', 'knobs', 'corpus', 'device', 'dtype', 'lm_answer')
-            about |= {k: header[k] for k in from_header}
+            about |= {k: header.get(k) for k in from_header}
             about['corpus']['folder'] = corpus_folder
             if needs_trust:
                 about['knobs']['trust_remote_code'] = True
-        check_facts(about)
-        check_scores(result)
+        check_about(about)
+        check_result(result)
         name = about['knobs']['system']
         if name not in SYSTEMS:
             raise EvalError(f"{folder} is of the system {name!r}, which is not in SYSTEMS: check "
@@ -70,53 +68,27 @@ def read_run(folder):
         check_knobs(about['knobs'], known, allowed, f"in {folder}")
         errors = SYSTEMS[name].check(about['knobs'])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise EvalError(f"{folder}/result.json is damaged ({type(e).__name__}: {e}): python "
-                        "train.py with --resume=True writes it again.") from None
+        raise EvalError(damage_sentence(path, e)) from None
     if errors:
         raise EvalError(f"{folder} has wrong knobs, so restore its files: {'; '.join(errors)}.")
     return result
 
 
-def check_kinds(kinds):
-    """
-    kinds: list of (dict, type or types, keys). Raises ValueError if an entry has another type.
-    """
-    for holder, kind, keys in kinds:
-        for key in keys:
-            if not isinstance(holder[key], kind):
-                raise ValueError(f"its {key} is {shorten(holder[key])}")
+def damage_sentence(path, error):
+    """ The message on a damaged file of a run. `error`: that of reading or checking it. """
+    kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
+    return (f"{path} is damaged ({kind}{' '.join(str(error).split())[:300]}): restore a copy, or "
+            "python train.py with --resume=True writes it again.")
 
 
-def check_facts(about):
-    """ Raises ValueError if describe_run's dict has entries of wrong types. """
-    facts = about['corpus']
-    check_kinds([(about, str, ('name', 'device', 'dtype')),
-                 (facts, str, ('folder', 'sha256', 'name')),
-                 (facts, dict, ('widths', 'labels', 'clips', 'streams'))])
-    for m, stream in facts['streams'].items():
-        n = facts['widths'].get(m)
-        numbers = [v for key in ('mean', 'std') for v in stream[key]]
-        all_numbers = all(type(v) in (int, float) for v in numbers)
-        if len(stream['mean']) != n or len(stream['std']) != n or not all_numbers:
-            raise ValueError(f"its mean and std of {m} are not {shorten(n)} numbers each")
-    if set(facts['streams']) != set(facts['widths']):
-        raise ValueError("its widths and its streams have different names")
-
-
-def check_scores(result):
+def check_result(result):
     """ Raises ValueError if the results in result.json are missing or of wrong types. """
-    number, ceilings = (int, float), result['ceilings'] or {}
-    scores = [result['test'], result['valid'], result['majority'] or {}]
-    scores += [*result['controls'].values(), *ceilings.values()]
-    check_kinds([(result, dict, ('state', 'clips', 'test', 'valid', 'info', 'controls')),
-                 (result, number, ('seconds', 'n_trainable', 'n_frozen')),
-                 (result['state'], number, ('best', 'best_step', 'step')),
-                 (result['clips'], int, ('train', 'valid', 'test')),
-                 *((metrics, number, list(metrics)) for metrics in scores)])
-    if ceilings:
-        check_kinds([(ceilings, dict, (LATE_FUSION, FULL))])
+    check_form(result, RESULT)
+    check_label(result['info'])
+    if result['ceilings']:
+        check_form(result['ceilings'], {LATE_FUSION: dict, FULL: dict})
     if not result['test'] or not result['valid']:
-        raise ValueError("its test or valid has no metrics")
+        raise ValueError("has no metrics in its test or valid")
 
 
 def refuse_edits(folder, about, header, info):
@@ -144,14 +116,8 @@ def refuse_edits(folder, about, header, info):
                             "result.json, or train a new run with the other value.")
 
 
-def shorten(value, n=60):
-    """ repr(value), cut to at most n characters and '..'. """
-    text = repr(value)
-    return text if len(text) <= n else text[:n] + '..'
-
-
-def read_json(folder, file):
-    """ The content of a JSON file in a run's folder. Raises EvalError. """
+def read_run_json(folder, file):
+    """ The content of a JSON file in a run's folder, a dict with the entry about. Raises EvalError. """
     path = os.path.join(folder, file)
     if not os.path.isdir(folder):
         home = os.path.dirname(folder) or '.'
@@ -163,24 +129,20 @@ def read_json(folder, file):
         raise EvalError(f"{folder} holds no finished run (no {file}): train it to the end, with "
                         "--resume=True if it was interrupted.")
     try:
-        with open_regular(path) as f:
-            return json.load(f)
-    except OSError as e:
-        raise EvalError(f"{path} cannot be read ({e.strerror}).") from None
-    except (ValueError, RecursionError) as e:
-        raise EvalError(f"{path} is damaged ({e}): python train.py with --resume=True writes it "
-                        "again.") from None
+        return read_json(path, dict(about=dict(format=int, knobs=dict)))
+    except ValueError as e:
+        raise EvalError(damage_sentence(path, e)) from None
 
 
-def write_predictions(folder, corpus, predictions):
-    """ Write folder/test.jsonl: a line for each test clip with its id, label and predictions. """
+def prediction_lines(corpus, predictions):
+    """ The text of test.jsonl: a line for each test clip with its id, label and predictions. """
     def rounded(v):
         return [round(float(p), 6) for p in v] if v.ndim else round(float(v), 6)
 
     rows = []
     for n, clip in enumerate(corpus.id('test')):
         rows.append(dict(id=clip) | {k: rounded(v[n]) for k, v in predictions.items()})
-    write_text(os.path.join(folder, 'test.jsonl'), ''.join(json.dumps(row) + '\n' for row in rows))
+    return ''.join(json.dumps(row) + '\n' for row in rows)
 
 
 def read_predictions(folder):
@@ -189,14 +151,10 @@ def read_predictions(folder):
     """
     path = f"{folder}/test.jsonl"
     try:
-        with open_regular(path) as f:
-            rows = [json.loads(line) for line in f]
-        ids = [r['id'] for r in rows]
-        predictions = {k: np.array([r[k] for r in rows], np.float32) for k in rows[0] if k != 'id'}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
-        reason = getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'
-        raise EvalError(f"{path} is missing or damaged ({reason}): python eval.py {folder} writes "
-                        "it again.") from None
+        ids, predictions = prediction_arrays(read_json_lines(path))
+    except ValueError as e:
+        raise EvalError(f"{path} is missing or damaged ({e}): python eval.py {folder} writes it "
+                        "again.") from None
     try:
         check_finite(predictions, ids)
     except ValueError as e:
@@ -204,7 +162,22 @@ def read_predictions(folder):
     return ids, predictions
 
 
-def comparison_rows(folder, r):
+def prediction_arrays(rows):
+    """ The lines of test.jsonl as read_predictions returns them. Raises ValueError. """
+    first = rows[0] | dict(id='')
+    form = {k: [NUMBER] if type(v) is list else NUMBER for k, v in first.items() if k != 'id'}
+    form |= dict(pred=NUMBER, label=NUMBER)
+    for n, row in enumerate(rows, 1):
+        check_form(row, form | dict(id=str), f' line {n}')
+        for name in form:
+            if type(row[name]) is list and len(row[name]) != len(first[name]):
+                raise ValueError(f"line {n} has {len(row[name])} values of {name}, and line 1 has "
+                                 f"{len(first[name])}")
+    return [row['id'] for row in rows], {
+        k: np.array([row[k] for row in rows], np.float32) for k in form}
+
+
+def comparison_rows(folder, r, predictions):
     """
     The rows of the report's table above the run's own: a list of (name, metrics, bound). They are
     the majority baseline, the system's controls, its prerequisites, and parts of its own
@@ -215,7 +188,7 @@ def comparison_rows(folder, r):
     rows = [('majority', r['majority'], 'majority')]
     bounds = {row: bound for row, (_, bound) in cls.controls(k).items()}
     rows += [(row, metrics, bounds.get(row, '')) for row, metrics in r['controls'].items()]
-    _, p = read_predictions(folder)
+    p = predictions
     parts = cls.readings(k, p)
     for row, run in prerequisite_runs(folder, r['about']).items():
         rows.append((row, run['test'], SYSTEMS[run['about']['knobs']['system']].bound()))
@@ -249,7 +222,7 @@ def prerequisite_runs(folder, about):
     return runs
 
 
-def comparison(folder, r):
+def comparison(folder, r, predictions):
     """
     The report's table of test metrics and the notes under it: header, rows, sentences. Its rows:
     those of comparison_rows (text only: DeepMLF's text head, which sees no audio or video, or the
@@ -263,7 +236,7 @@ def comparison(folder, r):
     ceilings = r['ceilings'] if r['ceilings'] and len(k['modalities']) == 2 else {}
     rows = [('majority', r['majority'], 'majority')]
     if cls.reads_text:
-        rows = comparison_rows(folder, r)
+        rows = comparison_rows(folder, r, predictions)
     if ceilings and cls.reads_text:
         rows.append(('late-fusion bound', {}, LATE_FUSION))
     rows.append((name, r['test'], cls.bound()))
@@ -331,15 +304,12 @@ def time_text(r):
             "matmul)")
 
 
-def report_pictures(folder, r, predictions):
+def report_pictures(r, predictions, curve):
     """
     The pictures of a report: a list of (name, PNG, caption). predictions: read_predictions' arrays;
-    None for a language model. The learning curve is that in the folder, if it is there.
+    None for a language model. curve: the PNG of the learning curve, or None.
     """
-    pictures, path = [], os.path.join(folder, 'curve.png')
-    if is_regular(path):
-        with open_regular(path, 'rb') as f:
-            pictures.append(('learning curve', f.read(), ''))
+    pictures = [('learning curve', curve, '')] if curve else []
     if predictions:
         names, caption = r['info'].get('names', []), ''
         if not ''.join(names).isascii():   # the picture shows such names by their numbers
@@ -351,38 +321,70 @@ def report_pictures(folder, r, predictions):
     return pictures
 
 
-def report(folder, corpus):
+def print_and_save(folder, r, corpus, predictions, curve=None):
     """
-    Write folder/report.html and folder/report.md from the files of a finished run and the texts of
-    its corpus. Returns the first table, and a line about the run, for the terminal. Raises
-    EvalError.
+    Print the table of a run's report, and then save test.jsonl, result.json and the report. The
+    scores are printed first, because the disk may be full. r: the dict of result.json; predictions:
+    those of evaluate on the test split; curve: the PNG of a new learning curve. Returns the table.
+    Raises EvalError, OSError.
     """
-    r, predictions, compared, clips = read_run(folder), None, None, None
+    r, files = json.loads(json.dumps(r)), {}
+    if predictions:
+        files['test.jsonl'] = prediction_lines(corpus, predictions)
+        ids, predictions = prediction_arrays(parsed_lines(files['test.jsonl']))   # rounded
+        predictions = ids, predictions
+    files['result.json'] = json.dumps(r, indent=1)
+    if curve:
+        files['curve.png'] = curve
+    table, pages = report(folder, r, corpus, predictions, curve or own_curve(folder))
+    print(table + '\n', flush=True)
+    for name, content in (files | pages).items():
+        content = content.encode() if isinstance(content, str) else content
+        write_bytes(os.path.join(folder, name), content)
+    print(f"{r['about']['name']}: trained and tested in {time_text(r)}; the report is "
+          f"{folder}/report.md, and report.html for a browser")
+    return table
+
+
+def own_curve(folder):
+    """ The PNG of the learning curve in a run's folder, or None. """
+    path = os.path.join(folder, 'curve.png')
+    if not is_regular(path):
+        return None
+    with open_regular(path, 'rb') as f:
+        return f.read()
+
+
+def report(folder, r, corpus, predictions, curve):
+    """
+    The report of a run -> (its table of comparisons for the terminal, {file name: content}).
+    predictions: (ids, arrays) as read_predictions returns them, or empty for a language model.
+    """
+    compared, clips, arrays = None, None, None
     name, cls = r['about']['name'], SYSTEMS[r['about']['knobs']['system']]
     table = f"Test loss: {r['test']['loss']:.4f}" if not cls.predicts else ''
     if cls.predicts:
-        header, rows, notes = compared = comparison(folder, r)
+        ids, arrays = predictions
+        header, rows, notes = compared = comparison(folder, r, arrays)
         table = '\n\n'.join([markdown_table(header, rows), *notes])
-        ids, predictions = read_predictions(folder)
-        clips = ids, corpus.text('test'), predictions
+        clips = ids, corpus.text('test'), arrays
     each = []
     for key, v in r['test'].items():
         better, what = metric_help(key)
         valid = f"{r['valid'][key]:.4f}" if key in r['valid'] else '-'
         each.append([key, f"{v:.4f}", valid, better, what])
-    facts, pictures = run_facts(r), report_pictures(folder, r, predictions)
+    facts, pictures, files = run_facts(r), report_pictures(r, arrays, curve), {}
     linked = '![learning curve](curve.png)'
     for what, png, caption in pictures:
         if what == 'confusion matrix' and r['info']['kind'] == 'classes':
-            write_bytes(os.path.join(folder, 'confusion.png'), png)
+            files['confusion.png'] = png
             linked += '\n\n![confusion matrix](confusion.png)'
             linked += f'\n\n{caption}' if caption else ''
-    page = html_report(r, facts, compared, clips, pictures, cls.reads_text)
-    write_text(os.path.join(folder, 'report.html'), page)
+    files['report.html'] = html_report(r, facts, compared, clips, pictures, cls.reads_text)
     facts[0] = ('Command', f'`{facts[0][1]}`')
     listed = '\n'.join(f'- {key}: {v}' for key, v in facts)
     # report.md is last: train.py takes a run that has it for finished
-    write_text(os.path.join(folder, 'report.md'), f"""# {name}
+    files['report.md'] = f"""# {name}
 
 {listed}
 
@@ -391,23 +393,22 @@ def report(folder, corpus):
 {markdown_table(['metric', 'test', 'valid', 'better', 'definition'], each)}
 
 {linked}
-""")
-    took = time_text(r)
-    return (f"{table}\n\n{name}: trained and tested in {took}; the report is {folder}/report.md, "
-            "and report.html for a browser")
+"""
+    return table, files
 
 
 def read_log(folder):
     """ The lines of a run's log.jsonl as a list of dicts, in order. Raises EvalError. """
     path = os.path.join(folder, 'log.jsonl')
     try:
-        with open_regular(path) as f:
-            return [json.loads(line) for line in f]
-    except (OSError, ValueError) as e:
-        reason = getattr(e, 'strerror', None) or e
-        raise EvalError(f"{path} is missing or damaged ({reason}): restore a copy.") from None
+        lines = read_json_lines(path)
+        for line in lines:
+            check_log_line(line)
+    except ValueError as e:
+        raise EvalError(f"{path} is missing or damaged ({e}): restore a copy.") from None
+    return lines
 
 
-def curve_picture(folder):
-    """ Draw folder/curve.png, the learning curve of a finished run. Raises EvalError. """
-    learning_curve(os.path.join(folder, 'curve.png'), [(read_run(folder), read_log(folder))])
+def curve_picture(folder, r):
+    """ The learning curve of a run as a PNG. r: the dict of result.json. Raises EvalError. """
+    return drawn(learning_curve, [(r, read_log(folder))])

@@ -151,3 +151,6 @@ if __name__ == '__main__':
         main([a.rstrip('/') for a in sys.argv[1:]])
     except (EvalError, CorpusError, ModelError) as e:
         sys.exit(f"damage: {e}")
+    except OSError as e:
+        sys.exit(f"damage: {e.filename or 'a file'} cannot be read or written ({e.strerror}): free "
+                 "disk space, or give another --data_dir.")

@@ -15,7 +15,6 @@ The papers' figures, drawn from runs.
 Several runs must differ in the seed alone: curves show their mean and one standard deviation.
 Figures are one or two columns of a paper wide (85 or 170 mm).
 """
-import json
 import os
 import re
 import sys
@@ -32,7 +31,9 @@ from eval import check_same_experiment, load_run_and_feed, take_permissions
 from metrics import BETTER, check_finite
 from model import SYSTEMS
 from run.errors import ModelError
-from run.folder import make_folder, open_regular
+from run.folder import make_folder
+from run.forms import SWEEP
+from run.json_files import NUMBER, check_form, read_json
 from run.pictures import (
     ON_LINES,
     STYLE,
@@ -129,14 +130,17 @@ def draw_sweep(path):
     Draws the rows of a sweep's JSON, mean and standard deviation over seeds: as a line if the rows
     are numbers of one kind, as bars if they are names.
     """
-    with open_regular(path, follow=True) as f:
-        sweep = json.load(f)
-    if 'rows' not in sweep or 'title' not in sweep:
-        raise EvalError(f"{path} was not written by tools/sweep.py.")
-    rows = [r for r in sweep['rows'] if r['test']]
-    if not rows:
-        raise EvalError(f"{path} has no row with a finished run.")
-    by = next(k for k in ('mae', 'wf1') if k in rows[0]['test'][0])
+    try:
+        sweep = read_json(path, SWEEP, follow=True)
+        rows = [r for r in sweep['rows'] if r['test']]
+        if not rows:
+            raise EvalError(f"{path} has no row with a finished run.")
+        by = 'mae' if 'mae' in rows[0]['test'][0] else 'wf1'
+        for row in rows:
+            check_form(row, dict(test=[{by: NUMBER}]))
+    except ValueError as e:
+        raise EvalError(f"{path} is damaged, or was not written by tools/sweep.py ({e}): run "
+                        "the sweep again, which trains only what is missing.") from None
     y = [[metrics[by] for metrics in r['test']] for r in rows]
     means = [np.mean(values) for values in y]
     stds = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in y]
@@ -382,4 +386,5 @@ if __name__ == '__main__':
     except (EvalError, CorpusError, ModelError) as e:
         sys.exit(f"figures: {e}")
     except OSError as e:
-        sys.exit(f"figures: {e.filename} cannot be read or written: {e.strerror}.")
+        sys.exit(f"figures: {e.filename or 'a file'} cannot be read or written ({e.strerror}): free "
+                 "disk space, or correct the path.")

@@ -1,0 +1,82 @@
+"""
+The forms (run/json_files.py) of the JSON in a run's folder.
+"""
+from typing import Literal
+
+from configurator import AtLeast
+from run.errors import ModelError
+from run.folder import load_info
+from run.json_files import NUMBER, Each, Maybe, check_form, check_numbers, check_texts, shorten
+
+COUNT = AtLeast(0)
+METRICS = Each(NUMBER)   # name -> value; the correlation of a constant is NaN
+STREAM = dict(width=AtLeast(1), mean=[NUMBER], std=[AtLeast(0)], standardised=bool)
+LABEL = dict(kind=Literal['regression', 'classes'])
+CLIPS = dict(train=int, valid=int, test=int)
+
+FACTS = dict(   # clips.corpus_facts
+    folder=str, sha256=str, name=str, widths=Each(int), streams=Each(STREAM), labels=Each(LABEL),
+    clips=CLIPS, upper_case=bool)
+ABOUT = dict(   # record.describe_run
+    name=str, command=str, knobs=dict, commit=str, dirty=bool, corpus=FACTS,
+    device=Literal['cuda', 'mps', 'cpu'], dtype=Literal['float32', 'bfloat16', 'float16'],
+    threads=AtLeast(1), matmul_gflops=COUNT, lm_fingerprint=Maybe(str), lm_answer=Maybe([NUMBER]),
+    tokenizer_fingerprint=Maybe(str))
+STATE = dict(   # of the loop in train.py
+    step=int, best=Maybe(NUMBER), best_step=int, stale=int, seconds=COUNT, done=bool)
+RESULT = dict(   # result.json, as train.py writes it
+    about=ABOUT, state=STATE | dict(best=NUMBER), n_trainable=int, n_frozen=int, clips=CLIPS,
+    info=LABEL, ceilings=Maybe(Each(METRICS)), majority=Maybe(METRICS), lm_kept=Maybe(bool),
+    valid=METRICS, test=METRICS, controls=Each(METRICS), seconds=COUNT)
+LOG_LINE = dict(step=int, epoch=COUNT)
+TRAIN_LINE = LOG_LINE | dict(train=METRICS, gates=Maybe(Each([NUMBER])))
+VALID_LINE = LOG_LINE | dict(valid=METRICS, best=bool)
+
+SWEEP = dict(title=str, rows=[dict(label=str, test=[METRICS])])   # written by tools/sweep.py
+
+
+def check_about(about):
+    """ Raises ValueError if describe_run's dict is damaged. Its knobs are not checked. """
+    check_numbers(about)
+    check_texts(about)
+    check_form(about, ABOUT)
+    facts = about['corpus']
+    if set(facts['streams']) != set(facts['widths']):
+        raise ValueError("names different streams in its widths and in its streams")
+    for m, stream in facts['streams'].items():
+        n = facts['widths'][m]
+        if not n == stream['width'] == len(stream['mean']) == len(stream['std']):
+            raise ValueError(f"does not have a mean and std of {m} of {shorten(n)} numbers each")
+    for info in facts['labels'].values():
+        check_label(info)
+
+
+def check_label(info):
+    """ Raises ValueError if the description of a label has neither a range nor names. """
+    if info['kind'] == 'classes':
+        check_form(info, dict(names=[str]))
+        return
+    check_form(info, dict(range=[NUMBER]))
+    if len(info['range']) != 2 or not info['range'][0] < info['range'][1]:
+        raise ValueError(f"has the wrong range {shorten(info['range'])}")
+
+
+def check_log_line(line):
+    """ Raises ValueError if a line of log.jsonl is damaged. """
+    form = TRAIN_LINE if 'train' in line else VALID_LINE
+    check_form(line, form)
+
+
+def read_header(path):
+    """
+    The info in the header of a run's checkpoint: `about` and `state`. Raises ModelError if it is
+    damaged.
+    """
+    info = load_info(path)
+    try:
+        check_form(info, dict(about=dict(format=int, knobs=dict, corpus=dict), state=STATE))
+        check_numbers(info['state'])
+        return info
+    except ValueError as e:
+        raise ModelError(f"{path} is damaged ({e}): restore a copy, or train the run again with "
+                         "--fresh=True.") from None

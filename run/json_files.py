@@ -1,0 +1,144 @@
+"""
+Reads our JSON files: result.json, config.json, log.jsonl, test.jsonl, the JSON of a sweep, and the
+header of a checkpoint. They may be damaged or come from a stranger. A form says what a value must
+be:
+
+    str, bool, NUMBER         a value of this type; NUMBER is an int or a float, NaN too
+    AtLeast(0), Literal[..]   a value that this annotation of a knob allows
+    {'step': AtLeast(0)}      a dict that has these keys, and others
+    [str]                     a list of such values
+    Each(NUMBER)              a dict of such values, whatever its keys
+    Maybe(str)                such a value or None; as an entry of a dict, it may be missing
+"""
+import json
+from typing import get_origin
+
+from configurator import value_errors
+from run.folder import open_regular
+
+NUMBER = (int, float)
+LARGEST = 2 ** 63   # integers from here on do not fit NumPy's int64
+
+
+class Each:
+    """ The form of a dict whose values all have one form. """
+    def __init__(self, form):
+        self.form = form
+
+
+class Maybe:
+    """ The form of a value that may be None. """
+    def __init__(self, form):
+        self.form = form
+
+
+def read_json(path, form=dict, follow=False):
+    """
+    The value in a JSON file. Raises ValueError with a phrase about the file, such as "is empty".
+    follow: see open_regular.
+    """
+    return parsed(_text_of(path, follow), form)
+
+
+def read_json_lines(path, form=dict, follow=False):
+    """ The values in a file that holds one JSON value per line. Raises ValueError. """
+    return parsed_lines(_text_of(path, follow), form)
+
+
+def _text_of(path, follow):
+    try:
+        with open_regular(path, follow=follow) as f:
+            return f.read()
+    except FileNotFoundError:
+        raise ValueError("is missing") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"is not UTF-8 text (byte {e.start})") from None
+    except OSError as e:
+        raise ValueError(f"cannot be read ({e.strerror})") from None
+
+
+def parsed(text, form=dict):
+    """ The value that a JSON text holds. Raises ValueError unless it has this form. """
+    if not text.strip():
+        raise ValueError("is empty")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"is no JSON text ({e.msg} in line {e.lineno}, column {e.colno})") from None
+    except RecursionError:
+        raise ValueError("holds too many nested lists") from None
+    except ValueError:
+        raise ValueError("holds a number of thousands of digits") from None
+    check_numbers(value)
+    check_form(value, form)
+    return value
+
+
+def parsed_lines(text, form=dict):
+    """ The values in a text that holds one JSON value per line. Raises ValueError. """
+    values = []
+    for n, line in enumerate(text.removesuffix('\n').split('\n'), 1):
+        try:
+            values.append(parsed(line, form))
+        except ValueError as e:
+            raise ValueError(f"line {n} {e}") from None
+    return values
+
+
+def check_form(value, form, where=''):
+    """ Raises ValueError if `value`, found at `where` in a file, does not have this form. """
+    if isinstance(form, Maybe):
+        if value is not None:
+            check_form(value, form.form, where)
+    elif isinstance(form, Each):
+        check_form(value, dict, where)
+        for key, inner in value.items():
+            check_form(inner, form.form, f'{where} {key}')
+    elif isinstance(form, dict):
+        check_form(value, dict, where)
+        for key, inner in form.items():
+            if key not in value and not isinstance(inner, Maybe):
+                raise ValueError(f"lacks the entry{where} {key}")
+            check_form(value.get(key), inner, f'{where} {key}')
+    elif isinstance(form, list):
+        check_form(value, list, where)
+        for n, inner in enumerate(value):
+            check_form(inner, form[0], f'{where}[{n}]')
+    elif not fits(value, form):
+        raise ValueError(f"has the wrong entry{where} {shorten(value)}")
+
+
+def fits(value, form):
+    """ Whether a value has a form that is a type or an annotation of a knob. """
+    if form is NUMBER:
+        return type(value) in NUMBER
+    if isinstance(form, type):
+        return type(value) is form
+    if isinstance(value, (list, dict)) or type(value) not in NUMBER and get_origin(form) is None:
+        return False
+    return not value_errors({'entry': value}, {'entry': form})
+
+
+def check_numbers(value):
+    """ Raises ValueError if a JSON value holds an integer that NumPy cannot convert. """
+    todo = [value]
+    while todo:
+        inner = todo.pop()
+        if type(inner) is int and not -LARGEST <= inner < LARGEST:
+            raise ValueError(f"holds a number that is too large: {shorten(inner)}")
+        if isinstance(inner, (list, dict)):
+            todo += inner.values() if isinstance(inner, dict) else inner
+
+
+def check_texts(value):
+    """ Raises ValueError if a JSON value holds a text that cannot be printed, half of a surrogate pair. """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds a text that is no valid Unicode") from None
+
+
+def shorten(value, n=60):
+    """ repr(value), cut to at most n characters and '..'. """
+    text = repr(value)
+    return text if len(text) <= n else text[:n] + '..'
