@@ -233,6 +233,9 @@ def build_model(folder, k, corpus, dtype, as_data):
     system = SYSTEMS[k['system']]
     if k.get('lm') == 'lm' and os.path.isdir(own_lm):
         k['lm'] = own_lm   # an export holds its LM
+    elif k.get('lm') == 'lm' and not os.path.isdir('lm'):
+        raise EvalError(f"{folder} names the LM in its own folder lm, which is missing: copy the "
+                        "whole exported folder again.")
     elif k.get('lm', 'new') != 'new' and 'text' in system.modalities_read(k):
         how = 'is read as data' if as_data else 'may run its own code'
         print(f"  {folder} names the LM {k['lm']}, which {how}")
