@@ -8,10 +8,8 @@ corpus folder (corpora/convert.py).
 Axis letters: N clips of a split, B clips of a batch, T text tokens, S frames, d features of a
 frame, D width of the LM.
 """
-import json
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,105 +17,13 @@ import torch
 
 from corpora import convert as conversion
 from corpora.convert import convert, describe, folder_name, staging
+from corpora.folder import Corpus
 from corpora.names import STREAMS
 from corpora.toy import VERSION, make_toy
 from corpora.unpickle import CorpusError
-from run.folder import check_regular
 from run.frozen_text import frozen_text
 from run.load_lm import refuse_unknown_tokens
 from run.texts import texts_as_read, tokenize, truncating, word_of_tokens
-
-
-class Corpus:
-    """
-    An open corpus folder. Attributes: folder, name, meta (meta.json), labels (its entry `labels`),
-    sha256 (of the source), widths {stream: d}, n_clips {split: N}. Each file is opened on first
-    use, and the frames are memory maps. Raises CorpusError for a file that is missing, is damaged
-    or does not fit the others.
-    """
-    def __init__(self, folder):
-        self.folder, self._cache = str(folder), {}
-        with self._reading('meta.json') as path:
-            check_regular(path, follow=True)
-            self.meta = json.loads(path.read_text(encoding='utf-8'))
-            if self.meta['format'] != 1:
-                raise ValueError(f"its format is {self.meta['format']}, not 1")
-            self.name, self.n_clips = self.meta['name'], dict(self.meta['clips'])
-            self.widths = {m: s['width'] for m, s in self.meta['streams'].items()}
-            self.sha256, self.labels = self.meta['source']['sha256'], dict(self.meta['labels'])
-
-    @contextmanager
-    def _reading(self, file):
-        """ Yields the path of a file. Errors of reading it in the block become a CorpusError. """
-        try:
-            yield Path(self.folder) / file
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CorpusError(f"{self.folder}/{file} is missing or damaged ({type(e).__name__}: "
-                              f"{e}); remove the folder and convert the source again.") from e
-
-    def _cached(self, split, file, load):
-        """ load(path) for a file of a split, called once and kept. """
-        if (split, file) not in self._cache:
-            with self._reading(f'{split}/{file}') as path:
-                check_regular(path, follow=True)
-                self._cache[split, file] = load(path)
-        return self._cache[split, file]
-
-    def _rows(self, split):
-        def load(path):
-            with open(path, encoding='utf-8') as f:
-                rows = [json.loads(line) for line in f]
-            if [r for r in rows if 'id' not in r or 'text' not in r] or len(rows) != self.n_clips[split]:
-                raise ValueError(f"it does not hold {self.n_clips[split]} clips with id and text")
-            return rows
-        return self._cached(split, 'text.jsonl', load)
-
-    def text(self, split):
-        return [r['text'] for r in self._rows(split)]
-
-    def id(self, split):
-        return [r['id'] for r in self._rows(split)]
-
-    def turns(self, split):
-        """ (dialogue, speaker) of each clip. Raises CorpusError if the corpus does not hold them. """
-        rows = self._rows(split)
-        if any(not r.get('dialogue') or not r.get('speaker') for r in rows):
-            raise CorpusError(f"The corpus {self.name} does not hold the dialogue and the speaker of "
-                              "each clip, which the knob context needs: set it to 0.")
-        return [(r['dialogue'], r['speaker']) for r in rows]
-
-    def label(self, split, name='label'):
-        """ One number for each clip, [N]: float32, or int64 for classes. """
-        if name not in self.labels:
-            has = ', '.join(self.labels)
-            raise CorpusError(f"The corpus {self.name} has no label {name!r}, only {has}.")
-        kind, shape = 'i' if self.labels[name]['kind'] == 'classes' else 'f', (self.n_clips[split],)
-        return self._cached(split, f'{name}.npy', lambda path: np.array(_load(path, shape, kind)))  # [N]
-
-    def _start(self, split, stream):
-        """ The row where each clip's frames begin, and the number of all rows, [N+1]. """
-        def load(path):
-            start = np.array(_load(path, (self.n_clips[split] + 1,), 'i'))  # [N+1]
-            if start[0] != 0 or (np.diff(start) < 0).any():
-                raise ValueError("the starts of its clips are not in ascending order")
-            return start
-        return self._cached(split, f'{stream}_start.npy', load)
-
-    def lengths(self, split, stream):
-        return np.diff(self._start(split, stream))  # [N]
-
-    def frames(self, split, stream, i):
-        """ The frames of clip i, a slice of the memory map, [S, d]. """
-        start, width = self._start(split, stream), self.widths[stream]
-        x = self._cached(split, f'{stream}.npy', lambda path: _load(path, (start[-1], width), 'f'))
-        return x[start[i]:start[i + 1]]  # [S,d]
-
-
-def _load(path, shape, kind):
-    a = np.load(path, mmap_mode='r')
-    if a.shape != shape or a.dtype.kind != kind:
-        raise ValueError(f"its array of {a.dtype} {a.shape} does not fit the other files")
-    return a
 
 
 def open_corpus(source, where='data'):

@@ -14,6 +14,8 @@ corpus folders.
     python data.py SOURCE --encoding=gbk            the encoding of texts that are stored as bytes,
                                                     where it is not UTF-8
     python data.py SOURCE --label_column=0          the column of scores [N, 7]
+    python data.py data/mosei --check               compares all files of a corpus folder with the
+                                                    checksums in its meta.json
     python data.py mine.csv --split=80/10/10        a table (.csv, .tsv, .jsonl), split by video
     python data.py mine.csv --text=COLUMN --label=COLUMN,COLUMN --classes=COLUMN --split=COLUMN
                             --id=COLUMN,COLUMN --video=COLUMN --audio=COLUMN --vision=COLUMN
@@ -45,8 +47,11 @@ import numpy as np
 
 from corpora import sources, tables
 from corpora.describe import describe
+from corpora.folder import Corpus
+from corpora.limits import most_bytes
 from corpora.names import N_NAMED, SPLIT_FIELDS, SPLITS, Summary
 from corpora.padding import find_padding
+from corpora.seal import write_meta
 from corpora.sources import check_splits
 from corpora.streams import standardise_to_float16, write_stream
 from corpora.unpickle import CorpusError, errors_as_corpus_error
@@ -59,6 +64,8 @@ KNOWN_CLASSES = [
 ]
 
 
+# MOSI: VIDEO$_$CLIP, MOSEI: VIDEO[CLIP]
+VIDEO_OF_ID = re.compile(r'(.+?)(?:\$_\$.*|\[\d+\])', re.DOTALL)
 # layout -> reader(paths, scratch, files, summary), which returns texts, labels and streams by split
 READERS = dict(
     tables=tables.read_tables, msena=sources.read_msena, lists=sources.read_lists)
@@ -182,10 +189,11 @@ def _write_labels(splits, out, label_range, notes):
                          f"--label={name} is refused")
         classes = isinstance(train[name][0], str)
         if classes:
-            seen = sorted(set(train[name]) - {''})
+            seen = set(train[name]) - {''}
             # only the classes of train; KNOWN_CLASSES decides nothing but their order
-            known = next((known for known in KNOWN_CLASSES if set(seen) <= set(known)), seen)
+            known = next((k for k in KNOWN_CLASSES if seen <= set(k)), sorted(seen))
             names = [c for c in known if c in seen]
+            number = {c: i for i, c in enumerate(names)}
             entries[name] = dict(kind='classes', names=names)
         else:
             scores = np.concatenate([s['labels'][name] for s in splits.values()])  # [sum of N]
@@ -196,7 +204,7 @@ def _write_labels(splits, out, label_range, notes):
             y = s['labels'][name]  # [N]
             for clip, v in zip(s['id'], y):
                 where = f"The {name} of clip {clip} in the split {split} is {v}"
-                if classes and v not in names and v:
+                if classes and v not in number and v:
                     raise CorpusError(f"{where}, but train has only {', '.join(names)}; "
                                       "correct the source.")
                 if not classes and (v < low or v > high) and math.isfinite(v):
@@ -204,7 +212,7 @@ def _write_labels(splits, out, label_range, notes):
                                       "convert the source with python data.py SOURCE "
                                       "--label_range=LOW,HIGH.")
             if classes:
-                y = np.array([names.index(v) if v else -1 for v in y])  # [N]
+                y = np.array([number[v] if v else -1 for v in y])  # [N]
             else:
                 y = np.where(np.isfinite(y), y, np.nan).astype(np.float32)  # [N]
             np.save(out / split / f'{name}.npy', y)
@@ -228,7 +236,7 @@ def _note_crossing_videos(splits, notes):
     """
     videos = {}
     for split, s in splits.items():
-        parts = [re.fullmatch(r'(.+?)(?:\$_\$.*|\[\d+\])', clip) for clip in s['id']]
+        parts = [VIDEO_OF_ID.fullmatch(clip) for clip in s['id']]
         videos[split] = s.get('video') or [p and p[1] for p in parts]
     sets = {split: set(v) - {None} for split, v in videos.items()}
     both = sorted(v for v in set.union(*sets.values()) if sum(v in s for s in sets.values()) > 1)
@@ -287,8 +295,14 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise CorpusError(f"{folder} already exists; remove it, or give another --name.")
     with staging(folder) as out, ExitStack() as files, errors_as_corpus_error(source):
-        summary = Summary(encoding, table, label_column)
+        n_bytes = sum(os.path.getsize(p) for p in paths.values())
+        summary = Summary(encoding, table, label_column, most_bytes(n_bytes))
         splits = READERS[layout](paths, out.parent, files, summary)
+        read = [*paths.values(), *summary.files]
+        stats = [os.stat(p) for p in read]
+        n_bytes = sum(s.st_size for s in stats)
+        frames = [f for s in splits.values() for f in s['streams'].values()]
+        _refuse_inflated(frames, dict(zip(read, stats)), source)
         check_splits(splits, source)
         for split in SPLITS:
             (out / split).mkdir()
@@ -297,11 +311,7 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
         text = _write_texts(splits, out)
         found = find_padding(splits, source, padding, summary)
 
-        frames = [f for s in splits.values() for f in s['streams'].values()]
-        read = [*paths.values(), *summary.files]
-        stats = [os.stat(p) for p in read]
-        n_bytes = sum(s.st_size for s in stats)
-        progress = _progress_bar(n_bytes + sum(4 * f.N * f.L * f.d for f in frames))
+        progress = _progress_bar(n_bytes + sum(f.n_bytes for f in frames))
         streams = {m: write_stream(m, splits, out, progress, found[m]) for m in found}
         if 'duration' in splits['train']:
             for m, rate in tables.frame_rates(splits, streams, out).items():
@@ -325,9 +335,22 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
             meta['notes'] = summary.notes
         if encoding:
             meta['text']['encoding'] = encoding
-        written = json.dumps(meta, indent=1, ensure_ascii=False)
-        (out / 'meta.json').write_text(written, encoding='utf-8')
+        write_meta(out, meta)
     return meta
+
+
+def _refuse_inflated(frames, stats, source):
+    """
+    Raises CorpusError if the frames take far more bytes than the files that hold them, because many
+    clips share one array in a pickle or name one file. stats: {path: its os.stat}.
+    """
+    n_bytes = sum(s.st_size for s in stats.values())
+    wanted = sum(f.n_bytes for f in frames)
+    if wanted > most_bytes(n_bytes):
+        raise CorpusError(f"The clips of {source} have {wanted / 1e6:,.0f} MB of frames, and its "
+                          f"files have {n_bytes / 1e6:,.1f} MB, so many clips share the same frames "
+                          "or they are compressed zeros; give each clip its own frames, or None for "
+                          "a clip without frames.")
 
 
 def _source_entry(source, layout, paths, stats, progress):
@@ -380,10 +403,16 @@ def command_line(argv):
     """
     python data.py SOURCE [--name=NAME] [--dtype=float32|float16] [--label_range=LOW,HIGH]
     [--padding=left|right] [--encoding=CODEC] [--label_column=NUMBER], and for a table
-    [--split=80/10/10] or [--text|label|classes|split|id|video|audio|vision|start|end=COLUMN]
+    [--split=80/10/10] or [--text|label|classes|split|id|video|audio|vision|start|end=COLUMN]; or
+    python data.py FOLDER --check
     """
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
     sources = [a for a in argv if not a.startswith('--')]
+    if list(flags) == ['check'] and len(sources) == 1:
+        corpus = Corpus(sources[0], whole=True)
+        print(f"{sources[0]}: all files are as the conversion wrote them" if 'files' in corpus.meta
+              else f"{sources[0]}: its files fit each other; it has no checksums")
+        return
     usage = ' '.join(command_line.__doc__.split())
     if {'compare', 'subsets'} & set(flags):
         raise CorpusError("data.py does not compare corpora; run python tools/language.py "

@@ -11,6 +11,7 @@ import os
 import numpy as np
 
 from corpora.lazy import LazyArray
+from corpora.limits import most_bytes, opened_npz
 from corpora.rows import number_of
 from corpora.unpickle import CorpusError
 
@@ -74,7 +75,7 @@ class FrameFile(LazyArray):
             return self._from_torch()
 
     def _from_npz(self):
-        with np.load(self.path, allow_pickle=False) as arrays:
+        with open(self.path, 'rb') as f, opened_npz(f) as arrays:
             names = arrays.files
             own = [n for n in names if n == self.stream]
             if len(names) != 1 and not own:
@@ -109,6 +110,8 @@ class FrameFile(LazyArray):
             raise CorpusError(f"{self.where} holds a {type(value).__name__}, not a tensor; save "
                               "the frames of a clip as one tensor [frames, features].")
         value = value.detach()
+        if 4 * value.numel() > most_bytes(os.path.getsize(self.path)):   # a view of few numbers
+            raise ValueError("a tensor that is far larger than its file")
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
     def rows(self, i, j):

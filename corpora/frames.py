@@ -13,6 +13,7 @@ from corpora.unpickle import CorpusError
 SIDE_SAMPLE = 2000  # clips per stream and split, at most, from which the padding side is found
 CHUNK_BYTES = 32 << 20  # bytes of a stream that are read at a time
 MAX_WIDTH = 1 << 16  # features of a frame; the widest known corpus has 2048
+MOST_SCORES = 1000  # numbers of one clip in a column of scores; MOSEI has 7
 
 
 def column_of(column, n, where):
@@ -60,6 +61,9 @@ def numbers_of(column, n, where, optional=False, column_number=None):
     values = column_of(column, n, where)
     for i, v in enumerate(values):
         if type(v) is LazyArray:
+            if math.prod(v.shape) > MOST_SCORES:
+                raise CorpusError(f"Entry {i} of {where} is an array of shape {list(v.shape)}, not "
+                                  "a number; correct the source.")
             v = v.all().ravel().tolist()
         if type(v) is list and len(v) == 1:
             v = v[0]
@@ -135,7 +139,7 @@ class Frames:
     def __init__(self, source, lengths, n, where):
         if type(source) is LazyArray and source.dtype == object:
             values = source.all()
-            source = (values.ravel() if values.size == n else values).tolist()
+            source = values.ravel().tolist() if values.size == n else None
         self.one = type(source) is LazyArray
         self.N = n
         self.where = where
@@ -184,9 +188,22 @@ class Frames:
         return int(self.n_rows.max(initial=0))
 
     @property
-    def step(self):
-        """ The number of clips of a chunk, computed for float64, the largest dtype. """
-        return max(1, CHUNK_BYTES // (8 * max(1, self.L) * self.d))
+    def n_bytes(self):
+        """ The bytes of all frames as float32, padding included. """
+        return 4 * int(self.n_rows.sum()) * self.d
+
+    def chunks(self):
+        """
+        Ranges (i, j) of clips to read at a time. Padded to the longest of them, and in float64, they
+        fit CHUNK_BYTES, unless they are one clip. So one long clip does not lengthen the others.
+        """
+        first, longest = 0, 0
+        for i, n in enumerate(self.n_rows.tolist()):
+            longest = max(longest, n)
+            if i > first and (i + 1 - first) * longest * self.d * 8 > CHUNK_BYTES:
+                yield first, i
+                first, longest = i, n
+        yield first, self.N
 
     @property
     def unknown(self):
@@ -201,12 +218,14 @@ class Frames:
         self.missing[i] = True
 
     def rows(self, i, j, counts=None):
-        """ Clips i:j as float32 [n, L, d], with 0 for nan and inf. counts: see finite. """
-        j = min(j, self.N)
+        """
+        Clips i:j as float32 [n, L, d], with 0 for nan and inf. L: of the longest of them, or of all
+        clips if they are in one array. counts: see finite.
+        """
         if self.one:
             x = self.arrays[0].rows(i, j).reshape(j - i, self.L, self.d)  # [n,L,d]
             return finite(x, counts)
-        x = np.zeros((j - i, self.L, self.d), np.float32)  # [n,L,d]
+        x = np.zeros((j - i, self.n_rows[i:j].max(), self.d), np.float32)  # [n,L,d]
         for k in range(i, j):
             if self.n_rows[k]:
                 x[k - i, :self.n_rows[k]] = finite(self.arrays[k].all(), counts)
@@ -225,16 +244,15 @@ class Frames:
             if len(at) > SIDE_SAMPLE:
                 at = at[np.linspace(0, len(at) - 1, SIDE_SAMPLE).astype(int)]  # [n]
             head, tail = np.zeros((2, len(at)), np.int64)  # [n]
-            for i in range(0, self.N, self.step):
-                here = np.flatnonzero((at >= i) & (at < i + self.step))
-                if 4 * len(here) > self.step:
-                    nonzero = self.rows(i, i + self.step).any(-1)[at[here] - i]  # [n,L]
-                elif len(here):
-                    rows = [self.rows(k, k + 1).any(-1) for k in at[here]]  # of [1,L]
-                    nonzero = np.concatenate(rows)  # [n,L]
-                else:
+            for i, j in self.chunks():
+                here = np.flatnonzero((at >= i) & (at < j))
+                if 4 * len(here) > j - i:
+                    nonzero = self.rows(i, j).any(-1)[at[here] - i]  # [n,L]
+                    head[here], tail[here] = zero_runs(nonzero, self.n_rows[at[here]])
                     continue
-                head[here], tail[here] = zero_runs(nonzero, self.n_rows[at[here]])
+                for k, clip in zip(here, at[here]):
+                    nonzero = self.rows(clip, clip + 1).any(-1)  # [1,L]
+                    head[k], tail[k] = np.ravel(zero_runs(nonzero, self.n_rows[[clip]]))  # [2]
             self.scanned = at, head, tail
         return self.scanned
 

@@ -2,9 +2,11 @@
 The keys of a source: the names that it may give to each field, and notes on which keys were read
 under another name, were not read, or got a default.
 """
+import math
 import re
 
 from corpora.lazy import Lazy, LazyArray, Unread
+from corpora.limits import text_bytes
 from corpora.unpickle import CorpusError
 
 SPLITS = ('train', 'valid', 'test')
@@ -123,7 +125,7 @@ class Summary:
     """
     Notes of a conversion for meta.json. encoding: the codec that the user gave, or None. table: the
     columns that the user gave, {flag of corpora/tables.py: column}. label_column: the column of
-    scores that have several for each clip, or None.
+    scores that have several for each clip, or None. most_text: the bytes that all texts may have.
 
     renamed {key: field}: the keys that were read under another name.
     unread {key: dict(shape, count)}: the keys that were not read.
@@ -133,16 +135,27 @@ class Summary:
     files: the paths of further files that were read, whose content belongs to the source.
     """
 
-    def __init__(self, encoding=None, table=None, label_column=None):
+    def __init__(self, encoding=None, table=None, label_column=None, most_text=math.inf):
         self.encoding = encoding
         self.table = table or {}
         self.label_column = label_column
+        self.most_text = most_text
         self.notes = []
         self.files = []
         self.renamed = {}
         self.unread = {}
         self.defaults = {}
         self.text = {}
+
+    def spend_text(self, values, where):
+        """
+        Raises CorpusError if the texts and ids that were read, with these, are far longer than the
+        source, because many clips share one text. values: as they are in the source.
+        """
+        self.most_text -= sum(map(text_bytes, values))
+        if self.most_text < 0:
+            raise CorpusError(f"{where} and the texts before it are far longer than the source, so "
+                              "many clips share one long text; give each clip its own text.")
 
     def note_fields(self, holder, found, own):
         """ Notes the keys of `holder` that were read under another name, and those not read. """

@@ -95,4 +95,7 @@ def _jsonl_rows(path, text):
                      for k, v in row.items()})
         lines.append(i)
     columns = list(dict.fromkeys(c for row in rows for c in row))
+    if len(rows) * len(columns) > len(text) + 1_000_000:
+        raise CorpusError(f"The {len(rows)} rows of {path} have {len(columns)} different keys; give "
+                          "all rows the same keys.")
     return columns, [{c: row.get(c, '') for c in columns} for row in rows], lines

@@ -2,6 +2,7 @@
 Reads a source into one form: texts, ids, labels and frames of each split. There are two layouts:
 the dict of M-SENA, and three lists of clips.
 """
+import math
 import re
 from collections import Counter
 
@@ -78,11 +79,12 @@ def _repair_controls(text, summary):
 
 def clip_text(x, where, summary):
     """ A clip's text as a str that any tokenizer takes. Raises CorpusError if it is not a text. """
-    if type(x) is LazyArray:
-        x = x.all().tolist()
+    if type(x) is LazyArray and math.prod(x.shape):
+        x = x.all().ravel().tolist() if x.shape else x.all().item()
     if type(x) in (int, float):
         x = str(int(x) if x == int(x) else x)  # some ids are numbers
-    if type(x) in (tuple, list) and x:  # (video, clip), as an id
+    nested = type(x) in (tuple, list) and any(type(part) in (tuple, list) for part in x)
+    if type(x) in (tuple, list) and x and not nested:  # (video, clip), as an id
         x = '$_$'.join(clip_text(part, where, summary) for part in x)
     if type(x) is Lazy:
         x = x.value()
@@ -107,8 +109,12 @@ def clip_text(x, where, summary):
 def _texts(column, n, where, summary, ids=None):
     """ A column of n texts as a list of str. """
     values = column_of(column, n, where)
-    names = [f" (clip {i})" for i in ids] if ids else [''] * len(values)
-    return [clip_text(v, f"Entry {i} of {where}{names[i]}", summary) for i, v in enumerate(values)]
+    summary.spend_text(values, where)
+    texts = []
+    for i, value in enumerate(values):
+        name = f" (clip {printed(ids[i])})" if ids else ''
+        texts.append(clip_text(value, f"Entry {i} of {where}{name}", summary))
+    return texts
 
 
 def _optional_texts(field, column, split, n, where, summary, ids=None):
@@ -118,7 +124,9 @@ def _optional_texts(field, column, split, n, where, summary, ids=None):
     texts = []
     if type(column) is LazyArray and len(column.shape) == 2 and column.shape[0] == n:
         column = column.all().tolist()  # an id is a row
-    for i, value in enumerate(column_of(column, n, where)):
+    values = column_of(column, n, where)
+    summary.spend_text(values, where)
+    for i, value in enumerate(values):
         if is_missing(value):
             summary.note_default(field, split, i, ids and ids[i])
             texts.append(f'{split}_{i}' if field == 'id' else '')
@@ -224,6 +232,9 @@ def read_lists(paths, scratch, files, summary):
 
 def _read_list(clips, split, path, summary):
     where, rows = f"of the split {split} in {path}", []
+    if len({id(clip) for clip in clips}) < len(clips):
+        raise CorpusError(f"The split {split} in {path} holds one clip several times; give each "
+                          "clip its own entry.")
     for i, clip in enumerate(clips):
         features = clip.get('features') if type(clip) is dict else None
         if type(features) is dict:

@@ -81,8 +81,8 @@ def write_stream(name, splits, out, progress, padding):
         lengths = []
         with open(out / split / f'{name}.npy', 'wb') as f:
             f.write(_npy_header('<f4', (0, frames.d)))
-            for i in range(0, frames.N, frames.step):
-                x = frames.rows(i, i + frames.step, info['cleaned'])  # [n,L,d]
+            for i, j in frames.chunks():
+                x = frames.rows(i, j, info['cleaned'])  # [n,L,d]
                 nonzero = x.any(-1)  # [n,L]
                 real = frames.real_frames(nonzero, i, side, text.get(split))  # [n,L]
                 lengths.append(real.sum(1))
@@ -93,7 +93,7 @@ def write_stream(name, splits, out, progress, padding):
                 if split == 'train':
                     moments.add(x)
                 f.write(memoryview(x) if x.size else b'')
-                progress(real.size * frames.d * 4)
+                progress(4 * frames.d * int(frames.n_rows[i:j].sum()))
             lengths = np.concatenate(lengths)  # [N]
             start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)  # [N+1]
             f.seek(0)

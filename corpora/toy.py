@@ -16,10 +16,12 @@ together are computed by enumeration.
 import json
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 
 from corpora.convert import convert
+from corpora.seal import write_meta
 
 VERSION = 1  # of the corpus that this file makes; raise it when a change alters a clip
 
@@ -225,5 +227,4 @@ def make_toy(folder, n_clips=(4000, 500, 1000), seed=0):
     meta['labels']['emotion'] = dict(kind='classes', names=EMOTIONS)
     meta['ceilings'] = toy_ceilings()
     meta['toy'] = VERSION
-    with open(path, 'w', encoding='utf-8') as f:
-        json.dump(meta, f, indent=1)
+    write_meta(Path(folder), meta)

@@ -11,12 +11,19 @@ so a malicious file cannot run code. Large payloads stay in the file until their
 import codecs
 import os
 import pickle
+import sys
 from contextlib import contextmanager
 
 from corpora.kinds import line_ends_were_changed, other_kind
 from corpora.lazy import Dtype, Lazy, LazyArray, Py2Str, Refused, Unread, decode
+from corpora.limits import MiB
 
 LAZY_BYTES = 4096  # a payload longer than this stays in the file
+# Bytes of memory that an opcode of one byte takes, in CPython on 64 bits: its object, and its place
+# in a list or in the memo
+COSTS = dict(
+    MARK=136, EMPTY_LIST=64, EMPTY_DICT=72, EMPTY_SET=224, TUPLE1=64, TUPLE2=72, TUPLE3=80,
+    MEMOIZE=100)
 
 
 class CorpusError(Exception):
@@ -173,7 +180,16 @@ class Unpickler(pickle._Unpickler):
         self.skip = skip
         self.scratch = scratch
         self.size = os.fstat(f.fileno()).st_size
+        # every object of a real corpus takes bytes of its own in the file
+        self.memory_left = self.most_memory = 24 * self.size + 64 * MiB
         self._file_readline = self._line
+
+    def charge(self, n_bytes):
+        """ Counts memory that the pickle makes this process take. Raises Refused. """
+        self.memory_left -= n_bytes
+        if self.memory_left < 0:
+            raise Refused(f"takes more than {self.most_memory / MiB:.0f} MiB of memory for "
+                          f"{self.size / MiB:.1f} MiB of file, so it is not a corpus")
 
     def _line(self):
         line = self.f.readline(1 << 16)
@@ -308,6 +324,7 @@ class Unpickler(pickle._Unpickler):
         if type(args) is not tuple or not call:
             raise TypeError("a call of something that is not a function")
         self.stack[-1] = call(self, *args)
+        self.charge(sys.getsizeof(self.stack[-1]))
 
     def load_build(self):
         state = self.stack.pop()
@@ -317,6 +334,8 @@ class Unpickler(pickle._Unpickler):
         if type(state) is not tuple:
             raise TypeError("the state of an object is not a tuple")
         target.build(state)
+        if type(target) is LazyArray and type(target.payload) is bytes:
+            self.charge(len(target.payload))
 
 
 def _loader(width, wrap, codec=None):
@@ -328,6 +347,16 @@ def _loader(width, wrap, codec=None):
         payload = u._payload(int.from_bytes(head, 'little'), codec, codec is not None)
         u.append(payload if type(payload) is Lazy else wrap(payload))
     return load
+
+
+def _charged(op):
+    """ The loader of an opcode in COSTS. """
+    load = pickle._Unpickler.dispatch[getattr(pickle, op)[0]]
+
+    def charged(u):
+        u.charge(COSTS[op])
+        load(u)
+    return charged
 
 
 def _utf8(b):
@@ -350,6 +379,7 @@ OVERRIDDEN = '''
     NEWOBJ_EX
 '''.split()
 TABLE = {op: pickle._Unpickler.dispatch[getattr(pickle, op)[0]] for op in INHERITED}
+TABLE |= {op: _charged(op) for op in COSTS}
 TABLE |= {op: vars(Unpickler)['load_' + op.lower()] for op in OVERRIDDEN}
 TABLE |= dict(
     BINBYTES=_loader(4, bytes),

@@ -14,10 +14,10 @@ import json
 import os
 import shutil
 import tempfile
-import zipfile
 
 import numpy as np
 
+from corpora.limits import opened_npz
 from corpora.names import SPLITS, STREAMS
 from metrics import SHOWN
 from model import SYSTEMS
@@ -141,7 +141,8 @@ def read_rows(path):
     """ The clips of a .npz or .jsonl file as a list of dicts, unchecked. Raises ClipError. """
     try:
         if path.endswith('.npz'):
-            with open_regular(path, 'rb', follow=True) as f, np.load(f, allow_pickle=False) as npz:
+            with open_regular(path, 'rb', follow=True) as f, opened_npz(f) as npz:
+                refuse_other_keys(npz.files, path)   # before an array is unpacked
                 row = {key: npz[key] for key in npz.files}
             for key in ('text', 'id'):
                 if key in row and row[key].ndim == 0:
@@ -150,12 +151,26 @@ def read_rows(path):
         if path.endswith('.jsonl'):
             with open_regular(path, follow=True) as f:
                 return [json.loads(line) for line in f if line.strip()]
-    except (OSError, ValueError, TypeError, EOFError, AttributeError, RecursionError,
-            zipfile.BadZipFile) as e:
-        reason = getattr(e, 'strerror', None) or e
-        raise ClipError(f"{path} cannot be read ({reason}): check the path, and write it again as "
-                        "in run/clips.py.") from None
-    raise ClipError(f"{path} is neither a .npz nor a .jsonl file: save the clip as one of these.")
+    except ClipError:
+        raise
+    except Exception as e:   # damaged bytes raise errors of many classes
+        reason = ' '.join(str(getattr(e, 'strerror', None) or e or type(e).__name__).split())[:200]
+        raise ClipError(f"{one_line(path)} cannot be read ({one_line(reason)}): check the path, and "
+                        "write it again as in run/clips.py.") from None
+    raise ClipError(f"{one_line(path)} is neither a .npz nor a .jsonl file: save the clip as one of "
+                    "these.")
+
+
+def refuse_other_keys(keys, name):
+    """ Raises ClipError if a clip holds anything but text, audio, vision and id. """
+    if set(keys) - {'id', 'text', *STREAMS}:
+        raise ClipError(f"{one_line(name)} may hold only text (one string), audio, vision and id: "
+                        "remove the rest.")
+
+
+def one_line(name):
+    """ A name as it can be printed: control characters and halves of surrogate pairs as escapes. """
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def read_clips(path, facts, seen=('text', *STREAMS), text=None):
@@ -165,10 +180,10 @@ def read_clips(path, facts, seen=('text', *STREAMS), text=None):
     """
     rows = read_rows(path)
     if not rows:
-        raise ClipError(f"{path} holds no clip: write one per line.")
+        raise ClipError(f"{one_line(path)} holds no clip: write one per line.")
     if text is not None:
         if len(rows) > 1 or not isinstance(rows[0], dict):
-            raise ClipError(f"{path} does not hold one clip, which --text= could give words to: "
+            raise ClipError(f"{one_line(path)} does not hold one clip, which --text= could give words to: "
                             "write the text into the file.")
         rows[0]['text'] = text
     clips, notes = [], []
@@ -188,11 +203,9 @@ def checked_clip(row, name, facts, seen):
     messages; `facts`: corpus_facts of the run; `seen`: the modalities that the run reads
     (System.modalities_read). Raises ClipError.
     """
-    notes = []
+    notes, name = [], one_line(name)
     is_clip = isinstance(row, dict) and isinstance(row.get('text', ''), str)
-    if not is_clip or set(row) - {'id', 'text', *STREAMS}:
-        raise ClipError(f"{name} may hold only text (one string), audio, vision and id: remove "
-                        "the rest.")
+    refuse_other_keys(row if is_clip else ['not a clip'], name)
     row = {key: v for key, v in row.items() if v is not None}
     try:
         row.get('text', '').encode()
@@ -200,7 +213,7 @@ def checked_clip(row, name, facts, seen):
         raise ClipError(f"the text of {name} is no valid Unicode: correct it.") from None
     if not {'text', *STREAMS} & set(row):
         raise ClipError(f"{name} has neither text, nor audio, nor vision: add one of them.")
-    clip = dict(id=str(row.get('id', name)), text=row.get('text', ''))
+    clip = dict(id=one_line(str(row.get('id', name)))[:100], text=row.get('text', ''))
     for m in facts['widths']:
         clip[m] = frames_of(row, m, name, facts, notes)
     check_clip(clip, row, name, facts, seen, notes)
@@ -213,6 +226,8 @@ def frames_of(row, m, name, facts, notes):
     if m not in row:
         return np.zeros((0, d), np.float32)
     try:
+        if np.iscomplexobj(row[m]):
+            raise TypeError
         x = np.asarray(row[m], np.float32)  # [S,d]
     except (TypeError, ValueError, OverflowError):
         raise ClipError(f"{m} of {name} is no array of numbers: give [frames, {d}].") from None

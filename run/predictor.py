@@ -23,7 +23,15 @@ import numpy as np
 from corpora.names import STREAMS
 from data import open_corpus
 from metrics import central_interval
-from run.clips import ClipError, Clips, Transferred, checked_clip, label_text, read_clips
+from run.clips import (
+    ClipError,
+    Clips,
+    Transferred,
+    checked_clip,
+    label_text,
+    one_line,
+    read_clips,
+)
 from run.folder import find_folder
 from run.pictures import attention_of, draw_attention
 from run.report import EvalError
@@ -205,7 +213,13 @@ def reading_clips(run):
     """
     with tempfile.TemporaryDirectory() as scratch:
         k = run.knobs | dict(train_fraction=1.0, shuffle_streams=False, data_dir=scratch)
-        yield SimpleNamespace(**vars(run) | dict(knobs=k))
+        try:
+            yield SimpleNamespace(**vars(run) | dict(knobs=k))
+        except (MemoryError, RuntimeError) as e:
+            if 'memory' not in str(e):
+                raise
+            raise ClipError("a clip is too long for the memory of this machine: cut its frames into "
+                            "several clips.") from None
 
 
 def feed_of(run, clips, modalities=None):
@@ -313,7 +327,7 @@ def describe_clips(run, path=None, text=None):
         clips = [clip]
     else:
         clips, notes = read_clips(path, run.facts, reads, text)
-        stem = os.path.splitext(os.path.basename(path))[0]
+        stem = one_line(os.path.splitext(os.path.basename(path))[0]).replace('\\', '_')
     with reading_clips(run) as run:
         described, _, feed = describe_predictions(run, clips)
         print('\n'.join(notes + truncation_notes(feed) + [described]), flush=True)

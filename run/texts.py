@@ -7,6 +7,8 @@ import numpy as np
 
 from run.errors import ModelError
 
+LONGEST_TOKEN = 1000   # characters: longer texts are cut to this for each token of max_text_len
+
 
 def lowercase_if_all_caps(texts, corpus):
     """
@@ -17,8 +19,11 @@ def lowercase_if_all_caps(texts, corpus):
 
 
 def texts_as_read(corpus, system, k, split):
-    """ The texts of a split as a run reads them. system: a System class; k: the run's knobs. """
-    texts = system.texts(k, corpus, split)
+    """
+    The texts of a split as a run reads them. system: a System class; k: the run's knobs. A text of
+    10 MB is not tokenised as a whole for the sake of its first 50 tokens.
+    """
+    texts = [t[:LONGEST_TOKEN * k['max_text_len']] for t in system.texts(k, corpus, split)]
     if k['lowercase'] == 'auto':
         texts = lowercase_if_all_caps(texts, corpus)
     return with_context(texts, corpus.turns(split), k['context']) if k.get('context') else texts

@@ -2,8 +2,10 @@
 Damaged inputs. A kind makes damaged inputs from a seed and gives each to the code, which must refuse
 it with one sentence or compute what it computes from the undamaged input.
 
-    python tests/test_trust.py --soak        all kinds, N_SOAK inputs of each
-    KINDS[name](places)                      a kind; check(kind, n, seed) runs it
+    python tests/test_trust.py --soak             all kinds of KINDS, some 2500 inputs
+    check(KINDS[name](places), n, seed, places)   n inputs of one kind
+
+Kinds are in damaged_corpora.py, bombs.py and damaged_runs.py.
 
 A kind is a class with
 
@@ -14,18 +16,17 @@ A kind is a class with
     whole               what use() returned for the undamaged input
 """
 
-import os
 import random
-import shutil
 import signal
-import time
 import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bombs import BOMB_KINDS
 from corpora.unpickle import CorpusError
+from damaged_corpora import CORPUS_KINDS
 from run.clips import ClipError
 from run.errors import ModelError
 from run.report import EvalError
@@ -48,8 +49,9 @@ class Places:
 
 
 def make_places(corpora, curriculum, folder):
+    """ Places with new folders for damaged inputs in `folder`, which is made. """
     places = Places(Path(corpora), Path(curriculum), folder / 'work', folder / 'outside')
-    places.work.mkdir()
+    places.work.mkdir(parents=True)
     places.outside.mkdir()
     (places.outside / 'private.txt').write_text('not for readers of a damaged input')
     return places
@@ -117,5 +119,5 @@ def check(kind, n, seed, places):
     return outcomes, failures
 
 
-# The kinds, by name. Add a class above and its entry here.
-KINDS = {}
+# The kinds, by name
+KINDS = CORPUS_KINDS | BOMB_KINDS

@@ -518,10 +518,10 @@ def test_errors_name_the_damaged_file_of_a_corpus_folder(tmp_path):
     path = Path(corpus.folder) / 'train' / 'audio.npy'
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CorpusError, match='train/audio.npy'):
-        get_batch(corpus, 'train', [0])
+        open_corpus(corpus.folder)
     (Path(corpus.folder) / 'train' / 'text.jsonl').unlink()
     with pytest.raises(CorpusError, match='text.jsonl'):
-        data.Corpus(corpus.folder).text('train')
+        open_corpus(corpus.folder)
     (Path(corpus.folder) / 'meta.json').write_text('{')
     with pytest.raises(CorpusError, match='meta.json'):
         open_corpus(corpus.folder)
@@ -1037,8 +1037,8 @@ def test_missing_values_of_a_list_get_a_default(tmp_path):
 
     corpus = open_corpus(list_clips(tmp_path / 'TINY', edit), tmp_path / 'data')
     assert corpus.id('train') == ['train_0', 'train1', 'train2']
-    assert [r['speaker'] for r in corpus._rows('train')] == ['Joey', '', 'Joey']
-    assert [r['dialogue'] for r in corpus._rows('train')] == ['0', '1', '']
+    assert [r['speaker'] for r in corpus.rows['train']] == ['Joey', '', 'Joey']
+    assert [r['dialogue'] for r in corpus.rows['train']] == ['0', '1', '']
     assert corpus.lengths('train', 'audio').tolist() == [4, 0, 6]
     assert corpus.lengths('valid', 'audio').tolist() == [4, 5, 6]
     assert corpus.meta['streams']['audio']['lengths_repaired'] == 1
@@ -1054,7 +1054,7 @@ def test_missing_ids_and_speakers_get_a_default(tmp_path):
     tree['test']['speaker'] = [None, 'x']
     corpus = converted(tree, tmp_path)
     assert corpus.id('valid') == ['a', 'valid_1', 'c']
-    assert [r['speaker'] for r in corpus._rows('test')] == ['', 'x']
+    assert [r['speaker'] for r in corpus.rows['test']] == ['', 'x']
     assert corpus.meta['defaults']['speaker'] == dict(count=1, first=['test$_$0'])
 
 
@@ -1290,7 +1290,7 @@ def test_a_folder_of_an_earlier_version_opens(tmp_path):
     """ Its meta.json has no entries on how names, padding and lengths were found. """
     corpus = converted(msena(), tmp_path)
     meta = json.loads((tmp_path / 'corpus' / 'meta.json').read_text())
-    for key in ('renamed', 'unread', 'defaults'):
+    for key in ('renamed', 'unread', 'defaults', 'files', 'checksum'):
         del meta[key]
     for s in meta['streams'].values():
         for key in (

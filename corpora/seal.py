@@ -1,0 +1,89 @@
+"""
+The checksums of a corpus folder: the entries `files` and `checksum` of meta.json.
+
+`files` has an entry for each file: its size, its time, the CRC-32 of the whole file and that of a
+sample. `checksum` is the CRC-32 of all other entries of meta.json. A CRC finds damage and mistakes,
+not forgery.
+"""
+import json
+import os
+import zlib
+
+from run.folder import open_regular
+
+PIECE = 1 << 16     # bytes of a piece of the sample
+N_PIECES = 16       # in the sample, evenly spaced; a file of at most 1 MiB is in it as a whole
+CHANGED = ("it differs from what the conversion wrote, and after an intended change the entries "
+           "files and checksum of meta.json must be removed")
+
+
+def write_meta(folder, meta):
+    """ Write meta.json of a corpus folder, whose other files are complete, with its checksums. """
+    paths = [p for p in sorted(folder.rglob('*')) if p.is_file() and p.parent != folder]
+    files = {p.relative_to(folder).as_posix(): file_entry(p) for p in paths}
+    meta = {key: value for key, value in meta.items() if key != 'checksum'} | dict(files=files)
+    meta['checksum'] = meta_checksum(meta)
+    text = json.dumps(meta, indent=1, ensure_ascii=False)
+    (folder / 'meta.json').write_text(text, encoding='utf-8')
+
+
+def file_entry(path):
+    """ The entry of a file in `files`. """
+    with open(path, 'rb') as f:
+        stat = os.fstat(f.fileno())
+        return dict(bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, crc32=whole_crc(f),
+                    sample=sample_crc(f, stat.st_size))
+
+
+def check_meta_checksum(meta):
+    """ Raises ValueError if an entry of meta.json was changed. A handmade one has no checksums. """
+    if ('files' in meta) != ('checksum' in meta):
+        raise ValueError("it has only one of the entries files and checksum")
+    if 'checksum' in meta and meta['checksum'] != meta_checksum(meta):
+        raise ValueError(CHANGED)
+
+
+def check_file(path, entry, whole=False):
+    """
+    Compare a file with its entry. The sample is always compared, and the whole file if its time is
+    another one or whole=True. Raises ValueError if it differs, and OSError.
+    """
+    with open_regular(path, 'rb', follow=True) as f:
+        stat = os.fstat(f.fileno())
+        if stat.st_size != entry['bytes']:
+            raise ValueError(f"it has {stat.st_size} bytes and not {entry['bytes']}: {CHANGED}")
+        touched = stat.st_mtime_ns != entry['mtime_ns']
+        same = sample_crc(f, stat.st_size) == entry['sample']
+        if same and (touched or whole):
+            same = whole_crc(f) == entry['crc32']
+    if not same:
+        raise ValueError(CHANGED)
+    if touched:
+        # a copied folder has new times; with the old ones, the next start compares samples alone
+        try:
+            os.utime(path, ns=(stat.st_atime_ns, entry['mtime_ns']))
+        except OSError:
+            pass   # another user's folder, or a read-only disk: the file is read again next time
+
+
+def meta_checksum(meta):
+    others = {key: value for key, value in meta.items() if key != 'checksum'}
+    return f'{zlib.crc32(json.dumps(others, sort_keys=True).encode()):08x}'
+
+
+def whole_crc(f):
+    """ CRC-32 of an open file, as 8 hex digits. """
+    crc = 0
+    f.seek(0)
+    while piece := f.read(1 << 20):
+        crc = zlib.crc32(piece, crc)
+    return f'{crc:08x}'
+
+
+def sample_crc(f, n_bytes):
+    """ CRC-32 of N_PIECES pieces of an open file, evenly spaced from its first to its last. """
+    crc, step = 0, max(PIECE, (n_bytes - PIECE) // (N_PIECES - 1))
+    for at in (*range(0, step * (N_PIECES - 1), step), max(0, n_bytes - PIECE)):
+        f.seek(at)
+        crc = zlib.crc32(f.read(PIECE), crc)
+    return f'{crc:08x}'
