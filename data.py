@@ -133,9 +133,7 @@ class Feed:
         self.corpus, self.k, self.device, self.model, self.prompt = corpus, k, device, model, model.prompt
         corpus.label('train', k['label'])
         self.info = corpus.labels[k['label']]
-        if self.info['kind'] not in model.label_kinds:
-            raise CorpusError(f"The label {k['label']!r} holds classes, and {k['system']} is a "
-                              "system for regression; choose a score with --label.")
+        model.refuse_other_label(k, self.info)
         for split in corpus.n_clips:
             self._check_labels(split)
         self.streams = model.streams(k)

@@ -41,14 +41,15 @@ def class_f1(pred, label, n):
 
 def class_metrics(pred, label, names):
     """
-    Accuracy, weighted F1 and the F1 of each class, as a dict(acc, wf1, f1_<class>). pred and label
-    are class numbers [N], indices into `names`.
+    Accuracy, weighted and macro F1 and the F1 of each class, as a dict(acc, wf1, macro_f1,
+    f1_<class>). pred and label are class numbers [N], indices into `names`. macro_f1 leaves out a
+    class with neither labels nor predictions, as scikit-learn does.
 
     >>> class_metrics([0, 0, 1, 9], [0, 1, 1, 1], ['no', 'yes', 'joy'])
 
     2 of 4 are right: acc 0.5. 'no': one hit, one label, two predictions, F1 = 2/(1+2) = 2/3. 'yes':
     one hit, three labels, one prediction, F1 = 2/(3+1) = 1/2. wf1 = (1 * 2/3 + 3 * 1/2) / 4 =
-    13/24. 'joy': nan. The prediction 9 is no class.
+    13/24, and macro_f1 = (2/3 + 1/2) / 2 = 7/12. 'joy': nan. The prediction 9 is no class.
     """
     pred, label = _pair(pred, label)
     for what, x in (('predictions', pred), ('labels', label)):
@@ -66,7 +67,7 @@ def class_metrics(pred, label, names):
         )
     f1, wf1 = class_f1(pred, label, len(names))
     each = {f'f1_{k}': float(v) for k, v in zip(names, f1)}
-    return {'acc': _mean(pred == label), 'wf1': float(wf1)} | each
+    return {'acc': _mean(pred == label), 'wf1': float(wf1), 'macro_f1': float(np.nanmean(f1))} | each
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -236,6 +237,7 @@ METRIC_HELP = {name: (better, what) for name, (better, what, _) in METRICS.items
     'loss': ('lower', "the training loss, of a model that predicts no label"),
     'acc': ('higher', "share of clips with the right class"),
     'wf1': ('higher', "F1 of each class, averaged by the class's share of the labels"),
+    'macro_f1': ('higher', "F1 of each class, averaged over the classes"),
     'f1_<class>': ('higher', "F1 of one class"),
     'unread': ('lower', "share of clips whose generated answer was no label (scored as the middle "
                         "of the range, or as a wrong class)"),

@@ -31,6 +31,7 @@ class System(nn.Module):
 
     reads_text = True               # batches hold the tokens of the clips' texts
     label_kinds = ('regression',)   # kinds of labels that it can learn: 'regression', 'classes'
+    no_classes = 'it predicts a score'   # the reason why it cannot learn classes, if it cannot
     frozen_lm = False               # self.lm is a FrozenLM, so shard_lm may shard it
     predicts = True                 # False: it has a loss, but does not predict a label
     text_first = False              # batches group clips by text length first, then by frame cost
@@ -71,6 +72,19 @@ class System(nn.Module):
         are trained, so it reads configurations only. pending: the knobs that name a run that is not
         trained yet.
         """
+
+    @classmethod
+    def refuse_other_label(cls, k, info):
+        """
+        Raises ModelError for a label that the system or its loss cannot learn. info: the label's
+        entry in meta.json.
+        """
+        if info['kind'] not in cls.label_kinds:
+            raise ModelError(f"label={k['label']!r} has classes, and system={k['system']!r} cannot "
+                             f"learn them, because {cls.no_classes}: choose a label with scores.")
+        if info['kind'] == 'classes' and (k.get('weight_mpr') or k.get('weight_eioi')):
+            raise ModelError(f"weight_mpr and weight_eioi compare scores, and label={k['label']!r} "
+                             "has classes, which have no order: set both to 0.")
 
     @classmethod
     def prerequisite_knobs(cls, k):
@@ -258,6 +272,13 @@ def checked_prediction(model, out, n_clips):
                              f"{list(v.shape)} for {n_clips} clips: pred must be [{n_clips}], the "
                              f"others [{n_clips}, ..].")
     return out
+
+
+def class_prediction(logits):
+    """ dict(pred [B], prob [B,K]) of logits [B,K]: the most probable class. """
+    pred = logits.argmax(-1).float()  # [B]
+    pred = pred.where(logits.isfinite().all(-1), torch.nan)  # argmax would hide a NaN
+    return dict(pred=pred, prob=logits.softmax(-1))
 
 
 def weight_groups(model, lr_scales=None):

@@ -48,7 +48,7 @@ class ALMT(Attentive):
             nn.ModuleDict({m: CrossAttention(d, h) for m in ('audio', 'vision')}) for _ in range(3))
         self.first_tokens = nn.Parameter(0.02 * torch.randn(1, d))
         self.fusion = CrossStack(d, h, k['fusion_layers'], k['dropout'], k['dropout'])
-        self.out = nn.Linear(d, 1)
+        self.out = nn.Linear(d, self.n_out)
 
     def compress(self, m, x, mask):
         """ Compresses stream m, x [B,L,width] with mask [B,L], into its tokens [B,P,d]. """
@@ -72,7 +72,7 @@ class ALMT(Attentive):
         text = torch.cat([self.first_tokens.expand(B, 1, -1), scales[-1]], 1)  # [B,1+P,d]
         real = torch.ones_like(hyper[..., 0], dtype=torch.bool)  # [B,P]
         fused = self.fusion(text, hyper, real)  # [B,1+P,d]
-        return dict(pred=self.out(fused[:, 0])[:, 0])
+        return dict(pred=self.answer(self.out(fused[:, 0])))
 
 
 class CrossAttention(nn.Module):

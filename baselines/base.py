@@ -33,7 +33,7 @@ from run.frozen_text import width_of
 from run.load_lm import lm_config, load_tokenizer
 from run.new_lm import load_text_encoder
 from run.texts import texts_as_read
-from system import System, weight_groups
+from system import System, class_prediction, weight_groups
 
 STREAMS = ('text', 'audio', 'vision')  # also the order of the numbers in a knob with one per stream
 
@@ -41,8 +41,10 @@ STREAMS = ('text', 'audio', 'vision')  # also the order of the numbers in a knob
 class Baseline(System):
     """
     The base class. A baseline implements `fuse(x, batch)`, which takes the hidden states of the
-    text x [B,T,D] and returns a dict with pred [B] and the tensors that its losses need. It may
-    implement `own_loss(out, batch)`, which returns its auxiliary losses, already weighted.
+    text x [B,T,D] and returns a dict with pred and the tensors that its losses need. pred is the
+    score [B], or for a label with classes their logits [B,K]. It may implement
+    `own_loss(out, batch)`, which returns its auxiliary losses, already weighted. The loss of
+    classes is the cross-entropy, in place of task_loss; MMSA has scores only.
     """
 
     class Knobs(EncoderKnobs, OrdinalKnobs):
@@ -50,6 +52,7 @@ class Baseline(System):
         lr_encoder: AtLeast(0) = 1.0  # learning rate of the encoder, as a multiple of lr
         dropout: Share() = 0.1        # after the fusion, if the paper has it there, and in lm='new'
 
+    label_kinds = ('regression', 'classes')
     task_loss = staticmethod(l1)
     needed_streams = ('audio', 'vision')  # streams that the corpus must have
     lr_parts = ('encoder',)  # parts whose learning rate is lr times the knob lr_<part>
@@ -61,9 +64,10 @@ class Baseline(System):
         facts: the corpus, as in System.build. k: the knobs.
         """
         super().__init__()
-        if 'range' not in facts.labels[k['label']]:
-            raise ModelError(f"label={k['label']!r} has classes, but system={k['system']!r} only "
-                             "learns scores: choose a label with scores.")
+        info = facts.labels[k['label']]
+        self.refuse_other_label(k, info)
+        self.kind = info['kind']
+        self.n_out = len(info['names']) if self.kind == 'classes' else 1
         if missing := [m for m in self.needed_streams if m not in facts.widths]:
             raise ModelError(
                 f"system={k['system']!r} needs {' and '.join(self.needed_streams)}, but this "
@@ -123,9 +127,17 @@ class Baseline(System):
         with torch.autocast(x.device.type, enabled=False):
             return self.fuse(x.float(), batch)
 
+    def answer(self, y):
+        """ What fuse returns as pred, from the last layer's output y [B,n_out] -> [B] or [B,K]. """
+        return y if self.kind == 'classes' else y[:, 0]
+
     def predict(self, batch):
-        """ dict of pred [B] and, in systems with unimodal scores, the score of each stream [B]. """
-        return {name: v for name, v in self.run(batch).items() if v.ndim == 1}
+        """ dict of pred [B]; of prob [B,K] for classes, or else the score of each stream [B] in
+        systems with unimodal scores. """
+        out = self.run(batch)
+        if self.kind == 'classes':
+            return class_prediction(out['pred'])
+        return {name: v for name, v in out.items() if v.ndim == 1}
 
     def own_loss(self, out, batch):
         return {}
@@ -134,8 +146,11 @@ class Baseline(System):
         """ out: the output of run -> dict(loss, terms). """
         label = batch['label']  # [B]
         own = self.own_loss(out, batch)
-        ordinal_terms, ordinal = ordinal_loss(out['pred'], label, self.k, batch)
-        task = self.task_loss(out['pred'], label)
+        if self.kind == 'classes':
+            task, ordinal_terms, ordinal = F.cross_entropy(out['pred'], label), {}, 0.0
+        else:
+            ordinal_terms, ordinal = ordinal_loss(out['pred'], label, self.k, batch)
+            task = self.task_loss(out['pred'], label)
         loss = task + sum(own.values()) + ordinal
         return dict(loss=loss, terms={'task': task} | own | ordinal_terms)
 
@@ -208,15 +223,15 @@ class Recurrent(nn.Module):
 
 
 class Head(nn.Module):
-    """ Dropout, two linear layers with ReLU, and a linear layer to the score. Used by LF-DNN, TFN,
-    Self-MM and TETFN. """
-    def __init__(self, width, d, dropout):
+    """ Dropout, two linear layers with ReLU, and a linear layer to the n_out outputs. Used by
+    LF-DNN, TFN, Self-MM and TETFN. """
+    def __init__(self, width, d, dropout, n_out=1):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList([nn.Linear(width, d), nn.Linear(d, d), nn.Linear(d, 1)])
+        self.layers = nn.ModuleList([nn.Linear(width, d), nn.Linear(d, d), nn.Linear(d, n_out)])
 
     def forward(self, x):
-        """ x [B,width] -> score [B], feature after the first layer [B,d]. """
+        """ x [B,width] -> output [B,n_out], feature after the first layer [B,d]. """
         feature = F.relu(self.layers[0](self.dropout(x)))  # [B,d]
-        score = self.layers[2](F.relu(self.layers[1](feature)))[:, 0]  # [B]
-        return score, feature
+        out = self.layers[2](F.relu(self.layers[1](feature)))  # [B,n_out]
+        return out, feature

@@ -18,7 +18,7 @@ from lm import LMKnobs
 from losses import OrdinalKnobs, l1, ordinal_loss
 from run.errors import ModelError
 from run.load_lm import float32_bytes_of_lm, load_frozen_lm
-from system import System
+from system import System, class_prediction
 
 
 class LoRALM(System):
@@ -114,11 +114,9 @@ class LoRALM(System):
 
     def predict(self, batch):
         scores = self.scores(batch)  # [B,1] or [B,K]
-        if self.kind == 'regression':
-            return dict(pred=scores[:, 0])  # [B]
-        pred = scores.argmax(-1).float()  # [B]
-        pred = pred.where(scores.isfinite().all(-1), torch.nan)  # argmax would hide a NaN
-        return dict(pred=pred, prob=scores.softmax(-1))
+        if self.kind == 'classes':
+            return class_prediction(scores)
+        return dict(pred=scores[:, 0])  # [B]
 
     def forward(self, batch):
         scores, label = self.scores(batch), batch['label']  # [B,1] or [B,K], [B]

@@ -60,7 +60,7 @@ class MAGBERT(Pooled):
         self.ends = ends
         self.mag = MAG(facts.widths, D, k['mag_beta'], k['dropout'])
         self.head = nn.Sequential(
-            nn.Linear(D, D), nn.Tanh(), nn.Dropout(k['dropout']), nn.Linear(D, 1))
+            nn.Linear(D, D), nn.Tanh(), nn.Dropout(k['dropout']), nn.Linear(D, self.n_out))
 
     @classmethod
     def assemble(cls, k, facts, encoder, tokenizer):
@@ -90,4 +90,4 @@ class MAGBERT(Pooled):
         return x
 
     def fuse(self, x, batch):
-        return dict(pred=self.head(self.text_vector(x, batch))[:, 0])
+        return dict(pred=self.answer(self.head(self.text_vector(x, batch))))

@@ -49,7 +49,8 @@ class MISA(Attentive):
         self.rebuild = nn.ModuleDict({m: nn.Linear(d, d) for m in read})
         self.layer = EncoderLayer(d, k['fusion_heads'], k['dropout'])
         self.head = nn.Sequential(
-            nn.Linear(6 * d, 3 * d), nn.Dropout(k['dropout']), nn.ReLU(), nn.Linear(3 * d, 1))
+            nn.Linear(6 * d, 3 * d), nn.Dropout(k['dropout']), nn.ReLU(),
+            nn.Linear(3 * d, self.n_out))
 
     def fuse(self, x, batch):
         v = dict(text=masked_mean(x, batch['text_mask']),
@@ -62,7 +63,7 @@ class MISA(Attentive):
         rebuilt = torch.stack([f((private + shared)[:, i])
                                for i, f in enumerate(self.rebuild.values())], 1)  # [B,3,d]
         y = self.layer(torch.cat([private, shared], 1), None)  # [B,6,d]
-        pred = self.head(y.flatten(1))[:, 0]  # [B]
+        pred = self.answer(self.head(y.flatten(1)))  # [B] or [B,K]
         return dict(pred=pred, x=x, private=private, shared=shared, rebuilt=rebuilt)
 
     def own_loss(self, out, batch):

@@ -45,7 +45,7 @@ class MulT(Attentive):
             m: stack(2 * d, max(n_layers, 3), k['attn_dropout']) for m in STREAMS})
         self.proj_1 = nn.Linear(6 * d, 6 * d)
         self.proj_2 = nn.Linear(6 * d, 6 * d)
-        self.out = nn.Linear(6 * d, 1)
+        self.out = nn.Linear(6 * d, self.n_out)
         self.dropout = nn.Dropout(k['dropout'])
 
     def fuse(self, x, batch):
@@ -60,4 +60,4 @@ class MulT(Attentive):
             last.append(last_step(self.memory[m](y, y, mask[m]), batch[m + '_len']))  # [B,2d]
         y = torch.cat(last, -1)  # [B,6d]
         y = y + self.proj_2(self.dropout(F.relu(self.proj_1(y))))  # [B,6d]
-        return dict(pred=self.out(y)[:, 0])
+        return dict(pred=self.answer(self.out(y)))

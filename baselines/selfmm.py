@@ -96,6 +96,8 @@ class SelfLabelled(Baseline):
         lr_audio: AtLeast(0) = 1.0    # learning rate of the audio LSTM, as a multiple of lr
         lr_vision: AtLeast(0) = 1.0   # learning rate of the video LSTM, as a multiple of lr
 
+    label_kinds = ('regression',)
+    no_classes = 'the labels that it generates need a sign, positive or negative'
     lr_parts = ('encoder', 'audio', 'vision')
     scorer = 'heads.fused'
     one_process = True  # because it stores labels and features of all train clips
@@ -115,8 +117,8 @@ class SelfLabelled(Baseline):
         feature [B,d_m] that each head computes, in one dict. """
         scores, features = {}, {}
         for m, v in vectors.items():
-            score, feature = self.heads[m](v)  # [B], [B,d_m]
-            scores['pred' if m == 'fused' else m] = score
+            score, feature = self.heads[m](v)  # [B,1], [B,d_m]
+            scores['pred' if m == 'fused' else m] = self.answer(score)  # [B]
             features['feature_' + m] = feature
         return scores | features
 

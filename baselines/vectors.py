@@ -49,7 +49,7 @@ class SubNet(nn.Module):
 class Late(Pooled):
     """ Late fusion, the control without interaction between streams. Each stream of late_streams
     gives a score, from a linear layer on the sentence vector or on an LSTM's last state; pred is
-    their sum. With one stream it is a unimodal system. """
+    their sum. For classes, the logits are summed. With one stream it is a unimodal system. """
 
     class Knobs(Pooled.Knobs, SubNetKnobs):
         late_streams: Literal['text', 'audio', 'vision'] = ['text', 'audio', 'vision']  # summed
@@ -58,14 +58,20 @@ class Late(Pooled):
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
-        widths = facts.widths
-        if missing := [m for m in k['late_streams'] if m != 'text' and m not in widths]:
+        self.widths = facts.widths
+        if missing := [m for m in k['late_streams'] if m != 'text' and m not in self.widths]:
             raise ModelError(f"late_streams={k['late_streams']} lists {missing[0]}, but this "
                              f"corpus has no {missing[0]}: leave it out.")
         self.readers = nn.ModuleDict()
         for m, d, p in zip(STREAMS, k['sub_widths'], k['sub_dropouts']):
             if m in k['late_streams']:
-                self.readers[m] = nn.Linear(D, 1) if m == 'text' else Recurrent(widths[m], d, 1, p)
+                self.readers[m] = self.reader(m, D, d, p)
+
+    def reader(self, m, D, d, dropout):
+        """ The module that gives the score of stream m, or its logits of the classes. """
+        if m == 'text':
+            return nn.Linear(D, self.n_out)
+        return Recurrent(self.widths[m], d, self.n_out, dropout)
 
     @classmethod
     def check(cls, k):
@@ -88,10 +94,10 @@ class Late(Pooled):
         scores = {}
         for m, reader in self.readers.items():
             if m == 'text':
-                y = reader(self.text_vector(x, batch))  # [B,1]
+                y = reader(self.text_vector(x, batch))  # [B,n_out]
             else:
-                y = reader(batch[m], batch[m + '_len'])  # [B,1]
-            scores[m] = y[:, 0]  # [B]
+                y = reader(batch[m], batch[m + '_len'])  # [B,n_out]
+            scores[m] = self.answer(y)  # [B] or [B,K]
         return dict(pred=sum(scores.values())) | scores
 
 
@@ -135,11 +141,12 @@ class LFDNN(Vectors):
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
-        self.head = Head(sum(self.widths.values()), k['post_width'], k['dropout'])
+        width = sum(self.widths.values())
+        self.head = Head(width, k['post_width'], k['dropout'], self.n_out)
 
     def fuse(self, x, batch):
-        score, _ = self.head(torch.cat(self.vectors(x, batch), -1))  # [B]
-        return dict(pred=score)
+        y, _ = self.head(torch.cat(self.vectors(x, batch), -1))  # [B,n_out]
+        return dict(pred=self.answer(y))
 
 
 class TFN(Vectors):
@@ -154,17 +161,20 @@ class TFN(Vectors):
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
-        self.low, self.high = facts.labels[k['label']]['range']
+        self.range = facts.labels[k['label']].get('range')  # classes have none
         n = 1
         for width in self.widths.values():
             n *= 1 + width
-        self.head = Head(n, k['post_width'], k['dropout'])
+        self.head = Head(n, k['post_width'], k['dropout'], self.n_out)
 
     def fuse(self, x, batch):
         a, v, t = (F.pad(y, (1, 0), value=1.0) for y in self.vectors(x, batch))  # [B,1+d_m] each
         tensor = torch.einsum('bi,bj,bk->bijk', a, v, t).flatten(1)  # [B,(1+d_a)(1+d_v)(1+d_t)]
-        score, _ = self.head(tensor)  # [B]
-        pred = self.low + (self.high - self.low) * torch.sigmoid(score)  # [B]
+        y, _ = self.head(tensor)  # [B,n_out]
+        pred = self.answer(y)  # [B] or [B,K]
+        if self.range:
+            low, high = self.range
+            pred = low + (high - low) * torch.sigmoid(pred)  # [B]
         return dict(pred=pred, tensor=tensor)
 
 
@@ -181,16 +191,19 @@ class LMF(Vectors):
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
-        R = k['lmf_rank']
-        self.factors = nn.ParameterDict({
-            m: nn.Parameter(nn.init.xavier_normal_(torch.empty(R, 1 + d, 1))[..., 0])
-            for m, d in self.widths.items()})  # [R,1+d_m] each
+        R, n_out = k['lmf_rank'], self.n_out
+        self.factors = nn.ParameterDict()
+        for m, d in self.widths.items():
+            factor = nn.init.xavier_normal_(torch.empty(R, 1 + d, n_out))  # [R,1+d_m,n_out]
+            factor = factor.permute(2, 0, 1).reshape(n_out * R, 1 + d)  # [n_out R,1+d_m]
+            self.factors[m] = nn.Parameter(factor)
         self.fusion_weights = nn.Parameter(nn.init.xavier_normal_(torch.empty(1, R)))  # [1,R]
-        self.fusion_bias = nn.Parameter(torch.zeros(1))
+        self.fusion_bias = nn.Parameter(torch.zeros(n_out))
 
     def fuse(self, x, batch):
         ones = [F.pad(y, (1, 0), value=1.0) for y in self.vectors(x, batch)]  # 3x [B,1+d_m]
         # iterate over self.widths: a ParameterDict sorts its names
-        a, v, t = (y @ self.factors[m].T for y, m in zip(ones, self.widths))  # 3x [B,R]
-        y = (a * v * t) @ self.fusion_weights.T  # [B,1]
-        return dict(pred=y[:, 0] + self.fusion_bias)
+        a, v, t = (y @ self.factors[m].T for y, m in zip(ones, self.widths))  # 3x [B,n_out R]
+        y = (a * v * t).unflatten(1, (self.n_out, -1))  # [B,n_out,R]
+        y = (y @ self.fusion_weights.T)[..., 0] + self.fusion_bias  # [B,n_out]
+        return dict(pred=self.answer(y))

@@ -64,7 +64,7 @@ class TinyCorpus:
         self.widths = dict(audio=5, vision=7) if widths is None else widths
         self.n_clips = dict(train=6)
         self.labels = dict(label=dict(kind='regression', range=list(label_range)),
-                           emotion=dict(kind='classes', names=['joy', 'anger']))
+                           emotion=dict(kind='classes', names=['joy', 'anger', 'fear']))
 
     def lengths(self, split, stream):
         return np.array([4, 8, 8])
@@ -268,8 +268,48 @@ def test_wrong_knobs_give_one_sentence_each(cls, knobs, sentence):
 def test_knobs_that_do_not_fit_the_encoder_or_the_corpus_are_refused():
     with pytest.raises(ModelError, match='past the 40 positions'):
         tiny_baseline(MISA, max_text_len=41)
-    with pytest.raises(ModelError, match="label='emotion' has classes"):
-        tiny_baseline(TFN, label='emotion')
+    with pytest.raises(ModelError, match='weight_mpr and weight_eioi compare scores'):
+        tiny_baseline(TFN, label='emotion', weight_mpr=0.1)
+
+
+@pytest.mark.parametrize('cls', [c for c in NAMES if not issubclass(c, SelfLabelled)])
+def test_classes_have_probabilities_and_a_cross_entropy(cls):
+    model, batch = tiny_baseline(cls, label='emotion').eval(), tiny_batch()
+    batch |= dict(label=torch.tensor([1, 0, 2]), epoch=torch.tensor(0))
+    with torch.no_grad():
+        out = model.predict(batch)
+        loss = model(batch)
+    assert out['prob'].shape == (3, 3) and set(out) == {'pred', 'prob'}
+    torch.testing.assert_close(out['prob'].sum(1), torch.ones(3))
+    assert torch.equal(out['pred'], out['prob'].argmax(1).float())
+    right = out['prob'][torch.arange(3), batch['label']]  # [B]
+    torch.testing.assert_close(loss['terms']['task'], -right.log().mean())
+
+
+def test_late_fusion_of_classes_adds_logits():
+    """ The ratio of two probabilities is a product over the streams. """
+    model, batch = tiny_baseline(Late, label='emotion').eval(), tiny_batch()
+    other = batch | {name: v.flip(0) for name, v in batch.items() if name.startswith('vision')}
+    swapped = dict(tokens=batch['tokens'].flip(0) % 60)
+
+    def log_ratio(batch):
+        prob = model.predict(batch)['prob']  # [B,K]
+        return (prob[:, 0] / prob[:, 1]).log()  # [B]
+
+    with torch.no_grad():
+        change = log_ratio(batch | swapped) - log_ratio(batch)
+        change_other = log_ratio(other | swapped) - log_ratio(other)
+    torch.testing.assert_close(change, change_other, rtol=1e-3, atol=1e-5)
+    assert change.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('cls', [SelfMM, TETFN])
+def test_generated_labels_refuse_classes_with_the_reason(cls):
+    message = (f"label='emotion' has classes, and system='{NAMES[cls]}' cannot learn them, because "
+               "the labels that it generates need a sign, positive or negative: choose a label "
+               "with scores")
+    with pytest.raises(ModelError, match=message):
+        tiny_baseline(cls, label='emotion')
 
 
 @each_system
@@ -696,7 +736,7 @@ def test_an_unknown_dataset_is_refused_with_a_sentence():
 
 
 @pytest.mark.parametrize('flags, sentence', [
-    (['--label=emotion', '--select=wf1'], "'emotion'"),
+    (['--label=emotion', '--select=wf1', '--weight_mpr=0.1'], 'has classes, which have no order'),
     (['--late_streams=text,video'], "'video' is none of text, audio, vision"),
     (['--sub_widths=5,5'], 'must be a list of 3 numbers'),
     (['--kernels=5,5,5'], 'is a knob of mult, tetfn, not of'),
