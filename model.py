@@ -1,7 +1,7 @@
 """
 The systems on language models, and SYSTEMS, the dict of all systems by name.
 
-DeepMLF, MSE-Adapter and CMPTA use a frozen LM, CrossSent fine-tunes an encoder. The LM and the
+DeepMLF, MSE-Adapter and CMPTA use a frozen LM. CrossSent is in crosssent.py. The LM and the
 audiovisual encoder can also be trained by themselves. Each is one class with the contract of
 system.py. The baselines are in baselines/.
 
@@ -26,23 +26,20 @@ from torch.utils.checkpoint import checkpoint
 
 from adapters import (
     CMPTA,
-    GMRA,
     AVEncoder,
     FreeTokens,
     MMBlock,
     MSEAdapter,
-    attention_of_last_layer,
     augment_embeddings,
-    frames_on_tokens,
     inputs_of,
     masked_mean,
-    text_vector,
 )
 from baselines.all import BASELINES
 from baselines.lora_lm import LoRALM
 from configurator import AtLeast, Share
-from lm import EncoderKnobs, LMKnobs, ModelError, NewModelKnobs
-from losses import UNITS, OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, mse, ordinal_loss
+from crosssent import CORAL, CrossSent
+from lm import LMKnobs, ModelError, NewModelKnobs
+from losses import OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, ordinal_loss
 from prompts import Prompt, PromptKnobs, rated_texts
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
 from run.lm_compare import known_lm
@@ -53,11 +50,10 @@ from run.load_lm import (
     load_frozen_lm,
     load_tokenizer,
     refuse_unknown_tokens,
-    specials,
 )
-from run.new_lm import load_text_encoder, new_lm
+from run.new_lm import new_lm
 from run.texts import texts_as_read
-from system import System, weight_groups
+from system import System
 
 # --------------------------------------------------------------------------------------------------
 # The two prerequisites of DeepMLF: an LM, and an audiovisual encoder
@@ -840,101 +836,9 @@ class CMPTALM(PseudoTokenLM):
 
 
 # --------------------------------------------------------------------------------------------------
-# CrossSent
-
-class CrossSent(System):
-    """
-    CrossSent (Liu et al. 2026): a Gated Multimodal Residual Adapter (GMRA) adds audio and video to
-    the hidden states of a fine-tuned encoder before layer gmra_layer. A head of two linear layers
-    reads the score from the first token. Loss: MSE and the ordinal regularisers (losses.py).
-    """
-
-    class Knobs(EncoderKnobs, OrdinalKnobs):
-        gmra_layer: AtLeast(0) = 1    # encoder layer, from 1, before which GMRA runs; 0: text only
-        gmra_width: AtLeast(0) = 0    # d, width of the GMRA; 0: the encoder's width
-        gmra_heads: AtLeast(0) = 0    # attention heads; 0: as many as the encoder has
-        gmra_mult: AtLeast(0.1) = 4.0  # hidden width of the residual adapter, in encoder widths
-        gmra_concat: Literal['sequence', 'features'] = 'sequence'  # how audio and video are joined
-        gmra_start: Literal['identity', 'random'] = 'identity'  # 'identity': no effect at first
-        resample: Literal['linear', 'mean', 'words', 'none'] = 'linear'  # of frames to text tokens
-        text_pool: Literal['first', 'mean'] = 'first'  # first token, or mean of tokens
-        lr_encoder: AtLeast(0) = 1.0  # factor of the learning rate for the encoder's own weights
-        dropout: Share() = 0.1        # in the GMRA and the head
-
-    units = UNITS | dict(task='squared label units')
-
-    def __init__(self, encoder, tokenizer, widths, k):
-        super().__init__()
-        self.encoder, self.k, D = encoder, k, encoder.width
-        if not 0 <= k['gmra_layer'] <= encoder.n_layers:
-            raise ModelError(f"gmra_layer={k['gmra_layer']} must be from 1 to {encoder.n_layers}, "
-                             "the layers of this encoder, or 0 for no GMRA.")
-        encoder.fits(k['max_text_len'])
-        if k['gmra_concat'] == 'features' and k['resample'] == 'none':
-            raise ModelError("gmra_concat='features' joins audio and video along features, so "
-                             "both must be resampled to the text's tokens: take another resample.")
-        self.ends = [len(tokens) for tokens in specials(tokenizer)]
-        self.gmra = None
-        if k['gmra_layer'] and widths:
-            self.gmra = GMRA(
-                widths, D, k['gmra_width'] or D, k['gmra_heads'] or encoder.n_heads,
-                k['gmra_mult'], k['gmra_concat'], k['gmra_start'], k['dropout'])
-        self.head = nn.Sequential(
-            nn.Linear(D, D), nn.Tanh(), nn.Dropout(k['dropout']), nn.Linear(D, 1))
-
-    @classmethod
-    def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
-        texts = [] if trained else texts_as_read(facts, cls, k, 'train')
-        encoder, tokenizer = load_text_encoder(k, texts, folder, trained, as_data)
-        return cls.assemble(k, facts, encoder, tokenizer), tokenizer
-
-    @classmethod
-    def assemble(cls, k, facts, encoder, tokenizer):
-        widths = {s: facts.widths[s] for s in k['modalities'] if s in facts.widths}
-        return cls(encoder, tokenizer, widths, k)
-
-    @classmethod
-    def makes_files(cls, k):
-        return k['lm'] == 'new'
-
-    @classmethod
-    def needs_words(cls, k):
-        return k['resample'] == 'words'
-
-    def predict(self, batch):
-        mask = batch['text_mask']  # [B,T]
-        frames = None
-        if self.gmra is not None:
-            frames = frames_on_tokens(batch, self.gmra.proj, self.ends, self.k['resample'])
-        x = self.encoder.embed(batch['tokens'])  # [B,T,D]
-        for l in range(self.encoder.n_layers):
-            if self.gmra is not None and l + 1 == self.k['gmra_layer']:
-                x = self.gmra(x, frames)
-            x = self.encoder.layer(l, x, mask)
-        with torch.autocast(x.device.type, enabled=False):
-            y = text_vector(x.float(), mask, self.k['text_pool'])  # [B,D]
-            return dict(pred=self.head(y)[:, 0])  # [B]
-
-    def forward(self, batch):
-        pred, label = self.predict(batch)['pred'], batch['label']  # [B], [B]
-        terms, ordinal = ordinal_loss(pred, label, self.k, batch)
-        terms['task'] = mse(pred, label)
-        return dict(loss=terms['task'] + ordinal, terms=terms)
-
-    def param_groups(self):
-        """ As System.param_groups, with the factor lr_encoder for the encoder's own weights. """
-        return weight_groups(self, dict(encoder=self.k['lr_encoder']))
-
-    def views(self, batch, predict):
-        return attention_of_last_layer(self.encoder, predict, batch)
-
-    def fused(self, batch, predict):
-        return inputs_of(self.head, predict, batch)
-
-
-# --------------------------------------------------------------------------------------------------
 # All systems, by the name that the knob `system` takes
 
 SYSTEMS = dict(
     lm=LanguageModel, av=AVModel, deepmlf=DeepMLF, mse=MSEAdapterLM, cmpta=CMPTALM,
-    prompt_tuning=PromptTuning, crosssent=CrossSent, lora_lm=LoRALM, **BASELINES)
+    prompt_tuning=PromptTuning, crosssent=CrossSent, coral=CORAL, lora_lm=LoRALM,
+    **BASELINES)

@@ -1,0 +1,200 @@
+"""
+CrossSent, which fine-tunes a text encoder with a gate for audio and video, and CORAL, the control
+of its ordinal losses: the same network with another head.
+
+Axis letters: B clips, T text tokens, D width of the encoder, K levels of the score.
+"""
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from adapters import GMRA, attention_of_last_layer, frames_on_tokens, inputs_of, text_vector
+from configurator import AtLeast, Share
+from lm import EncoderKnobs
+from losses import UNITS, OrdinalKnobs, mse, ordinal_loss
+from run.errors import ModelError
+from run.load_lm import specials
+from run.new_lm import load_text_encoder
+from run.texts import texts_as_read
+from system import System, weight_groups
+
+
+class GMRAKnobs(EncoderKnobs):
+    gmra_layer: AtLeast(0) = 1    # encoder layer, from 1, before which GMRA runs; 0: text only
+    gmra_width: AtLeast(0) = 0    # d, width of the GMRA; 0: the encoder's width
+    gmra_heads: AtLeast(0) = 0    # attention heads; 0: as many as the encoder has
+    gmra_mult: AtLeast(0.1) = 4.0  # hidden width of the residual adapter, in encoder widths
+    gmra_concat: Literal['sequence', 'features'] = 'sequence'  # how audio and video are joined
+    gmra_start: Literal['identity', 'random'] = 'identity'  # 'identity': no effect at first
+    resample: Literal['linear', 'mean', 'words', 'none'] = 'linear'  # of frames to text tokens
+    text_pool: Literal['first', 'mean'] = 'first'  # first token, or mean of tokens
+    lr_encoder: AtLeast(0) = 1.0  # factor of the learning rate for the encoder's own weights
+    dropout: Share() = 0.1        # in the GMRA and the head
+
+
+class GMRAEncoder(System):
+    """
+    The network of CrossSent (Liu et al. 2026): a Gated Multimodal Residual Adapter (GMRA) adds
+    audio and video to the hidden states of a fine-tuned encoder before layer gmra_layer. A head of
+    two linear layers reads one score from the sentence vector.
+    """
+
+    class Knobs(GMRAKnobs):
+        pass
+
+    def __init__(self, encoder, tokenizer, widths, k):
+        """ encoder: TextEncoder; widths: stream -> width; k: the knobs, a dict. """
+        super().__init__()
+        self.encoder, self.k, D = encoder, k, encoder.width
+        if not 0 <= k['gmra_layer'] <= encoder.n_layers:
+            raise ModelError(f"gmra_layer={k['gmra_layer']} must be from 1 to {encoder.n_layers}, "
+                             "the layers of this encoder, or 0 for no GMRA.")
+        encoder.fits(k['max_text_len'])
+        if k['gmra_concat'] == 'features' and k['resample'] == 'none':
+            raise ModelError("gmra_concat='features' joins audio and video along features, so "
+                             "both must be resampled to the text's tokens: take another resample.")
+        self.ends = [len(tokens) for tokens in specials(tokenizer)]
+        self.gmra = None
+        if k['gmra_layer'] and widths:
+            self.gmra = GMRA(
+                widths, D, k['gmra_width'] or D, k['gmra_heads'] or encoder.n_heads,
+                k['gmra_mult'], k['gmra_concat'], k['gmra_start'], k['dropout'])
+        self.head = nn.Sequential(
+            nn.Linear(D, D), nn.Tanh(), nn.Dropout(k['dropout']), nn.Linear(D, 1))
+
+    @classmethod
+    def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
+        texts = [] if trained else texts_as_read(facts, cls, k, 'train')
+        encoder, tokenizer = load_text_encoder(k, texts, folder, trained, as_data)
+        return cls.assemble(k, facts, encoder, tokenizer), tokenizer
+
+    @classmethod
+    def assemble(cls, k, facts, encoder, tokenizer):
+        widths = {s: facts.widths[s] for s in k['modalities'] if s in facts.widths}
+        return cls(encoder, tokenizer, widths, k)
+
+    @classmethod
+    def makes_files(cls, k):
+        return k['lm'] == 'new'
+
+    @classmethod
+    def needs_words(cls, k):
+        return k['resample'] == 'words'
+
+    def score(self, batch):
+        """ What the head reads from the sentence vectors of a batch -> [B]. """
+        mask = batch['text_mask']  # [B,T]
+        frames = None
+        if self.gmra is not None:
+            frames = frames_on_tokens(batch, self.gmra.proj, self.ends, self.k['resample'])
+        x = self.encoder.embed(batch['tokens'])  # [B,T,D]
+        for l in range(self.encoder.n_layers):
+            if self.gmra is not None and l + 1 == self.k['gmra_layer']:
+                x = self.gmra(x, frames)
+            x = self.encoder.layer(l, x, mask)
+        with torch.autocast(x.device.type, enabled=False):
+            y = text_vector(x.float(), mask, self.k['text_pool'])  # [B,D]
+            return self.head(y)[:, 0]
+
+    def param_groups(self):
+        """ As System.param_groups, with the factor lr_encoder for the encoder's own weights. """
+        return weight_groups(self, dict(encoder=self.k['lr_encoder']))
+
+    def views(self, batch, predict):
+        return attention_of_last_layer(self.encoder, predict, batch)
+
+    def fused(self, batch, predict):
+        return inputs_of(self.head, predict, batch)
+
+
+class CrossSent(GMRAEncoder):
+    """ CrossSent (Liu et al. 2026). Loss: MSE and the ordinal regularisers (losses.py). """
+
+    class Knobs(GMRAKnobs, OrdinalKnobs):
+        pass
+
+    units = UNITS | dict(task='squared label units')
+
+    def predict(self, batch):
+        return dict(pred=self.score(batch))  # [B]
+
+    def forward(self, batch):
+        pred, label = self.score(batch), batch['label']  # [B], [B]
+        terms, ordinal = ordinal_loss(pred, label, self.k, batch)
+        terms['task'] = mse(pred, label)
+        return dict(loss=terms['task'] + ordinal, terms=terms)
+
+
+class CORAL(GMRAEncoder):
+    """
+    CORAL (Cao, Mirjalili, Raschka 2020) on CrossSent's network, in place of MSE, MPR and EIOI. The
+    score passes RankLevels. --gmra_layer=0 gives CORAL on the text alone. CORAL is for ordered
+    classes; CrossSent's paper names it, and does not state how it would be applied to scores.
+    """
+
+    class Knobs(GMRAKnobs):
+        level_step: AtLeast(0.001) = 0.1  # distance of neighbouring levels, in label units
+
+    no_classes = 'its binary tasks need labels with an order'
+    units = UNITS | dict(task='nats per threshold')
+
+    def __init__(self, encoder, tokenizer, widths, k, label_range):
+        """ label_range: the lowest and the highest label. """
+        super().__init__(encoder, tokenizer, widths, k)
+        self.levels = RankLevels(*label_range, k['level_step'])
+
+    @classmethod
+    def assemble(cls, k, facts, encoder, tokenizer):
+        cls.refuse_other_label(k, facts.labels[k['label']])
+        widths = {s: facts.widths[s] for s in k['modalities'] if s in facts.widths}
+        return cls(encoder, tokenizer, widths, k, facts.labels[k['label']]['range'])
+
+    def predict(self, batch):
+        return dict(pred=self.levels.score(self.levels(self.score(batch))))  # [B]
+
+    def forward(self, batch):
+        task = self.levels.loss(self.levels(self.score(batch)), batch['label'])
+        return dict(loss=task + 0.0, terms={'task': task})
+
+
+class RankLevels(nn.Module):
+    """
+    The rank-consistent output of CORAL (Cao et al. 2020, eqs. 1-5), for the score of any system.
+
+    The range of the label is divided into K levels. Threshold t_k is between level k and the next,
+    and a binary task asks whether the label is above it: P(y > t_k) = sigmoid(score + b_k). All
+    tasks share the weights behind the score and differ in b_k alone, so their answers are
+    consistent: at the optimum b_1 >= b_2 >= .. (Theorem 1). The loss is the binary cross-entropy of
+    all tasks, with equal weights. It is their mean; the paper has the sum, which grows with K.
+
+    b_k starts at -t_k, so that the first predictions are the scores. (The release starts at 0, its
+    later package between 1 and 0: with many levels and few steps, b would hardly get apart.)
+    """
+    def __init__(self, low, high, step):
+        """ low, high: the lowest and the highest level; step: between levels, in label units. """
+        super().__init__()
+        n = round((high - low) / step)
+        if n < 1 or abs(n * step - (high - low)) > 1e-6:
+            raise ModelError(f"level_step={step:g} does not divide the range of the labels, "
+                             f"{low:g} to {high:g}, into equal levels: choose a divisor.")
+        self.low, self.step = low, step
+        thresholds = low + step * (torch.arange(n) + 0.5)  # [K-1]
+        self.register_buffer('thresholds', thresholds, persistent=False)
+        self.biases = nn.Parameter(-thresholds)
+
+    def forward(self, score):
+        """ score [B] -> logits of P(y > t_k) [B,K-1]. """
+        return score[:, None] + self.biases
+
+    def loss(self, logits, label):
+        """ logits [B,K-1], label [B] -> [] """
+        above = (label[:, None] > self.thresholds).float()  # [B,K-1]
+        return F.binary_cross_entropy_with_logits(logits, above)
+
+    def score(self, logits):
+        """ The level that as many thresholds are below as have P > 0.5: [B,K-1] -> [B]. """
+        n_above = (logits > 0).sum(-1)  # [B]
+        score = self.low + self.step * n_above  # [B]
+        return score.where(logits.isfinite().all(-1), torch.nan)  # a count would hide a NaN
