@@ -19,13 +19,13 @@ toy = dict(
     epochs=16, warmup_epochs=1.0, patience=10, lr=2e-3, gmra_layer=2, gmra_start='random')
 mosi = dict(
     corpus='MOSI/Processed/unaligned_50.pkl', lm='roberta-base', batch_size=32, epochs=20, lr=5e-4,
-    lr_encoder=0.1)
+    lr_encoder=0.1, select='r2')
 mosei = dict(
     corpus='MOSEI/Processed/unaligned_50.pkl', lm='roberta-base', batch_size=32, epochs=10,
-    warmup_epochs=1.0, patience=4, lr=3e-4, lr_encoder=0.1)
+    warmup_epochs=1.0, patience=4, lr=3e-4, lr_encoder=0.1, select='r2')
 sims = dict(
     corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, epochs=20,
-    lr=5e-4, lr_encoder=0.1)
+    lr=5e-4, lr_encoder=0.1, select='r2')
 minilm = dict(
     corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', text_pool='mean',
     resample='none', batch_size=32, epochs=8, lr=1e-3, lr_encoder=0.1, dropout=0.3, gmra_layer=6,

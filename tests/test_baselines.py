@@ -16,7 +16,7 @@ from baselines.almt import ALMT
 from baselines.crossmodal import CrossStack
 from baselines.mag import MAG, MAGBERT
 from baselines.misa import MISA, cmd, orthogonality
-from baselines.mmim import MMIM
+from baselines.mmim import MMIM, Entropy, contrast, covariance
 from baselines.mult import MulT
 from baselines.selfmm import TETFN, SelfLabelled, SelfMM, UnimodalLabels
 from baselines.vectors import LFDNN, LMF, TFN, Late
@@ -655,6 +655,48 @@ def test_unimodal_labels_of_a_step_are_used_from_the_next_step_on():
         assert moved == (epoch > 0)
     terms = model.eval()(batch)['terms']
     assert all(terms[m] == 0 for m in model.labels.streams)
+
+
+def test_mmim_trains_q_by_its_likelihood_and_the_others_by_the_rest():
+    model = tiny_baseline(MMIM).train()
+    batch = tiny_batch() | dict(label=torch.tensor([1.0, -1.0, 0.0]), epoch=torch.tensor(0))
+    terms = model(batch)['terms']
+    weights = dict(model.named_parameters())
+    of_q = {name for name in weights if name.startswith('q.')}
+
+    def moved(loss):
+        grads = torch.autograd.grad(loss, weights.values(), retain_graph=True, allow_unused=True)
+        return {name for name, grad in zip(weights, grads) if grad is not None}
+
+    assert moved(terms['q']) == of_q
+    assert not moved(terms['task'] + terms['cpc'] + terms['bound']) & of_q
+    assert {'audio.out.weight', 'vision.out.weight'} <= moved(terms['bound'])
+
+
+def test_mmims_entropy_is_that_of_two_batches_with_a_gaussian_for_each_sign():
+    torch.manual_seed(0)
+    entropy, y = Entropy(8, 2, 5), torch.randn(2, 5, 8)  # 2 batches of 5 clips
+    group = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 0, -1]])  # -1 is in neither
+    entropy.remember(y[0], group[0])
+    projected = torch.tanh(y @ entropy.weight.T).double()  # [2,5,2]
+    expected = 0.0
+    for i in (0, 1):
+        members = projected[group == i].numpy()  # [4 or 5,2]
+        sigma = np.cov(members.T, bias=True) + 1e-4 * np.eye(2)
+        expected += 0.25 * np.log(np.linalg.det(sigma))
+    assert float(entropy(y[1], group[1])) == pytest.approx(expected, abs=1e-4)
+    entropy.remember(y[1][:2], group[1][:2])  # a smaller batch leaves nothing of the one before
+    assert entropy.memory_group.tolist() == [1, 1, -1, -1, -1]
+    nobody = torch.zeros(5, dtype=torch.bool)
+    assert torch.equal(covariance(y[0], nobody), 1e-4 * torch.eye(8))
+
+
+def test_mmims_contrast_by_hand():
+    """ Vectors that point to their own prediction: cosines of 1 and 0, whatever their lengths. """
+    x = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    e = np.e
+    assert float(contrast(x, 5 * x)) == pytest.approx(-np.log(e / (e + 1)))
+    assert float(contrast(x, 5 * x.flip(0))) == pytest.approx(-np.log(1 / (e + 1)))
 
 
 def test_the_last_incomplete_accumulation_is_a_step(corpora, tmp_path):

@@ -1,5 +1,6 @@
 """
-CrossSent: the fine-tuned encoder, GMRA, the ordinal losses, frames on tokens, zero-shot evaluation.
+CrossSent: the fine-tuned encoder, GMRA, the ordinal losses, frames on tokens, zero-shot evaluation;
+and CORAL, which has another head.
 
     python -m pytest -q tests/test_crosssent.py
 """
@@ -15,8 +16,11 @@ from safetensors.torch import load_file
 import data
 import eval as evaluation
 from adapters import GMRA, frames_on_tokens, resample_to_tokens
+from configurator import declared_knobs, run_knobs
+from crosssent import RankLevels
 from data import Feed
 from fakes import (
+    HERE,
     KNOBS,
     TINY,
     TinyTokenizer,
@@ -32,9 +36,10 @@ from fakes import (
     tiny_lm,
     train,
 )
-from lm import ModelError, TextEncoder
+from lm import TextEncoder
 from losses import eioi_loss, mpr_loss, ordinal_loss
-from model import AVModel, CrossSent
+from model import SYSTEMS, AVModel, CrossSent
+from run.errors import ModelError
 
 CROSS_KNOBS = knobs_of_system(
     CrossSent,
@@ -501,3 +506,92 @@ def test_lr_encoder_changes_only_the_encoder_and_the_ramp_starts_at_zero(corpora
     assert different and all(k.startswith('model.encoder.') for k in different)
     log = json.loads(open(tmp_path / '0.0' / 'log.jsonl').readline())['train']
     assert log['loss'] == log['task'] and log['mpr'] > 0
+
+
+# -------------------------------------------------------------------------------------------------
+# CORAL
+
+
+def test_rank_levels_equal_corals_equations_by_hand():
+    levels = RankLevels(-1, 1, 1.0)  # levels -1, 0, 1; thresholds -0.5, 0.5
+    score, label = torch.tensor([0.2, -3.0]), torch.tensor([1.0, 0.4])
+    logits = levels(score).detach()
+    torch.testing.assert_close(logits, torch.tensor([[0.7, -0.3], [-2.5, -3.5]]))
+    above = [[1, 1], [1, 0]]
+    total = 0.0
+    for i in range(2):
+        for k in range(2):
+            p = 1 / (1 + np.exp(-float(logits[i, k])))
+            total -= np.log(p if above[i][k] else 1 - p)
+    assert float(levels.loss(logits, label)) == pytest.approx(total / 4, abs=1e-6)
+    assert levels.score(logits).tolist() == [0.0, -1.0]
+
+
+def test_rank_levels_start_as_the_score_rounded_to_a_level():
+    levels, score = RankLevels(-3, 3, 0.1), torch.linspace(-4, 4, 81)
+    torch.testing.assert_close(
+        levels.score(levels(score)), score.clamp(-3, 3), rtol=0, atol=0.0501
+    )
+    assert levels.score(levels(torch.tensor([torch.nan]))).isnan().all()
+
+
+def test_biases_out_of_order_come_into_order():
+    """Theorem 1: at the optimum the biases descend, so no answer contradicts another."""
+    torch.manual_seed(0)
+    levels, label = RankLevels(-1, 1, 0.5), torch.rand(200) * 2 - 1
+    levels.biases.data = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    score = label + 0.3 * torch.randn(200)
+    optimizer = torch.optim.Adam([levels.biases], lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        levels.loss(levels(score), label).backward()
+        optimizer.step()
+    assert (levels.biases.diff() < 0).all()
+
+
+@pytest.mark.parametrize(
+    'flags, sentence',
+    [
+        (['--level_step=0.7'], 'level_step=0.7 does not divide the range of the labels, -3 to 3'),
+        (['--weight_mpr=0.1'], 'weight_mpr on the command line is a knob of .* not of'),
+        (
+            ['--label=emotion', '--select=wf1'],
+            "system='coral' cannot learn them, because its binary tasks need labels with an order",
+        ),
+    ],
+)
+def test_coral_refuses_what_it_cannot_learn(flags, sentence, corpora, tmp_path):
+    with pytest.raises(SystemExit, match=sentence):
+        train(
+            'config/baseline_coral.py',
+            f'--data_dir={corpora}',
+            f'--out_dir={tmp_path}/run',
+            *TINY,
+            '--lm_vocab=60',
+            *flags,
+        )
+
+
+@pytest.mark.parametrize('dataset', ['toy', 'mosi', 'mosei', 'sims', 'minilm'])
+def test_coral_trains_with_the_settings_of_crosssent(dataset):
+    """So that the two differ in the loss alone."""
+
+    def knobs_of(config, *flags):
+        argv = [str(HERE / 'config' / f'{config}.py'), *flags]
+        return run_knobs(argv, *declared_knobs(HERE / 'train.py'), SYSTEMS)[1]
+
+    names = dict(toy='toy', minilm='mosi_minilm')
+    theirs = knobs_of(f'crosssent_{names.get(dataset, dataset)}')
+    ours = knobs_of('baseline_coral', f'--dataset={dataset}')
+    free = {'system', 'dataset', 'log_interval'}
+    assert {k: (ours[k], v) for k, v in theirs.items() if k in ours and k not in free
+            and ours[k] != v} == {}
+
+
+def test_a_killed_run_of_coral_resumes_bitwise(corpora, tmp_path):
+    flags = [f'--data_dir={corpora}', *TINY, '--max_steps=6', '--save_interval=2', '--lm_vocab=60']
+    train('config/baseline_coral.py', *flags, f'--out_dir={tmp_path}/whole')
+    with killed_in_batch(5):
+        train('config/baseline_coral.py', *flags, f'--out_dir={tmp_path}/killed')
+    train('config/baseline_coral.py', *flags, f'--out_dir={tmp_path}/killed', '--resume=True')
+    same_run(tmp_path / 'whole', tmp_path / 'killed')
