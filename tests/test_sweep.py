@@ -24,7 +24,8 @@ from fakes import HERE, TINY, forge, tiny_batch, tiny_deepmlf, train
 from metrics import claim, score_by
 from run.machine import hold_memory
 from run.report import EvalError
-from tools import figures, sweep
+from tools import bench_against, bench_worker, figures, sweep
+from tools.bench_plain import PlainPseudoTokens
 from tools.figures import tsne
 
 MAE = score_by(dict(kind='regression', range=[-3, 3]))[1]
@@ -355,7 +356,7 @@ def test_bench_measures_a_new_system_without_an_edit(way, tmp_path, capsys, monk
     config.write_text("system = 'new_prompt'\nprompt = 'toy'\nn_pseudo = 2\n")
     monkeypatch.setattr(sys, 'argv', ['bench.py', str(config), *SMALL_BENCH, f'--only={way}'])
     bench = runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
-    assert bench['plain_way'] is bench['PLAIN'][model.PseudoTokenLM]
+    assert bench['plain_way'](NewPrompt) is PlainPseudoTokens
     assert float(capsys.readouterr().out) >= 0
     hold_memory(False)
 
@@ -364,6 +365,23 @@ def test_bench_refuses_a_pretraining_stage(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['bench.py', str(HERE / 'config' / 'av_toy.py')])
     with pytest.raises(SystemExit, match='is a pretraining stage'):
         runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
+
+
+def test_bench_refuses_a_commit_that_git_does_not_know(tmp_path):
+    with pytest.raises(SystemExit, match="git cannot read against='no-commit'"):
+        bench_against.check_out('no-commit', str(tmp_path))
+
+
+def test_bench_says_why_another_version_cannot_run(tmp_path):
+    with pytest.raises(SystemExit, match='cannot run this benchmark: .*No module named .*tools'):
+        bench_against.Worker(str(tmp_path), {}, str(tmp_path))
+
+
+def test_bench_gives_another_version_the_knobs_that_it_has(monkeypatch):
+    monkeypatch.chdir(HERE)
+    knobs, unknown = bench_worker.own_knobs(dict(system='deepmlf', n_fusion=3, later=1))
+    assert (knobs['n_fusion'], knobs['batch_size']) == (3, 32)
+    assert unknown == ['later']
 
 
 def test_the_output_of_a_run_is_not_written_through_a_link(tmp_path, monkeypatch):

@@ -743,7 +743,7 @@ SMALL_LM = {
     'config/mse_mosei.py': ['--lm=out/lm_toy_rated-steps2', '--prompt=toy', '--label_plus=False'],
 }
 SMALL_BENCH = """
-    --bench_clips=3 --batch_size=2 --repeats=1 --lm_shape=2,32,2,500 --large_shape=2,64,2,500
+    --bench_clips=3 --batch_size=2 --repeats=1 --lm_shape=2,32,2,500
     --warmup_rounds=1 --timed_rounds=2
 """
 PAGES = ['README.md', *sorted(p.relative_to(HERE).as_posix() for p in HERE.glob('docs/*.md'))]
