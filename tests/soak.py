@@ -2,7 +2,7 @@
 Damaged inputs. A kind makes damaged inputs from a seed and gives each to the code, which must refuse
 it with one sentence or compute what it computes from the undamaged input.
 
-    python tests/test_trust.py --soak             all kinds of KINDS, some 2500 inputs
+    python tests/test_trust.py --soak             all kinds of KINDS, LONG inputs of each
     check(KINDS[name](places), n, seed, places)   n inputs of one kind
 
 Kinds are in damaged_corpora.py, bombs.py and damaged_runs.py.
@@ -121,3 +121,6 @@ def check(kind, n, seed, places):
 
 # The kinds, by name
 KINDS = CORPUS_KINDS | BOMB_KINDS
+# How many inputs of a kind the soak test has, and the suite
+LONG = dict(corpus=800, clip=600, source_bomb=100, clip_bomb=100, others=200)
+SHORT = dict(corpus=30, clip=30, source_bomb=5, clip_bomb=5, others=5)

@@ -24,11 +24,12 @@ import torch
 
 import data
 from corpora import convert as conversion
-from corpora import frames, padding, streams, toy
+from corpora import frames, padding, seal, streams, toy
 from corpora.convert import convert
 from corpora.describe import describe
 from corpora.lazy import Lazy, LazyArray
 from corpora.names import SPLITS, STREAMS, Summary
+from corpora.seal import N_PIECES, PIECE, whole_crc
 from corpora.sources import clip_text
 from corpora.unpickle import CorpusError, read_pickle
 from data import epoch_order, get_batch, open_corpus
@@ -525,6 +526,80 @@ def test_errors_name_the_damaged_file_of_a_corpus_folder(tmp_path):
     (Path(corpus.folder) / 'meta.json').write_text('{')
     with pytest.raises(CorpusError, match='meta.json'):
         open_corpus(corpus.folder)
+
+
+def change_byte(path, at, keep_time):
+    stat = path.stat()
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+    if keep_time:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def large_corpus(tmp_path):
+    """ A converted corpus with a file of 4.8 MB of frames, of which the checksum's sample is 1 MiB. """
+    source = msena(n=(60, 3, 2), L=2000, d_a=10)
+    for s in source.values():
+        s['audio_lengths'] = [s['audio'].shape[1]] * len(s['id'])
+    return converted(source, tmp_path)
+
+
+def test_a_changed_byte_of_a_corpus_is_found(tmp_path):
+    """
+    In a small file always; in the part of a large one that is not in the sample, if its time has
+    changed, and on demand.
+    """
+    corpus = large_corpus(tmp_path)
+    folder = Path(corpus.folder)
+    shutil.copytree(folder, tmp_path / 'copy')
+    change_byte(folder / 'test' / 'label.npy', -1, keep_time=True)
+    with pytest.raises(CorpusError, match='test/label.npy .* differs from what'):
+        open_corpus(folder)
+
+    step = ((folder / 'train' / 'audio.npy').stat().st_size - PIECE) // (N_PIECES - 1)
+    between = PIECE + (step - PIECE) // 2   # behind the first piece of the sample
+    copied = tmp_path / 'copy' / 'train' / 'audio.npy'
+    change_byte(copied, between, keep_time=True)
+    open_corpus(tmp_path / 'copy')
+    with pytest.raises(CorpusError, match='train/audio.npy'):
+        conversion.command_line([str(tmp_path / 'copy'), '--check'])
+    os.utime(copied)
+    with pytest.raises(CorpusError, match='train/audio.npy'):
+        open_corpus(tmp_path / 'copy')
+
+
+def test_a_copied_corpus_is_read_whole_once(tmp_path, monkeypatch):
+    """ A copy has new times. It gets the old ones back, and the next time samples are enough. """
+    corpus = large_corpus(tmp_path)
+    shutil.copytree(corpus.folder, tmp_path / 'copy', copy_function=shutil.copyfile)
+    read = []
+    monkeypatch.setattr(seal, 'whole_crc', lambda f: read.append(f.name) or whole_crc(f))
+    open_corpus(tmp_path / 'copy')
+    assert len(read) == 18   # six files of each split
+    open_corpus(tmp_path / 'copy')
+    assert len(read) == 18
+
+
+def test_one_long_clip_does_not_lengthen_the_others(tmp_path, monkeypatch):
+    """ Converting 300 clips, one of which is long, reads less than twice their numbers. """
+    lengths, real, read = [3] * 300, frames.Frames.rows, []
+    lengths[7] = 700_000
+    source = msena(n=(300, 3, 2))
+    for s in source.values():
+        s['audio'] = [np.full((n, 5), i + 1, 'f4') for i, n in enumerate(lengths[: len(s['id'])])]
+        del s['audio_lengths'], s['vision'], s['vision_lengths']
+
+    def rows(self, i, j, counts=None):
+        x = real(self, i, j, counts)
+        read.append(x.size)
+        return x
+
+    monkeypatch.setattr(frames.Frames, 'rows', rows)
+    corpus = converted(source, tmp_path)
+    assert corpus.lengths('train', 'audio').tolist() == lengths
+    assert all((corpus.frames('train', 'audio', i) == i + 1).all() for i in (6, 7, 8, 299))
+    assert sum(read) < 2 * 5 * sum(lengths)
 
 
 @pytest.mark.skipif(not MOSI.exists(), reason='shared data is absent')

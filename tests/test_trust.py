@@ -50,6 +50,7 @@ from fakes import (
 from run import machine
 from run.errors import ModelError
 from run.folder import load_checkpoint
+from soak import KINDS, LONG, SHORT, check, make_places
 
 
 def read_lines(path):
@@ -879,8 +880,19 @@ def test_only_the_allowed_packages_are_imported():
 # python tests/test_trust.py --soak: the long form, which takes about 15 minutes
 
 
+@pytest.mark.parametrize('name', KINDS)
+def test_damaged_inputs_are_refused_or_change_nothing(name, corpora, curriculum, tmp_path):
+    """The short form: a few inputs of each kind in tests/soak.py."""
+    places = make_places(corpora, curriculum, tmp_path)
+    _, failures = check(KINDS[name](places), SHORT.get(name, SHORT['others']), 0, places)
+    assert not failures, '\n'.join(failures)
+
+
 def test_soak(corpora, curriculum, tmp_path):
-    """25 kills, 20,000 damaged pickles and 20,000 random flags; runs only with --soak."""
+    """
+    25 kills, 20,000 damaged pickles, 20,000 random flags and all damaged inputs of tests/soak.py; runs
+    only with --soak.
+    """
     if not os.environ.get('NANOMSA_SOAK'):
         pytest.skip('python tests/test_trust.py --soak runs it')
     print(f'{kill_at_random(corpora, curriculum, tmp_path, n=25, seed=1)} of 25 kills survived')
@@ -893,6 +905,14 @@ def test_soak(corpora, curriculum, tmp_path):
     )
     random_flags(20_000, seed=3)
     print('20000 of 20000 random flags survived')
+    failures = []
+    for name in KINDS:
+        places = make_places(corpora, curriculum, tmp_path / name)
+        n = LONG.get(name, LONG['others'])
+        outcomes, failed = check(KINDS[name](places), n, 4, places)
+        print(f'{n - len(failed)} of {n} inputs of the kind {name} survived: {dict(outcomes)}')
+        failures += failed
+    assert not failures, '\n'.join(failures)
 
 
 if __name__ == '__main__':
