@@ -35,6 +35,7 @@ from run.folder import ROOT, find_folder, load_checkpoint, load_tensors
 from run.machine import devices, hold_memory
 from run.predictor import Predictor, describe_clips, transferred
 from run.report import RUN_KNOBS, EvalError, print_and_save, read_predictions, read_run
+from run.size_limit import size_limit
 from system import checked_prediction
 
 # ---------------------------------------------------------------------------------------------------------
@@ -165,14 +166,17 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
         k['trust_remote_code'] = trust_remote_code
     about['knobs'] = k
     dtype = getattr(torch, about['dtype'])
+    tensors, _ = load_checkpoint(os.path.join(folder, 'best.safetensors'))
     try:
         corpus = Clips(facts) if without_corpus else open_own_corpus(folder, facts)
-        model, tokenizer = build_model(folder, k, corpus, dtype, as_data=not trust_remote_code)
+        as_data = not trust_remote_code
+        model, tokenizer = build_model(folder, k, corpus, dtype, tensors, as_data)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
+        reason = ' '.join(str(e).split())[:160]
         raise EvalError(f"{folder} is damaged or of another version, as its knobs give no model "
-                        f"({type(e).__name__}: {str(e)[:160]}): restore or retrain it.") from e
+                        f"({type(e).__name__}: {reason}): restore or retrain it.") from e
     check_fingerprints(folder, k, about, model, tokenizer)
-    load_tensors(model, load_checkpoint(os.path.join(folder, 'best.safetensors'))[0], folder)
+    load_tensors(model, tensors, folder)
     device = about['device'] if devices()[about['device']] else 'cpu'
     model.to(device)
     hold_memory(device == 'cpu')
@@ -221,9 +225,10 @@ def open_own_corpus(folder, facts):
     return corpus
 
 
-def build_model(folder, k, corpus, dtype, as_data):
+def build_model(folder, k, corpus, dtype, tensors, as_data):
     """
-    A run's model, before the checkpoint is loaded, and its tokenizer. as_data: see lm_config.
+    A run's model, before the tensors of its checkpoint are in it, and its tokenizer. as_data: see
+    lm_config.
     """
     own_lm = os.path.join(folder, 'lm')
     for own in (own_lm, os.path.join(folder, 'hf')):
@@ -240,7 +245,9 @@ def build_model(folder, k, corpus, dtype, as_data):
         how = 'is read as data' if as_data else 'may run its own code'
         print(f"  {folder} names the LM {k['lm']}, which {how}")
     torch.manual_seed(k['seed'])   # for a random LM (lm_init), which no checkpoint holds
-    return system.build(k, corpus, folder, dtype, trained=True, as_data=as_data)
+    lm = '' if k.get('lm', 'new') == 'new' else k['lm']
+    with size_limit(folder, tensors, lm, lambda: system.float32_bytes(k)):
+        return system.build(k, corpus, folder, dtype, trained=True, as_data=as_data)
 
 
 def check_fingerprints(folder, k, about, model, tokenizer):
