@@ -40,9 +40,12 @@ def read_json(path, form=dict, follow=False):
     return parsed(_text_of(path, follow), form)
 
 
-def read_json_lines(path, form=dict, follow=False):
-    """ The values in a file that holds one JSON value per line. Raises ValueError. """
-    return parsed_lines(_text_of(path, follow), form)
+def read_json_lines(path, check=None):
+    """
+    The dicts in a file that holds one per line. check(dict) may raise ValueError. Raises ValueError
+    with the number of the line.
+    """
+    return parsed_lines(_text_of(path, follow=False), check)
 
 
 def _text_of(path, follow):
@@ -74,12 +77,14 @@ def parsed(text, form=dict):
     return value
 
 
-def parsed_lines(text, form=dict):
-    """ The values in a text that holds one JSON value per line. Raises ValueError. """
+def parsed_lines(text, check=None):
+    """ The dicts in a text, as read_json_lines returns them. """
     values = []
     for n, line in enumerate(text.removesuffix('\n').split('\n'), 1):
         try:
-            values.append(parsed(line, form))
+            values.append(parsed(line))
+            if check:
+                check(values[-1])
         except ValueError as e:
             raise ValueError(f"line {n} {e}") from None
     return values

@@ -164,17 +164,19 @@ def read_predictions(folder):
 
 def prediction_arrays(rows):
     """ The lines of test.jsonl as read_predictions returns them. Raises ValueError. """
-    first = rows[0] | dict(id='')
-    form = {k: [NUMBER] if type(v) is list else NUMBER for k, v in first.items() if k != 'id'}
-    form |= dict(pred=NUMBER, label=NUMBER)
+    names = [k for k in rows[0] if k != 'id']
+    lengths = {k: len(v) for k, v in rows[0].items() if k != 'id' and type(v) is list}
+    form = {k: [NUMBER] if k in lengths else NUMBER for k in names}
+    form |= dict(id=str, pred=NUMBER, label=NUMBER)
     for n, row in enumerate(rows, 1):
-        check_form(row, form | dict(id=str), f' line {n}')
-        for name in form:
-            if type(row[name]) is list and len(row[name]) != len(first[name]):
-                raise ValueError(f"line {n} has {len(row[name])} values of {name}, and line 1 has "
-                                 f"{len(first[name])}")
+        try:
+            check_form(row, form)
+            if any(len(row[k]) != length for k, length in lengths.items()):
+                raise ValueError("has lists of other lengths than line 1")
+        except ValueError as e:
+            raise ValueError(f"line {n} {e}") from None
     return [row['id'] for row in rows], {
-        k: np.array([row[k] for row in rows], np.float32) for k in form}
+        k: np.array([row[k] for row in rows], np.float32) for k in names}
 
 
 def comparison_rows(folder, r, predictions):
@@ -401,12 +403,9 @@ def read_log(folder):
     """ The lines of a run's log.jsonl as a list of dicts, in order. Raises EvalError. """
     path = os.path.join(folder, 'log.jsonl')
     try:
-        lines = read_json_lines(path)
-        for line in lines:
-            check_log_line(line)
+        return read_json_lines(path, check_log_line)
     except ValueError as e:
         raise EvalError(f"{path} is missing or damaged ({e}): restore a copy.") from None
-    return lines
 
 
 def curve_picture(folder, r):
