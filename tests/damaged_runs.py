@@ -1,44 +1,47 @@
 """
-Seeded damage of run folders: their JSON files, checkpoints and exports, and the commands that read
-them. A damaged folder ends in one sentence, or in the same result as the undamaged one.
+Damage of run folders: of their JSON files and checkpoints, and of sweeps. Each command that reads a
+run folder ends in one sentence, or prints what it prints for the undamaged folder.
 """
 
 import json
 import os
-import signal
-import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+import resource
+import shutil
+from contextlib import redirect_stdout
 from io import StringIO
 
-from fakes import command, train
-from run.folder import load_checkpoint, save_checkpoint
+from fakes import command, deepmlf, forge, train
 
 # What replaces a value of a JSON file
 WRONG_VALUES = [
-    None, True, '', 'x', 0, -1, 0.5, 7, 1e9, 10**9, 10**30, -1e308, float('nan'), float('inf'), [],
-    {}, [[]], [None], [0, 'x'], {'a': 1}, 'a' * 3000, '\ud800', 'two\nlines', '../../x', 'auto',
+    *(None, True, '', 'x', 0, -1, 0.5, 7, 1e9, 10**9, 10**30, -1e308, float('nan'), float('inf')),
+    *([], {}, [[]], [None], [0, 'x'], {'a': 1}, 'a' * 3000, '\ud800', 'two\nlines', '../../x', 'auto'),
 ]
-# What replaces, precedes or follows the bytes of a file
+# What precedes or replaces the bytes of a file
 WRONG_BYTES = [b'', b'\xef\xbb\xbf', b'\xff\xfe', b'\0' * 40, b'[' * 100_000, b'null', b'3', b'"x"', b'[]', b'{}']
 
-TEXT_FILES = ['result.json', 'log.jsonl', 'test.jsonl', 'config.json', 'best.json', 'last.json']
-SCRIPTS = ('eval', 'figures', 'damage', 'train')
+JSON_FILES = ['result.json', 'log.jsonl', 'test.jsonl', 'config.json', 'best.json', 'last.json']
+CHECKPOINTS = ['best.safetensors', 'last.safetensors']
 
 
-def places(value, path=()):
+# --------------------------------------------------------------------------------------------------
+# One damage
+
+
+def places_in(value, path=()):
     """ The path (a tuple of keys and indices) of each value inside a JSON value. """
     found = [path] if path else []
     items = value.items() if isinstance(value, dict) else ()
     if isinstance(value, list):
         items = enumerate(value[:3])
     for key, inner in items:
-        found += places(inner, (*path, key))
+        found += places_in(inner, (*path, key))
     return found
 
 
-def with_wrong_value(rng, value):
-    """ A JSON value (changed in place) with one value replaced, removed or added. """
-    *home, key = rng.choice(places(value))
+def set_wrong_value(rng, value):
+    """ Replace, remove or add one value inside a JSON value. """
+    *home, key = rng.choice(places_in(value))
     holder = value
     for step in home:
         holder = holder[step]
@@ -51,23 +54,21 @@ def with_wrong_value(rng, value):
         holder.append(rng.choice(WRONG_VALUES))
     else:
         holder[key] = rng.choice(WRONG_VALUES)
-    return value
 
 
-def damage_values(rng, path):
+def damage_value(rng, path):
     """ Replace a value in a JSON file, or in a line of a JSONL file. """
     text = path.read_text(encoding='utf-8')
-    if path.suffix == '.json':
-        path.write_text(json.dumps(with_wrong_value(rng, json.loads(text))))
-        return
-    lines = text.splitlines()
+    lines = [text] if path.suffix == '.json' else text.splitlines()
     i = rng.randrange(len(lines))
-    lines[i] = json.dumps(with_wrong_value(rng, json.loads(lines[i])))
+    value = json.loads(lines[i])
+    set_wrong_value(rng, value)
+    lines[i] = json.dumps(value)
     path.write_text('\n'.join(lines) + '\n')
 
 
 def damage_bytes(rng, path):
-    """ Cut, overwrite, remove or duplicate bytes of a file. """
+    """ Cut, overwrite, remove, repeat or replace bytes of a file. """
     raw = bytearray(path.read_bytes())
     i, how = rng.randrange(len(raw)), rng.randrange(6)
     if how == 0:
@@ -86,7 +87,7 @@ def damage_bytes(rng, path):
 
 
 def damage_file(rng, path):
-    """ Put something else in the place of a file: nothing, a folder, a FIFO or a link. """
+    """ Put nothing, a folder, a FIFO or a link in the place of a file. """
     kept = path.with_name('kept')
     path.rename(kept)
     how = rng.randrange(4)
@@ -99,84 +100,148 @@ def damage_file(rng, path):
 
 
 def damage_header(rng, folder):
-    """ Replace a value in `about` of result.json and of the checkpoint, which keeps its checksum. """
+    """ Replace a value in `about`, of result.json and of the checkpoint, which gets a new checksum. """
     about = json.loads((folder / 'result.json').read_text())['about']
-    part = rng.choice([about, about['knobs'], about['knobs'], about['corpus']])
-    with_wrong_value(rng, part)
-    tensors, info = load_checkpoint(str(folder / 'best.safetensors'))
-    save_checkpoint(str(folder / 'best.safetensors'), tensors, info | dict(about=about))
-    path = folder / 'result.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(about=about)))
+    set_wrong_value(rng, rng.choice([about, about['knobs'], about['knobs'], about['corpus']]))
+    knobs = about.pop('knobs', {})
+    forge(folder, about=about, knobs=knobs) if isinstance(knobs, dict) else None
 
 
-def damage(rng, folder):
-    """ One random damage of a run folder -> its name. """
-    how = rng.choice(['values', 'values', 'bytes', 'file', 'header', 'checkpoint'])
-    if how == 'header':
-        damage_header(rng, folder)
-        return how
-    if how == 'checkpoint':
-        names, how = ['best.safetensors', 'last.safetensors'], rng.choice(['bytes', 'file'])
-    else:
-        names = TEXT_FILES
-    path = folder / rng.choice([name for name in names if (folder / name).exists()])
-    dict(values=damage_values, bytes=damage_bytes, file=damage_file)[how](rng, path)
-    return f'{how} of {path.name}'
+# --------------------------------------------------------------------------------------------------
+# Kinds for tests/soak.py
 
 
-def commands_on(folder, clip, out):
-    """ name -> (script, arguments) of each command that reads a run folder. """
-    return {
-        'eval': ('eval.py', folder),
-        'compare': ('eval.py', folder, folder),
-        'modalities': ('eval.py', folder, '--modalities=text'),
-        'clip': ('eval.py', folder, f'--clip={clip}'),
-        'export': ('eval.py', folder, f'--export={out}/export'),
-        'figures': ('tools/figures.py', folder),
-        'damage': ('tools/damage.py', folder),
-    }
+def printed(script, *argv):
+    """ What a script prints, with the folder of the run left out. """
+    out = StringIO()
+    with redirect_stdout(out):
+        train(*argv) if script == 'train.py' else command(script, *argv)
+    return out.getvalue()
 
 
-@contextmanager
-def at_most(seconds):
-    def late(*_):
-        raise TimeoutError(f'still running after {seconds} s')
+class DamagedRun:
+    """ Damage of one file of a run folder, read by a random command. """
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+    files = JSON_FILES
+    damages = (damage_value, damage_value, damage_bytes, damage_file)
+    scripts = ('eval', 'compare', 'modalities', 'clip', 'export', 'figures', 'damage', 'resume')
+
+    def __init__(self, places):
+        self.places, self.run = places, places.work / 'run'
+        self.clip = places.work / 'clip.jsonl'
+        clip = dict(text='the film was superb', audio=[[0.1] * 12] * 9, vision=[[0.2] * 16] * 7)
+        self.clip.write_text(json.dumps(clip))
+        self.undamaged = {}  # name of a command -> what it prints
+
+    def arguments(self, name):
+        """ The script and the arguments of a command. """
+        if name == 'resume':
+            k = self.places
+            run = deepmlf(k.corpora, k.curriculum, 'whole', f'--out_dir={self.run}', '--resume=True')
+            return 'train.py', *run
+        more = {
+            'compare': [self.run],
+            'modalities': ['--modalities=text'],
+            'clip': [f'--clip={self.clip}'],
+            'export': [f'--export={self.places.work}/export'],
+        }
+        script = dict(figures='tools/figures.py', damage='tools/damage.py').get(name, 'eval.py')
+        return script, self.run, *more.get(name, [])
+
+    def copy(self):
+        """ A new copy of the undamaged run, without the folders that a command has made. """
+        for name in ('run', 'export', 'out'):
+            shutil.rmtree(self.places.work / name, ignore_errors=True)
+        shutil.copytree(self.places.curriculum / 'whole', self.run)
+        if self.name == 'resume':
+            (self.run / 'report.md').unlink()  # or it would be finished
+
+    def printed(self):
+        """ What the command prints. """
+        before = os.getcwd()
+        os.chdir(self.places.work)
+        try:
+            return printed(*self.arguments(self.name))
+        finally:
+            os.chdir(before)
+
+    def damage(self, rng):
+        self.name = rng.choice(self.scripts)
+        if self.name not in self.undamaged:
+            for _ in range(2):  # the first call prints once how it compared the LM
+                self.copy()
+                self.undamaged[self.name] = self.printed()
+        self.whole = self.undamaged[self.name]
+        self.copy()
+        return f'{self.name} after {self.damage_copy(rng)}'
+
+    def damage_copy(self, rng):
+        file, damage = rng.choice(self.files), rng.choice(self.damages)
+        damage(rng, self.run / file)
+        return f'{damage.__name__} of {file}'
+
+    def use(self):
+        text = self.printed()
+        left = [p.name for p in self.places.work.rglob('*.new')]
+        assert not left, left
+        if self.name in ('compare', 'resume') or self.whole == text:
+            return self.whole  # it shows scores of result.json, which has no checksum
+        return text
 
 
-def outcome(*argv, seconds=120):
-    """
-    Run a script in this process -> ('ended', what it printed), ('sentence', its error message) or
-    ('broken', what is wrong: a traceback, a message of several lines, or too long a time).
-    """
-    printed = StringIO()
-    run = train if argv[0] == 'train.py' else lambda *words: command(argv[0], *words)
-    try:
-        with at_most(seconds), redirect_stdout(printed), redirect_stderr(printed):
-            run(*argv[1:])
-    except SystemExit as e:
-        said = str(e)
-        if not e.code:
-            return 'ended', printed.getvalue()
-        is_sentence = said.strip() and '\n' not in said.strip() and len(said) < 1500
-        return ('sentence', said) if is_sentence else ('broken', f'message: {said!r}')
-    except BaseException:
-        return 'broken', traceback.format_exc()
-    return 'ended', printed.getvalue()
+class DamagedCheckpoint(DamagedRun):
+    files = CHECKPOINTS
+    damages = (damage_bytes, damage_file)
 
 
-def files_in(folder):
-    """ {path: (size, time of change)} of all files in a folder tree. """
-    found = {}
-    for home, _, names in os.walk(folder):
-        for name in names:
-            stat = os.lstat(os.path.join(home, name))
-            found[os.path.join(home, name)] = stat.st_size, stat.st_mtime_ns
-    return found
+class ForgedHeader(DamagedRun):
+    """ Knobs and facts of wrong types and values, in a checkpoint whose checksum is right. """
+
+    def damage_copy(self, rng):
+        damage_header(rng, self.run)
+        return 'damage_header'
+
+    def use(self):
+        super().use()  # other knobs may give other scores
+
+
+class DamagedSweep:
+    """ The JSON of a sweep, drawn by figures.py. """
+
+    def __init__(self, places):
+        self.path, self.whole = places.work / 'sweep.json', 'drawn'
+        rows = [dict(label=f'n = {n}', test=[dict(mae=1 + n / 9, corr=0.1)] * 3) for n in (1, 4, 8)]
+        self.sweep = dict(title='a sweep', command=['x'], rows=rows)
+
+    def damage(self, rng):
+        self.path.unlink(missing_ok=True)
+        self.path.write_text(json.dumps(self.sweep))
+        damage = rng.choice([damage_value, damage_value, damage_bytes])
+        damage(rng, self.path)
+        return damage.__name__
+
+    def use(self):
+        printed('tools/figures.py', self.path)
+
+
+class FullDisk(DamagedRun):
+    """ A disk that becomes full: no file may grow past a random size. """
+
+    def damage_copy(self, rng):
+        self.most = rng.choice([0, 100, 3000, 20_000, 60_000])
+        return f'{self.most} bytes a file'
+
+    def printed(self):
+        if self.name not in self.undamaged:
+            return super().printed()
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.most, limit[1]))
+        try:
+            return super().printed()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+RUN_KINDS = dict(
+    run=DamagedRun, checkpoint=DamagedCheckpoint, header=ForgedHeader, sweep=DamagedSweep, full_disk=FullDisk
+)

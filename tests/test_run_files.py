@@ -1,0 +1,203 @@
+"""
+Damaged files of a run, full disks, and knobs of a model that would fill the memory.
+
+    python -m pytest -q tests/test_run_files.py
+"""
+
+import errno
+import json
+import resource
+import shutil
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from configurator import AtLeast
+from fakes import command, deepmlf, forge, tiny_bert, train
+from run.folder import replacing
+from run.frozen_text import frozen_text
+from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json
+
+
+@pytest.fixture
+def copied(curriculum, tmp_path, monkeypatch):
+    """ A copy of a run folder, in another folder than the current one. """
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    shutil.copytree(curriculum / 'whole', tmp_path / 'run')
+    return tmp_path / 'run'
+
+
+@contextmanager
+def files_of_at_most(n_bytes):
+    """ In the block no file can grow past n_bytes, as on a full disk. """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# --------------------------------------------------------------------------------------------------
+# The reader
+
+
+@pytest.mark.parametrize(
+    'content, phrase',
+    [
+        (b'', 'is empty'),
+        (b'{"step": 1', 'is no JSON text'),
+        (b'\xef\xbb\xbf{}', 'is no JSON text'),
+        (b'{"a": "\xff"}', 'is not UTF-8 text'),
+        (b'[' * 100_000, 'nested'),
+        (b'[1]', 'has the wrong entry'),
+        (b'{"a": 1' + b'0' * 5000 + b'}', 'thousands of digits'),
+        (b'{"a": 1' + b'0' * 30 + b'}', 'too large'),
+    ],
+)
+def test_a_damaged_json_file_is_described(content, phrase, tmp_path):
+    (tmp_path / 'x.json').write_bytes(content)
+    with pytest.raises(ValueError, match=phrase):
+        read_json(tmp_path / 'x.json')
+
+
+@pytest.mark.parametrize(
+    'value, form, wrong',
+    [
+        (dict(step=1), dict(step=AtLeast(0)), dict(step=-1)),
+        (dict(step=1), dict(step=AtLeast(0)), dict(step='1')),
+        (dict(step=1), dict(step=int), dict(step=True)),
+        (dict(step=1), dict(step=int), {}),
+        (dict(best=None), dict(best=Maybe(NUMBER)), dict(best='x')),
+        ({}, dict(best=Maybe(NUMBER)), dict(best=[])),
+        (dict(a=[0.5, 1]), Each([NUMBER]), dict(a=[0.5, None])),
+    ],
+)
+def test_a_form_takes_its_values_and_refuses_others(value, form, wrong):
+    check_form(value, form)
+    with pytest.raises(ValueError):
+        check_form(wrong, form)
+
+
+def test_nan_is_a_number_of_a_json_file():
+    assert np.isnan(parsed('{"corr": NaN}', Each(NUMBER))['corr'])
+
+
+@pytest.mark.parametrize(
+    'file, line',
+    [
+        ('log.jsonl', '{"step": 3, "epoch": 1, "train": {"loss": "x"}, "gates": null}'),
+        ('log.jsonl', '{"step": 3, "epoch": 1, "train": {"loss": 1.0}, "gates": {"2": 0.5}}'),
+        ('log.jsonl', 'null'),
+        ('test.jsonl', '{"id": "a", "pred": [1], "label": 0}'),
+        ('test.jsonl', '{"id": 3, "pred": 1, "label": 0}'),
+        ('test.jsonl', ''),
+    ],
+)
+def test_figures_name_the_damaged_line_of_a_run(file, line, copied):
+    path = copied / file
+    lines = path.read_text().splitlines()
+    lines[1] = line
+    path.write_text('\n'.join(lines) + '\n')
+    with pytest.raises(SystemExit, match=f'{file} is missing or damaged .line 2 '):
+        command('tools/figures.py', copied)
+
+
+@pytest.mark.parametrize('content', ['{}', '[]', '', '{"title": "x", "rows": [{"label": 1}]}'])
+def test_figures_refuse_a_damaged_sweep(content, tmp_path):
+    (tmp_path / 'sweep.json').write_text(content)
+    with pytest.raises(SystemExit, match='sweep.json is damaged'):
+        command('tools/figures.py', tmp_path / 'sweep.json')
+
+
+def test_a_resumed_run_drops_damaged_lines_of_its_log(corpora, curriculum, copied):
+    log, whole = copied / 'log.jsonl', (copied / 'log.jsonl').read_text()
+    log.write_text(whole + '{"step": 11, "epo\nnull\n{"step": "x"}\n')
+    (copied / 'report.md').unlink()
+    train(*deepmlf(corpora, curriculum, 'whole', f'--out_dir={copied}', '--resume=True'))
+    assert log.read_text() == whole
+
+
+@pytest.mark.parametrize('knob', ['head_width', 'av_width'])
+def test_knobs_of_a_model_far_larger_than_its_checkpoint_are_refused(knob, copied):
+    forge(copied, {knob: 60_000_000})
+    with pytest.raises(SystemExit, match='many times larger than its checkpoint'):
+        command('eval.py', copied)
+
+
+# --------------------------------------------------------------------------------------------------
+# Disks
+
+
+def test_a_full_disk_does_not_lose_the_scores(copied, capsys):
+    before = {p.name: p.read_bytes() for p in copied.iterdir()}
+    with pytest.raises(SystemExit, match='the scores above are not saved'), files_of_at_most(3000):
+        command('eval.py', copied)
+    assert '| deepmlf_toy ' in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in copied.iterdir()} == before
+
+
+def test_a_full_disk_does_not_lose_the_prediction_of_a_clip(copied, capsys):
+    with pytest.raises(SystemExit, match='run.png cannot be read or written|text.png cannot be'):
+        with files_of_at_most(3000):
+            command('eval.py', copied, '--text=i loved it')
+    assert 'without audio' in capsys.readouterr().out
+    assert not list(copied.parent.rglob('*.new'))
+
+
+def test_an_error_of_writing_names_the_file(tmp_path):
+    with pytest.raises(OSError) as error, replacing(tmp_path / 'a'):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    assert error.value.filename == str(tmp_path / 'a') and not list(tmp_path.iterdir())
+
+
+def test_features_of_texts_on_a_full_disk_leave_no_file(tmp_path):
+    tiny_bert().save_pretrained(tmp_path / 'lm')
+    tokens = [[2, 9, 3]] * 40
+    with pytest.raises(OSError), files_of_at_most(3000):
+        frozen_text(str(tmp_path / 'lm'), tokens, str(tmp_path / 'features'))
+    assert not list((tmp_path / 'features').iterdir())
+
+
+@pytest.mark.parametrize('damage', ['cut', 'no json', 'other shape'])
+def test_damaged_features_of_texts_are_computed_again(damage, tmp_path):
+    tiny_bert().save_pretrained(tmp_path / 'lm')
+    tokens = [[2, 9, 3], [2, 3]]
+    whole, name = frozen_text(str(tmp_path / 'lm'), tokens, str(tmp_path / 'features'))
+    whole = np.array(whole)
+    (path,) = (tmp_path / 'features').glob('*.npy')
+    if damage == 'cut':
+        path.write_bytes(path.read_bytes()[:-8])
+    elif damage == 'no json':
+        path.with_suffix('.json').write_text('{')
+    else:
+        np.save(path, np.zeros((3, 32), np.float16))
+    again, same_name = frozen_text(str(tmp_path / 'lm'), tokens, str(tmp_path / 'features'))
+    assert np.array_equal(whole, again) and name == same_name
+
+
+def test_an_export_without_its_lm_is_refused_before_the_hub_is_asked(copied):
+    command('eval.py', copied, f'--export={copied.parent}/export')
+    shutil.rmtree(copied.parent / 'export' / 'lm')
+    with pytest.raises(SystemExit, match='folder lm, which is missing'):
+        command('eval.py', copied.parent / 'export', '--text=fine')
+
+
+def test_an_exported_baseline_on_frozen_text_is_evaluated(corpora, curriculum, tmp_path):
+    """ From another folder than that of the training, and of the export. """
+    run = ['config/baseline_tfn.py', '--dataset=toy', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run']
+    train(*run, '--max_steps=2', '--device=cpu', '--text_features=frozen', f'--lm={curriculum}/lm_toy')
+    command('eval.py', tmp_path / 'run', f'--export={tmp_path}/export')
+    before = json.loads((tmp_path / 'export' / 'result.json').read_text())['test']
+    evaluation.evaluate_again(str(tmp_path / 'export'), data_dir=str(corpora))
+    assert json.loads((tmp_path / 'export' / 'result.json').read_text())['test'] == before
+
+
+def test_the_size_of_new_tensors_is_bounded():
+    limit = evaluation.size_limit('the run', {}, '', None)
+    with pytest.raises(evaluation.EvalError, match='many times larger'), limit:
+        torch.nn.Linear(10**6, 10**6)
