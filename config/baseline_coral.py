@@ -4,7 +4,8 @@
 # python train.py config/baseline_coral.py --dataset=mosi --corpus=unaligned_50.pkl
 # datasets: toy (the default), mosi, mosei, sims, minilm
 # hardware: not run yet
-# paper: none for scores (CORAL's are ages). Levels .1 apart: the labels that the papers' LMs name
+# paper: none for scores (CORAL's are ages). Levels are a tenth apart, as the labels that the
+#   papers' LMs name
 # The settings are those of the CrossSent config for the same corpus.
 system = 'coral'
 dataset = 'toy'

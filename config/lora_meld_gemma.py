@@ -1,6 +1,9 @@
 # LoRA on Gemma 3 270M with a head on the text of MELD's 7 emotions.
 # python train.py config/lora_meld_gemma.py --corpus=data/meld --lm=FOLDER
 # corpus: python data.py FOLDER_OF_MELDS_TABLES --name=meld
+# hardware: not run
+# expected: not run; the frozen states alone give weighted F1 0.575 +- 0.007 (LOG.md)
+# paper: none with this LM and with text alone
 system = 'lora_lm'
 corpus = 'meld'
 label = 'emotion'

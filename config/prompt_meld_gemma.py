@@ -1,6 +1,9 @@
 # Prompt tuning on Gemma 3 270M, on the text of MELD's 7 emotions.
 # python train.py config/prompt_meld_gemma.py --corpus=data/meld --lm=FOLDER
 # corpus: python data.py FOLDER_OF_MELDS_TABLES --name=meld
+# hardware: not run
+# expected: not run
+# paper: none with this LM and with text alone
 system = 'prompt_tuning'
 corpus = 'meld'
 label = 'emotion'

@@ -37,6 +37,8 @@ HEADERS = {
     'accuracy': 'acc',
     'mae less the late-fusion bound': 'gap',
     'mae less text only': 'difference',
+    'mae less ridge': 'ridge_difference',
+    'mae less lora': 'lora_difference',
     'mmsa mae': 'mmsa_mae',
     'mmsa corr': 'mmsa_corr',
     'lm or encoder': 'lm',
