@@ -35,6 +35,7 @@ from corpora.unpickle import CorpusError, read_pickle
 from data import epoch_order, get_batch, open_corpus
 from fakes import HERE, KNOBS, msena, mutate_pickles, save
 from run.report import FORMAT, EvalError
+from run.texts import lowercase_if_all_caps
 from tools.adding import adding
 
 MOSI = HERE.parent / 'shared' / 'data' / 'mosi_official.pkl'
@@ -608,7 +609,7 @@ def test_mosi_is_converted(tmp_path):
     assert list(corpus.n_clips.values()) == [1284, 229, 686] and corpus.meta['text']['upper_case']
     assert corpus.meta['streams']['vision']['clips_empty'] == 2
     assert corpus.widths == {'audio': 73, 'vision': 3}
-    texts = data.lowercase_if_all_caps(corpus.text('train'), corpus)
+    texts = lowercase_if_all_caps(corpus.text('train'), corpus)
     assert texts[0] == 'anyhow it was really good'
     want = pickle.loads(MOSI.read_bytes())['test']
     assert np.array_equal(
@@ -1542,10 +1543,14 @@ def test_adding_compares_a_run_with_the_late_fusion_bound_on_its_own_clips(tmp_p
     def run(name, pred, label=y):
         (tmp_path / name).mkdir()
         corpus = dict(name='toy', folder='toy', sha256='0', widths={}, streams={}, labels={})
-        corpus['clips'] = dict(train=4000, valid=500, test=1000)
-        about = dict(format=FORMAT, name=name, device='cpu', dtype='float32', knobs=KNOBS, corpus=corpus)
+        corpus |= dict(clips=dict(train=4000, valid=500, test=1000), upper_case=False)
+        about = dict(
+            format=FORMAT, name=name, command='', commit='', dirty=False, device='cpu',
+            dtype='float32', threads=1, matmul_gflops=1.0, knobs=KNOBS, corpus=corpus)
+        state = dict(best=1.0, best_step=1, step=1, stale=0, seconds=1.0, done=True)
+        info = dict(kind='regression', range=[-3.0, 3.0])
         result = dict(
-            about=about, state=dict(best=1.0, best_step=1, step=1), clips=corpus['clips'], info={},
+            about=about, state=state, clips=corpus['clips'], info=info,
             test=dict(mae=1.0), valid=dict(mae=1.0), majority={}, ceilings=None, controls={},
             seconds=1.0, n_trainable=1, n_frozen=1)
         (tmp_path / name / 'result.json').write_text(json.dumps(result))
