@@ -1556,7 +1556,7 @@ def test_adding_compares_a_run_with_the_late_fusion_bound_on_its_own_clips(tmp_p
         (tmp_path / name / 'result.json').write_text(json.dumps(result))
         (tmp_path / name / 'test.jsonl').write_text(
             ''.join(
-                json.dumps(dict(id=i, pred=float(p), label=float(v))) + '\n'
+                json.dumps(dict(id=str(i), pred=float(p), label=float(v))) + '\n'
                 for i, (p, v) in enumerate(zip(pred, label))
             )
         )
