@@ -17,7 +17,7 @@ import torch
 
 from corpora import convert as conversion
 from corpora.convert import convert, describe, folder_name, staging
-from corpora.folder import Corpus
+from corpora.folder import Corpus, check_whole
 from corpora.names import STREAMS
 from corpora.toy import VERSION, make_toy
 from corpora.unpickle import CorpusError
@@ -296,6 +296,9 @@ if __name__ == '__main__':
         print(conversion.__doc__)
         sys.exit(0)
     try:
-        conversion.command_line(sys.argv[1:])
+        if sys.argv[1:2] and sys.argv[2:] == ['--check']:
+            print(check_whole(sys.argv[1]))
+        else:
+            conversion.command_line(sys.argv[1:])
     except CorpusError as e:
         sys.exit(f"data.py: {e}")

@@ -47,7 +47,6 @@ import numpy as np
 
 from corpora import sources, tables
 from corpora.describe import describe
-from corpora.folder import Corpus
 from corpora.limits import most_bytes
 from corpora.names import N_NAMED, SPLIT_FIELDS, SPLITS, Summary
 from corpora.padding import find_padding
@@ -408,11 +407,6 @@ def command_line(argv):
     """
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
     sources = [a for a in argv if not a.startswith('--')]
-    if list(flags) == ['check'] and len(sources) == 1:
-        corpus = Corpus(sources[0], whole=True)
-        print(f"{sources[0]}: all files are as the conversion wrote them" if 'files' in corpus.meta
-              else f"{sources[0]}: its files fit each other; it has no checksums")
-        return
     usage = ' '.join(command_line.__doc__.split())
     if {'compare', 'subsets'} & set(flags):
         raise CorpusError("data.py does not compare corpora; run python tools/language.py "

@@ -43,7 +43,8 @@ class Corpus:
         try:
             yield Path(self.folder) / file
         except Exception as e:   # damaged bytes raise errors of many classes
-            reason = ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+            reason = str(e) if type(e) is ValueError else f'{type(e).__name__}: {e}'
+            reason = ' '.join(reason.split())[:300]
             raise CorpusError(f"{self.folder}/{file} is missing or damaged ({reason}); remove the "
                               "folder and convert the source again.") from e
 
@@ -104,6 +105,13 @@ class Corpus:
         """ The frames of clip i, a slice of the memory map, [S, d]. """
         start = self._start[split, stream]  # [N+1]
         return self._frames[split, stream][start[i]:start[i + 1]]  # [S,d]
+
+
+def check_whole(folder):
+    """ Reads all files of a corpus folder to their ends -> a sentence. Raises CorpusError. """
+    if 'files' in Corpus(folder, whole=True).meta:
+        return f"{folder}: all files are as the conversion wrote them"
+    return f"{folder}: its files fit each other, and there are no checksums to compare them with"
 
 
 def read_meta(path):

@@ -9,8 +9,6 @@ import json
 import os
 import zlib
 
-from run.folder import open_regular
-
 PIECE = 1 << 16     # bytes of a piece of the sample
 N_PIECES = 16       # in the sample, evenly spaced; a file of at most 1 MiB is in it as a whole
 CHANGED = ("it differs from what the conversion wrote, and after an intended change the entries "
@@ -45,10 +43,10 @@ def check_meta_checksum(meta):
 
 def check_file(path, entry, whole=False):
     """
-    Compare a file with its entry. The sample is always compared, and the whole file if its time is
+    Compare a regular file with its entry. The sample is always compared, and the whole file if its time is
     another one or whole=True. Raises ValueError if it differs, and OSError.
     """
-    with open_regular(path, 'rb', follow=True) as f:
+    with open(path, 'rb') as f:
         stat = os.fstat(f.fileno())
         if stat.st_size != entry['bytes']:
             raise ValueError(f"it has {stat.st_size} bytes and not {entry['bytes']}: {CHANGED}")

@@ -189,6 +189,16 @@ def test_a_file_without_clips_stops_with_a_sentence(run, tmp_path):
             command('eval.py', run, f'--clip={tmp_path / name}')
 
 
+def test_a_name_or_id_that_cannot_be_printed_is_escaped(run, tmp_path, capsys):
+    """ A file name that is not UTF-8, and an id with a line feed and half a surrogate pair. """
+    path = tmp_path / 'caf\udce9\n.jsonl'
+    path.write_text('{"text": "a", "id": "two\\nlines \\ud800"}')
+    command('eval.py', run, f'--clip={path}')
+    printed = capsys.readouterr().out
+    assert r'two\nlines \ud800: ' in printed and printed.encode()
+    assert [p.name for p in (tmp_path / 'out').rglob('*.png')] == ['caf_udce9_n.png']
+
+
 def test_an_lm_run_or_a_wrong_export_folder_stops_with_a_sentence(run, curriculum, tmp_path):
     (tmp_path / 'one.jsonl').write_text('{"text": "a"}')
     for flag in (f'--clip={tmp_path}/one.jsonl', f'--export={tmp_path}/x'):

@@ -27,6 +27,7 @@ from corpora import convert as conversion
 from corpora import frames, padding, seal, streams, toy
 from corpora.convert import convert
 from corpora.describe import describe
+from corpora.folder import check_whole
 from corpora.lazy import Lazy, LazyArray
 from corpora.names import SPLITS, STREAMS, Summary
 from corpora.seal import N_PIECES, PIECE, whole_crc
@@ -564,7 +565,7 @@ def test_a_changed_byte_of_a_corpus_is_found(tmp_path):
     change_byte(copied, between, keep_time=True)
     open_corpus(tmp_path / 'copy')
     with pytest.raises(CorpusError, match='train/audio.npy'):
-        conversion.command_line([str(tmp_path / 'copy'), '--check'])
+        check_whole(tmp_path / 'copy')
     os.utime(copied)
     with pytest.raises(CorpusError, match='train/audio.npy'):
         open_corpus(tmp_path / 'copy')
