@@ -30,7 +30,7 @@ class MMIM(Pooled):
     Sources: the paper's abstract and its release (github.com/declare-lab/Multimodal-Infomax); we
     could not read the paper's equations. As in the release, log q lacks the term of the variance.
     With it the loss has no lower limit: v_a and v_v shrink to a constant, and log q grows, while H,
-    which is estimated from projected vectors, does not fall as much (LOG.md, 2026-11-27).
+    which is estimated from projected vectors, does not fall as much.
     """
 
     class Knobs(Pooled.Knobs, SubNetKnobs):
