@@ -765,6 +765,7 @@ def test_every_metric_has_a_help_text_and_a_direction():
         *regression_metrics(pred, label, [-1, 1]),
         'acc',
         'wf1',
+        'macro_f1',
         'f1_<class>',
         'loss',
         'unread',

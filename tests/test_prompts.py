@@ -38,6 +38,7 @@ from fakes import (
     same_run,
     tiny_lm,
     train,
+    without_checksums,
 )
 from lm import FrozenLM, ModelError
 from losses import label_loss
@@ -1048,6 +1049,7 @@ def test_few_shot_subsets_are_stratified_and_seeded(corpora, tokenizers):
 def test_labels_outside_the_range_or_the_classes_are_refused(corpora, tokenizers, tmp_path):
     """ In a corpus folder that was edited by hand: the conversion itself refuses such labels. """
     shutil.copytree(corpora / 'toy', tmp_path / 'toy')
+    without_checksums(tmp_path / 'toy')
     for label, value, sentence in (
         ('label', 4.5, r'The label of clip test\$_\$3 .* is 4.5, outside \[-3.0, 3.0\]'),
         ('emotion', 5, r'is 5, outside \[0, 4\]'),
@@ -1131,6 +1133,7 @@ def test_real_configs_run_on_files_of_their_layout(config, rated_lm, tmp_path):
         f'--data_dir={tmp_path}/data',
         '--max_steps=2',
         '--device=cpu',
+        '--lm_depth=0',
         *['--cmpta_width=64'] * config.startswith('cmpta_'),
     )
     result = json.load(open(tmp_path / 'run' / 'result.json'))

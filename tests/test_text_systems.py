@@ -187,7 +187,7 @@ def test_context_puts_earlier_lines_of_the_dialogue_before_a_text():
 def test_a_corpus_without_dialogues_has_no_context(corpora, curriculum):
     with pytest.raises(SystemExit, match='does not hold the dialogue and the speaker of each clip'):
         train('config/lora_mosi_gemma.py', '--corpus=toy', f'--data_dir={corpora}',
-              f'--lm={curriculum}/lm_toy', '--context=2')
+              f'--lm={curriculum}/lm_toy', '--lm_depth=0', '--context=2')
 
 
 def test_the_text_of_a_clip_is_read_as_it_is():
@@ -242,7 +242,8 @@ def test_ridge_equals_scikit_learns():
 def test_a_probe_prints_its_layers_and_compares_runs(label, select, corpora, curriculum, tmp_path,
                                                      capsys):
     flags = ['config/lora_mosi_gemma.py', '--corpus=toy', f'--data_dir={corpora}',
-             f'--lm={curriculum}/lm_toy', f'--label={label}', f'--select={select}', *TINY[:1]]
+             f'--lm={curriculum}/lm_toy', '--lm_depth=0', f'--label={label}', f'--select={select}',
+             *TINY[:1]]
     train(*flags, '--max_steps=3', f'--out_dir={tmp_path}/run')
     capsys.readouterr()
     probe.main([*flags, f'--runs={tmp_path}/run'])

@@ -566,8 +566,8 @@ def test_prerequisites_with_other_knobs_or_another_corpus_are_refused(corpora, t
     with pytest.raises(SystemExit, match='was trained with lr=0.5'):
         train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/other')
     forge(tmp_path / 'av_toy-steps2', dict(lr=old['about']['knobs']['lr']))
-    about = tmp_path / 'av_toy-steps2' / 'config.json'
-    about.write_text(about.read_text().replace(old['about']['corpus']['sha256'], '0' * 64))
+    other_corpus = old['about']['corpus'] | dict(sha256='0' * 64)
+    forge(tmp_path / 'av_toy-steps2', corpus=other_corpus)
     with pytest.raises(SystemExit, match='was trained on another file'):
         train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/other')
 
@@ -707,10 +707,12 @@ def test_real_configs_run_on_files_of_their_layout(config, curriculum, tmp_path)
     change = dict(audio=of_width(d_a), vision=of_width(d_v), vision_lengths=six_frames)
     source = make_corpus(tmp_path, 'unaligned_50', regression_labels=in_range, **change)
     places = [f'--out_dir={tmp_path}/out/run', f'--data_dir={tmp_path}/data']
-    small = ['--mm_layers=[2,4]', '--mm_heads=4', '--lora_rank=4', '--max_steps=2', '--device=cpu']
+    small = ['--mm_layers=[2,4]', '--mm_heads=4', '--lora_rank=4', '--lm_depth=0', '--max_steps=2',
+             '--device=cpu']
     train(f'config/{config}', source, f'--lm={curriculum}/lm_toy', *places, *small)
     about = json.loads((tmp_path / 'out' / 'run' / 'config.json').read_text())
-    assert about['knobs']['batch_size'] * about['knobs']['accumulate'] == 256
+    clips_of_a_step = about['knobs']['batch_size'] * about['knobs']['accumulate']
+    assert clips_of_a_step == (32 if 'gemma' in config else 256)
     assert (tmp_path / 'out' / f'av_{corpus}-steps2' / 'result.json').exists()
 
 
@@ -803,6 +805,9 @@ def run_shortened(line, monkeypatch):
             assert not e.code, (line, e.code)
     elif words[0] == 'tools/bench.py':
         run_script(words + SMALL_BENCH.split(), monkeypatch)
+    elif words[0] == 'tools/probe.py':
+        small = ['--corpus=toy', '--lm=out/lm_toy-steps2', '--lm_depth=0', '--runs=out/deepmlf_toy-steps2']
+        run_script([*words[:2], *small], monkeypatch)
     else:
         assert words[0] in ('eval.py', 'data.py') or words[0].startswith('tools/'), line
         for real, small in STANDS_FOR.items():

@@ -215,7 +215,7 @@ def probe(k, runs=()):
     place = f'{POOLS[i]} after layer {layer + 1}'
     outs = {f'ridge, {place}': [out['test']],
             f'MLP, {place}': [mlp(x, task.y, task.kind, task.loss, s)['test'] for s in SEEDS]}
-    keys = [key for key in SHOWN + ['mf1'] if key in task.metrics(out['test'], 'test')]
+    keys = [key for key in SHOWN + ['macro_f1'] if key in task.metrics(out['test'], 'test')]
     rows = []
     for name, found in outs.items():
         scores = [task.metrics(o, 'test') for o in found]
@@ -243,6 +243,7 @@ def main(argv):
         return
     runs = [a.removeprefix('--runs=').split(',') for a in argv if a.startswith('--runs=')]
     argv = [a for a in argv if not a.startswith('--runs=')]
+    argv = [a if a.startswith('-') or os.path.exists(a) else str(ROOT / a) for a in argv]
     common, annotations = declared_knobs(ROOT / 'train.py')
     _, k = run_knobs(argv, common, annotations, SYSTEMS)
     probe(k, sum(runs, []))
