@@ -106,7 +106,7 @@ best_path, last_path = (os.path.join(out_dir, f'{kind}.safetensors') for kind in
 
 def stop(sentence):
     """ End a run that cannot continue: print one sentence and exit with status 1. """
-    sys.exit(f"{name}: {sentence}")
+    ranks.stop(f"{name}: {sentence}")
 
 
 interrupt = Interrupt(name, stop)
@@ -115,13 +115,12 @@ end_with_parent()
 # ---------------------------------------------------------------------------------------------------------
 # Checks that read no files
 
+ranks.start()
 errors = System.check(config)
 if resume and fresh:
     errors += ["resume=True and fresh=True exclude each other"]
 if errors:
     stop('; '.join(errors) + '.')
-
-ranks.start()
 if shard_lm != 'off' and (ranks.N_RANKS == 1 or not System.frozen_lm):
     stop("shard_lm needs a frozen LM and several processes: use torchrun, or shard_lm='off'.")
 if deterministic:

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 
 RANK, N_RANKS = 0, 1
+STORE = None   # the key-value store that the ranks share
 # how long the ranks wait for rank 0, which may convert a corpus or download an LM
 PATIENCE = timedelta(hours=2)
 
 
 def start():
     """ Join the process group that torchrun describes in the environment. Only rank 0 prints. """
-    global RANK, N_RANKS
+    global RANK, N_RANKS, STORE
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
         return
     RANK = int(os.environ.get('RANK', 0))
@@ -33,26 +34,56 @@ def start():
         torch.cuda.set_device(local)
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo', timeout=PATIENCE)
     if not gpus:   # with NCCL, closing at exit would wait for the other ranks
-        atexit.register(close)
+        atexit.register(close)   # where end_process is not called: after a traceback
+    address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
+    STORE = dist.TCPStore(address, port, is_master=False)
     if RANK:
         sys.stdout = open(os.devnull, 'w')
 
 
 def leave():
-    """
-    The end of a run: wait until rank 0 has written everything, then leave the group. A rank that
-    stops with an error does not come here; torchrun then stops the others.
-    """
+    """ The end of a run: wait until rank 0 has written everything, then end the process. """
     gathered(None)
-    close()
+    end_process(0)
 
 
 def close():
-    """
-    Leave the process group. Exiting while gloo's threads run may abort the process (SIGABRT).
-    """
-    if N_RANKS > 1 and dist.is_initialized():
+    """ Leave the process group, which joins gloo's threads. """
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def stop(sentence):
+    """
+    End a run that cannot continue: print one sentence and exit with status 1. Of several ranks only
+    the first one that stops prints it. torchrun then ends the others.
+    """
+    if N_RANKS == 1:
+        sys.exit(sentence)
+    if is_first_to_stop():
+        print(sentence, file=sys.stderr)
+    end_process(1)
+
+
+def is_first_to_stop():
+    """ Whether no other rank has called this before. """
+    try:
+        return STORE.add('nanomsa stopped', 1) == 1
+    except RuntimeError:   # the store has ended with another rank, which has printed
+        return False
+
+
+def end_process(status):
+    """
+    End a rank's process at once. The normal end of Python may abort it (SIGABRT): gloo's threads
+    still run then, and one that drops the last reference to a tensor needs an interpreter that no
+    longer exists. DDP keeps these threads alive even after destroy_process_group.
+    """
+    if N_RANKS == 1:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def gathered(value):

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -267,11 +266,7 @@ class Killed(BaseException):
 
 
 def torchrun(*argv, n=2, cwd=HERE):
-    """
-    Run train.py (or a worker.py) in n processes -> (exit status, printed output). In 2 of about 60
-    of these runs a process was aborted (SIGABRT), and the cause was not found (LOG.md). Such a run
-    is repeated once, with a warning.
-    """
+    """ Run train.py (or a worker.py) in n processes -> (exit status, printed output). """
     is_worker = str(argv[0]).endswith('worker.py')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
     command += [f'--nproc_per_node={n}', *([] if is_worker else [HERE / 'train.py']), *argv]
@@ -279,12 +274,7 @@ def torchrun(*argv, n=2, cwd=HERE):
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=300
     )
-    printed = done.stdout + done.stderr
-    if 'exitcode: -6' in printed and '--fresh=True' not in argv:
-        warnings.warn(f'a process was aborted: {printed[-8000:]}')
-        fresh = [] if '--resume=True' in argv or is_worker else ['--fresh=True']
-        return torchrun(*argv, *fresh, n=n, cwd=cwd)
-    return done.returncode, printed
+    return done.returncode, done.stdout + done.stderr
 
 
 @contextmanager
