@@ -179,7 +179,8 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
     load_tensors(model, tensors, folder)
     device = about['device'] if devices()[about['device']] else 'cpu'
     model.to(device)
-    hold_memory(device == 'cpu')
+    if device == 'cpu':
+        hold_memory()
 
     def autocast():
         return torch.autocast(device, dtype, enabled=dtype is not torch.float32)
@@ -227,8 +228,7 @@ def open_own_corpus(folder, facts):
 
 def build_model(folder, k, corpus, dtype, tensors, as_data):
     """
-    A run's model, before the tensors of its checkpoint are in it, and its tokenizer. as_data: see
-    lm_config.
+    A run's model, without the tensors of its checkpoint yet, and its tokenizer. as_data: lm_config.
     """
     own_lm = os.path.join(folder, 'lm')
     for own in (own_lm, os.path.join(folder, 'hf')):
@@ -279,9 +279,9 @@ def load_run_and_feed(folder, **allowed):
 
 def evaluate_again(folder, **allowed):
     """
-    Evaluate the best checkpoint of a run on its test set again. Prints the report's table, and then
-    overwrites test.jsonl, result.json and the reports. Returns the table. Raises EvalError,
-    ModelError, CorpusError.
+    Evaluate the best checkpoint of a run on its test set again: print the report's table, overwrite
+    test.jsonl, result.json and the reports, return the table. Raises EvalError, ModelError,
+    CorpusError.
     """
     r, run = read_run(folder), load_run(folder, **allowed)
     r['test'], predictions = run.test(run.corpus, run.knobs)

@@ -178,6 +178,20 @@ def ordinal_loss(pred, label, k, batch):
     return terms, ramp(k, batch) * sum(k['weight_' + name] * term for name, term in terms.items())
 
 
+def head_loss(out, kind, k, batch):
+    """
+    The loss of a head that reads a score, out [B,1], or classes, out [B,K] -> dict(loss, terms): L1
+    and the ordinal losses, or cross-entropy. kind: of the label; k: the knobs (OrdinalKnobs).
+    """
+    label = batch['label']  # [B]
+    if kind == 'classes':
+        task = F.cross_entropy(out, label)
+        return dict(loss=task + 0.0, terms={'task': task})
+    task = l1(out[:, 0], label)
+    ordinal_terms, ordinal = ordinal_loss(out[:, 0], label, k, batch)
+    return dict(loss=task + ordinal, terms={'task': task} | ordinal_terms)
+
+
 def ramp(k, batch):
     """
     The factor of the regularisers' weights in the batch's epoch, counted from 0: a cosine from 0 to

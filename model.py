@@ -39,14 +39,13 @@ from baselines.lora_lm import LoRALM
 from configurator import AtLeast, Share
 from crosssent import CORAL, CrossSent
 from lm import LMKnobs, ModelError, NewModelKnobs
-from losses import OrdinalKnobs, deepmlf_loss, l1, label_loss, lm_loss, ordinal_loss
+from losses import OrdinalKnobs, deepmlf_loss, head_loss, l1, label_loss, lm_loss, ordinal_loss
 from prompts import Prompt, PromptKnobs, rated_texts
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
 from run.lm_compare import known_lm
 from run.load_lm import (
     cut_to_depth,
     empty_lm,
-    float32_bytes_of_lm,
     load_frozen_lm,
     load_tokenizer,
     refuse_unknown_tokens,
@@ -280,10 +279,6 @@ class DeepMLF(System):
                 raise ModelError(str(e)) from None
 
     @classmethod
-    def float32_bytes(cls, k):
-        return float32_bytes_of_lm(k)
-
-    @classmethod
     def prerequisite_knobs(cls, k):
         return ['lm'] + ['av_from'] * (k['av_init'] != 'random')
 
@@ -326,6 +321,7 @@ class DeepMLF(System):
         """
         k, lm, (B, T) = self.k, self.lm, batch['tokens'].shape
         n_f, device, text_len = k['n_fusion'], batch['tokens'].device, batch['text_len']
+        whole = whole or k['text_pool'] == 'mean'
         z, z_mask = self.av_encoder(batch)  # [B,m,d], [B,m]
 
         x_t = lm.embed(batch['tokens'])  # [B,T,D]
@@ -387,9 +383,7 @@ class DeepMLF(System):
         audio and video only if mm_query includes the text. No logits over the vocabulary are
         computed.
         """
-        k = self.k
-        # figures need all text tokens of the last layer
-        whole = 'text' in k['mm_query'] or k['text_pool'] == 'mean'
+        whole = 'text' in self.k['mm_query']  # figures need all text tokens of the last layer
         return self.heads(*self.streams_through_lm(batch, whole), batch)
 
     def forward(self, batch):
@@ -398,8 +392,7 @@ class DeepMLF(System):
         so the LM loss trains only the FFW, norm_2 and second gate of the MM blocks.
         """
         k = self.k
-        whole = k['weight_lm'] > 0 or k['text_pool'] == 'mean'
-        x_t, x_f, z, z_mask = self.streams_through_lm(batch, whole)
+        x_t, x_f, z, z_mask = self.streams_through_lm(batch, whole=k['weight_lm'] > 0)
         out = self.heads(x_t, x_f, z, z_mask, batch)
         terms, loss = deepmlf_loss(out, batch['label'], self.weights)
         ordinal_terms, ordinal = ordinal_loss(out['pred'], batch['label'], k, batch)
@@ -513,10 +506,6 @@ class PseudoTokenLM(System):
             errors += ["lm_depth leaves out the LM's last layers, without which it says no label: "
                        "--readout=head"]
         return errors
-
-    @classmethod
-    def float32_bytes(cls, k):
-        return float32_bytes_of_lm(k)
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
@@ -694,9 +683,9 @@ class PseudoTokenLM(System):
         cross-entropy of the classes.
         """
         x, n = self.embed_prompt(batch)
-        label = self.prompt.index(batch['label'])  # [B]
         if self.k['readout'] == 'head':
-            return self.head_loss(self.head_out(x, n), label, batch)
+            return head_loss(self.head_out(x, n), self.prompt.kind, self.k, batch)
+        label = self.prompt.index(batch['label'])  # [B]
         answer, real = self.trie_answer[label], self.trie_real[label]  # [B,n], [B,n]
         depth = torch.arange(answer.shape[1], device=x.device)
         y = torch.cat([self.trie_token[:1].expand(len(x), 1), answer[:, :-1]], 1)  # [B,n]
@@ -704,15 +693,6 @@ class PseudoTokenLM(System):
         h = self.hidden_behind_prompt(x, n, self.lm.embed(y), depth, causal)  # [B,n,D]
         loss = label_loss(h, answer, real, self.lm.lm_head, batch.get('lm_weight', 1.0))
         return dict(loss=loss, terms={'label': loss})
-
-    def head_loss(self, out, label, batch):
-        """ The loss of readout='head': out [B,1] or [B,K]; label [B], the class numbers. """
-        if self.prompt.kind == 'classes':
-            task = F.cross_entropy(out, label)
-            return dict(loss=task + 0.0, terms={'task': task})
-        task = l1(out[:, 0], batch['label'])
-        ordinal_terms, ordinal = ordinal_loss(out[:, 0], batch['label'], self.k, batch)
-        return dict(loss=task + ordinal, terms={'task': task} | ordinal_terms)
 
     @classmethod
     def controls(cls, k):

@@ -21,6 +21,7 @@ from configurator import check_declaration
 from losses import UNITS, ordinal_errors, ordinal_notes
 from metrics import BETTER
 from run.errors import ModelError
+from run.load_lm import float32_bytes_of_lm
 
 
 class System(nn.Module):
@@ -94,10 +95,10 @@ class System(nn.Module):
     @classmethod
     def float32_bytes(cls, k):
         """
-        The size of the frozen weights in float32, from configurations only; 0 where nothing is
-        frozen.
+        The size of the frozen LM in float32, from its configuration only; 0 without one. Raises
+        ModelError.
         """
-        return 0
+        return float32_bytes_of_lm(k) if cls.frozen_lm else 0
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):

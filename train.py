@@ -171,7 +171,8 @@ lm_fingerprint = model.lm.fingerprint() if model.lm else feed.lm_fingerprint
 if shard_lm != 'off':
     ranks.shard(model.lm, shard_lm, device)
 model.to(device)
-hold_memory(device == 'cpu')
+if device == 'cpu':
+    hold_memory()
 text_before = continuation(model, tokenizer)   # greedy text of the frozen LM, to compare later
 
 # Every trainable weight is in exactly one group. A checkpoint stores moments by the weight's name.

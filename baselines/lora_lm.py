@@ -10,14 +10,13 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from adapters import LoRA, LoRAFFW, inputs_of, text_vector, weight_of
 from configurator import AtLeast, Share
 from lm import LMKnobs
-from losses import OrdinalKnobs, l1, ordinal_loss
+from losses import OrdinalKnobs, head_loss
 from run.errors import ModelError
-from run.load_lm import float32_bytes_of_lm, load_frozen_lm
+from run.load_lm import load_frozen_lm
 from system import System, class_prediction
 
 
@@ -90,10 +89,6 @@ class LoRALM(System):
         return parts | new
 
     @classmethod
-    def float32_bytes(cls, k):
-        return float32_bytes_of_lm(k)
-
-    @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
         lm, tokenizer = load_frozen_lm(k, dtype, as_data)
         return cls.assemble(k, facts, lm, tokenizer), tokenizer
@@ -119,13 +114,7 @@ class LoRALM(System):
         return dict(pred=scores[:, 0])  # [B]
 
     def forward(self, batch):
-        scores, label = self.scores(batch), batch['label']  # [B,1] or [B,K], [B]
-        if self.kind == 'classes':
-            task = F.cross_entropy(scores, label)
-            return dict(loss=task + 0.0, terms={'task': task})
-        task = l1(scores[:, 0], label)
-        ordinal_terms, ordinal = ordinal_loss(scores[:, 0], label, self.k, batch)
-        return dict(loss=task + ordinal, terms={'task': task} | ordinal_terms)
+        return head_loss(self.scores(batch), self.kind, self.k, batch)
 
     def fused(self, batch, predict):
         return inputs_of(self.head, predict, batch)
