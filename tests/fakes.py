@@ -343,6 +343,21 @@ def with_value_at(index, value):
     return change
 
 
+@contextmanager
+def alarm(seconds, error):
+    """ Raises `error` in the block if it takes longer, for example because it waits for a FIFO. """
+    def ring(*_):
+        raise error
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def without_checksums(folder):
     """ Removes the checksums of a corpus folder, as after a change that is intended. """
     path = Path(folder) / 'meta.json'

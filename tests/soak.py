@@ -17,16 +17,15 @@ A kind is a class with
 """
 
 import random
-import signal
 import traceback
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from bombs import BOMB_KINDS
 from corpora.unpickle import CorpusError
 from damaged_corpora import CORPUS_KINDS
+from fakes import alarm
 from run.clips import ClipError
 from run.errors import ModelError
 from run.report import EvalError
@@ -61,26 +60,10 @@ class Hang(BaseException):
     """One input took more than MOST_SECONDS."""
 
 
-@contextmanager
-def at_most(seconds):
-    """Raises Hang in the block if it takes longer."""
-
-    def ring(*_):
-        raise Hang
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def outcome_of(kind):
     """'refused', 'same' or 'changes allowed'; otherwise what went wrong, with the traceback."""
     try:
-        with at_most(MOST_SECONDS):
+        with alarm(MOST_SECONDS, Hang):
             value = kind.use()
     except REFUSALS as e:
         sentence = str(e).strip()

@@ -10,8 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_origin
 
@@ -20,7 +18,7 @@ import torch
 
 import eval as evaluation
 from configurator import known_knobs
-from fakes import HERE, TINY, command, deepmlf, forge, train
+from fakes import HERE, TINY, alarm, command, deepmlf, forge, train
 from model import SYSTEMS
 from run.errors import ModelError
 from run.folder import load_checkpoint, replacing, save_checkpoint
@@ -79,20 +77,9 @@ def copied(curriculum, tmp_path):
     return tmp_path / 'copied'
 
 
-@contextmanager
 def no_longer_than(seconds):
     """Fails if the block takes longer, for example because it waits for a FIFO."""
-
-    def late(*_):
-        raise AssertionError(f"still waiting after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+    return alarm(seconds, AssertionError(f"still waiting after {seconds} s"))
 
 
 # --------------------------------------------------------------------------------------------------
