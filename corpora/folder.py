@@ -3,17 +3,25 @@ An open corpus folder (docs/corpora.md).
 
 Axis letters: N clips of a split, S frames of a clip, d features of a frame.
 """
-import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from corpora.names import SPLITS, STREAMS
 from corpora.seal import check_file, check_meta_checksum
 from corpora.unpickle import CorpusError
-from run.folder import check_regular, open_regular
+from run.folder import check_regular
+from run.forms import LABEL, STREAM, check_label
+from run.json_files import NUMBER, Each, Maybe, check_form, check_texts, read_json, read_json_lines
+
+META = dict(   # meta.json; corpora/seal.py describes its last two entries
+    format=Literal[1], name=str, source=dict(sha256=str), text=dict(upper_case=bool), clips=dict,
+    labels=Each(LABEL), streams=Each(STREAM | dict(frames_per_second=Maybe(NUMBER))),
+    files=Maybe(Each(dict(bytes=int, mtime_ns=int, crc32=str, sample=str))), checksum=Maybe(str))
+ROW = dict(id=str, text=str, dialogue=Maybe(str), speaker=Maybe(str))   # a line of text.jsonl
 
 
 class Corpus:
@@ -42,11 +50,14 @@ class Corpus:
         """ Yields the path of a file. Errors of reading it in the block become a CorpusError. """
         try:
             yield Path(self.folder) / file
-        except Exception as e:   # damaged bytes raise errors of many classes
-            reason = str(e) if type(e) is ValueError else f'{type(e).__name__}: {e}'
-            reason = ' '.join(reason.split())[:300]
-            raise CorpusError(f"{self.folder}/{file} is missing or damaged ({reason}); remove the "
-                              "folder and convert the source again.") from e
+        except ValueError as e:   # a phrase about the file
+            reason = str(e)
+        except Exception as e:    # damaged bytes raise errors of many classes
+            reason = f"is missing or damaged ({type(e).__name__}: {' '.join(str(e).split())[:300]})"
+        else:
+            return
+        raise CorpusError(f"{self.folder}/{file} {reason}: remove the folder and convert the source "
+                          "again.")
 
     def _check_files(self, split, whole):
         """ Compares the files of a split with their checksums, where meta.json has them. """
@@ -72,7 +83,7 @@ class Corpus:
             with self._reading(f'{split}/{m}_start.npy') as path:
                 start = np.array(open_array(path, (n + 1,), 'i'), np.int64)  # [N+1]
                 if start[0] != 0 or (np.diff(start) < 0).any():
-                    raise ValueError("the starts of its clips are not in ascending order")
+                    raise ValueError("has starts of clips that are not in ascending order")
                 self._start[split, m] = start
             with self._reading(f'{split}/{m}.npy') as path:
                 self._frames[split, m] = open_array(path, (start[-1], d), 'f')
@@ -115,80 +126,54 @@ def check_whole(folder):
 
 
 def read_meta(path):
-    """ The content of meta.json. Raises OSError, ValueError, KeyError, TypeError. """
-    with open_regular(path, follow=True) as f:
-        meta = json.load(f)
-    if meta['format'] != 1:
-        raise ValueError(f"its format is {meta['format']}, not 1")
+    """ The content of meta.json. Raises ValueError, a phrase about the file, if it is damaged. """
+    meta = read_json(path, META, follow=True)
     check_meta_checksum(meta)
-    _require(type(meta['name']) is str, 'name', "a string")
-    _require(type(meta['source']['sha256']) is str, 'source', "an object with a string sha256")
-    clips = meta['clips']
-    are_counts = all(type(n) is int and n > 0 for n in clips.values())
-    _require(set(clips) == set(SPLITS) and are_counts, 'clips', f"the clips of {', '.join(SPLITS)}")
+    check_form(meta['clips'], dict.fromkeys(SPLITS, int), ' clips')
+    if min(meta['clips'].values()) < 1:
+        raise ValueError(f"has a split without clips: {meta['clips']}")
     for name, info in meta['labels'].items():
         # the name is that of a file: it must not lead out of the folder
-        _require(re.fullmatch(r'\w+', name), 'labels', "named by letters, digits and _")
-        _check_label(name, info)
+        if not re.fullmatch(r'\w+', name):
+            raise ValueError(f"has a label named {name!r}, which is not of letters, digits and _")
+        check_label(info)
     for m, info in meta['streams'].items():
-        _require(m in STREAMS, 'streams', f"of {' or '.join(STREAMS)}")
+        if m not in STREAMS:
+            raise ValueError(f"has a stream named {m!r}, which is none of {', '.join(STREAMS)}")
         _check_stream(m, info)
-    _require(type(meta['text']['upper_case']) is bool, 'text', "an object with upper_case")
     return meta
-
-
-def _require(holds, entry, what):
-    """ Raises ValueError unless `holds`: what the entry of meta.json must be. """
-    if not holds:
-        raise ValueError(f"its entry {entry} must be {what}")
-
-
-def _check_label(name, info):
-    if info['kind'] == 'classes':
-        names = info['names']
-        are_names = type(names) is list and names and all(type(c) is str for c in names)
-        _require(are_names and len(set(names)) == len(names), name, "different names of classes")
-    else:
-        _require(info['kind'] == 'regression', name, "of the kind regression or classes")
-        low, high = info['range']
-        _require(_is_number(low) and _is_number(high) and low < high, name, "a range [low, high]")
 
 
 def _check_stream(m, info):
     d = info['width']
-    _require(type(d) is int and d > 0, m, "of a width above 0")
-    _require(type(info['standardised']) is bool, m, "standardised or not: true or false")
-    for key in ('mean', 'std'):
-        values = info[key]
-        are_numbers = type(values) is list and len(values) == d and all(map(_is_number, values))
-        _require(are_numbers, f'{m} {key}', f"{d} finite numbers")
-    _require(np.float32(info['std']).min() > 0, f'{m} std', "above 0")
-    rate = info.get('frames_per_second', 1)
-    _require(_is_number(rate) and rate > 0, f'{m} frames_per_second', "a number above 0")
-
-
-def _is_number(x):
-    """ True for a number that float32 holds. """
-    return type(x) in (int, float) and abs(x) <= float(np.finfo(np.float32).max)
+    if type(d) is not int or not len(info['mean']) == len(info['std']) == d:
+        raise ValueError(f"does not have a mean and std of {m} of {d} numbers each")
+    numbers = np.array([info['mean'], info['std']]).astype(np.float32)  # [2,d]
+    if not np.isfinite(numbers).all() or numbers[1].min() <= 0:
+        raise ValueError(f"has a mean of {m} that is not finite, or a std that is not above 0")
+    rate = info.get('frames_per_second')
+    if rate is not None and not 0 < rate < np.inf:
+        raise ValueError(f"has the wrong entry frames_per_second {rate} of {m}")
 
 
 def read_rows(path, n):
-    """ The objects of text.jsonl, one for each of n clips. Raises OSError, ValueError. """
-    with open_regular(path, follow=True) as f:
-        rows = [json.loads(line) for line in f]
+    """
+    The objects of text.jsonl, one for each of n clips. Raises ValueError, a phrase about the file,
+    if it is damaged.
+    """
+    rows = read_json_lines(path, lambda row: check_form(row, ROW), follow=True)
     if len(rows) != n:
-        raise ValueError(f"it holds {len(rows)} clips and not {n}")
-    for i, row in enumerate(rows):
-        if type(row) is not dict or type(row.get('id')) is not str or type(row.get('text')) is not str:
-            raise ValueError(f"line {i + 1} is no object with the strings id and text")
-    for key in ('id', 'text'):
-        ''.join(row[key] for row in rows).encode()   # half a surrogate pair raises ValueError
+        raise ValueError(f"has {len(rows)} clips and not {n}")
+    check_texts([[row['id'], row['text']] for row in rows])
     return rows
 
 
 def open_array(path, shape, kind):
-    """ A memory map of a .npy file. kind: of its dtype. Raises OSError, ValueError. """
-    a = np.lib.format.open_memmap(path, mode='r')
+    """ A memory map of a .npy file. kind: of its dtype. Raises OSError, and ValueError, a phrase. """
+    try:
+        a = np.lib.format.open_memmap(path, mode='r')
+    except ValueError as e:
+        raise ValueError(f"is damaged ({' '.join(str(e).split())[:300]})") from None
     if a.shape != shape or a.dtype.kind != kind:
-        raise ValueError(f"its array of {a.dtype} {a.shape} does not fit the other files")
+        raise ValueError(f"has an array of {a.dtype} {a.shape}, which does not fit the other files")
     return a

@@ -11,8 +11,8 @@ import zlib
 
 PIECE = 1 << 16     # bytes of a piece of the sample
 N_PIECES = 16       # in the sample, evenly spaced; a file of at most 1 MiB is in it as a whole
-CHANGED = ("it differs from what the conversion wrote, and after an intended change the entries "
-           "files and checksum of meta.json must be removed")
+CHANGED = ("differs from what the conversion wrote (if the change was intended, remove the entries "
+           "files and checksum of meta.json)")
 
 
 def write_meta(folder, meta):
@@ -36,7 +36,7 @@ def file_entry(path):
 def check_meta_checksum(meta):
     """ Raises ValueError if an entry of meta.json was changed. A handmade one has no checksums. """
     if ('files' in meta) != ('checksum' in meta):
-        raise ValueError("it has only one of the entries files and checksum")
+        raise ValueError("has only one of the entries files and checksum")
     if 'checksum' in meta and meta['checksum'] != meta_checksum(meta):
         raise ValueError(CHANGED)
 
@@ -49,7 +49,7 @@ def check_file(path, entry, whole=False):
     with open(path, 'rb') as f:
         stat = os.fstat(f.fileno())
         if stat.st_size != entry['bytes']:
-            raise ValueError(f"it has {stat.st_size} bytes and not {entry['bytes']}: {CHANGED}")
+            raise ValueError(f"has {stat.st_size} bytes and not {entry['bytes']}, so it {CHANGED}")
         touched = stat.st_mtime_ns != entry['mtime_ns']
         same = sample_crc(f, stat.st_size) == entry['sample']
         if same and (touched or whole):

@@ -1,6 +1,7 @@
 """
 The forms (run/json_files.py) of the JSON in a run's folder.
 """
+from math import inf
 from typing import Literal
 
 from configurator import AtLeast
@@ -55,9 +56,11 @@ def check_label(info):
     """ Raises ValueError if the description of a label has neither a range nor names. """
     if info['kind'] == 'classes':
         check_form(info, dict(names=[str]))
+        if len(set(info['names'])) != max(1, len(info['names'])):
+            raise ValueError(f"has no class names, or one twice: {shorten(info['names'])}")
         return
     check_form(info, dict(range=[NUMBER]))
-    if len(info['range']) != 2 or not info['range'][0] < info['range'][1]:
+    if len(info['range']) != 2 or not -inf < info['range'][0] < info['range'][1] < inf:
         raise ValueError(f"has the wrong range {shorten(info['range'])}")
 
 

@@ -1,7 +1,7 @@
 """
-Reads our JSON files: result.json, config.json, log.jsonl, test.jsonl, the JSON of a sweep, and the
-header of a checkpoint. They may be damaged or come from a stranger. A form says what a value must
-be:
+Reads our JSON files: those of a run, the JSON of a sweep, the header of a checkpoint, and meta.json
+and text.jsonl of a corpus. They may be damaged or come from a stranger. A form says what a value
+must be:
 
     str, bool, NUMBER         a value of this type; NUMBER is an int or a float, NaN too
     AtLeast(0), Literal[..]   a value that this annotation of a knob allows
@@ -40,12 +40,12 @@ def read_json(path, form=dict, follow=False):
     return parsed(_text_of(path, follow), form)
 
 
-def read_json_lines(path, check=None):
+def read_json_lines(path, check=None, follow=False):
     """
     The dicts in a file that holds one per line. check(dict) may raise ValueError. Raises ValueError
-    with the number of the line.
+    with the number of the line. follow: see open_regular.
     """
-    return parsed_lines(_text_of(path, follow=False), check)
+    return parsed_lines(_text_of(path, follow), check)
 
 
 def _text_of(path, follow):

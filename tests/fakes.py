@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import resource
 import runpy
 import shutil
 import signal
@@ -356,6 +357,17 @@ def alarm(seconds, error):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def files_of_at_most(n_bytes):
+    """ In the block no file can grow past n_bytes, as on a full disk. """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def without_checksums(folder):

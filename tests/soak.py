@@ -25,6 +25,7 @@ from pathlib import Path
 from bombs import BOMB_KINDS
 from corpora.unpickle import CorpusError
 from damaged_corpora import CORPUS_KINDS
+from damaged_runs import RUN_KINDS
 from fakes import alarm
 from run.clips import ClipError
 from run.errors import ModelError
@@ -103,7 +104,7 @@ def check(kind, n, seed, places):
 
 
 # The kinds, by name
-KINDS = CORPUS_KINDS | BOMB_KINDS
+KINDS = CORPUS_KINDS | BOMB_KINDS | RUN_KINDS
 # How many inputs of a kind the soak test has, and the suite
 LONG = dict(corpus=800, clip=600, source_bomb=100, clip_bomb=100, others=200)
-SHORT = dict(corpus=30, clip=30, source_bomb=5, clip_bomb=5, others=5)
+SHORT = dict(corpus=30, clip=30, sweep=30, others=5)

@@ -556,7 +556,7 @@ def test_a_changed_byte_of_a_corpus_is_found(tmp_path):
     folder = Path(corpus.folder)
     shutil.copytree(folder, tmp_path / 'copy')
     change_byte(folder / 'test' / 'label.npy', -1, keep_time=True)
-    with pytest.raises(CorpusError, match='test/label.npy .* differs from what'):
+    with pytest.raises(CorpusError, match='test/label.npy differs from what'):
         open_corpus(folder)
 
     step = ((folder / 'train' / 'audio.npy').stat().st_size - PIECE) // (N_PIECES - 1)

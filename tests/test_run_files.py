@@ -6,9 +6,7 @@ Damaged files of a run, full disks, and knobs of a model that would fill the mem
 
 import errno
 import json
-import resource
 import shutil
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ import torch
 
 import eval as evaluation
 from configurator import AtLeast
-from fakes import command, deepmlf, forge, tiny_bert, train
+from fakes import command, deepmlf, files_of_at_most, forge, tiny_bert, train
 from run.folder import replacing
 from run.frozen_text import frozen_text
 from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json
@@ -29,17 +27,6 @@ def copied(curriculum, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / 'here')
     shutil.copytree(curriculum / 'whole', tmp_path / 'run')
     return tmp_path / 'run'
-
-
-@contextmanager
-def files_of_at_most(n_bytes):
-    """ In the block no file can grow past n_bytes, as on a full disk. """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from baselines.lora_lm import LoRALM
 from fakes import (
     TINY,
+    files_of_at_most,
     killed_in_batch,
     knobs_of_system,
     prompted,
@@ -254,6 +255,13 @@ def test_a_probe_prints_its_layers_and_compares_runs(label, select, corpora, cur
     probe.main(flags)
     assert sorted((corpora / 'states').iterdir()) == files
     assert capsys.readouterr().out.split('| test ')[1] in out
+    files[0].write_bytes(files[0].read_bytes()[:-7])   # computed again, though it cannot be kept
+    with files_of_at_most(3000):
+        probe.main(flags)
+    again = capsys.readouterr().out
+    assert 'are not kept, because' in again
+    assert again.split('| test ')[1] in out
+    assert sorted((corpora / 'states').iterdir()) == files
 
 
 def test_a_probe_refuses_a_system_without_a_frozen_lm(corpora):

@@ -35,7 +35,7 @@ from eval import experiment_of
 from metrics import SHOWN, claim, is_better, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run.errors import ModelError
-from run.folder import replacing
+from run.folder import check_regular, replacing
 from run.machine import choose_device
 from run.report import EvalError, read_predictions, read_run
 
@@ -74,12 +74,28 @@ def kept_states(lm, feed, split, folder):
     tokens = [[int(t) for t in feed.tokens[split][i]] for i in feed.clips[split]]
     which = json.dumps([lm.fingerprint(), str(lm.parts['embed'].weight.dtype), tokens])
     path = os.path.join(folder, hashlib.sha256(which.encode()).hexdigest()[:16] + '.npy')
-    if not os.path.exists(path):
+    kept = _read_states(path, (len(tokens), lm.n_layers, len(POOLS), lm.width))
+    if kept is not None:
+        return kept
+    states = states_of(lm, feed, split)
+    try:
         os.makedirs(folder, exist_ok=True)
-        states = states_of(lm, feed, split)
         with replacing(path) as new, open(new, 'wb') as f:
             np.save(f, states)
-    return np.load(path, mmap_mode='r')
+    except OSError as e:
+        print(f"note: the states of {split} are not kept, because {path} cannot be written "
+              f"({e.strerror}); free space, or give another --data_dir")
+    return states
+
+
+def _read_states(path, shape):
+    """ The states [N,l,2,D] in a file, or None if it is missing or damaged. """
+    try:
+        check_regular(path)
+        states = np.load(path, mmap_mode='r')
+    except (OSError, ValueError, EOFError):
+        return None
+    return states if states.shape == shape and states.dtype == np.float32 else None
 
 
 def standardised(states, layer, pool):
