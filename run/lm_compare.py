@@ -40,18 +40,18 @@ def first_layers(lm, n):
 @contextmanager
 def in_float32(lm):
     """
-    Inside, the LM's weights are float32. Going there and back changes no bit; buffers stay as they
-    are, as rope's angles are float32 in every LM.
+    Inside, the LM's weights are float32. Afterwards they are the tensors of before, which may be
+    mapped from the LM's file. Buffers stay as they are, as rope's angles are float32 in every LM.
     """
     weights = list(lm.hf.parameters())
-    dtypes = [p.dtype for p in weights]
+    before = [p.data for p in weights]
     try:
         for p in weights:
             p.data = p.data.float()
         yield
     finally:
-        for p, dtype in zip(weights, dtypes):
-            p.data = p.data.to(dtype)
+        for p, data in zip(weights, before):
+            p.data = data
 
 
 @contextmanager

@@ -227,12 +227,16 @@ class DamagedSweep:
 class FullDisk(DamagedRun):
     """ A disk that becomes full: no file may grow past a random size. """
 
+    def damage(self, rng):
+        self.most = None  # while the undamaged copy is read
+        return super().damage(rng)
+
     def damage_copy(self, rng):
         self.most = rng.choice([0, 100, 3000, 20_000, 60_000])
         return f'{self.most} bytes a file'
 
     def printed(self):
-        if self.name not in self.undamaged:
+        if self.most is None:
             return super().printed()
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.most, limit[1]))

@@ -146,6 +146,30 @@ def test_a_whole_folder_loads_with_its_own_weights(family, tied, tmp_path):
     assert tokenizer.embedding_rows == N_TOKENS
 
 
+def mapped_files(path):
+    """ The address ranges of this process in which a file is mapped. """
+    ranges = []
+    with open('/proc/self/maps') as f:
+        for line in f:
+            if line.rstrip().endswith(str(path)):
+                ranges.append([int(end, 16) for end in line.split()[0].split('-')])
+    return ranges
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason="reads Linux's /proc")
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_frozen_weights_stay_mapped_from_their_file(dtype, tmp_path):
+    """ So all processes of a machine share one copy of a frozen LM, if its file has the dtype. """
+    hf = small('llama').to(dtype)
+    hf.save_pretrained(tmp_path / 'lm')
+    word_tokenizer().save_pretrained(tmp_path / 'lm')
+    lm, _ = load_lm(str(tmp_path / 'lm'), dtype)
+    lm.to('cpu').eval()
+    ranges = mapped_files(tmp_path / 'lm' / 'model.safetensors')
+    for name, p in lm.hf.named_parameters():
+        assert any(a <= p.data_ptr() < b for a, b in ranges), name
+
+
 def drop(*parts):
     return lambda tensors: {
         k: v for k, v in tensors.items() if not any(part in k for part in parts)
