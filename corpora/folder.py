@@ -15,7 +15,7 @@ from corpora.seal import check_file, check_meta_checksum
 from corpora.unpickle import CorpusError
 from run.folder import check_regular
 from run.forms import LABEL, STREAM, check_label
-from run.json_files import NUMBER, Each, Maybe, check_form, check_texts, read_json, read_json_lines
+from run.json_files import NUMBER, Each, Maybe, check_form, read_json, read_json_lines
 
 META = dict(   # meta.json; corpora/seal.py describes its last two entries
     format=Literal[1], name=str, source=dict(sha256=str), text=dict(upper_case=bool), clips=dict,
@@ -164,7 +164,6 @@ def read_rows(path, n):
     rows = read_json_lines(path, lambda row: check_form(row, ROW), follow=True)
     if len(rows) != n:
         raise ValueError(f"has {len(rows)} clips and not {n}")
-    check_texts([[row['id'], row['text']] for row in rows])
     return rows
 
 

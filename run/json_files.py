@@ -73,6 +73,8 @@ def parsed(text, form=dict):
     except ValueError:
         raise ValueError("holds a number of thousands of digits") from None
     check_numbers(value)
+    if '\\u' in text:   # half of a surrogate pair can only be written by an escape
+        check_texts(value)
     check_form(value, form)
     return value
 
@@ -141,6 +143,8 @@ def check_texts(value):
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("holds a text that is no valid Unicode") from None
+    except RecursionError:
+        raise ValueError("holds too many nested lists") from None
 
 
 def shorten(value, n=60):

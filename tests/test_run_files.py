@@ -42,6 +42,7 @@ def copied(curriculum, tmp_path, monkeypatch):
         (b'{"a": "\xff"}', 'is not UTF-8 text'),
         (b'[' * 100_000, 'nested'),
         (b'[1]', 'has the wrong entry'),
+        (b'{"a": "\\ud800"}', 'no valid Unicode'),
         (b'{"a": 1' + b'0' * 5000 + b'}', 'thousands of digits'),
         (b'{"a": 1' + b'0' * 30 + b'}', 'too large'),
     ],
