@@ -882,7 +882,7 @@ def test_only_the_allowed_packages_are_imported():
 
 
 # --------------------------------------------------------------------------------------------------
-# python tests/test_trust.py --soak: the long form, which takes about 15 minutes
+# python tests/test_trust.py --soak: the long form, which takes about 45 minutes
 
 
 @pytest.mark.parametrize('name', KINDS)
