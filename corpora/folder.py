@@ -17,10 +17,12 @@ from run.folder import check_regular
 from run.forms import LABEL, STREAM, check_label
 from run.json_files import NUMBER, Each, Maybe, check_form, read_json, read_json_lines
 
+STREAM_META = STREAM | dict(frames_per_second=Maybe(NUMBER))
+FILE = dict(bytes=int, mtime_ns=int, crc32=str, sample=str)
 META = dict(   # meta.json; corpora/seal.py describes its last two entries
-    format=Literal[1], name=str, source=dict(sha256=str), text=dict(upper_case=bool), clips=dict,
-    labels=Each(LABEL), streams=Each(STREAM | dict(frames_per_second=Maybe(NUMBER))),
-    files=Maybe(Each(dict(bytes=int, mtime_ns=int, crc32=str, sample=str))), checksum=Maybe(str))
+    format=Literal[1], name=str, source=dict(sha256=str), text=dict(upper_case=bool),
+    clips=dict.fromkeys(SPLITS, int), labels=Each(LABEL), streams=Each(STREAM_META),
+    files=Maybe(Each(FILE)), checksum=Maybe(str))
 ROW = dict(id=str, text=str, dialogue=Maybe(str), speaker=Maybe(str))   # a line of text.jsonl
 
 
@@ -129,7 +131,6 @@ def read_meta(path):
     """ The content of meta.json. Raises ValueError, a phrase about the file, if it is damaged. """
     meta = read_json(path, META, follow=True)
     check_meta_checksum(meta)
-    check_form(meta['clips'], dict.fromkeys(SPLITS, int), ' clips')
     if min(meta['clips'].values()) < 1:
         raise ValueError(f"has a split without clips: {meta['clips']}")
     for name, info in meta['labels'].items():
@@ -148,7 +149,8 @@ def _check_stream(m, info):
     d = info['width']
     if type(d) is not int or not len(info['mean']) == len(info['std']) == d:
         raise ValueError(f"does not have a mean and std of {m} of {d} numbers each")
-    numbers = np.array([info['mean'], info['std']]).astype(np.float32)  # [2,d]
+    with np.errstate(over='ignore'):   # a number past float32 becomes infinite
+        numbers = np.array([info['mean'], info['std']]).astype(np.float32)  # [2,d]
     if not np.isfinite(numbers).all() or numbers[1].min() <= 0:
         raise ValueError(f"has a mean of {m} that is not finite, or a std that is not above 0")
     rate = info.get('frames_per_second')
