@@ -14,7 +14,7 @@ from corpora.names import SPLITS, STREAMS
 from corpora.seal import check_file, check_meta_checksum
 from corpora.unpickle import CorpusError
 from run.folder import check_regular
-from run.forms import LABEL, STREAM, check_label
+from run.forms import LABEL, STREAM, check_label, check_stream
 from run.json_files import NUMBER, Each, Maybe, check_form, read_json, read_json_lines
 
 STREAM_META = STREAM | dict(frames_per_second=Maybe(NUMBER))
@@ -23,6 +23,7 @@ META = dict(   # meta.json; corpora/seal.py describes its last two entries
     format=Literal[1], name=str, source=dict(sha256=str), text=dict(upper_case=bool),
     clips=dict.fromkeys(SPLITS, int), labels=Each(LABEL), streams=Each(STREAM_META),
     files=Maybe(Each(FILE)), checksum=Maybe(str))
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 ROW = dict(id=str, text=str, dialogue=Maybe(str), speaker=Maybe(str))   # a line of text.jsonl
 
 
@@ -131,13 +132,16 @@ def read_meta(path):
     """ The content of meta.json. Raises ValueError, a phrase about the file, if it is damaged. """
     meta = read_json(path, META, follow=True)
     check_meta_checksum(meta)
-    if min(meta['clips'].values()) < 1:
-        raise ValueError(f"has a split without clips: {meta['clips']}")
+    clips = meta['clips']
+    if set(clips) != set(SPLITS) or min(clips.values()) < 1:
+        raise ValueError(f"has other splits than {', '.join(SPLITS)}, or one without clips: {clips}")
     for name, info in meta['labels'].items():
         # the name is that of a file: it must not lead out of the folder
         if not re.fullmatch(r'\w+', name):
             raise ValueError(f"has a label named {name!r}, which is not of letters, digits and _")
         check_label(info)
+        if info['kind'] == 'regression' and max(map(abs, info['range'])) > LARGEST_FLOAT32:
+            raise ValueError(f"has a range of {name} past what float32 holds")
     for m, info in meta['streams'].items():
         if m not in STREAMS:
             raise ValueError(f"has a stream named {m!r}, which is none of {', '.join(STREAMS)}")
@@ -146,15 +150,15 @@ def read_meta(path):
 
 
 def _check_stream(m, info):
-    d = info['width']
-    if type(d) is not int or not len(info['mean']) == len(info['std']) == d:
-        raise ValueError(f"does not have a mean and std of {m} of {d} numbers each")
+    check_stream(m, info)
+    if type(info['width']) is not int:
+        raise ValueError(f"has the width {info['width']} of {m}, which is no integer")
     with np.errstate(over='ignore'):   # a number past float32 becomes infinite
         numbers = np.array([info['mean'], info['std']]).astype(np.float32)  # [2,d]
     if not np.isfinite(numbers).all() or numbers[1].min() <= 0:
         raise ValueError(f"has a mean of {m} that is not finite, or a std that is not above 0")
-    rate = info.get('frames_per_second')
-    if rate is not None and not 0 < rate < np.inf:
+    rate = info.get('frames_per_second', 1)
+    if rate is None or not 0 < rate <= LARGEST_FLOAT32:
         raise ValueError(f"has the wrong entry frames_per_second {rate} of {m}")
 
 

@@ -46,10 +46,18 @@ def check_about(about):
         raise ValueError("names different streams in its widths and in its streams")
     for m, stream in facts['streams'].items():
         n = facts['widths'][m]
-        if not n == stream['width'] == len(stream['mean']) == len(stream['std']):
-            raise ValueError(f"does not have a mean and std of {m} of {shorten(n)} numbers each")
+        if n != stream['width']:
+            raise ValueError(f"has the widths {shorten(n)} and {stream['width']} of {m}")
+        check_stream(m, stream)
     for info in facts['labels'].values():
         check_label(info)
+
+
+def check_stream(m, stream):
+    """ Raises ValueError if the mean or the std of a stream does not have its width. """
+    d = stream['width']
+    if not len(stream['mean']) == len(stream['std']) == d:
+        raise ValueError(f"does not have a mean and std of {m} of {d} numbers each")
 
 
 def check_label(info):

@@ -74,12 +74,20 @@ def _stored_text(path, shape):
     """ What frozen_text returns, from its two files; None if one is missing or damaged. """
     try:
         made = read_json(path + '.json', dict(fingerprint=str))
-        check_regular(path + '.npy')
-        hidden = np.load(path + '.npy', mmap_mode='r')  # [n,D]
+    except ValueError:
+        return None
+    hidden = kept_array(path + '.npy', shape, np.float16)  # [n,D]
+    return None if hidden is None else (hidden, made['fingerprint'])
+
+
+def kept_array(path, shape, dtype):
+    """ A memory map of a .npy file that was computed once, or None if it is missing or damaged. """
+    try:
+        check_regular(path)
+        a = np.load(path, mmap_mode='r')
     except (OSError, ValueError, EOFError):
         return None
-    is_whole = hidden.shape == shape and hidden.dtype == np.float16
-    return (hidden, made['fingerprint']) if is_whole else None
+    return a if a.shape == shape and a.dtype == dtype else None
 
 
 @torch.no_grad()

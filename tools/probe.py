@@ -35,7 +35,8 @@ from eval import experiment_of
 from metrics import SHOWN, claim, is_better, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run.errors import ModelError
-from run.folder import check_regular, replacing
+from run.folder import replacing
+from run.frozen_text import kept_array
 from run.machine import choose_device
 from run.report import EvalError, read_predictions, read_run
 
@@ -74,7 +75,8 @@ def kept_states(lm, feed, split, folder):
     tokens = [[int(t) for t in feed.tokens[split][i]] for i in feed.clips[split]]
     which = json.dumps([lm.fingerprint(), str(lm.parts['embed'].weight.dtype), tokens])
     path = os.path.join(folder, hashlib.sha256(which.encode()).hexdigest()[:16] + '.npy')
-    kept = _read_states(path, (len(tokens), lm.n_layers, len(POOLS), lm.width))
+    shape = len(tokens), lm.n_layers, len(POOLS), lm.width  # N, l, 2, D
+    kept = kept_array(path, shape, np.float32)
     if kept is not None:
         return kept
     states = states_of(lm, feed, split)
@@ -86,16 +88,6 @@ def kept_states(lm, feed, split, folder):
         print(f"note: the states of {split} are not kept, because {path} cannot be written "
               f"({e.strerror}); free space, or give another --data_dir")
     return states
-
-
-def _read_states(path, shape):
-    """ The states [N,l,2,D] in a file, or None if it is missing or damaged. """
-    try:
-        check_regular(path)
-        states = np.load(path, mmap_mode='r')
-    except (OSError, ValueError, EOFError):
-        return None
-    return states if states.shape == shape and states.dtype == np.float32 else None
 
 
 def standardised(states, layer, pool):
