@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 
 from corpora.names import SPLITS, STREAMS
-from corpora.seal import check_file, check_meta_checksum
+from corpora.seal import CHANGED, check_file
 from corpora.unpickle import CorpusError
 from run.folder import check_regular
 from run.forms import LABEL, STREAM, check_label, check_stream
-from run.json_files import NUMBER, Each, Maybe, check_form, read_json, read_json_lines
+from run.json_files import NUMBER, Each, Maybe, check_form, check_seal, read_json, read_json_lines
 
 STREAM_META = STREAM | dict(frames_per_second=Maybe(NUMBER))
 FILE = dict(bytes=int, mtime_ns=int, crc32=str, sample=str)
@@ -131,7 +131,7 @@ def check_whole(folder):
 def read_meta(path):
     """ The content of meta.json. Raises ValueError, a phrase about the file, if it is damaged. """
     meta = read_json(path, META, follow=True)
-    check_meta_checksum(meta)
+    check_seal(meta, CHANGED)
     clips = meta['clips']
     if set(clips) != set(SPLITS) or min(clips.values()) < 1:
         raise ValueError(f"has other splits than {', '.join(SPLITS)}, or one without clips: {clips}")

@@ -2,12 +2,13 @@
 The checksums of a corpus folder: the entries `files` and `checksum` of meta.json.
 
 `files` has an entry for each file: its size, its time, the CRC-32 of the whole file and that of a
-sample. `checksum` is the CRC-32 of all other entries of meta.json. A CRC finds damage and mistakes,
-not forgery.
+sample. `checksum` is that of meta.json itself (run/json_files.sealed).
 """
 import json
 import os
 import zlib
+
+from run.json_files import sealed
 
 PIECE = 1 << 16     # bytes of a piece of the sample
 N_PIECES = 16       # in the sample, evenly spaced; a file of at most 1 MiB is in it as a whole
@@ -19,9 +20,7 @@ def write_meta(folder, meta):
     """ Write meta.json of a corpus folder, whose other files are complete, with its checksums. """
     paths = [p for p in sorted(folder.rglob('*')) if p.is_file() and p.parent != folder]
     files = {p.relative_to(folder).as_posix(): file_entry(p) for p in paths}
-    meta = {key: value for key, value in meta.items() if key != 'checksum'} | dict(files=files)
-    meta['checksum'] = meta_checksum(meta)
-    text = json.dumps(meta, indent=1, ensure_ascii=False)
+    text = json.dumps(sealed(meta | dict(files=files)), indent=1, ensure_ascii=False)
     (folder / 'meta.json').write_text(text, encoding='utf-8')
 
 
@@ -31,14 +30,6 @@ def file_entry(path):
         stat = os.fstat(f.fileno())
         return dict(bytes=stat.st_size, mtime_ns=stat.st_mtime_ns, crc32=whole_crc(f),
                     sample=sample_crc(f, stat.st_size))
-
-
-def check_meta_checksum(meta):
-    """ Raises ValueError if an entry of meta.json was changed. A handmade one has no checksums. """
-    if ('files' in meta) != ('checksum' in meta):
-        raise ValueError("has only one of the entries files and checksum")
-    if 'checksum' in meta and meta['checksum'] != meta_checksum(meta):
-        raise ValueError(CHANGED)
 
 
 def check_file(path, entry, whole=False):
@@ -62,11 +53,6 @@ def check_file(path, entry, whole=False):
             os.utime(path, ns=(stat.st_atime_ns, entry['mtime_ns']))
         except OSError:
             pass   # another user's folder, or a read-only disk: the file is read again next time
-
-
-def meta_checksum(meta):
-    others = {key: value for key, value in meta.items() if key != 'checksum'}
-    return f'{zlib.crc32(json.dumps(others, sort_keys=True).encode()):08x}'
 
 
 def whole_crc(f):

@@ -23,6 +23,7 @@ from metrics import SHOWN
 from model import SYSTEMS
 from run.errors import ModelError
 from run.folder import find_folder, load_checkpoint, open_regular, save_checkpoint, write_text
+from run.json_files import sealed
 from run.report import EvalError
 
 # (stream, width) of public feature extractors, to name them when a width is wrong
@@ -325,7 +326,7 @@ def fill_export(folder, result, new):
     k.update({knob: value for knob, value in empty.items() if knob in k})
     tensors, info = load_checkpoint(os.path.join(folder, 'best.safetensors'))
     save_checkpoint(os.path.join(new, 'best.safetensors'), tensors, info | dict(about=about))
-    write_text(os.path.join(new, 'result.json'), json.dumps(result, indent=1))
+    write_text(os.path.join(new, 'result.json'), json.dumps(sealed(result), indent=1))
     write_text(os.path.join(new, 'config.json'), json.dumps(about, indent=1))
     write_text(os.path.join(new, 'README.md'), card)
     return left_out

@@ -28,7 +28,8 @@ STATE = dict(   # of the loop in train.py
 RESULT = dict(   # result.json, as train.py writes it
     about=ABOUT, state=STATE | dict(best=NUMBER), n_trainable=int, n_frozen=int, clips=CLIPS,
     info=LABEL, ceilings=Maybe(Each(METRICS)), majority=Maybe(METRICS), lm_kept=Maybe(bool),
-    valid=METRICS, test=METRICS, controls=Each(METRICS), seconds=COUNT)
+    valid=METRICS, test=METRICS, controls=Each(METRICS), seconds=COUNT,
+    files=Maybe(Each(str)), checksum=Maybe(str))   # file name -> CRC-32 of its text; see sealed
 LOG_LINE = dict(step=int, epoch=COUNT)
 TRAIN_LINE = LOG_LINE | dict(train=METRICS, gates=Maybe(Each([NUMBER])))
 VALID_LINE = LOG_LINE | dict(valid=METRICS, best=bool)

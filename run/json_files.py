@@ -11,6 +11,7 @@ must be:
     Maybe(str)                such a value or None; as an entry of a dict, it may be missing
 """
 import json
+import zlib
 from typing import get_origin
 
 from configurator import value_errors
@@ -37,7 +38,7 @@ def read_json(path, form=dict, follow=False):
     The value in a JSON file. Raises ValueError with a phrase about the file, such as "is empty".
     follow: see open_regular.
     """
-    return parsed(_text_of(path, follow), form)
+    return parsed(text_of(path, follow), form)
 
 
 def read_json_lines(path, check=None, follow=False):
@@ -45,10 +46,11 @@ def read_json_lines(path, check=None, follow=False):
     The dicts in a file that holds one per line. check(dict) may raise ValueError. Raises ValueError
     with the number of the line. follow: see open_regular.
     """
-    return parsed_lines(_text_of(path, follow), check)
+    return parsed_lines(text_of(path, follow), check)
 
 
-def _text_of(path, follow):
+def text_of(path, follow=False):
+    """ The text of a file. Raises ValueError with a phrase about the file. follow: see open_regular. """
     try:
         with open_regular(path, follow=follow) as f:
             return f.read()
@@ -90,6 +92,35 @@ def parsed_lines(text, check=None):
         except ValueError as e:
             raise ValueError(f"line {n} {e}") from None
     return values
+
+
+def sealed(entries):
+    """
+    A dict with the new or replaced entry `checksum`, the CRC-32 of its other entries. A CRC finds
+    damage and mistakes, not forgery.
+    """
+    return entries | dict(checksum=checksum_of(entries))
+
+
+def check_seal(entries, changed="was changed after it was written"):
+    """
+    Raises ValueError(changed) if an entry of a sealed dict was changed. A handmade one has neither
+    `files`, which lists the checksums of other files, nor `checksum`.
+    """
+    if ('files' in entries) != ('checksum' in entries):
+        raise ValueError("has only one of the entries files and checksum")
+    if 'checksum' in entries and entries['checksum'] != checksum_of(entries):
+        raise ValueError(changed)
+
+
+def checksum_of(entries):
+    others = {key: value for key, value in entries.items() if key != 'checksum'}
+    return crc_of(json.dumps(others, sort_keys=True))
+
+
+def crc_of(text):
+    """ CRC-32 of a text, as 8 hex digits. """
+    return f'{zlib.crc32(text.encode()):08x}'
 
 
 def check_form(value, form, where=''):

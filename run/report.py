@@ -1,6 +1,7 @@
 """
 Reads the folder of a finished run, and writes its report and pictures.
 """
+import copy
 import difflib
 import json
 import os
@@ -13,7 +14,18 @@ from model import SYSTEMS
 from run.errors import ModelError
 from run.folder import ROOT, find_folder, is_regular, open_regular, write_bytes
 from run.forms import RESULT, check_about, check_label, check_log_line, read_header
-from run.json_files import NUMBER, check_form, parsed_lines, read_json, read_json_lines, shorten
+from run.json_files import (
+    NUMBER,
+    check_form,
+    check_seal,
+    crc_of,
+    parsed_lines,
+    read_json,
+    read_json_lines,
+    sealed,
+    shorten,
+    text_of,
+)
 from run.pictures import calibration_picture, draw_confusion, drawn, learning_curve
 from run.report_html import html_report
 
@@ -36,7 +48,8 @@ def read_run(folder):
     are taken from the checkpoint's header. If result.json contradicts the header, it was edited or
     belongs to another checkpoint, which is an error. Raises EvalError, ModelError.
     """
-    result = read_run_json(folder, 'result.json')
+    written = read_run_json(folder, 'result.json')
+    result = copy.deepcopy(written)
     path = f'{folder}/result.json'
     try:
         about = result['about']
@@ -67,6 +80,7 @@ def read_run(folder):
         known, allowed = known_knobs(os.path.join(ROOT, 'train.py'), SYSTEMS, name)
         check_knobs(about['knobs'], known, allowed, f"in {folder}")
         errors = SYSTEMS[name].check(about['knobs'])
+        check_seal(written)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise EvalError(damage_sentence(path, e)) from None
     if errors:
@@ -129,7 +143,7 @@ def read_run_json(folder, file):
         raise EvalError(f"{folder} holds no finished run (no {file}): train it to the end, with "
                         "--resume=True if it was interrupted.")
     try:
-        return read_json(path, dict(about=dict(format=int, knobs=dict)))
+        return read_json(path, dict(about=dict(format=int, knobs=dict), files=RESULT['files']))
     except ValueError as e:
         raise EvalError(damage_sentence(path, e)) from None
 
@@ -150,15 +164,16 @@ def read_predictions(folder):
     test.jsonl of a finished run -> (ids, {name: array [N], or [N,K] for prob}). Raises EvalError.
     """
     path = f"{folder}/test.jsonl"
+    files = read_run_json(folder, 'result.json').get('files') or {}
     try:
-        ids, predictions = prediction_arrays(read_json_lines(path))
+        text = text_of(path)
+        ids, predictions = prediction_arrays(parsed_lines(text))
+        check_finite(predictions, ids)
+        if crc_of(text) != files.get('test.jsonl', crc_of(text)):
+            raise ValueError("was changed after it was written")
     except ValueError as e:
         raise EvalError(f"{path} is missing or damaged ({e}): python eval.py {folder} writes it "
                         "again.") from None
-    try:
-        check_finite(predictions, ids)
-    except ValueError as e:
-        raise EvalError(f"{path}: {e}.") from None
     return ids, predictions
 
 
@@ -335,7 +350,8 @@ def print_and_save(folder, r, corpus, predictions, curve=None):
         files['test.jsonl'] = prediction_lines(corpus, predictions)
         ids, predictions = prediction_arrays(parsed_lines(files['test.jsonl']))   # rounded
         predictions = ids, predictions
-    files['result.json'] = json.dumps(r, indent=1)
+    r['files'] = {name: crc_of(text) for name, text in files.items()}
+    files['result.json'] = json.dumps(sealed(r), indent=1)
     if curve:
         files['curve.png'] = curve
     table, pages = report(folder, r, corpus, predictions, curve or own_curve(folder))

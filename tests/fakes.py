@@ -36,6 +36,7 @@ from data import Feed, open_corpus
 from lm import FAMILIES, FrozenLM
 from model import CMPTALM, SYSTEMS, DeepMLF, MSEAdapterLM
 from run.folder import load_checkpoint, save_checkpoint
+from run.json_files import sealed
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 PARENT = HERE.parent
@@ -248,13 +249,13 @@ def deepmlf(corpora, out, name, *more):
 def forge(folder, knobs=None, header=True, **about):
     """
     Change knobs and other entries of `about` in result.json and, with header=True, in the
-    checkpoint's header. The checkpoint gets a valid checksum.
+    checkpoint's header. Both get valid checksums.
     """
     path = folder / 'result.json'
     result = json.loads(path.read_text())
     result['about'] |= about
     result['about']['knobs'] |= knobs or {}
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(sealed(result)))
     if header:
         tensors, info = load_checkpoint(str(folder / 'best.safetensors'))
         save_checkpoint(

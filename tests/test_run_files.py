@@ -95,6 +95,39 @@ def test_figures_name_the_damaged_line_of_a_run(file, line, copied):
         command('tools/figures.py', copied)
 
 
+@pytest.mark.parametrize('command_line', [['eval.py', '--modalities=text'], ['eval.py', 'copied']])
+def test_a_changed_score_is_refused(command_line, copied):
+    """A reader of a run's table must not take a number that a bad disk or an editor has changed."""
+    path = copied / 'result.json'
+    result = json.loads(path.read_text())
+    result['test']['mae'] += 0.25
+    path.write_text(json.dumps(result))
+    script, *flags = [copied if a == 'copied' else a for a in command_line]
+    with pytest.raises(SystemExit, match='result.json is damaged .was changed after it was written'):
+        command(script, copied, *flags)
+
+
+def test_a_changed_prediction_is_refused_and_eval_writes_it_again(copied):
+    path = copied / 'test.jsonl'
+    written = path.read_text()
+    first, rest = written.split('\n', 1)
+    path.write_text(json.dumps(json.loads(first) | dict(pred=2.5)) + '\n' + rest)
+    with pytest.raises(SystemExit, match='test.jsonl is missing or damaged .was changed'):
+        command('eval.py', copied, copied)
+    command('eval.py', copied)
+    assert path.read_text() == written
+    command('eval.py', copied, copied)
+
+
+def test_a_result_without_checksums_is_read(copied):
+    """That of an older version."""
+    path = copied / 'result.json'
+    result = json.loads(path.read_text())
+    assert result.pop('files').keys() == {'test.jsonl'} and result.pop('checksum')
+    path.write_text(json.dumps(result))
+    command('eval.py', copied, copied)
+
+
 @pytest.mark.parametrize('content', ['{}', '[]', '', '{"title": "x", "rows": [{"label": 1}]}'])
 def test_figures_refuse_a_damaged_sweep(content, tmp_path):
     (tmp_path / 'sweep.json').write_text(content)

@@ -22,6 +22,7 @@ from fakes import HERE, TINY, alarm, command, deepmlf, forge, train
 from model import SYSTEMS
 from run.errors import ModelError
 from run.folder import load_checkpoint, replacing, save_checkpoint
+from run.json_files import sealed
 from run.load_lm import lm_config
 
 # Why it is harmless that a stranger's folder sets a knob. Numbers, switches and lists of numbers
@@ -465,7 +466,7 @@ def test_result_json_may_have_other_values_of_run_knobs(corpora, curriculum):
     path = curriculum / 'patient' / 'result.json'
     result = json.loads(path.read_text())
     result['about']['knobs'] |= dict(patience=7, log_interval=1)
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(sealed(result)))
     command('eval.py', curriculum / 'patient')
 
 
@@ -593,7 +594,7 @@ def test_a_run_may_be_resumed_elsewhere_after_its_best_step(what, copied, corpor
         result['about']['corpus']['folder'] = str(copied.parent / 'moved')
     else:
         result['about']['knobs']['dtype'] = result['about']['dtype'] = 'bfloat16'
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(sealed(result)))
     command('eval.py', copied)
     assert json.loads(path.read_text())['test'] == result['test']
 
