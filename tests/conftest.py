@@ -13,6 +13,10 @@ from run.load_lm import SentencePiece
 from run.new_lm import new_lm
 
 
+def pytest_addoption(parser):
+    parser.addoption('--soak', action='store_true', help='run the long tests of damaged inputs')
+
+
 @pytest.fixture(scope='session')
 def corpora(tmp_path_factory):
     """ A data_dir with a toy corpus of 120 / 32 / 32 clips, otherwise made like the real one. """

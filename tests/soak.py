@@ -2,7 +2,8 @@
 Damaged inputs. A kind makes damaged inputs from a seed and gives each to the code, which must refuse
 it with one sentence or compute what it computes from the undamaged input.
 
-    python tests/test_trust.py --soak             all kinds of KINDS, LONG inputs of each
+    python -m pytest -q -s tests/test_trust.py::test_soak --soak
+                                                  all kinds of KINDS, LONG inputs of each
     check(KINDS[name](places), n, seed, places)   n inputs of one kind
 
 Kinds are in damaged_corpora.py, bombs.py and damaged_runs.py.

@@ -350,7 +350,7 @@ def kill_at_random(corpora, curriculum, folder, n, seed):
 
 
 def test_converting_training_and_evaluating_survive_kill_9(corpora, curriculum, tmp_path):
-    """Each is killed once. `python tests/test_trust.py --soak` kills 25 times."""
+    """Each is killed once. test_soak kills 25 times."""
     assert kill_at_random(corpora, curriculum, tmp_path, n=3, seed=0) == 3
 
 
@@ -882,7 +882,7 @@ def test_only_the_allowed_packages_are_imported():
 
 
 # --------------------------------------------------------------------------------------------------
-# python tests/test_trust.py --soak: the long form, which takes about 45 minutes
+# python -m pytest -q -s tests/test_trust.py::test_soak --soak: the long form, about 45 minutes
 
 
 @pytest.mark.parametrize('name', KINDS)
@@ -893,13 +893,13 @@ def test_damaged_inputs_are_refused_or_change_nothing(name, corpora, curriculum,
     assert not failures, '\n'.join(failures)
 
 
-def test_soak(corpora, curriculum, tmp_path):
+def test_soak(request, corpora, curriculum, tmp_path):
     """
     25 kills, 20,000 damaged pickles, 20,000 random flags and all damaged inputs of tests/soak.py; runs
     only with --soak.
     """
-    if not os.environ.get('NANOMSA_SOAK'):
-        pytest.skip('python tests/test_trust.py --soak runs it')
+    if not request.config.getoption('soak'):
+        pytest.skip('runs with --soak')
     print(f'{kill_at_random(corpora, curriculum, tmp_path, n=25, seed=1)} of 25 kills survived')
     from fakes import mutate_pickles, random_flags
 
@@ -918,10 +918,3 @@ def test_soak(corpora, curriculum, tmp_path):
         print(f'{n - len(failed)} of {n} inputs of the kind {name} survived: {dict(outcomes)}')
         failures += failed
     assert not failures, '\n'.join(failures)
-
-
-if __name__ == '__main__':
-    if sys.argv[1:] != ['--soak']:
-        sys.exit('usage: python tests/test_trust.py --soak')
-    os.environ['NANOMSA_SOAK'] = '1'
-    sys.exit(pytest.main(['-q', '-s', f'{__file__}::test_soak']))
