@@ -17,7 +17,8 @@ after `from math import pi`, pi would be a knob.
 
 A script that trains one of several systems passes them: `configure(globals(), systems=SYSTEMS)`.
 The knobs of a run are then the script's own and those in the `Knobs` class of the chosen system. A
-knob's annotation restricts its values: `Literal['a', 'b']`, `AtLeast(1)`, `Share()`.
+knob's annotation restricts its values: `Literal['a', 'b']`, `AtLeast(1)`, `Share()`,
+`OrJsonFile('a', 'b')`.
 """
 import ast
 import difflib
@@ -25,6 +26,7 @@ import fnmatch
 import functools
 import inspect
 import io
+import json
 import linecache
 import math
 import runpy
@@ -35,6 +37,8 @@ import tokenize
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args, get_origin
+
+LARGEST_JSON = 20_000   # bytes of a knob's JSON file
 
 
 class AtLeast:
@@ -61,6 +65,22 @@ class Share:
         return f"in {'[' if self.with_zero else '('}0, 1{']' if self.with_one else ')'}"
 
 
+class OrJsonFile:
+    """
+    Annotates one of some names, or a choice of one's own in a JSON file. The command line and config
+    files give the path; the knob then holds the JSON text, so that the run has what it was trained
+    with and no path is read again.
+    """
+    def __init__(self, *names):
+        self.names = names
+
+    def fits(self, value):
+        return value in self.names or value.startswith('{')
+
+    def __str__(self):
+        return f"{', '.join(self.names)} or the path of a JSON file (.json)"
+
+
 def value_errors(config, annotations):
     """ An error phrase for each value of `config` that its annotation (by name) does not allow. """
     errors = []
@@ -69,7 +89,7 @@ def value_errors(config, annotations):
         if get_origin(allowed) is Literal:
             errors += [f"{name}={v!r} is none of {', '.join(map(str, get_args(allowed)))}"
                        for v in values if v not in get_args(allowed)]
-        elif type(allowed) in (AtLeast, Share) and not all(map(allowed.fits, values)):
+        elif type(allowed) in (AtLeast, Share, OrJsonFile) and not all(map(allowed.fits, values)):
             errors += [f"{name}={config[name]} must be {allowed}"]
     return errors
 
@@ -355,6 +375,25 @@ def _print_help(defaults, comments):
         print(f"{f'--{k}={shlex.quote(text)}':<32} {comments.get(k, '')}".rstrip())
 
 
+def _json_text(path, flag):
+    """ The JSON object in a file, as a text in one line. Stops if the file holds none. """
+    try:
+        if not Path(path).is_file():
+            _stop(f"{flag} is no file; give the path of a JSON file")
+        if Path(path).stat().st_size > LARGEST_JSON:
+            _stop(f"{flag} has more than {LARGEST_JSON:,} bytes; shorten it")
+        value = json.loads(Path(path).read_text(encoding='utf-8'))
+        if type(value) is not dict:
+            _stop(f"{flag} holds no JSON object; write one in braces")
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()   # raises for half of a surrogate pair
+        return text
+    except OSError as e:
+        _stop(f"{flag} cannot be read ({e.strerror}); give the path of a JSON file")
+    except (ValueError, RecursionError) as e:
+        _stop(f"{flag} is no JSON text in UTF-8 ({' '.join(str(e).split())}); correct it")
+
+
 def _layers(argv, known):
     """ (where, {knob: value or text}) of each config file and flag of a command line, in order. """
     picked = [arg.partition('=')[2] for arg in argv if arg.startswith('--dataset=')]
@@ -398,6 +437,9 @@ def run_knobs(argv, common, annotations, systems=None):
             for key, value in settings.items():
                 _refuse_unknown(key, known, where, systems)
                 config[key] = _check(key, value, known[key], where)
+    for key, allowed in annotations.items():
+        if type(allowed) is OrJsonFile and config[key].endswith('.json'):
+            config[key] = _json_text(config[key], f"{key}={config[key]}")
     wrong = value_errors(config, {k: v for k, v in annotations.items() if k in config})
     if wrong:
         _stop('; '.join(wrong) + '.')

@@ -40,7 +40,7 @@ from configurator import AtLeast, Share
 from crosssent import CORAL, CrossSent
 from lm import LMKnobs, ModelError, NewModelKnobs
 from losses import OrdinalKnobs, deepmlf_loss, head_loss, l1, label_loss, lm_loss, ordinal_loss
-from prompts import Prompt, PromptKnobs, rated_texts
+from prompts import Prompt, PromptKnobs, prompt_errors, prompt_name, rated_texts
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
 from run.lm_compare import known_lm
 from run.load_lm import (
@@ -498,7 +498,7 @@ class PseudoTokenLM(System):
 
     @classmethod
     def check(cls, k):
-        errors = super().check(k)
+        errors = super().check(k) + prompt_errors(k)
         if (k['weight_mpr'] or k['weight_eioi']) and k['readout'] != 'head':
             errors += ["weight_mpr and weight_eioi need a score that a head predicts: "
                        "--readout=head"]
@@ -525,7 +525,7 @@ class PseudoTokenLM(System):
         """
         prompt, rows = self.prompt, len(self.lm.parts['embed'].weight)
         around = [prompt.before, prompt.after]
-        refuse_unknown_tokens(around, rows, f"the prompt {self.k['prompt']!r}")
+        refuse_unknown_tokens(around, rows, prompt_name(self.k['prompt']))
         refuse_unknown_tokens(prompt.answers, rows, f"the labels of {self.k['label']!r}")
 
     def embed_prompt(self, batch, adapter=True):

@@ -17,12 +17,14 @@ from typing import Literal
 
 import torch
 
+from configurator import OrJsonFile
 from run.errors import ModelError
+from run.json_files import Each, Maybe, check_form, parsed
 from run.load_lm import specials
 
 
 class PromptKnobs:
-    prompt: Literal['en', 'cn', 'toy'] = 'en'  # the language of the prompt, a key of PROMPTS
+    prompt: OrJsonFile('en', 'cn', 'toy') = 'en'  # its words: a key of PROMPTS, or a JSON file of yours
     prompt_start = 'auto'  # the text at its start; 'auto': the tokenizer's special tokens
     label_words: Literal['index', 'name'] = 'index'  # the label of a class: its 'index' or 'name'
     label_plus = False     # write +0.6 for 0.6, as in the paper's figure and the release for Qwen
@@ -58,6 +60,52 @@ PROMPTS = {
 }
 
 
+# The form of a prompt file: an entry of PROMPTS, with further entries
+PROMPT_FILE = dict(
+    open=str, close=str, space=str,
+    regression=Maybe(str), classes=Maybe(str),   # the question for one kind of label suffices
+    language=Maybe(str),           # named in messages
+    label_words=Maybe(Each(str)),  # name of a class in the corpus -> the word for it
+)
+PLACES = dict(regression=('{low}', '{high}'), classes=('{classes}',))
+
+
+def words_of(prompt):
+    """
+    The words of a prompt: an entry of PROMPTS, or those in the JSON text of a prompt file. Raises
+    ValueError.
+    """
+    if prompt in PROMPTS:
+        return PROMPTS[prompt]
+    words = parsed(prompt)
+    if unknown := sorted(set(words) - set(PROMPT_FILE)):
+        raise ValueError(f"has the unknown entry {unknown[0]}, which is none of "
+                         f"{', '.join(PROMPT_FILE)}")
+    check_form(words, PROMPT_FILE)
+    if not words.get('regression') and not words.get('classes'):
+        raise ValueError("has no question: write an entry regression or classes")
+    for kind, places in PLACES.items():
+        for place in re.findall(r'{\w*}', words.get(kind) or ''):
+            if place not in places:
+                raise ValueError(f"has {place} in {kind}, where only {' and '.join(places)} are "
+                                 "replaced")
+    return words
+
+
+def prompt_errors(k):
+    """ An error sentence on the words of the run's prompt, in a list. """
+    try:
+        words_of(k['prompt'])
+    except ValueError as e:
+        return [f"the file of --prompt= {e}"]
+    return []
+
+
+def prompt_name(prompt):
+    """ How messages name a prompt. """
+    return f"the prompt {prompt!r}" if prompt in PROMPTS else "the prompt of the JSON file"
+
+
 class Prompt:
     """
     The question to one LM about one label of one corpus. Raises ModelError where the tokens of the
@@ -72,7 +120,11 @@ class Prompt:
         self.k = k
         self.kind = info['kind']
         self.tokenizer = tokenizer
-        words = PROMPTS[k['prompt']]
+        words = words_of(k['prompt'])
+        name = prompt_name(k['prompt'])
+        if not words.get(self.kind):
+            raise ModelError(f"{name} has no question for label={k['label']!r}: add the entry "
+                             f"{self.kind} to it, or choose another label.")
         if self.kind == 'classes':
             question = self._class_question(words, info['names'])
         else:
@@ -85,8 +137,8 @@ class Prompt:
         self.before = start + self._ids(words['open'])
         self.after = self._ids(words['close'] + question)
         if not self.after:
-            raise ModelError(f"the tokenizer of {k['lm']} makes no tokens of the prompt "
-                             f"{k['prompt']!r}: take another LM, or another prompt.")
+            raise ModelError(f"the tokenizer of {k['lm']} makes no tokens of {name}: take another "
+                             "LM, or another prompt.")
 
         # Labels are tokenized behind the lead-in, because sentencepiece puts a space before a label
         # that stands alone. If the lead-in's end merges with a label, labels are tokenized alone.
@@ -102,22 +154,27 @@ class Prompt:
                                  f"{k['lm']} has none: take another LM, or label_eos=False.")
             self.answers = [ids + [tokenizer.eos_token_id] for ids in self.answers]
         self._refuse_ambiguous_labels()
+        if self._unknown() in self._ids(words['open'] + words['close'] + question):
+            raise ModelError(f"the tokenizer of {k['lm']} has no token for a letter of {name}"
+                             f"{language_of(words)}: take another LM, or another prompt.")
 
-        unknown = getattr(tokenizer, 'unk_token_id', None)
-        known = (tokenizer.pad_token_id, unknown, tokenizer.eos_token_id)
+        known = (tokenizer.pad_token_id, getattr(tokenizer, 'unk_token_id', None),
+                 tokenizer.eos_token_id)
         # only tgm_pool='padded' reads pad_id
         self.pad_id = next((t for t in known if t is not None and t >= 0), 0)
 
     def _class_question(self, words, names):
         """ The question about classes. Sets values and labels. """
         self.values = None
+        if own := words.get('label_words'):
+            names = own_names(own, names)
         if self.k['label_words'] == 'name':
             self.labels = list(names)
             listed = ', '.join(names)
         else:
             self.labels = [str(i) for i in range(len(names))]
             listed = ', '.join(f'{name}:{i}' for i, name in enumerate(names))
-        return words['classes'].format(classes=listed)
+        return words['classes'].replace('{classes}', listed)
 
     def _number_question(self, words, low, high):
         """
@@ -128,7 +185,8 @@ class Prompt:
         self.values = [i / 10 for i in range(math.ceil(low), math.floor(high) + 1)]
         plus = '+' if self.k['label_plus'] else ''
         self.labels = [f"{plus if v >= 0 else ''}{v:.1f}" for v in self.values]
-        return words['regression'].format(low=self.labels[0], high=self.labels[-1])
+        question = words['regression'].replace('{low}', self.labels[0])
+        return question.replace('{high}', self.labels[-1])
 
     def _ids(self, text):
         """
@@ -138,19 +196,22 @@ class Prompt:
             return []
         return list(self.tokenizer([text], add_special_tokens=False)['input_ids'][0])
 
+    def _unknown(self):
+        """ The token id of unknown letters. None if the tokenizer has tokens for every letter. """
+        unknown = getattr(self.tokenizer, 'unk_token_id', None)
+        # GPT-2 gives its end-of-text token as the unknown one, and has tokens for every letter
+        return None if unknown == self.tokenizer.eos_token_id else unknown
+
     def _refuse_ambiguous_labels(self):
         """
         Raises ModelError where a label has no tokens or unknown ones, or where its tokens are those
         of another label or the beginning of them.
         """
         lm = self.k['lm']
-        unknown = getattr(self.tokenizer, 'unk_token_id', None)
-        # GPT-2 gives its end-of-text token as the unknown one, and has tokens for every letter
-        if unknown is not None and unknown != self.tokenizer.eos_token_id:
-            for label, ids in zip(self.labels, self.answers):
-                if unknown in ids:
-                    raise ModelError(f"the tokenizer of {lm} has no token for a letter of the "
-                                     f"label {label!r}: take another LM, or another label_words.")
+        for label, ids in zip(self.labels, self.answers):
+            if self._unknown() in ids:
+                raise ModelError(f"the tokenizer of {lm} has no token for a letter of the label "
+                                 f"{label!r}: take another LM, or another label_words.")
 
         label_of = {}
         for label, ids in zip(self.labels, map(tuple, self.answers)):
@@ -234,6 +295,20 @@ class Prompt:
         if not number:
             return None
         return min(max(float(number[0].replace(' ', '')), self.values[0]), self.values[-1])
+
+
+def own_names(label_words, names):
+    """ The words of a prompt file for the classes `names`, in their order. Raises ModelError. """
+    wrong = sorted(set(label_words) ^ set(names))
+    if wrong:
+        raise ModelError(f"label_words of the prompt's JSON file and the corpus differ in the class "
+                         f"{wrong[0]!r}: give a word for each of {', '.join(names)}.")
+    return [label_words[name] for name in names]
+
+
+def language_of(words):
+    language = words.get('language')
+    return f" (language: {language})" if language else ''
 
 
 def rated_texts(corpus, split, prompt='toy'):

@@ -5,8 +5,8 @@
 # paper: weighted F1 59.49 (one number; n is not stated)
 # The paper does not name its LM. Its other settings are those of MSE-Adapter with Qwen-1.8B. We
 # read width 1024, AdamW, lr 5e-4 and batch size 16 in a scan of the paper that is hardly legible.
-# The prompt's wording is ours. The class is the most probable label; the authors decode greedily:
-# --readout=generate.
+# The prompt's wording is ours: --prompt=FILE.json brings another. The class is the most probable
+# label; the authors decode greedily: --readout=generate.
 system = 'cmpta'
 corpus = 'MELD'
 label = 'emotion'

@@ -5,8 +5,8 @@
 # paper: MAE 0.308, Corr 0.686 (one number each; n is not stated)
 # The paper does not name its LM. Its other settings are those of MSE-Adapter with Qwen-1.8B. We
 # read width 1024, AdamW, lr 5e-4 and batch size 16 in a scan of the paper that is hardly legible.
-# The prompt's wording is ours. The score is the expected value over all labels; the authors decode
-# greedily: --readout=generate.
+# The prompt's wording is ours: --prompt=FILE.json brings another. The score is the expected value
+# over all labels; the authors decode greedily: --readout=generate.
 system = 'cmpta'
 corpus = 'SIMS_V2/ch-simsv2s.pkl'
 lm = 'Qwen/Qwen2.5-1.5B'

@@ -10,8 +10,8 @@
 # Convert the corpus first: python data.py CHERMA0723 --name=cherma --dtype=float16. As padded
 # float32 the corpus takes 68 GB. The converted corpus has only the real frames, in float16, and is
 # memory-mapped. float16 features are always standardised; the release does not standardise.
-# The prompt's wording is ours. The class is the most probable label; the authors decode greedily:
-# --readout=generate.
+# The prompt's wording is ours: --prompt=FILE.json brings another. The class is the most probable
+# label; the authors decode greedily: --readout=generate.
 system = 'mse'
 corpus = 'data/cherma'
 label = 'emotion'

@@ -3,8 +3,8 @@
 # hardware: one RTX 4090 (24 GB) in the paper
 # expected: not run: neither the corpus nor the LM is available here
 # paper: none; the release has a config for Qwen-1.8B only, and no result
-# The prompt's wording is ours. The class is the most probable label; the authors decode greedily:
-# --readout=generate.
+# The prompt's wording is ours: --prompt=FILE.json brings another. The class is the most probable
+# label; the authors decode greedily: --readout=generate.
 system = 'mse'
 corpus = 'IEMOCAP'
 label = 'emotion'

@@ -9,8 +9,8 @@
 # expected: not run: neither the corpus nor the LM is available here
 # paper: the authors' logs, 5 seeds: Qwen-1.8B acc 62.18, WF1 59.87; ChatGLM3-6B acc 66.23, WF1
 #   65.13; Llama-2-7B WF1 63.5 (one seed, third party)
-# The prompt's wording is ours. The class is the most probable label; the authors decode greedily:
-# --readout=generate.
+# The prompt's wording is ours: --prompt=FILE.json brings another. The class is the most probable
+# label; the authors decode greedily: --readout=generate.
 system = 'mse'
 corpus = 'MELD'
 label = 'emotion'

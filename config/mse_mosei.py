@@ -7,8 +7,8 @@
 # expected: not run: neither the corpus nor the LM is available here
 # paper: the authors' logs, 5 seeds: Qwen-1.8B MAE 0.558, Corr 0.725; ChatGLM3-6B MAE 0.515, Corr
 #   0.783; Llama-2-7B MAE 0.519, Corr 0.773 (one seed, third party)
-# The prompt's wording is ours. The score is the expected value over all labels; the authors decode
-# greedily: --readout=generate.
+# The prompt's wording is ours: --prompt=FILE.json brings another. The score is the expected value
+# over all labels; the authors decode greedily: --readout=generate.
 system = 'mse'
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 lm = 'Qwen/Qwen2.5-1.5B'

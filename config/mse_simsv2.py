@@ -9,8 +9,8 @@
 # expected: not run: neither the corpus nor the LM is available here
 # paper: the authors' logs, 5 seeds: Qwen-1.8B MAE 0.311, Corr 0.678; ChatGLM3-6B MAE 0.294, Corr
 #   0.714; Llama-2-7B MAE 0.368, Corr 0.583 (third party)
-# The prompt's wording is ours. The score is the expected value over all labels; the authors decode
-# greedily: --readout=generate.
+# The prompt's wording is ours: --prompt=FILE.json brings another. The score is the expected value
+# over all labels; the authors decode greedily: --readout=generate.
 system = 'mse'
 corpus = 'SIMS_V2/ch-simsv2s.pkl'
 lm = 'Qwen/Qwen2.5-1.5B'

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from corpora import toy
 from data import open_corpus
@@ -91,3 +92,36 @@ def tokenizers(corpora, tmp_path_factory):
     (folder / 'tokenizer_config.json').write_text('{"add_bos_token": true}')
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token='<|end|>')
     return dict(bpe=fast, sentencepiece=SentencePiece(str(folder)))
+
+
+@pytest.fixture(scope='session')
+def rated_lm(corpora, tokenizers, tmp_path_factory):
+    """
+    A folder with two LMs. lm: the toy LM trained on ratings, 11 steps. long: a random Llama with
+    positions enough for the real prompts, and a byte-level tokenizer, which has tokens for Chinese.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    out = tmp_path_factory.mktemp('rated')
+    train(
+        'config/lm_toy_rated.py',
+        f'--data_dir={corpora}',
+        f'--out_dir={out}/lm',
+        *TINY,
+        '--lm_vocab=200',
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizers['bpe']),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+        )
+    ).save_pretrained(out / 'long')
+    tokenizers['bpe'].save_pretrained(out / 'long')
+    return out

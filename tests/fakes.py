@@ -617,3 +617,40 @@ def random_flags(n, seed=0):
         default = script_knobs()[key]
         assert default is None or type(value) is type(default), (key, text, value)
         assert value == value
+
+
+def run_prompted(rated_lm, corpora, name, config='mse_toy', *more):
+    train(
+        f'config/{config}.py',
+        f'--data_dir={corpora}',
+        f'--out_dir={rated_lm}/{name}',
+        f'--lm={rated_lm}/lm',
+        '--batch_size=16',
+        '--max_steps=6',
+        '--device=cpu',
+        *more,
+    )
+    return json.load(open(rated_lm / name / 'result.json'))
+
+
+class LetterTokenizer:
+    """
+    A tokenizer with one token a character and no BOS, EOS or padding. With `known`, other letters
+    have no token.
+    """
+
+    eos_token_id = bos_token_id = pad_token_id = None
+
+    def __init__(self, known=None):
+        self.known = known
+
+    def __call__(self, texts, **_):
+        return {
+            'input_ids': [
+                [ord(ch) if self.known is None or ch in self.known else 0 for ch in t]
+                for t in texts
+            ]
+        }
+
+    def decode(self, ids):
+        return ''.join(map(chr, ids))

@@ -28,13 +28,14 @@ from fakes import (
     GOLDEN,
     HERE,
     MSE_KNOBS,
-    TINY,
+    LetterTokenizer,
     fingerprint,
     killed_in_batch,
     make_corpus,
     needs_golden,
     of_width,
     prompted,
+    run_prompted,
     same_run,
     tiny_lm,
     train,
@@ -340,29 +341,6 @@ def test_prompts_and_label_strings(tokenizers, corpora):
     assert started.before == [tokenizers['bpe'].eos_token_id] + p.before
     y = torch.tensor([-3.0, -0.04, 0.04, 0.3333, 3.0])
     assert [p.labels[k] for k in p.index(y)] == ['-3.0', '0.0', '0.0', '0.3', '3.0']
-
-
-class LetterTokenizer:
-    """
-    A tokenizer with one token a character and no BOS, EOS or padding. With `known`, other letters
-    have no token.
-    """
-
-    eos_token_id = bos_token_id = pad_token_id = None
-
-    def __init__(self, known=None):
-        self.known = known
-
-    def __call__(self, texts, **_):
-        return {
-            'input_ids': [
-                [ord(ch) if self.known is None or ch in self.known else 0 for ch in t]
-                for t in texts
-            ]
-        }
-
-    def decode(self, ids):
-        return ''.join(map(chr, ids))
 
 
 def test_labels_with_ambiguous_tokens_are_refused():
@@ -874,60 +852,13 @@ def test_go_on_equals_hugging_faces_greedy_decoding(family):
 # Whole runs
 
 
-@pytest.fixture(scope='session')
-def rated_lm(corpora, tokenizers, tmp_path_factory):
-    """
-    A folder with two LMs. lm: the toy LM trained on ratings, 11 steps. long: a random Llama with
-    positions enough for the real prompts, and a byte-level tokenizer, which has tokens for Chinese.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    out = tmp_path_factory.mktemp('rated')
-    train(
-        'config/lm_toy_rated.py',
-        f'--data_dir={corpora}',
-        f'--out_dir={out}/lm',
-        *TINY,
-        '--lm_vocab=200',
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizers['bpe']),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-        )
-    ).save_pretrained(out / 'long')
-    tokenizers['bpe'].save_pretrained(out / 'long')
-    return out
-
-
-def run(rated_lm, corpora, name, config='mse_toy', *more):
-    train(
-        f'config/{config}.py',
-        f'--data_dir={corpora}',
-        f'--out_dir={rated_lm}/{name}',
-        f'--lm={rated_lm}/lm',
-        '--batch_size=16',
-        '--max_steps=6',
-        '--device=cpu',
-        *more,
-    )
-    return json.load(open(rated_lm / name / 'result.json'))
-
-
 @pytest.mark.parametrize('config', ['mse_toy', 'mse_toy_emotion', 'cmpta_toy', 'cmpta_toy_emotion'])
 def test_runs_end_to_end_and_the_lm_keeps_its_abilities(config, rated_lm, corpora):
     """
     Train, report, and evaluate again from the files. Without the adapter the LM generates the same
     tokens as before training.
     """
-    r = run(rated_lm, corpora, config, config)
+    r = run_prompted(rated_lm, corpora, config, config)
     folder = rated_lm / config
     assert r['lm_kept'] is True
     assert r['controls']['the LM alone (text)']
@@ -952,10 +883,10 @@ def test_runs_end_to_end_and_the_lm_keeps_its_abilities(config, rated_lm, corpor
 
 
 def test_runs_with_the_readouts_generate_and_head(rated_lm, corpora):
-    r = run(rated_lm, corpora, 'generated', 'mse_toy', '--readout=generate')
+    r = run_prompted(rated_lm, corpora, 'generated', 'mse_toy', '--readout=generate')
     assert 0 <= r['test']['unread'] <= 1
     assert 'no label' in (rated_lm / 'generated' / 'report.md').read_text()
-    r = run(rated_lm, corpora, 'head', 'mse_toy_emotion', '--readout=head')
+    r = run_prompted(rated_lm, corpora, 'head', 'mse_toy_emotion', '--readout=head')
     assert r['controls'] == {} and r['test']['acc'] >= 0
     both = [str(rated_lm / 'head'), str(rated_lm / 'head')]
     assert '(n=2)' in evaluation.compare(both) and 'wf1' in evaluation.compare(both)
@@ -980,7 +911,7 @@ def test_micro_batches_equal_one_large_batch_with_labels_of_unequal_length(
         ('micro', ['--batch_size=16', '--accumulate=3']),
         ('big', ['--batch_size=40', '--accumulate=1']),
     ):
-        run(
+        run_prompted(
             rated_lm,
             corpora,
             name,
@@ -1016,14 +947,14 @@ def test_micro_batches_equal_one_large_batch_with_labels_of_unequal_length(
         ('mse_toy', '--max_text_len=126', 'past the 128 positions'),
         ('cmpta_toy', '--cmpta_heads=5', 'does not divide cmpta_width'),
         ('mse_toy', '--msf_scales=[]', 'must be numbers of at least 1'),
-        ('mse_toy', '--prompt=fr', "prompt='fr' is none of en, cn, toy"),
+        ('mse_toy', '--prompt=fr', 'prompt=fr must be en, cn, toy or the path of a JSON file'),
         ('mse_toy', '--lm=no/such-lm', 'is not in the local cache'),
         ('mse_toy', '--label=label_T', "has no label 'label_T', only label, emotion"),
     ],
 )
 def test_bad_knobs_are_refused_with_a_sentence(config, flag, sentence, rated_lm, corpora):
     with pytest.raises(SystemExit, match=sentence):
-        run(rated_lm, corpora, 'refused', config, flag)
+        run_prompted(rated_lm, corpora, 'refused', config, flag)
     assert not (rated_lm / 'refused').exists()
 
 
@@ -1157,16 +1088,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, rated_lm, corpora):
     """
     With LSTMs, dropout (CMPTA) and classes: the same bits after a kill in step 4 and a resume.
     """
-    run(rated_lm, corpora, f'whole_{config}', config, '--save_interval=2')
+    run_prompted(rated_lm, corpora, f'whole_{config}', config, '--save_interval=2')
     with killed_in_batch(4):
-        run(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2')
-    run(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2', '--resume=True')
+        run_prompted(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2')
+    run_prompted(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2', '--resume=True')
     same_run(rated_lm / f'whole_{config}', rated_lm / f'killed_{config}')
 
 
 def test_an_lm_too_large_for_float32_is_loaded_in_bfloat16(rated_lm, corpora, monkeypatch, capsys):
     monkeypatch.setattr(machine, 'memory', lambda device: 1e6)  # bytes
-    r = run(rated_lm, corpora, 'large', 'mse_toy')
+    r = run_prompted(rated_lm, corpora, 'large', 'mse_toy')
     assert r['about']['dtype'] == 'bfloat16'
     assert 'too large for the memory of this machine: bfloat16' in capsys.readouterr().out
 

@@ -36,7 +36,7 @@ WHY_HARMLESS = {
     "a permission, which only the command line can give": 'trust_remote_code',
     "a name in SYSTEMS, of a label of the corpus, or of a metric; others are "
     "refused": 'system label select',
-    "a text that the tokenizer reads": 'prompt_start',
+    "a text that the tokenizer reads": 'prompt_start prompt',
 }
 
 
