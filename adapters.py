@@ -303,13 +303,14 @@ def seqaug(x, lengths, rate, p_apply=1.0, draw='fixed'):
 def augment_embeddings(x, lengths, kind, rate, p_apply, draw):
     """
     Text embeddings as they enter the LM in training (DeepMLF's Table 12). kind: 'seqaug'; 'noise'
-    (Gaussian, std `rate`); 'dropout' (probability `rate`); 'none'. p_apply and draw are for
-    'seqaug'. x [B,T,D], lengths [B] -> [B,T,D].
+    (Gaussian, std `rate` in units of each token's root mean square); 'dropout' (probability
+    `rate`); 'none'. p_apply and draw are for 'seqaug'. x [B,T,D], lengths [B] -> [B,T,D].
     """
     if kind == 'seqaug':
         return seqaug(x, lengths, rate, p_apply, draw)
     if kind == 'noise':
-        return x + rate * torch.randn_like(x)
+        rms = x.square().mean(-1, keepdim=True).sqrt()  # [B,T,1]
+        return x + rate * rms * torch.randn_like(x)
     if kind == 'dropout':
         return F.dropout(x, rate)
     return x

@@ -212,7 +212,7 @@ class DeepMLF(System):
         head_width: AtLeast(1) = 64   # hidden width of the task head
         dropout: Share() = 0.1        # in MM blocks
         text_reg: Literal['seqaug', 'noise', 'dropout', 'none'] = 'seqaug'  # regulariser (Table 12)
-        text_reg_rate: AtLeast(0) = 0.3   # rate of SeqAug, std of the noise, or p of dropout
+        text_reg_rate: AtLeast(0) = 0.3   # rate of SeqAug, std of the noise / rms, or p of dropout
         text_reg_prob: Share(with_one=True) = 0.25   # SeqAug: share of clips that get it
         text_reg_draw: Literal['fixed', 'beta', 'halfnormal'] = 'fixed'  # how the rate is drawn
         weight_av: AtLeast(0) = 1.0      # lambda_av, L1 of the AV head (eq. 13); task head: 1

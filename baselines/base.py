@@ -175,14 +175,14 @@ class Pooled(Baseline):
     """ The base class of systems that read the text as one sentence vector. """
 
     class Knobs(Baseline.Knobs):
-        text_pool: Literal['first', 'mean'] = 'first'  # sentence vector: first token, or mean
+        text_pool: Literal['first', 'last', 'mean'] = 'first'  # sentence vector: a token, or the mean
 
     @classmethod
     def check(cls, k):
         errors = super().check(k)
         if cls.frozen_features(k) and k['text_pool'] == 'first':
-            errors.append("text_features='frozen' needs text_pool='mean': in a causal LM the first "
-                          "hidden state has seen only the first token")
+            errors.append("text_features='frozen' needs text_pool='mean' or 'last': in a causal LM "
+                          "the first hidden state has seen only the first token")
         return errors
 
     def text_vector(self, x, batch):

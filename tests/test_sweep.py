@@ -24,7 +24,7 @@ from fakes import HERE, TINY, forge, tiny_batch, tiny_deepmlf, train
 from metrics import claim, score_by
 from run.machine import hold_memory
 from run.report import EvalError
-from tools import bench_against, bench_worker, figures, sweep
+from tools import bench_against, bench_worker, figures, sweep, sweep_table
 from tools.bench_plain import PlainPseudoTokens
 from tools.figures import tsne
 
@@ -57,7 +57,7 @@ def test_better_needs_three_seeds_and_an_interval_that_excludes_zero():
 
 
 def row(label, error, n=3):
-    """ A row of n runs in the form of sweep.read_row. """
+    """ A row of n runs in the form of sweep_table.read_row. """
     truth = np.linspace(-1, 1, 300).astype(np.float32)
     preds = [truth + error * np.random.default_rng(i).choice([-1, 1], 300) for i in range(n)]
     return dict(
@@ -67,7 +67,7 @@ def row(label, error, n=3):
 
 
 def first_column(rows):
-    drawn, _ = sweep.table(rows, dict.fromkeys('abcd', ''))
+    drawn, _ = sweep_table.table(rows, dict.fromkeys('abcd', ''))
     return [line.split('|')[1].strip() for line in drawn.splitlines()[2:]]
 
 
@@ -79,14 +79,42 @@ def test_a_row_is_bold_only_if_it_beats_the_first_or_is_the_first_and_beats_all(
     assert first_column([row('a', 0.5), row('b', 0.2, n=2)]) == ['a', 'b']
     paper = dict.fromkeys('abcd', '')
     failed = row('c', 0.5) | dict(test=[], preds=[], failed=['no room'])
-    assert 'failed' in sweep.table([row('a', 0.5), failed], paper)[0]
+    assert 'failed' in sweep_table.table([row('a', 0.5), failed], paper)[0]
     with pytest.raises(EvalError, match='nothing to compare with'):
-        sweep.table([failed, row('a', 0.5)], paper)
+        sweep_table.table([failed, row('a', 0.5)], paper)
+
+
+def test_neighbouring_rows_are_compared_where_a_direction_is_claimed():
+    rows = [row('a', 0.8), row('b', 0.5), row('c', 0.5), row('d', 0.6)]
+    drawn, numbers = sweep_table.table(rows, dict.fromkeys('abcd', ''), neighbours=True)
+    assert 'mae less the row above, 95 %' in drawn
+    assert numbers[0]['claim_above'] is None
+    assert [n['claim']['verdict'] for n in numbers[1:]] == ['better'] * 3
+    assert [n['claim_above']['verdict'] for n in numbers[1:]] == ['better', 'open', 'worse']
+    assert 'the row above' not in sweep_table.table(rows, dict.fromkeys('abcd', ''))[0]
+
+
+def test_a_tuned_row_has_the_settings_that_are_best_on_validation(monkeypatch):
+    """Its test score is the lowest of none of them, and it must not be chosen by that."""
+    runs = {rate: [SimpleNamespace(wanted=dict(select='mae'))] for rate in (0.1, 0.2, 0.3)}
+    valid = {0.1: [0.5, 0.7], 0.2: [0.5, 0.5], 0.3: []}
+
+    def read_row(of_settings):
+        rate = next(k for k, v in runs.items() if v is of_settings)
+        return dict(row('noise', rate, n=2), valid=[dict(mae=v) for v in valid[rate]])
+
+    monkeypatch.setattr(sweep_table, 'read_row', read_row)
+    best = sweep_table.best_row([(dict(rate=rate), of_rate) for rate, of_rate in runs.items()])
+    assert best['test'] == row('noise', 0.2, n=2)['test']
+    assert best['tuned'] == (
+        'rate=0.2, chosen by the mae on validation: rate=0.1 has 0.600 ± 0.141 (n=2); '
+        'rate=0.2 has 0.500 ± 0.000 (n=2); rate=0.3 has failed.')
+    assert sweep_table.best_row([({}, runs[0.1])])['tuned'] == ''
 
 
 def test_the_papers_column_is_not_read_as_ours():
     paper = dict(a='.499', b='.502')
-    drawn, numbers = sweep.table([row('a', 0.5), row('b', 0.2, n=2)], paper)
+    drawn, numbers = sweep_table.table([row('a', 0.5), row('b', 0.2, n=2)], paper)
     head, _, first, second = [line.split('|')[1:-1] for line in drawn.splitlines()]
     assert head[-1].strip() == 'paper (not ours)' and first[-1].strip() == '.499'
     assert 'nothing is claimed: n < 3' in second[-4] and '<' not in first[-4]
@@ -156,9 +184,11 @@ def all_rows():
             assert len(set(labels)) == len(labels) and t['title'], (path.name, key)
             for label, changes, _ in t['rows']:
                 config = changes.get('config') or t.get('config') or s['config']
-                changes = {k: v for k, v in changes.items() if k != 'config'}
-                if 'at_test' not in changes:
-                    yield (path.name, key, label), config, s['short'] | t.get('short', {}), changes
+                fixed = {k: v for k, v in changes.items() if k not in ('config', 'tune')}
+                for tuned in changes.get('tune', [{}]):
+                    if 'at_test' not in changes:
+                        short = s['short'] | t.get('short', {})
+                        yield (path.name, key, label), config, short, fixed | tuned
 
 
 def test_rows_of_all_sweeps_change_knobs_that_their_system_has(monkeypatch):
@@ -230,8 +260,8 @@ def test_a_sweep_skips_finished_runs_and_reports_failures(corpora, tmp_path, cap
 
 @pytest.mark.parametrize('flags, sentence', [
     (['--table=4', '--seed=1'], 'itself sets'),
-    (['--table=4', '--config=config/crosssent_mosi.py'], 'sized for the toy corpus'),
-    (['--table=77'], "has no table '77': choose one of 2, 4"),
+    (['--table=4', '--config=config/crosssent_mosi.py'], 'sized for the toy corpus: .*or take 4-mosei'),
+    (['--table=77'], "has no table '77': choose one of 2, 2-mosi"),
     (['--table=4', '--seeds=x'], 'whole numbers'),
     (['--table=4', '--jobs=0'], 'at least 1')])
 def test_a_wrong_flag_of_a_sweep_gives_a_sentence(flags, sentence):

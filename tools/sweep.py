@@ -2,11 +2,11 @@
 Trains and evaluates all rows of a paper's table with one command.
 
     python tools/sweep.py config/sweeps/deepmlf.py                lists the tables
-    python tools/sweep.py config/sweeps/deepmlf.py --table=11     on the toy corpus, 3 seeds
+    python tools/sweep.py config/sweeps/deepmlf.py --table=11     on the toy corpus, 5 seeds
     python tools/sweep.py config/sweeps/deepmlf.py --table=11 --config=config/deepmlf_mosei.py
-                    --corpus=unaligned_50.pkl --seeds=5 --jobs=4        on another corpus
+                    --corpus=unaligned_50.pkl --seeds=3 --jobs=4        on another corpus
 
-    --seeds=3           seeds per row
+    --seeds=5           seeds per row; the paper of DeepMLF has at least 5
     --jobs=1            runs at a time; by default the number of GPUs, or 1 without GPUs
     --config=CONFIG     trains this config in place of the sweep's
     --out=out/sweeps    the folder of the runs and tables
@@ -15,7 +15,9 @@ A table is a list of rows (label, changed knobs, what the paper prints). train.p
 with each seed in its own folder under out/sweeps/. The same command again skips finished runs and
 resumes interrupted ones. A failed run is reported, and the others continue. Other flags are passed
 to train.py for every row whose system has the knob. A row with at_test=[..] is not trained: the
-runs of the first row are tested with these modalities only.
+runs of the first row are tested with these modalities only. A row with tune=[dict(..), ..] is
+trained with each of these settings, and has the one that is best on validation. A table with
+neighbours=True compares each row with the row above it too.
 
 When we call a difference real (README): both rows have at least 3 seeds, the 95 % interval of their
 paired difference over clips and seeds excludes 0, and every choice was made on validation, which is
@@ -27,7 +29,6 @@ import hashlib
 import json
 import os
 import runpy
-import shlex
 import signal
 import subprocess
 import sys
@@ -41,16 +42,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 
 from configurator import declared_knobs, parse_flags, run_knobs
 from data import CorpusError
-from eval import load_run
-from metrics import SHOWN, claim, markdown_table, mean_std_n, score_by
 from model import SYSTEMS
 from run.errors import ModelError
-from run.folder import lock, write_text
-from run.report import RUN_KNOBS, EvalError, read_predictions, read_run
+from run.folder import lock
+from run.report import RUN_KNOBS, EvalError, read_run
+from tools.sweep_table import at_test, best_row, write_table
 
 ROOT = str(Path(__file__).resolve().parent.parent)
-PAPER = 'paper (not ours)'   # the header of the column of what the paper prints
-FLAGS = dict(table='', seeds='3', jobs='', config='', out='out/sweeps')
+FLAGS = dict(table='', seeds='5', jobs='', config='', out='out/sweeps')
 # knobs that the sweep itself sets for each run
 OWN = {'seed', 'out_dir', 'resume', 'fresh', 'needs'}
 # knobs in which a finished run may differ from the one that is asked for
@@ -227,95 +226,6 @@ def run_all(runs, jobs):
                  "resumes them.")
 
 
-def read_row(runs):
-    """ Reads the finished runs of a row -> a dict: label, folders, commands, commit, failed; lists
-    with an entry per run: test, valid (metrics), seconds, n_trainable, preds [N]; and those of the
-    test set: ids, truth [N], info. """
-    finished = [r for r in runs if r.has('result.json')]
-    results = [read_run(r.folder) for r in finished]
-    predictions = [read_predictions(r.folder) for r in finished]  # (ids, arrays) each
-    abouts = [result['about'] for result in results]
-    row = dict(
-        label=runs[0].label,
-        preds=[p['pred'] for _, p in predictions],
-        folders=[r.folder for r in finished],
-        failed=[r.failed for r in runs if r.failed],
-        commands=[about['command'] for about in abouts],
-        commit=[about['commit'] + '*' * about['dirty'] for about in abouts])
-    for k in ('test', 'valid', 'seconds', 'n_trainable'):
-        row[k] = [result[k] for result in results]
-    if not finished:
-        return row | dict(ids=None, truth=None, info=None)
-    ids, first = predictions[0]
-    return row | dict(ids=ids, truth=first['label'], info=results[0]['info'])
-
-
-def at_test(label, first, modalities):
-    """ A row that is not trained: the runs of the first row, tested with these modalities only. """
-    row = dict(first, label=label, test=[], preds=[], seconds=[], n_trainable=[], valid=[],
-               failed=[], commands=[])
-    for folder in first['folders']:
-        try:
-            run = load_run(folder, data_dir=read_run(folder)['about']['knobs']['data_dir'])
-            kept = [m for m in run.knobs['modalities'] if m in modalities]
-            metrics, predictions = run.test(run.corpus, run.knobs | dict(modalities=kept))
-        except (EvalError, CorpusError, ModelError, ValueError) as e:
-            row['failed'].append(str(e))
-            continue
-        row['test'].append(metrics)
-        row['preds'].append(predictions['pred'])
-    return row
-
-
-def table(rows, paper):
-    """ rows: of read_row; the others are compared with the first one. paper: dict of label -> what
-    the paper prints. Returns the Markdown table and the list of dicts for the JSON. """
-    first = rows[0]
-    if not first['test']:
-        raise EvalError(f"no run of the first row, {first['label']}, has finished, so there is "
-                        "nothing to compare with: read its output in the .txt file beside its "
-                        "folder.")
-    by, metric = score_by(first['info'])
-    for row in rows[1:]:
-        same_clips = row['ids'] == first['ids'] and np.array_equal(row['truth'], first['truth'])
-        if row['test'] and not same_clips:
-            raise EvalError(f"the rows {first['label']} and {row['label']} were tested on "
-                            "different clips or labels, so their errors cannot be paired: give "
-                            "both rows the same corpus and label.")
-
-    claims = [None]
-    for row in rows[1:]:
-        claims.append(claim(metric, first['preds'], row['preds'], first['truth'], by)
-                      if row['preds'] else None)
-    best = [c is not None and c['verdict'] == 'better' for c in claims]
-    beaten = [c is not None and c['verdict'] == 'worse' for c in claims[1:]]
-    best[0] = len(rows) > 1 and all(beaten)
-
-    keys = [k for k in SHOWN if k in first['test'][0]]
-    cells = []
-    for row, c, bold in zip(rows, claims, best):
-        label = f"**{row['label']}**" if bold else row['label']
-        if not row['test']:
-            failed = ['failed'] * len(keys) + ['-'] * 3
-            cells.append([label] + failed + [paper[row['label']]])
-            continue
-        if row['failed']:
-            label += f" ({len(row['failed'])} failed)"
-        means = [mean_std_n([m[k] for m in row['test']]) for k in keys]
-        difference = c['text'] if c else '-'
-        minutes = f"{np.mean(row['seconds']) / 60:.1f}" if row['seconds'] else '-'
-        weights = f"{row['n_trainable'][0]:,}" if row['n_trainable'] else '-'
-        cells.append([label] + means + [difference, minutes, weights, paper[row['label']]])
-    head = [f'{by} less the first row, 95 %', 'min a run', 'trainable', PAPER]
-
-    large = ('preds', 'truth', 'info', 'ids')
-    numbers = []
-    for row, c in zip(rows, claims):
-        small = {k: v for k, v in row.items() if k not in large}
-        numbers.append(small | dict(claim=c, paper=paper[row['label']]))
-    return markdown_table(['test'] + keys + head, cells), numbers
-
-
 def read_sweep(path):
     """ The globals of the sweep file at `path`. Raises EvalError. """
     try:
@@ -349,24 +259,6 @@ def refuse_unknown_flags(flags, runs):
             parse_flags({k: flags[k]}, runs[0].wanted, systems=SYSTEMS)
 
 
-def write_table(rows, paper, heading, where):
-    """ Writes the table as where.md and where.json, and returns the text of the former. heading:
-    dict of title, command, note and common, the flags of all rows. """
-    drawn, numbers = table(rows, paper)
-    commits = ', '.join(sorted({commit for row in rows for commit in row['commit']}))
-    common = f"`{heading['common']}` and " if heading['common'] else ''
-    page = (f"# {heading['title']}\n\n`python tools/sweep.py {shlex.join(heading['command'])}`; "
-            f"each run has {common}the knobs of its row; commit {commits}.\n\n"
-            f"{heading['note']}\n\n{drawn}\n")
-    for row in rows:
-        for reason in row['failed']:
-            page += f"\n{row['label']} failed: {reason}\n"
-    write_text(where + '.md', page)
-    saved = dict(title=heading['title'], command=heading['command'], rows=numbers)
-    write_text(where + '.json', json.dumps(saved, indent=1))
-    return page
-
-
 def main(argv):
     """ The command line. Raises EvalError, CorpusError, ModelError. """
     flags = dict(arg[2:].partition('=')[::2] for arg in argv if arg.startswith('--'))
@@ -390,7 +282,10 @@ def main(argv):
     n_seeds, jobs = read_numbers(own)
     t = tables[own['table']]
     if own['config'] and t.get('toy'):
-        raise EvalError(f"table {own['table']} is sized for the toy corpus: leave --config out.")
+        printed = [key for key in tables if key.startswith(own['table'] + '-')]
+        instead = f", or take {' or '.join(printed)}" if printed else ""
+        raise EvalError(f"table {own['table']} is sized for the toy corpus: leave --config out"
+                        f"{instead}.")
 
     config = own['config'] or t.get('config') or sweep['config']
     source = knobs_of_run(config, {k: flags[k] for k in ('dataset', 'corpus') if k in flags})
@@ -407,11 +302,14 @@ def main(argv):
             tested[label] = changes['at_test']
             continue
         row_config = changes.get('config', config)
-        changes = {k: v for k, v in changes.items() if k != 'config'}
-        settings = settings_of_row(row_config, short, changes, flags)
-        trained[label] = [Run(folder, label, row_config, settings, seed)
-                          for seed in range(n_seeds)]
-    runs = [of_row[seed] for seed in range(n_seeds) for of_row in trained.values()]
+        fixed = {k: v for k, v in changes.items() if k not in ('config', 'tune')}
+        trained[label] = []
+        for tuned in changes.get('tune', [{}]):
+            settings = settings_of_row(row_config, short, fixed | tuned, flags)
+            trained[label].append((tuned, [Run(folder, label, row_config, settings, seed)
+                                           for seed in range(n_seeds)]))
+    runs = [of_settings[seed] for seed in range(n_seeds) for candidates in trained.values()
+            for _, of_settings in candidates]
     refuse_unknown_flags(flags, runs)
 
     os.makedirs(folder, exist_ok=True)
@@ -423,7 +321,7 @@ def main(argv):
                         "runs at a time), or choose another --out.")
     started = time.time()
     run_all(runs, jobs)
-    rows = {label: read_row(of_row) for label, of_row in trained.items()}
+    rows = {label: best_row(candidates) for label, candidates in trained.items()}
     first = next(iter(rows.values()))
     for label, modalities in tested.items():
         rows[label] = at_test(label, first, modalities)
@@ -433,6 +331,7 @@ def main(argv):
         name.insert(1, corpus)
     where = os.path.join(own['out'], '-'.join(name))
     heading = dict(title=f"{sweep['name']}, {t['title']}", command=argv, note=t.get('note', ''),
+                   neighbours=t.get('neighbours', False),
                    common=' '.join(as_flags(short | flags)))
     page = write_table([rows[label] for label, *_ in t['rows']], paper, heading, where)
     print(f"\n{page}\n{where}.md, {(time.time() - started) / 60:.1f} min")

@@ -1,0 +1,153 @@
+"""
+The table of a sweep (tools/sweep.py): reads the finished runs of each row, compares the rows, and
+writes the table as Markdown and JSON.
+"""
+import json
+import shlex
+
+import numpy as np
+
+from data import CorpusError
+from eval import load_run
+from metrics import SHOWN, claim, is_better, markdown_table, mean_std_n, score_by
+from run.errors import ModelError
+from run.folder import write_text
+from run.report import EvalError, read_predictions, read_run
+
+PAPER = 'paper (not ours)'   # the header of the column of what the paper prints
+
+
+def read_row(runs):
+    """ Reads the finished runs of a row -> a dict: label, folders, commands, commit, failed; lists
+    with an entry per run: test, valid (metrics), seconds, n_trainable, preds [N]; and those of the
+    test set: ids, truth [N], info. """
+    finished = [r for r in runs if r.has('result.json')]
+    results = [read_run(r.folder) for r in finished]
+    predictions = [read_predictions(r.folder) for r in finished]  # (ids, arrays) each
+    abouts = [result['about'] for result in results]
+    row = dict(
+        label=runs[0].label,
+        preds=[p['pred'] for _, p in predictions],
+        folders=[r.folder for r in finished],
+        failed=[r.failed for r in runs if r.failed],
+        commands=[about['command'] for about in abouts],
+        commit=[about['commit'] + '*' * about['dirty'] for about in abouts])
+    for k in ('test', 'valid', 'seconds', 'n_trainable'):
+        row[k] = [result[k] for result in results]
+    if not finished:
+        return row | dict(ids=None, truth=None, info=None)
+    ids, first = predictions[0]
+    return row | dict(ids=ids, truth=first['label'], info=results[0]['info'])
+
+
+def best_row(candidates):
+    """ The row of the settings with the best mean of the validation metric by which train.py selects.
+    candidates: list of (changed knobs, runs of these settings). The row's `tuned` is a sentence on
+    all of them, '' if there is one only. """
+    rows = [(knobs, read_row(runs)) for knobs, runs in candidates]
+    select = candidates[0][1][0].wanted['select']
+    best, best_value, found = rows[0], None, []
+    for knobs, row in rows:
+        values = [metrics[select] for metrics in row['valid']]
+        found.append(' '.join(f'{k}={v}' for k, v in knobs.items())
+                     + f' has {mean_std_n(values) if values else "failed"}')
+        if values and is_better(select, np.mean(values), best_value):
+            best, best_value = (knobs, row), np.mean(values)
+    chosen = ' '.join(f'{k}={v}' for k, v in best[0].items())
+    tuned = f"{chosen}, chosen by the {select} on validation: {'; '.join(found)}."
+    return best[1] | dict(tuned=tuned if len(rows) > 1 else '')
+
+
+def at_test(label, first, modalities):
+    """ A row that is not trained: the runs of the first row, tested with these modalities only. """
+    row = dict(first, label=label, test=[], preds=[], seconds=[], n_trainable=[], valid=[],
+               failed=[], commands=[])
+    for folder in first['folders']:
+        try:
+            run = load_run(folder, data_dir=read_run(folder)['about']['knobs']['data_dir'])
+            kept = [m for m in run.knobs['modalities'] if m in modalities]
+            metrics, predictions = run.test(run.corpus, run.knobs | dict(modalities=kept))
+        except (EvalError, CorpusError, ModelError, ValueError) as e:
+            row['failed'].append(str(e))
+            continue
+        row['test'].append(metrics)
+        row['preds'].append(predictions['pred'])
+    return row
+
+
+def compared(metric, by, first, row):
+    """ metrics.claim on two rows, None if one of them has no finished run. """
+    if not first['preds'] or not row['preds']:
+        return None
+    return claim(metric, first['preds'], row['preds'], first['truth'], by)
+
+
+def table(rows, paper, neighbours=False):
+    """ rows: of read_row; the others are compared with the first one and, if neighbours=True, each
+    with the row above it. paper: dict of label -> what the paper prints. Returns the Markdown table
+    and the list of dicts for the JSON. """
+    first = rows[0]
+    if not first['test']:
+        raise EvalError(f"no run of the first row, {first['label']}, has finished, so there is "
+                        "nothing to compare with: read its output in the .txt file beside its "
+                        "folder.")
+    by, metric = score_by(first['info'])
+    for row in rows[1:]:
+        same_clips = row['ids'] == first['ids'] and np.array_equal(row['truth'], first['truth'])
+        if row['test'] and not same_clips:
+            raise EvalError(f"the rows {first['label']} and {row['label']} were tested on "
+                            "different clips or labels, so their errors cannot be paired: give "
+                            "both rows the same corpus and label.")
+
+    claims = [None] + [compared(metric, by, first, row) for row in rows[1:]]
+    above = [None] * len(rows)
+    if neighbours:
+        above[1:] = [compared(metric, by, a, b) for a, b in zip(rows, rows[1:])]
+    best = [c is not None and c['verdict'] == 'better' for c in claims]
+    beaten = [c is not None and c['verdict'] == 'worse' for c in claims[1:]]
+    best[0] = len(rows) > 1 and all(beaten)
+
+    keys = [k for k in SHOWN if k in first['test'][0]]
+    cells = []
+    for row, c, n, bold in zip(rows, claims, above, best):
+        label = f"**{row['label']}**" if bold else row['label']
+        if not row['test']:
+            failed = ['failed'] * len(keys) + ['-'] * (3 + neighbours)
+            cells.append([label] + failed + [paper[row['label']]])
+            continue
+        if row['failed']:
+            label += f" ({len(row['failed'])} failed)"
+        means = [mean_std_n([m[k] for m in row['test']]) for k in keys]
+        differences = [c['text'] if c else '-' for c in ([c, n] if neighbours else [c])]
+        minutes = f"{np.mean(row['seconds']) / 60:.1f}" if row['seconds'] else '-'
+        weights = f"{row['n_trainable'][0]:,}" if row['n_trainable'] else '-'
+        cells.append([label] + means + differences + [minutes, weights, paper[row['label']]])
+    head = [f'{by} less the first row, 95 %', f'{by} less the row above, 95 %'][:1 + neighbours]
+    head += ['min a run', 'trainable', PAPER]
+
+    large = ('preds', 'truth', 'info', 'ids')
+    numbers = []
+    for row, c, n in zip(rows, claims, above):
+        small = {k: v for k, v in row.items() if k not in large}
+        numbers.append(small | dict(claim=c, claim_above=n, paper=paper[row['label']]))
+    return markdown_table(['test'] + keys + head, cells), numbers
+
+
+def write_table(rows, paper, heading, where):
+    """ Writes the table as where.md and where.json, and returns the text of the former. heading:
+    dict of title, command, note, neighbours and common, the flags of all rows. """
+    drawn, numbers = table(rows, paper, heading['neighbours'])
+    commits = ', '.join(sorted({commit for row in rows for commit in row['commit']}))
+    common = f"`{heading['common']}` and " if heading['common'] else ''
+    page = (f"# {heading['title']}\n\n`python tools/sweep.py {shlex.join(heading['command'])}`; "
+            f"each run has {common}the knobs of its row; commit {commits}.\n\n"
+            f"{heading['note']}\n\n{drawn}\n")
+    for row in rows:
+        if row.get('tuned'):
+            page += f"\n{row['label']}: {row['tuned']}\n"
+        for reason in row['failed']:
+            page += f"\n{row['label']} failed: {reason}\n"
+    write_text(where + '.md', page)
+    saved = dict(title=heading['title'], command=heading['command'], rows=numbers)
+    write_text(where + '.json', json.dumps(saved, indent=1))
+    return page
