@@ -303,14 +303,13 @@ def seqaug(x, lengths, rate, p_apply=1.0, draw='fixed'):
 def augment_embeddings(x, lengths, kind, rate, p_apply, draw):
     """
     Text embeddings as they enter the LM in training (DeepMLF's Table 12). kind: 'seqaug'; 'noise'
-    (Gaussian, std `rate` in units of each token's root mean square); 'dropout' (probability
-    `rate`); 'none'. p_apply and draw are for 'seqaug'. x [B,T,D], lengths [B] -> [B,T,D].
+    (Gaussian, std `rate` times a token's root mean square); 'dropout' (probability `rate`); 'none'.
+    p_apply and draw are for 'seqaug'. x [B,T,D], lengths [B] -> [B,T,D].
     """
     if kind == 'seqaug':
         return seqaug(x, lengths, rate, p_apply, draw)
     if kind == 'noise':
-        rms = x.square().mean(-1, keepdim=True).sqrt()  # [B,T,1]
-        return x + rate * rms * torch.randn_like(x)
+        return x + rate * x.square().mean(-1, True).sqrt() * torch.randn_like(x)  # [B,T,D]
     if kind == 'dropout':
         return F.dropout(x, rate)
     return x

@@ -446,6 +446,7 @@ class PseudoTokenKnobs(LMKnobs, PromptKnobs, OrdinalKnobs):
     score_over: Literal['vocabulary', 'labels'] = 'vocabulary'  # tokens that an answer token competes with
     head_width: AtLeast(1) = 64   # hidden width of the head of readout='head'
     checkpoint_lm = False         # recompute the LM's layers in the backward pass, to save memory
+    clip_words = True             # False: the prompt lacks the clip's words (the ablation of text)
 
 
 class PseudoTokenLM(System):
@@ -486,6 +487,11 @@ class PseudoTokenLM(System):
             self.query_tokens = nn.Parameter(std * torch.randn(1, lm.width))  # [1,D]
             self.head = nn.Sequential(
                 nn.Linear(lm.width, k['head_width']), nn.ReLU(), nn.Linear(k['head_width'], n_out))
+
+    @classmethod
+    def texts(cls, k, corpus, split):
+        texts = corpus.text(split)
+        return texts if k['clip_words'] else [''] * len(texts)
 
     @classmethod
     def make_adapter(cls, k, widths, D, embed_rms):

@@ -141,7 +141,9 @@ def test_seqaug_permutes_real_steps_of_chosen_dimensions():
 def test_augment_embeddings_with_noise_dropout_and_none():
     x, n = torch.ones(4, 5, 200), torch.full((4,), 5)
     assert torch.equal(augment_embeddings(x, n, 'none', 0.3, 1, 'fixed'), x)
-    assert 0.08 < float((augment_embeddings(x, n, 'noise', 0.1, 1, 'fixed') - x).std()) < 0.12
+    for scale in (1, 5):   # the noise is relative to the embeddings
+        noise = augment_embeddings(scale * x, n, 'noise', 0.1, 1, 'fixed') - scale * x
+        assert 0.08 * scale < float(noise.std()) < 0.12 * scale
     dropped = augment_embeddings(x, n, 'dropout', 0.3, 1, 'fixed') == 0
     assert 0.2 < float(dropped.float().mean()) < 0.4
 

@@ -1,7 +1,7 @@
 # CORAL (Cao et al. 2020) on CrossSent's network: ordered binary tasks in place of MSE, MPR and EIOI.
 # It is the control of these two losses.
 # python train.py config/baseline_coral.py
-# python train.py config/baseline_coral.py --dataset=mosi --corpus=unaligned_50.pkl
+# python train.py config/baseline_coral.py --dataset=mosi --corpus=aligned_50.pkl
 # datasets: toy (the default), mosi, mosei, sims, minilm
 # hardware: not run yet
 # paper: none for scores (CORAL's are ages). Levels are a tenth apart, as the labels that the
@@ -19,11 +19,11 @@ toy = dict(
     corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64,
     epochs=16, warmup_epochs=1.0, patience=10, lr=2e-3, gmra_layer=2, gmra_start='random')
 mosi = dict(
-    corpus='MOSI/Processed/unaligned_50.pkl', lm='roberta-base', batch_size=32, epochs=20, lr=5e-4,
-    lr_encoder=0.1, select='r2')
+    corpus='MOSI/Processed/aligned_50.pkl', lm='roberta-base', batch_size=32, epochs=20, lr=5e-4,
+    lr_encoder=0.1, select='r2', resample='words')
 mosei = dict(
-    corpus='MOSEI/Processed/unaligned_50.pkl', lm='roberta-base', batch_size=32, epochs=10,
-    warmup_epochs=1.0, patience=4, lr=3e-4, lr_encoder=0.1, select='r2')
+    corpus='MOSEI/Processed/aligned_50.pkl', lm='roberta-base', batch_size=32, epochs=10,
+    warmup_epochs=1.0, patience=4, lr=3e-4, lr_encoder=0.1, select='r2', resample='words')
 sims = dict(
     corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, epochs=20,
     lr=5e-4, lr_encoder=0.1, select='r2')

@@ -1,5 +1,6 @@
 # CrossSent on CMU-MOSEI with RoBERTa-base. For the ablations see crosssent_mosi.py.
-# python train.py config/crosssent_mosei.py --corpus=unaligned_50.pkl
+# python train.py config/crosssent_mosei.py --corpus=aligned_50.pkl
+# Without a file with one frame per word: --corpus=unaligned_50.pkl --resample=linear
 # hardware: one A100 in the paper
 # expected: not run: neither the corpus nor the LM is available here
 # paper: Acc2 (Non0) 87.72, F1 87.71, Acc7 54.7, MAE 0.513, Corr 0.804 (one seed)
@@ -8,9 +9,10 @@
 # Warm-up: the paper says "a linear warmup schedule"; here a cosine follows it. The paper states no
 # batch size.
 system = 'crosssent'
-corpus = 'MOSEI/Processed/unaligned_50.pkl'
+corpus = 'MOSEI/Processed/aligned_50.pkl'
 lm = 'roberta-base'
 text_pool = 'first'
+resample = 'words'             # each token gets the frame of its word
 batch_size = 32
 epochs = 10
 warmup_epochs = 1.0

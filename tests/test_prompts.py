@@ -1114,3 +1114,13 @@ def test_prerequisites_of_few_shot_runs_are_few_shot_runs(corpora, tmp_path):
     )
     for folder in ('run', 'lm_toy_rated-steps2-train0.5'):
         assert json.load(open(tmp_path / folder / 'result.json'))['clips']['train'] in range(55, 66)
+
+
+def test_without_the_clips_words_the_prompt_is_the_same_for_every_clip(corpora, tokenizers):
+    model, feed, batch = prompted(corpora, tokenizers, clip_words=False)
+    assert len({tuple(row) for row in feed.tokens['test']}) == 1
+    for row in batch['tokens'].tolist()[1:]:
+        assert row == batch['tokens'][0].tolist()
+    predicted = model.eval().predict(batch)['pred']
+    assert len(predicted.unique()) > 1  # from audio and video
+    assert len({tuple(row) for row in prompted(corpora, tokenizers)[1].tokens['test']}) > 1

@@ -187,7 +187,7 @@ def all_rows():
                 fixed = {k: v for k, v in changes.items() if k not in ('config', 'tune')}
                 for tuned in changes.get('tune', [{}]):
                     if 'at_test' not in changes:
-                        short = s['short'] | t.get('short', {})
+                        short = {} if t.get('full') else s['short'] | t.get('short', {})
                         yield (path.name, key, label), config, short, fixed | tuned
 
 

@@ -9,7 +9,7 @@ Benchmarks a system: speed and peak memory of training and evaluation.
     python tools/bench.py config/baseline_mult.py --dataset=sims --shapes=sims
     python tools/bench.py config/deepmlf_sims.py --shapes=sims --against=HEAD
         the files of this checkout against another commit of this repository
-    python tools/bench.py config/crosssent_mosei.py --shapes=mosei --vs=without
+    python tools/bench.py config/crosssent_mosei.py --resample=linear --shapes=mosei --vs=without
         the cost of GMRA (the paper's Table 4); for pseudo tokens, the cost of exact label scores
     python tools/bench.py --vs=start
         time from process start to the first step, by size of the corpus, and speed of conversion

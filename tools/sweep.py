@@ -17,7 +17,8 @@ resumes interrupted ones. A failed run is reported, and the others continue. Oth
 to train.py for every row whose system has the knob. A row with at_test=[..] is not trained: the
 runs of the first row are tested with these modalities only. A row with tune=[dict(..), ..] is
 trained with each of these settings, and has the one that is best on validation. A table with
-neighbours=True compares each row with the row above it too.
+neighbours=True compares each row with the row above it too, and the runs of one with full=True are
+as long as the configs say.
 
 When we call a difference real (README): both rows have at least 3 seeds, the 95 % interval of their
 paired difference over clips and seeds excludes 0, and every choice was made on validation, which is
@@ -292,7 +293,7 @@ def main(argv):
     source = source['corpus']
     corpus = stem_of(source)
     short = {}
-    if source == 'toy':
+    if source == 'toy' and not t.get('full'):
         short = sweep.get('short', {}) | t.get('short', {})
     folder = os.path.join(own['out'], corpus)  # shared by all tables, so that equal runs are reused
     trained, tested, paper = {}, {}, {}

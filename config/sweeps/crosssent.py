@@ -4,7 +4,7 @@
 # python tools/sweep.py config/sweeps/crosssent.py --table=9
 name = 'CrossSent'
 config = 'config/crosssent_toy.py'
-short = dict(epochs=6)
+short = dict(epochs=6, ramp_epochs=3.0)   # the ramp of MPR and EIOI ends halfway
 _no_values = 'Paper: the values are not available.'
 
 

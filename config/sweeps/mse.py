@@ -5,6 +5,16 @@ name = 'MSE-Adapter'
 config = 'config/mse_toy.py'
 short = dict(epochs=5)
 _worse = 'worse than the first row'
+_note_4 = ('Paper: a picture. Each row trains on this share of the train split, the same share of each '
+           'label, for the same number of steps. A row that is not better than the majority shows '
+           'that its share is too small to learn from.')
+
+
+def _shares(epochs):
+    return [(f'{100 * share:g} %', dict(train_fraction=share, epochs=round(epochs / share)), '')
+            for share in (1.0, 0.5, 0.25, 0.1)]
+
+
 tables = {
     'parts': dict(
         title='ablation of its parts',
@@ -16,22 +26,21 @@ tables = {
         ]),
     'modalities': dict(
         title='each modality removed',
-        note='Paper: removing text hurts most; the values are not available. Here the LM always '
-             'reads the text, because it is part of the prompt.',
+        note='Paper: removing text hurts most; the values are not available. Without text, the '
+             'prompt lacks the words of the clip, and the mixer has no text.',
         rows=[
             ('full model', {}, ''),
+            ('without text', dict(clip_words=False), _worse),
             ('without audio', dict(modalities=['vision']), _worse),
             ('without video', dict(modalities=['audio']), _worse),
             ('text only', dict(modalities=[]), _worse),
         ]),
     'figure4': dict(
-        title='Figure 4, amount of training data',
-        note='Paper: a picture. Each row trains on this share of the train split, the same share '
-             'of each score; the prerequisite LM has read the same share.',
-        rows=[
-            (f'{100 * share:g} %', dict(train_fraction=share), '')
-            for share in (1.0, 0.5, 0.25, 0.1)
-        ]),
+        toy=True, title='Figure 4, amount of training data',
+        note=f'{_note_4} The prerequisite LM has read the same share.', rows=_shares(epochs=5)),
+    'figure4-meld': dict(
+        title='Figure 4, amount of training data', config='config/mse_meld.py', note=_note_4,
+        rows=_shares(epochs=50)),
     'readout': dict(
         title='how the answer is read', note='The paper has no such table.',
         rows=[
