@@ -17,8 +17,7 @@ after `from math import pi`, pi would be a knob.
 
 A script that trains one of several systems passes them: `configure(globals(), systems=SYSTEMS)`.
 The knobs of a run are then the script's own and those in the `Knobs` class of the chosen system. A
-knob's annotation restricts its values: `Literal['a', 'b']`, `AtLeast(1)`, `Share()`,
-`OrJsonFile('a', 'b')`.
+knob's annotation restricts its values: `Literal['a']`, `AtLeast(1)`, `Share()`, `OrJsonFile(..)`.
 """
 import ast
 import difflib
@@ -26,7 +25,6 @@ import fnmatch
 import functools
 import inspect
 import io
-import json
 import linecache
 import math
 import runpy
@@ -37,8 +35,6 @@ import tokenize
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args, get_origin
-
-LARGEST_JSON = 20_000   # bytes of a knob's JSON file
 
 
 class AtLeast:
@@ -67,12 +63,10 @@ class Share:
 
 class OrJsonFile:
     """
-    Annotates one of some names, or a choice of one's own in a JSON file. The command line and config
-    files give the path; the knob then holds the JSON text, so that the run has what it was trained
-    with and no path is read again.
+    Annotates one of some names, or a JSON file: the knob then holds read(path), the JSON text.
     """
-    def __init__(self, *names):
-        self.names = names
+    def __init__(self, *names, read):
+        self.names, self.read = names, read
 
     def fits(self, value):
         return value in self.names or value.startswith('{')
@@ -375,25 +369,6 @@ def _print_help(defaults, comments):
         print(f"{f'--{k}={shlex.quote(text)}':<32} {comments.get(k, '')}".rstrip())
 
 
-def _json_text(path, flag):
-    """ The JSON object in a file, as a text in one line. Stops if the file holds none. """
-    try:
-        if not Path(path).is_file():
-            _stop(f"{flag} is no file; give the path of a JSON file")
-        if Path(path).stat().st_size > LARGEST_JSON:
-            _stop(f"{flag} has more than {LARGEST_JSON:,} bytes; shorten it")
-        value = json.loads(Path(path).read_text(encoding='utf-8'))
-        if type(value) is not dict:
-            _stop(f"{flag} holds no JSON object; write one in braces")
-        text = json.dumps(value, ensure_ascii=False)
-        text.encode()   # raises for half of a surrogate pair
-        return text
-    except OSError as e:
-        _stop(f"{flag} cannot be read ({e.strerror}); give the path of a JSON file")
-    except (ValueError, RecursionError) as e:
-        _stop(f"{flag} is no JSON text in UTF-8 ({' '.join(str(e).split())}); correct it")
-
-
 def _layers(argv, known):
     """ (where, {knob: value or text}) of each config file and flag of a command line, in order. """
     picked = [arg.partition('=')[2] for arg in argv if arg.startswith('--dataset=')]
@@ -439,7 +414,10 @@ def run_knobs(argv, common, annotations, systems=None):
                 config[key] = _check(key, value, known[key], where)
     for key, allowed in annotations.items():
         if type(allowed) is OrJsonFile and config[key].endswith('.json'):
-            config[key] = _json_text(config[key], f"{key}={config[key]}")
+            try:
+                config[key] = allowed.read(config[key])
+            except ValueError as e:
+                _stop(f"{key}={config[key]} {e}")
     wrong = value_errors(config, {k: v for k, v in annotations.items() if k in config})
     if wrong:
         _stop('; '.join(wrong) + '.')

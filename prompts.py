@@ -19,12 +19,12 @@ import torch
 
 from configurator import OrJsonFile
 from run.errors import ModelError
-from run.json_files import Each, Maybe, check_form, parsed
+from run.json_files import Each, Maybe, check_form, json_text, parsed
 from run.load_lm import specials
 
 
 class PromptKnobs:
-    prompt: OrJsonFile('en', 'cn', 'toy') = 'en'  # its words: a key of PROMPTS, or a JSON file of yours
+    prompt: OrJsonFile('en', 'cn', 'toy', read=json_text) = 'en'  # the words: a name, or FILE.json
     prompt_start = 'auto'  # the text at its start; 'auto': the tokenizer's special tokens
     label_words: Literal['index', 'name'] = 'index'  # the label of a class: its 'index' or 'name'
     label_plus = False     # write +0.6 for 0.6, as in the paper's figure and the release for Qwen

@@ -11,6 +11,7 @@ must be:
     Maybe(str)                such a value or None; as an entry of a dict, it may be missing
 """
 import json
+import os
 import zlib
 from typing import get_origin
 
@@ -19,6 +20,7 @@ from run.folder import open_regular
 
 NUMBER = (int, float)
 LARGEST = 2 ** 63   # integers from here on do not fit NumPy's int64
+LARGEST_KNOB = 20_000   # bytes of a JSON file that becomes the value of a knob
 
 
 class Each:
@@ -39,6 +41,13 @@ def read_json(path, form=dict, follow=False):
     follow: see open_regular.
     """
     return parsed(text_of(path, follow), form)
+
+
+def json_text(path):
+    """ The JSON object in a small file that the user named, as a text in one line. Raises ValueError. """
+    if os.path.isfile(path) and os.path.getsize(path) > LARGEST_KNOB:
+        raise ValueError(f"has more than {LARGEST_KNOB:,} bytes, so shorten it")
+    return json.dumps(read_json(path, follow=True), ensure_ascii=False)
 
 
 def read_json_lines(path, check=None, follow=False):

@@ -103,9 +103,9 @@ def test_a_run_carries_the_words_of_its_prompt_file(rated_lm, corpora, tmp_path)
 
 
 WRONG_PROMPT_FILES = {
-    'no JSON text': b'{"open": ',
-    'is no JSON text': b'\xff\xfe{}',
-    'holds no JSON object': b'[]',
+    'is no JSON text': b'{"open": ',
+    'is not UTF-8 text': b'\xff\xfe{}',
+    'has the wrong entry []': b'[]',
     'has more than 20,000 bytes': b'{"open": "' + b'x' * 20_000 + b'"}',
     "unknown entry opne": json.dumps(dict(PROMPTS['toy'], opne='')).encode(),
     'lacks the entry close': json.dumps(dict(open='', space='')).encode(),
@@ -126,6 +126,6 @@ def test_a_wrong_prompt_file_is_refused(sentence, rated_lm, corpora, tmp_path):
 def test_a_prompt_file_that_is_no_file_is_refused(rated_lm, corpora, tmp_path):
     (tmp_path / 'folder.json').mkdir()
     os.mkfifo(tmp_path / 'fifo.json')
-    for name in ('none', 'folder', 'fifo'):
-        with pytest.raises(SystemExit, match=f'{name}.json is no file'):
+    for name, sentence in (('none', 'is missing'), ('folder', 'is a folder'), ('fifo', 'a FIFO')):
+        with pytest.raises(SystemExit, match=f'{name}.json .*{sentence}'):
             run_prompted(rated_lm, corpora, 'refused', 'mse_toy', f'--prompt={tmp_path}/{name}.json')
