@@ -139,8 +139,9 @@ try:
     if resume:   # compare the knobs before any prerequisite is trained
         saved = read_header(last_path)['about']
         refuse_other_knobs(out_dir, saved, config, pending_knobs(config, SYSTEMS))
+        dtype = saved['dtype'] if dtype == 'auto' else dtype
     prerequisites = make_prerequisites(config, os.path.join(_here, 'train.py'), SYSTEMS, suffix)
-    device, dtype = choose_device(device, dtype, System.float32_bytes, config)
+    device, dtype = ranks.agreed(choose_device(device, dtype, System.float32_bytes, config))
     with ranks.first():
         clips = open_corpus(corpus, data_dir)
     refuse_other_corpus(prerequisites, clips)

@@ -403,6 +403,14 @@ def float32_bytes_of_lm(k):
     return 4 * sum(p.numel() for p in empty_lm(k['lm'], k['trust_remote_code']).parameters())
 
 
+def width_of_lm(k):
+    """
+    The width D of the LM that the knobs name, from its configuration; 0 where that has none, which
+    FrozenLM refuses. Raises ModelError.
+    """
+    return getattr(lm_config(k['lm'], k['trust_remote_code'])[0], 'hidden_size', 0)
+
+
 def load_encoder(name, remote=False, as_data=False):
     """
     A pretrained encoder and its tokenizer, by Hugging Face name or by folder. Raises ModelError.

@@ -1095,6 +1095,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, rated_lm, corpora):
     same_run(rated_lm / f'whole_{config}', rated_lm / f'killed_{config}')
 
 
+def test_a_resumed_run_keeps_the_dtype_of_its_checkpoint(rated_lm, corpora):
+    """ dtype='auto' chooses for a new run alone: a resumed one gives the same bits. """
+    more = ['--save_interval=1', '--max_steps=3']
+    run_prompted(rated_lm, corpora, 'whole_bf16', 'mse_toy', *more, '--dtype=bfloat16')
+    with killed_in_batch(3):
+        run_prompted(rated_lm, corpora, 'killed_bf16', 'mse_toy', *more, '--dtype=bfloat16')
+    r = run_prompted(rated_lm, corpora, 'killed_bf16', 'mse_toy', *more, '--resume=True')
+    assert r['about']['dtype'] == 'bfloat16'
+    same_run(rated_lm / 'whole_bf16', rated_lm / 'killed_bf16')
+
+
 def test_an_lm_too_large_for_float32_is_loaded_in_bfloat16(rated_lm, corpora, monkeypatch, capsys):
     monkeypatch.setattr(machine, 'memory', lambda device: 1e6)  # bytes
     r = run_prompted(rated_lm, corpora, 'large', 'mse_toy')
