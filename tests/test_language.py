@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from corpora.unpickle import CorpusError
+from data import open_corpus
 from fakes import ENV, HERE, without_checksums
 from tools.language import bag, classify, compare, subsets, words
 
@@ -46,6 +47,20 @@ def copy_in_another_language(source, copy):
             row['text'] = ' '.join(word + 'o' for word in row['text'].split())
         path.write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
     without_checksums(copy)
+
+
+def test_durations_are_compared_where_the_frames_per_second_are_known(corpora, tmp_path):
+    shutil.copytree(corpora / 'toy', tmp_path / 'timed')
+    without_checksums(tmp_path / 'timed')
+    path = tmp_path / 'timed' / 'meta.json'
+    meta = json.loads(path.read_text())
+    meta['streams']['audio']['frames_per_second'] = 2.0
+    path.write_text(json.dumps(meta))
+    timed = open_corpus(str(tmp_path / 'timed'))
+    lengths = [n for split in timed.n_clips for n in timed.lengths(split, 'audio') if n]
+    row = next(line for line in compare(str(corpora / 'toy'), timed.folder).splitlines() if 'seconds' in line)
+    cells = [cell.strip() for cell in row.strip('|').split('|')]
+    assert cells == ['seconds per sentence, mean', '-', f'{sum(lengths) / len(lengths) / 2:.1f}']
 
 
 def test_the_classifier_tells_languages_apart_but_not_a_corpus_from_itself(corpora, tmp_path):

@@ -3,8 +3,8 @@ Compares the language of two corpora, and of small subsets of a corpus with the 
 6.2.4, Table 9).
 
     python tools/language.py --compare A B [--lm=NAME]
-        vocabulary, lengths, and the accuracy of a linear classifier that tells which corpus a
-        sentence is from
+        vocabulary, lengths, durations where they are known, and the accuracy of a linear
+        classifier that tells which corpus a sentence is from
     python tools/language.py --subsets A [--lm=NAME] [--n=300]
         the accuracy of linear polarity classifiers trained on random subsets of 5 to 10 %, and of
         one trained on the whole train split
@@ -100,6 +100,16 @@ def mean_length(texts):
     return f"{np.mean(lengths):.1f} ({np.median(lengths):.0f})"
 
 
+def mean_seconds(corpus):
+    """ Seconds per sentence, from a stream whose frames per second are known, as text; else '-'. """
+    for m, info in corpus.meta['streams'].items():
+        rate = info.get('frames_per_second')
+        n_frames = np.concatenate([corpus.lengths(split, m) for split in corpus.n_clips])  # [N]
+        if rate and n_frames.any():
+            return f"{n_frames[n_frames > 0].mean() / rate:.1f}"
+    return '-'
+
+
 def compare(a, b, lm='', seed=0):
     """
     Compares the sentences of two corpora (Table 9) -> a table and a sentence. The classifier reads
@@ -136,6 +146,7 @@ def compare(a, b, lm='', seed=0):
         ['sentences', *map(len, texts)],
         ['vocabulary', *map(len, vocabulary)],
         ['words per sentence, mean (median)', *map(mean_length, texts)],
+        ['seconds per sentence, mean', *map(mean_seconds, corpora)],
         ['share of its vocabulary that the other has', *types_in_other],
         ['share of its running words that the other has', *tokens_in_other]])
     same_texts = (" The two corpora have all texts in common, so the accuracy can be below chance: "
