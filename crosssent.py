@@ -6,12 +6,14 @@ Axis letters: B clips, T text tokens, D width of the encoder, K levels of the sc
 """
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from adapters import GMRA, attention_of_last_layer, frames_on_tokens, inputs_of, text_vector
 from configurator import AtLeast, Share
+from corpora.unpickle import CorpusError
 from lm import EncoderKnobs
 from losses import UNITS, OrdinalKnobs, mse, ordinal_loss
 from run.errors import ModelError
@@ -28,6 +30,7 @@ class GMRAKnobs(EncoderKnobs):
     gmra_mult: AtLeast(0.1) = 4.0  # hidden width of the residual adapter, in encoder widths
     gmra_concat: Literal['sequence', 'features'] = 'sequence'  # how audio and video are joined
     gmra_start: Literal['identity', 'random'] = 'identity'  # 'identity': no effect at first
+    gmra_codes: AtLeast(0) = 0    # streams are one column of codes 0 .. gmra_codes - 1; 0: features
     resample: Literal['linear', 'mean', 'words', 'none'] = 'linear'  # of frames to text tokens
     text_pool: Literal['first', 'mean'] = 'first'  # first token, or mean of tokens
     lr_encoder: AtLeast(0) = 1.0  # factor of the learning rate for the encoder's own weights
@@ -65,6 +68,23 @@ class GMRAEncoder(System):
             nn.Linear(D, D), nn.Tanh(), nn.Dropout(k['dropout']), nn.Linear(D, 1))
 
     @classmethod
+    def check(cls, k):
+        errors = super().check(k)
+        if k['gmra_codes'] and k['standardise']:
+            errors += ["gmra_codes reads codes as they are stored: --standardise=False"]
+        if k['gmra_codes'] and k['resample'] in ('linear', 'mean'):
+            errors += ["gmra_codes are names, of which no mean exists: --resample=words, or none"]
+        return errors
+
+    @classmethod
+    def notes(cls, k, corpus):
+        """ Raises CorpusError if a stream does not hold codes although gmra_codes says so. """
+        for s in k['modalities'] if k['gmra_codes'] else ():
+            for split in corpus.n_clips:
+                refuse_other_codes(corpus, split, s, k['gmra_codes'])
+        return super().notes(k, corpus)
+
+    @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
         texts = [] if trained else texts_as_read(facts, cls, k, 'train')
         encoder, tokenizer = load_text_encoder(k, texts, folder, trained, as_data)
@@ -72,8 +92,18 @@ class GMRAEncoder(System):
 
     @classmethod
     def assemble(cls, k, facts, encoder, tokenizer):
+        return cls(encoder, tokenizer, cls.gmra_widths(k, facts), k)
+
+    @classmethod
+    def gmra_widths(cls, k, facts):
+        """ Stream -> the width of its frames as the GMRA reads them. Raises ModelError. """
         widths = {s: facts.widths[s] for s in k['modalities'] if s in facts.widths}
-        return cls(encoder, tokenizer, widths, k)
+        if not k['gmra_codes']:
+            return widths
+        if wrong := [s for s, width in widths.items() if width != 1]:
+            raise ModelError(f"gmra_codes reads one column of codes, and {wrong[0]} has "
+                             f"{widths[wrong[0]]} columns: take another corpus, or gmra_codes=0.")
+        return dict.fromkeys(widths, k['gmra_codes'])
 
     @classmethod
     def makes_files(cls, k):
@@ -89,6 +119,8 @@ class GMRAEncoder(System):
         frames = None
         if self.gmra is not None:
             frames = frames_on_tokens(batch, self.gmra.proj, self.ends, self.k['resample'])
+            if self.k['gmra_codes']:
+                frames = one_hot_codes(frames, self.k['gmra_codes'])
         x = self.encoder.embed(batch['tokens'])  # [B,T,D]
         for l in range(self.encoder.n_layers):
             if self.gmra is not None and l + 1 == self.k['gmra_layer']:
@@ -107,6 +139,25 @@ class GMRAEncoder(System):
 
     def fused(self, batch, predict):
         return inputs_of(self.head, predict, batch)
+
+
+def one_hot_codes(frames, n):
+    """
+    Codes as features: the linear map of the GMRA behind them is then a table of embeddings. frames:
+    stream -> (codes [B,L,1], mask [B,L]) -> stream -> ([B,L,n], mask).
+    """
+    return {s: (F.one_hot(codes[..., 0].long(), n).to(codes.dtype), mask)
+            for s, (codes, mask) in frames.items()}
+
+
+def refuse_other_codes(corpus, split, stream, n):
+    """ Raises CorpusError unless all frames of a stream are whole numbers from 0 to n - 1. """
+    for i, clip in enumerate(corpus.id(split)):
+        codes = np.asarray(corpus.frames(split, stream, i))  # [S,1]
+        if codes.size and not np.isin(codes, np.arange(n)).all():
+            raise CorpusError(f"gmra_codes={n} reads whole numbers from 0 to {n - 1}, and {stream} "
+                              f"of the clip {clip!r} ({split}) has others: raise gmra_codes, or "
+                              "take gmra_codes=0 for features.")
 
 
 class CrossSent(GMRAEncoder):
@@ -148,8 +199,8 @@ class CORAL(GMRAEncoder):
     @classmethod
     def assemble(cls, k, facts, encoder, tokenizer):
         cls.refuse_other_label(k, facts.labels[k['label']])
-        widths = {s: facts.widths[s] for s in k['modalities'] if s in facts.widths}
-        return cls(encoder, tokenizer, widths, k, facts.labels[k['label']]['range'])
+        return cls(encoder, tokenizer, cls.gmra_widths(k, facts), k,
+                   facts.labels[k['label']]['range'])
 
     def predict(self, batch):
         return dict(pred=self.levels.score(self.levels(self.score(batch))))  # [B]

@@ -11,13 +11,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import data
 import eval as evaluation
 from adapters import GMRA, frames_on_tokens, resample_to_tokens
 from configurator import declared_knobs, run_knobs
-from crosssent import RankLevels
+from crosssent import RankLevels, one_hot_codes
 from data import Feed
 from fakes import (
     HERE,
@@ -322,6 +324,75 @@ def test_zero_shot_on_another_corpus(toy_run, corpora, tmp_path):
     assert not same(evaluation.evaluate_on(str(toy_run), other, []))
 
 
+def save_tiny_bert(tmp_path):
+    """ A tiny BERT with a WordPiece vocabulary, in the folder tmp_path / 'bert'. """
+    from transformers import BertTokenizerFast
+
+    words = '[PAD] [UNK] [CLS] [SEP] [MASK] the film was go ##od'.split()
+    words += [f'w{i}' for i in range(50)]
+    (tmp_path / 'vocab.txt').write_text('\n'.join(words))
+    tiny_bert().save_pretrained(tmp_path / 'bert')
+    BertTokenizerFast(str(tmp_path / 'vocab.txt')).save_pretrained(tmp_path / 'bert')
+
+
+def codes(n, words=True):
+    """ For make_corpus: one column of n codes, a frame for each of the four words of a text. """
+    def of_split(split, x):
+        return np.random.default_rng(3).integers(0, n, (len(x), 4 if words else 6, 1)).astype('f4')
+    return of_split
+
+
+CODE_FLAGS = [
+    *('--gmra_codes=5', '--standardise=False', '--resample=words'),
+    *('--max_text_len=30', '--max_steps=2', '--device=cpu'),
+]
+
+
+@pytest.mark.parametrize('config', ['crosssent_mosi', 'baseline_coral'])
+def test_codes_of_words_are_read_as_embeddings(config, tmp_path):
+    """The paper's "discrete tags", which are expanded to the sub-words of a word."""
+    save_tiny_bert(tmp_path)
+    lengths = dict(audio_lengths=lambda s, x: [4] * len(x), vision_lengths=lambda s, x: [4] * len(x))
+    corpus = make_corpus(tmp_path, 'tagged', audio=codes(5), vision=codes(5), **lengths)
+    flags = [corpus, f'--lm={tmp_path}/bert', f'--out_dir={tmp_path}/run', f'--data_dir={tmp_path}/data']
+    train(f'config/{config}.py', *flags, *CODE_FLAGS, *(['--dataset=mosi'] if 'coral' in config else []))
+    assert np.isfinite(json.load(open(tmp_path / 'run' / 'result.json'))['test']['mae'])
+    tensors = load_file(tmp_path / 'run' / 'best.safetensors')
+    assert tensors['gmra.proj.audio.weight'].shape[1] == 5
+    evaluation.main([str(tmp_path / 'run')])
+
+
+def test_one_hot_codes_behind_a_linear_map_are_an_embedding():
+    names = torch.tensor([[[2.0], [0.0], [4.0]]])  # [1,3,1]
+    linear = nn.Linear(5, 8, bias=False)
+    one_hot, mask = one_hot_codes(dict(audio=(names, 'mask')), 5)['audio']
+    assert mask == 'mask'
+    assert torch.equal(linear(one_hot), F.embedding(names[..., 0].long(), linear.weight.T))
+
+
+@pytest.mark.parametrize(
+    'audio, flags, sentence',
+    [
+        (codes(5), ['--standardise=True'], 'gmra_codes reads codes as they are stored'),
+        (codes(5), ['--resample=linear'], 'gmra_codes are names, of which no mean exists'),
+        (codes(9), [], r'whole numbers from 0 to 4, and audio of the clip .* \(train\) has others'),
+        (lambda s, x: codes(5)(s, x) + 0.5, [], 'whole numbers from 0 to 4'),
+        (lambda s, x: x[:, :4], [], 'one column of codes, and audio has 5 columns'),
+        (codes(5, words=False), [], "resample='words' is for sources with one frame per word"),
+    ],
+)
+def test_wrong_codes_are_refused(audio, flags, sentence, tmp_path):
+    save_tiny_bert(tmp_path)
+    n = 6 if 'one frame per word' in sentence else 4
+    lengths = dict(audio_lengths=lambda s, x: [n] * len(x), vision_lengths=lambda s, x: [4] * len(x))
+    corpus = make_corpus(tmp_path, 'tagged', audio=audio, vision=codes(5), **lengths)
+    with pytest.raises(SystemExit, match=sentence):
+        train(
+            'config/crosssent_mosi.py', corpus, f'--lm={tmp_path}/bert', f'--out_dir={tmp_path}/run',
+            f'--data_dir={tmp_path}/data', *CODE_FLAGS, *flags,
+        )
+
+
 def test_other_systems_can_use_the_regularisers(corpora, tmp_path):
     """ MPR and EIOI on DeepMLF's prediction and in MSE-Adapter's head. """
     ordinal = {
@@ -359,13 +430,7 @@ def test_real_configs_run_on_files_of_their_layout(config, resample, tmp_path):
     Each config with the widths of its corpus, and a tiny BERT with a WordPiece vocabulary as
     encoder.
     """
-    from transformers import BertTokenizerFast
-
-    words = '[PAD] [UNK] [CLS] [SEP] [MASK] the film was go ##od'.split()
-    words += [f'w{i}' for i in range(50)]
-    (tmp_path / 'vocab.txt').write_text('\n'.join(words))
-    tiny_bert().save_pretrained(tmp_path / 'bert')
-    BertTokenizerFast(str(tmp_path / 'vocab.txt')).save_pretrained(tmp_path / 'bert')
+    save_tiny_bert(tmp_path)
     layouts = dict(mosi=(5, 20, 3), mosei=(74, 35, 3), sims=(33, 709, 1))
     d_a, d_v, limit = layouts[config.split('_')[1]]
     n = 4 if resample == 'words' else 6  # words of THE FILM WAS GOOD
