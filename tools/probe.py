@@ -223,7 +223,9 @@ def probe(k, runs=()):
     place = f'{POOLS[i]} after layer {layer + 1}'
     outs = {f'ridge, {place}': [out['test']],
             f'MLP, {place}': [mlp(x, task.y, task.kind, task.loss, s)['test'] for s in SEEDS]}
-    keys = [key for key in SHOWN + ['macro_f1'] if key in task.metrics(out['test'], 'test')]
+    measured = task.metrics(out['test'], 'test')
+    keys = [key for key in SHOWN + ['macro_f1'] if key in measured]
+    keys += [key for key in measured if key.startswith('f1_') and key not in keys]   # of each class
     rows = []
     for name, found in outs.items():
         scores = [task.metrics(o, 'test') for o in found]
