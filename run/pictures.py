@@ -81,14 +81,23 @@ def set_title(fig, title):
 
 def run_title(abouts):
     """
-    The title of a picture of runs: name, system, corpus and seeds. abouts: result.json's `about` of
-    each run.
+    The title of a picture of runs: name, system, corpus, seeds, and the numbers and switches that
+    their command sets. abouts: result.json's `about` of each run.
     """
     first = abouts[0]
     seeds = sorted({about['knobs']['seed'] for about in abouts})
     word = 'seed' if len(seeds) == 1 else 'seeds'
     return (f"{first['name']}: {first['knobs']['system']} on {first['corpus']['name']}, "
-            f"{word} {', '.join(map(str, seeds))}")
+            f"{word} {', '.join(map(str, seeds))}{changed_knobs(first)}")
+
+
+def changed_knobs(about):
+    """ The numbers and switches that a run's command sets, as text such as ', weight_mpr=0.0'. """
+    words = about.get('command', '').split()
+    flags = [word[2:].partition('=')[0] for word in words if word[:2] == '--']
+    knobs = {k: about['knobs'][k] for k in flags if k in about['knobs']}
+    return ''.join(f', {k}={v}' for k, v in knobs.items()
+                   if type(v) in (bool, int, float) and k not in ('seed', 'resume', 'fresh'))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -204,3 +204,12 @@ def test_the_pictures_of_the_readme_are_those_that_the_code_draws(drawn, tmp_pat
     size = np.round(drawn[0].get_size_inches() * pictures.STYLE['savefig.dpi'])
     with Image.open(figures.ROOT / 'results' / 'architecture.png') as picture:
         assert np.allclose(picture.size, size, atol=2)
+
+
+def test_the_title_of_a_picture_names_the_knobs_that_its_command_sets():
+    from run.pictures import run_title
+
+    knobs = dict(system='crosssent', seed=3, weight_mpr=0.0, lm='minilm', resume=True)
+    command = 'python train.py config/a.py --weight_mpr=0 --seed=3 --lm=minilm --resume=True'
+    about = dict(name='a', knobs=knobs, corpus=dict(name='mosi'), command=command)
+    assert run_title([about]) == 'a: crosssent on mosi, seed 3, weight_mpr=0.0'
