@@ -79,7 +79,8 @@ class GMRAEncoder(System):
     @classmethod
     def notes(cls, k, corpus):
         """ Raises CorpusError if a stream does not hold codes although gmra_codes says so. """
-        for s in k['modalities'] if k['gmra_codes'] else ():
+        streams = [s for s in cls.streams(k) if s in corpus.widths and k['gmra_codes']]
+        for s in streams:
             for split in corpus.n_clips:
                 refuse_other_codes(corpus, split, s, k['gmra_codes'])
         return super().notes(k, corpus)
