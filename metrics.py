@@ -148,9 +148,10 @@ class Scores:
         a, b = self.signs(which)
         return _mean(a == b)
 
-    def f1(self, which):
+    def f1(self, which, macro=False):
         a, b = self.signs(which)
-        return float(class_f1(a, b, 2)[1])
+        each, weighted = class_f1(a, b, 2)
+        return float(np.mean(each[~np.isnan(each)]) if macro and len(a) else weighted)
 
     def acc_k(self, k):
         """ Accuracy of 2 k + 1 classes; None if the label's range does not have them. """
@@ -205,6 +206,8 @@ METRICS = {
     'acc2_non0': ('higher', "accuracy of the classes > 0 and <= 0, over clips whose label is not "
                             "0", lambda s: s.acc2('non0')),
     'f1_non0': ('higher', "weighted F1 of the two classes of acc2_non0", lambda s: s.f1('non0')),
+    'macro_f1_non0': ('higher', "F1 of the two classes of acc2_non0, averaged over the "
+                                "classes", lambda s: s.f1('non0', macro=True)),
     'acc2_has0': ('higher', "accuracy of the classes >= 0 and < 0 (SIMS: > 0 and <= 0), over all "
                             "clips", lambda s: s.acc2('has0')),
     'f1_has0': ('higher', "weighted F1 of the two classes of acc2_has0", lambda s: s.f1('has0')),

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 
 import configurator
+import metrics
 from adapters import AVEncoder, LoRA, MMBlock, augment_embeddings, masked_mean, pool_frames, seqaug
 from configurator import (
     AtLeast,
@@ -895,3 +896,13 @@ def test_help_shows_the_common_knobs_and_those_of_the_system(config, capsys):
     assert ('gmra_layer' in shown) == (config == 'crosssent_toy')
     assert not {'mse_width', 'cmpta_width', 'lmf_rank'} & set(shown)
     assert [line for line in lines if len(line.split(None, 1)) < 2] == []  # each with its comment
+
+
+def test_macro_f1_of_the_signs_is_the_mean_over_both_classes():
+    """As CrossSent's text has it; the weighted F1 is that of its numbers."""
+    label = np.array([1.0, 2.0, 3.0, -1.0, 0.0])
+    m = metrics.regression_metrics(np.array([1.0, 1.0, -1.0, -1.0, 3.0]), label, (-3, 3))
+    assert m['macro_f1_non0'] == pytest.approx((2 * 2 / 5 + 2 / 3) / 2)
+    assert m['f1_non0'] == pytest.approx((3 * 0.8 + 1 * 2 / 3) / 4)
+    zeros = metrics.regression_metrics(np.ones(3), np.zeros(3), (-3, 3))
+    assert np.isnan(zeros['macro_f1_non0']) == np.isnan(zeros['f1_non0'])
