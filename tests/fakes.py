@@ -620,6 +620,7 @@ def random_flags(n, seed=0):
 
 
 def run_prompted(rated_lm, corpora, name, config='mse_toy', *more):
+    """ A run of 6 steps on the LM of the fixture rated_lm, in its folder `name` -> result.json. """
     train(
         f'config/{config}.py',
         f'--data_dir={corpora}',

@@ -44,18 +44,17 @@ def best_row(candidates):
     """ The row of the settings with the best mean of the validation metric by which train.py selects.
     candidates: list of (changed knobs, runs of these settings). The row's `tuned` is a sentence on
     all of them, '' if there is one only. """
-    rows = [(knobs, read_row(runs)) for knobs, runs in candidates]
+    rows = [(' '.join(f'{k}={v}' for k, v in knobs.items()), read_row(runs))
+            for knobs, runs in candidates]
     select = candidates[0][1][0].wanted['select']
-    best, best_value, found = rows[0], None, []
-    for knobs, row in rows:
+    (chosen, best), best_value, found = rows[0], None, []
+    for name, row in rows:
         values = [metrics[select] for metrics in row['valid']]
-        found.append(' '.join(f'{k}={v}' for k, v in knobs.items())
-                     + f' has {mean_std_n(values) if values else "failed"}')
+        found.append(f"{name} has {mean_std_n(values) if values else 'failed'}")
         if values and is_better(select, np.mean(values), best_value):
-            best, best_value = (knobs, row), np.mean(values)
-    chosen = ' '.join(f'{k}={v}' for k, v in best[0].items())
+            chosen, best, best_value = name, row, np.mean(values)
     tuned = f"{chosen}, chosen by the {select} on validation: {'; '.join(found)}."
-    return best[1] | dict(tuned=tuned if len(rows) > 1 else '')
+    return best | dict(tuned=tuned if len(rows) > 1 else '')
 
 
 def at_test(label, first, modalities):
