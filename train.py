@@ -44,7 +44,7 @@ from run.needs import (
     refuse_other_corpus,
 )
 from run.record import Record, describe_run, norm_of, refuse_other_knobs, resume_from
-from run.report import EvalError, curve_picture, print_and_save
+from run.report import EvalError, print_and_save
 from system import checked_loss
 
 # The knobs of every run. The knobs of one system are in its class, in model.py or baselines/.
@@ -369,7 +369,7 @@ result['controls'] = evaluate_controls(model, feed, autocast)
 result['seconds'] = round(time.time() - started, 1)
 try:
     if ranks.RANK == 0:
-        print_and_save(out_dir, result, clips, predictions, curve_picture(out_dir, result))
+        print_and_save(out_dir, result, clips, predictions, trained=True)
 except (EvalError, ModelError) as e:
     stop(str(e))
 except OSError as e:

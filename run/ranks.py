@@ -75,9 +75,10 @@ def is_first_to_stop():
 
 def end_process(status):
     """
-    End a rank's process at once. The normal end of Python may abort it (SIGABRT): gloo's threads
-    still run then, and one that drops the last reference to a tensor needs an interpreter that no
-    longer exists. DDP keeps these threads alive even after destroy_process_group.
+    End a rank's process at once. The normal end of Python may abort it (SIGABRT). A thread of gloo
+    that drops the last reference to a tensor waits for the interpreter lock. If Python's
+    finalization begins meanwhile, Python ends that thread inside a C++ destructor, and C++ then
+    calls std::terminate. DDP keeps these threads alive even after destroy_process_group.
     """
     if N_RANKS == 1:
         return

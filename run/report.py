@@ -21,7 +21,6 @@ from run.json_files import (
     crc_of,
     parsed_lines,
     read_json,
-    read_json_lines,
     sealed,
     shorten,
     text_of,
@@ -169,12 +168,17 @@ def read_predictions(folder):
         text = text_of(path)
         ids, predictions = prediction_arrays(parsed_lines(text))
         check_finite(predictions, ids)
-        if crc_of(text) != files.get('test.jsonl', crc_of(text)):
-            raise ValueError("was changed after it was written")
+        check_crc(text, files.get('test.jsonl'))
     except ValueError as e:
         raise EvalError(f"{path} is missing or damaged ({e}): python eval.py {folder} writes it "
                         "again.") from None
     return ids, predictions
+
+
+def check_crc(text, written):
+    """ Raises ValueError if a text has another CRC than `written`; None is that of an older run. """
+    if written not in (None, crc_of(text)):
+        raise ValueError("was changed after it was written")
 
 
 def prediction_arrays(rows):
@@ -338,23 +342,26 @@ def report_pictures(r, predictions, curve):
     return pictures
 
 
-def print_and_save(folder, r, corpus, predictions, curve=None):
+def print_and_save(folder, r, corpus, predictions, trained=False):
     """
     Print the table of a run's report, and then save test.jsonl, result.json and the report. The
     scores are printed first, because the disk may be full. r: the dict of result.json; predictions:
-    those of evaluate on the test split; curve: the PNG of a new learning curve. Returns the table.
-    Raises EvalError, OSError.
+    those of evaluate on the test split; trained: whether log.jsonl is new, so that its learning curve
+    is drawn. Returns the table. Raises EvalError, OSError.
     """
     r, files = json.loads(json.dumps(r)), {}
+    checksums = r.get('files') or {}
     if predictions:
         files['test.jsonl'] = prediction_lines(corpus, predictions)
         ids, predictions = prediction_arrays(parsed_lines(files['test.jsonl']))   # rounded
         predictions = ids, predictions
-    r['files'] = {name: crc_of(text) for name, text in files.items()}
-    files['result.json'] = json.dumps(sealed(r), indent=1)
-    if curve:
-        files['curve.png'] = curve
-    table, pages = report(folder, r, corpus, predictions, curve or own_curve(folder))
+        checksums['test.jsonl'] = crc_of(files['test.jsonl'])
+    if trained:
+        lines, checksums['log.jsonl'] = log_and_crc(folder)
+        files['curve.png'] = drawn(learning_curve, [(r, lines)])
+    files['result.json'] = json.dumps(sealed(r | dict(files=checksums)), indent=1)
+    curve = files.get('curve.png') or own_curve(folder)
+    table, pages = report(folder, r, corpus, predictions, curve)
     print(table + '\n', flush=True)
     for name, content in (files | pages).items():
         content = content.encode() if isinstance(content, str) else content
@@ -416,14 +423,20 @@ def report(folder, r, corpus, predictions, curve):
 
 
 def read_log(folder):
-    """ The lines of a run's log.jsonl as a list of dicts, in order. Raises EvalError. """
+    """ The lines of a finished run's log.jsonl as a list of dicts, in order. Raises EvalError. """
+    written = (read_run_json(folder, 'result.json').get('files') or {}).get('log.jsonl')
+    return log_and_crc(folder, written)[0]
+
+
+def log_and_crc(folder, written=None):
+    """
+    (lines, CRC) of a run's log.jsonl. written: the CRC that it must have, None for any. Raises EvalError.
+    """
     path = os.path.join(folder, 'log.jsonl')
     try:
-        return read_json_lines(path, check_log_line)
+        text = text_of(path)
+        lines = parsed_lines(text, check_log_line)
+        check_crc(text, written)
     except ValueError as e:
         raise EvalError(f"{path} is missing or damaged ({e}): restore a copy.") from None
-
-
-def curve_picture(folder, r):
-    """ The learning curve of a run as a PNG. r: the dict of result.json. Raises EvalError. """
-    return drawn(learning_curve, [(r, read_log(folder))])
+    return lines, crc_of(text)

@@ -132,6 +132,49 @@ def test_torchrun_names_the_commands_of_all_missing_prerequisites(corpora, tmp_p
         assert k['modalities'] == ['audio', 'vision'] and k['data_dir'] == str(corpora)
 
 
+@pytest.mark.parametrize('ending, aborted', [('sys.exit(0)', True), ('ranks.end_process(0)', False)])
+def test_a_rank_is_not_aborted_when_it_ends_while_a_thread_waits_for_the_interpreter(
+    ending, aborted, tmp_path
+):
+    """
+    After rank 0's last line, gloo's thread drops the last reference to a tensor of Python. At the
+    normal end of Python, the main thread computes for a second without giving up the interpreter
+    lock, so the other thread still waits for the lock when Python finalizes. That aborts the process.
+    """
+    (tmp_path / 'worker.py').write_text(f"""
+import atexit
+import math
+import os
+import sys
+import time
+if os.environ['RANK'] == '0':
+    atexit.register(math.factorial, 250_000)   # registered first, so it runs last
+sys.path[:0] = [{str(HERE)!r}]
+import torch
+import torch.distributed as dist
+from run import ranks
+ranks.start()
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+model(torch.ones(1, 4)).sum().backward()
+def begin():
+    x = torch.ones(4)
+    x.mark = 'a tensor that Python knows'
+    dist.all_reduce(x, async_op=True)
+if ranks.RANK == 0:
+    begin()
+    {ending}
+time.sleep(0.5)
+try:
+    dist.all_reduce(torch.ones(4))
+except RuntimeError:   # rank 0 has ended already
+    pass
+ranks.end_process(0)
+""")
+    status, printed = torchrun(tmp_path / 'worker.py')
+    assert ('exitcode: -6' in printed) == aborted, printed[-8000:]
+    assert (status == 0) != aborted, printed[-8000:]
+
+
 @no_fsdp
 def test_two_ranks_store_half_of_a_sharded_lm_each_and_compute_the_same(tmp_path):
     (tmp_path / 'worker.py').write_text(f"""

@@ -119,11 +119,22 @@ def test_a_changed_prediction_is_refused_and_eval_writes_it_again(copied):
     command('eval.py', copied, copied)
 
 
+def test_a_changed_loss_of_a_curve_is_refused_also_after_an_evaluation(copied):
+    command('eval.py', copied)
+    path = copied / 'log.jsonl'
+    first, rest = path.read_text().split('\n', 1)
+    line = json.loads(first)
+    line['train']['loss'] += 0.25
+    path.write_text(json.dumps(line) + '\n' + rest)
+    with pytest.raises(SystemExit, match='log.jsonl is missing or damaged .was changed'):
+        command('tools/figures.py', copied)
+
+
 def test_a_result_without_checksums_is_read(copied):
     """That of an older version."""
     path = copied / 'result.json'
     result = json.loads(path.read_text())
-    assert result.pop('files').keys() == {'test.jsonl'} and result.pop('checksum')
+    assert result.pop('files').keys() == {'test.jsonl', 'log.jsonl'} and result.pop('checksum')
     path.write_text(json.dumps(result))
     command('eval.py', copied, copied)
 
