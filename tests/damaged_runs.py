@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -157,13 +158,16 @@ class DamagedRun:
             (self.run / 'report.md').unlink()  # or it would be finished
 
     def printed(self):
-        """ What the command prints. """
+        """ What the command prints, with the CRC-32 of the pictures that it draws into the run. """
         before = os.getcwd()
         os.chdir(self.places.work)
         try:
-            return printed(*self.arguments(self.name))
+            text = printed(*self.arguments(self.name))
         finally:
             os.chdir(before)
+        for picture in sorted(self.run.glob('figures/*.png')):
+            text += f'{picture.name} {zlib.crc32(picture.read_bytes())}\n'
+        return text
 
     def damage(self, rng):
         self.name = rng.choice(self.scripts)
