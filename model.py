@@ -563,8 +563,11 @@ class PseudoTokenLM(System):
         """
         first, size = len(self.prompt.before) + self.k['n_pseudo'], self.k['max_text_len']
         text = x[:, first:first + size].float()  # [B,T,D]
-        n_own = n - first - len(self.prompt.after)  # [B]
-        return text, torch.arange(text.shape[1], device=x.device) < n_own[:, None]
+        return text, torch.arange(text.shape[1], device=x.device) < self.own_len(n)[:, None]
+
+    def own_len(self, n):
+        """ Number of tokens of the clip's own text within a prompt of n tokens. """
+        return n - len(self.prompt.before) - self.k['n_pseudo'] - len(self.prompt.after)
 
     def hidden_behind_prompt(self, x, n, y, depth, sees):
         """
@@ -813,10 +816,11 @@ class CMPTALM(PseudoTokenLM):
         for source in ('text', 'audio', 'vision'):
             weights = {name.split('_from_')[0]: w[0] for name, w in pairs.items()
                        if name.endswith('from_' + source)}
-            n = None if source == 'text' else int(batch[source + '_len'][0])
+            n = int(batch[source + '_len'][0])
+            n = self.own_len(n) if source == 'text' else n
             column = 'text token' if source == 'text' else f'{source} frame'
             if weights:
-                stacked = torch.stack(list(weights.values()))[:, :n]  # [rows,S]
+                stacked = torch.stack(list(weights.values()))[:, :n]  # [rows,n]
                 views[f'over {source}'] = stacked, list(weights), column
         return views
 

@@ -880,6 +880,9 @@ def test_runs_end_to_end_and_the_lm_keeps_its_abilities(config, rated_lm, corpor
         model, tokenizer = CMPTALM.build(k, corpus, str(folder))
         feed = Feed(corpus, k, tokenizer, 'cpu', model)
         assert model.eval().attention(feed('test', np.arange(4)))['text_from_vision'].shape[0] == 4
+        views = model.views(feed('test', np.array([0])), None)
+        for weights, *_ in views.values():  # of the clip's own tokens and frames, without padding
+            assert torch.allclose(weights.sum(1), torch.ones(2), atol=1e-4) and weights.gt(0).all()
 
 
 def test_runs_with_the_readouts_generate_and_head(rated_lm, corpora):
