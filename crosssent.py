@@ -167,6 +167,7 @@ class CrossSent(GMRAEncoder):
     class Knobs(GMRAKnobs, OrdinalKnobs):
         pass
 
+    text_first = True
     units = UNITS | dict(task='squared label units')
 
     def predict(self, batch):

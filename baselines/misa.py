@@ -28,6 +28,7 @@ class MISA(Attentive):
         lr_audio: AtLeast(0) = 1.0      # learning rate of the audio LSTMs, as a multiple of lr
         lr_vision: AtLeast(0) = 1.0     # learning rate of the video LSTMs, as a multiple of lr
 
+    text_first = True
     task_loss = staticmethod(mse)
     units = UNITS | dict(task='squared label units')
     lr_parts = ('encoder', 'audio', 'vision')

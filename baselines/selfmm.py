@@ -149,6 +149,8 @@ class SelfMM(SelfLabelled, Pooled):
         sub_widths: AtLeast(1) = [128, 16, 128]  # unused; hidden width of audio, video LSTM
         sub_dropouts: Share() = [0.2, 0.2, 0.2]  # unused; dropout after audio, video LSTM
 
+    text_first = True
+
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
         _, d_a, d_v = k['sub_widths']
@@ -177,6 +179,8 @@ class TETFN(SelfLabelled, Attentive):
 
     class Knobs(SelfLabelled.Knobs, Attentive.Knobs, StackKnobs):
         sub_widths: AtLeast(1) = [128, 16, 128]  # unused; hidden width of audio, video LSTM
+
+    text_first = True
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
