@@ -47,6 +47,8 @@ class GMRAEncoder(System):
     class Knobs(GMRAKnobs):
         pass
 
+    text_first = True
+
     def __init__(self, encoder, tokenizer, widths, k):
         """ encoder: TextEncoder; widths: stream -> width; k: the knobs, a dict. """
         super().__init__()
@@ -167,7 +169,6 @@ class CrossSent(GMRAEncoder):
     class Knobs(GMRAKnobs, OrdinalKnobs):
         pass
 
-    text_first = True
     units = UNITS | dict(task='squared label units')
 
     def predict(self, batch):
