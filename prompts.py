@@ -291,10 +291,10 @@ class Prompt:
         if self.kind == 'classes':  # of the labels that the text begins with, the longest
             fits = [k for k, label in enumerate(self.labels) if text.startswith(label)]
             return max(fits, key=lambda k: len(self.labels[k]), default=None)
-        number = re.match(r'[-+]?\s*\d+(\.\d)?', text)
+        number = re.match(r'([-+]?)\s*(\d+(?:\.\d)?)', text)
         if not number:
             return None
-        return min(max(float(number[0].replace(' ', '')), self.values[0]), self.values[-1])
+        return min(max(float(number[1] + number[2]), self.values[0]), self.values[-1])
 
 
 def own_names(label_words, names):
@@ -320,6 +320,9 @@ def rated_texts(corpus, split, prompt='toy'):
     words = PROMPTS[prompt]
     kinds = [(words[info['kind']], corpus.label(split, name), info.get('names'))
              for name, info in corpus.labels.items() if name in ('label', 'emotion')]
+    if not kinds:
+        raise ModelError("lm_text='rated' needs a corpus with the label label or emotion, but this "
+                         f"one has {', '.join(corpus.labels)}: take lm_text='plain'.")
     texts = []
     for i, text in enumerate(corpus.text(split)):
         question, y, names = kinds[i % len(kinds)]

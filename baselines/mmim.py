@@ -28,11 +28,11 @@ class MMIM(Pooled):
     weights. (In the release, q is trained in a pass over the train split before each epoch.)
 
     Sources: the paper's abstract and its release (github.com/declare-lab/Multimodal-Infomax); we
-    could not read the paper's equations. As in the release, log q lacks the variance's own term in
-    the bound. With it the loss has no lower limit: v_a and v_v shrink to a constant, and log q
-    grows, while H, which is estimated from projected vectors, does not fall as much. The likelihood
-    of q has the term: without it, as in the release, the variance grows without limit, and log q
-    vanishes from the bound.
+    could not read the paper's equations. As in the release, log q lacks the variance's own term.
+    With it in the bound, the loss has no lower limit: v_a and v_v shrink to a constant, and log q
+    grows, while H, which is estimated from projected vectors, does not fall as much. Without it in
+    the likelihood of q, the variance grows without limit, so log q fades out of the bound during
+    training. With it there, training was worse on the toy corpus (LOG.md, 2026-11-27).
     """
 
     class Knobs(Pooled.Knobs, SubNetKnobs):
@@ -87,7 +87,7 @@ class MMIM(Pooled):
             likelihood = bound = 0.0
             for m, q in self.q.items():
                 y = out['vector_' + m]  # [B,d_m]
-                likelihood = likelihood + q(text.detach(), y.detach(), whole=True)
+                likelihood = likelihood + q(text.detach(), y.detach())
                 fixed = {name: p.detach() for name, p in q.named_parameters()}
                 bound = bound + functional_call(q, fixed, (text, y)) + self.entropies[m](y, group)
         return dict(cpc=self.k['mmim_cpc'] * cpc, bound=-self.k['mmim_bound'] * bound,
@@ -113,14 +113,12 @@ class Gaussian(nn.Module):
         self.mean = nn.Sequential(nn.Linear(width, d), nn.ReLU(), nn.Linear(d, d))
         self.log_var = nn.Sequential(nn.Linear(width, d), nn.ReLU(), nn.Linear(d, d))
 
-    def forward(self, x, y, whole=False):
-        """ x [B,width], y [B,d] -> the mean of log q over the clips [], without its constant.
-        whole: with the variance's own term. """
-        log_var = self.log_var(x)  # [B,d]
-        terms = (y - self.mean(x)).square() / log_var.exp()  # [B,d]
-        if whole:
-            terms = terms + log_var
-        return -0.5 * terms.sum(-1).mean()
+    def forward(self, x, y):
+        """ x [B,width], y [B,d] -> the mean of log q over the clips, without its constant and
+        without the variance's own term []. """
+        square = (y - self.mean(x)).square() / self.log_var(x).exp()  # [B,d]
+        return -0.5 * square.sum(-1).mean()
+
 
 
 class Entropy(nn.Module):

@@ -115,12 +115,13 @@ class Vectors(Baseline):
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
-        d_t, d_a, d_v = k['sub_widths']
+        hidden, d_a, d_v = k['sub_widths']
         p_t, p_a, p_v = k['sub_dropouts']
-        self.text_net = Recurrent(D, d_t, k['text_out'], p_t)
+        d_t = k['text_out']
+        self.text_net = Recurrent(D, hidden, d_t, p_t)
         self.audio = SubNet(facts.widths['audio'], d_a, p_a)
         self.vision = SubNet(facts.widths['vision'], d_v, p_v)
-        self.widths = dict(audio=d_a, vision=d_v, text=k['text_out'])
+        self.widths = dict(audio=d_a, vision=d_v, text=d_t)
 
     def vectors(self, x, batch):
         """ v_a, v_v, v_t, in MMSA's order. """

@@ -24,7 +24,7 @@ def start():
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
         return
     RANK = int(os.environ.get('RANK', 0))
-    N_RANKS = int(os.environ.get('WORLD_SIZE', 0))
+    N_RANKS = int(os.environ['WORLD_SIZE'])
     local = int(os.environ.get('LOCAL_RANK', 0))
     gpus = torch.cuda.device_count()
     if gpus and local >= gpus:
@@ -48,7 +48,7 @@ def leave():
 
 
 def close():
-    """ Leave the process group, which joins gloo's threads. """
+    """ Leave the process group. Threads that DDP holds stay alive; see end_process. """
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -75,10 +75,10 @@ def is_first_to_stop():
 
 def end_process(status):
     """
-    End a rank's process at once. The normal end of Python may abort it (SIGABRT). A thread of gloo
-    that drops the last reference to a tensor waits for the interpreter lock. If Python's
-    finalization begins meanwhile, Python ends that thread inside a C++ destructor, and C++ then
-    calls std::terminate. DDP keeps these threads alive even after destroy_process_group.
+    End this process at once, if it is one of several ranks. The normal end of Python may abort it
+    (SIGABRT): a thread of gloo that drops the last reference to a tensor waits for the interpreter
+    lock. If Python's finalization begins meanwhile, Python ends that thread inside a C++ destructor,
+    and C++ then calls std::terminate. DDP keeps these threads alive even after close().
     """
     if N_RANKS == 1:
         return

@@ -1,7 +1,6 @@
 """
 Reads the folder of a finished run, and writes its report and pictures.
 """
-import copy
 import difflib
 import json
 import os
@@ -48,10 +47,9 @@ def read_run(folder):
     belongs to another checkpoint, which is an error. Raises EvalError, ModelError.
     """
     written = read_run_json(folder, 'result.json')
-    result = copy.deepcopy(written)
     path = f'{folder}/result.json'
     try:
-        about = result['about']
+        about = written['about']
         if about['format'] != FORMAT:
             raise EvalError(f"{folder} was written by another version (format {about['format']}, "
                             f"and this is {FORMAT}): check out that version to read it.")
@@ -62,15 +60,16 @@ def read_run(folder):
             check_about(header)
             path = f'{folder}/result.json'
             check_about(about)
-            refuse_edits(folder, about, header, result['info'])
+            refuse_edits(folder, about, header, written['info'])
             needs_trust = about['knobs'].get('trust_remote_code')
             corpus_folder = about['corpus']['folder']   # a resumed run may have read it elsewhere
             from_header = ('name', 'knobs', 'corpus', 'device', 'dtype', 'lm_answer')
-            about |= {k: header.get(k) for k in from_header}
+            about = about | {k: header.get(k) for k in from_header}
             about['corpus']['folder'] = corpus_folder
             if needs_trust:
                 about['knobs']['trust_remote_code'] = True
         check_about(about)
+        result = written | dict(about=about)
         check_result(result)
         name = about['knobs']['system']
         if name not in SYSTEMS:
@@ -80,7 +79,7 @@ def read_run(folder):
         check_knobs(about['knobs'], known, allowed, f"in {folder}")
         errors = SYSTEMS[name].check(about['knobs'])
         check_seal(written)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise EvalError(damage_sentence(path, e)) from None
     if errors:
         raise EvalError(f"{folder} has wrong knobs, so restore its files: {'; '.join(errors)}.")
@@ -214,7 +213,8 @@ def comparison_rows(folder, r, predictions):
     for row, run in prerequisite_runs(folder, r['about']).items():
         rows.append((row, run['test'], SYSTEMS[run['about']['knobs']['system']].bound()))
         # a prerequisite replaces the part of the model with the same bound
-        parts = {name: (key, bound) for name, (key, bound) in parts.items() if bound != rows[-1][2]}
+        parts = {name: (key, bound) for name, (key, bound) in parts.items()
+                 if not bound or bound != rows[-1][2]}
     for row, (key, bound) in parts.items():
         rows.append((row, regression_metrics(p[key], p['label'], r['info']['range']), bound))
     return sorted(rows, key=lambda row: BOUNDS.index(row[2]) if row[2] in BOUNDS else len(BOUNDS))
@@ -351,17 +351,17 @@ def print_and_save(folder, r, corpus, predictions, trained=False):
     """
     r, files = json.loads(json.dumps(r)), {}
     checksums = r.get('files') or {}
+    written = ()
     if predictions:
         files['test.jsonl'] = prediction_lines(corpus, predictions)
-        ids, predictions = prediction_arrays(parsed_lines(files['test.jsonl']))   # rounded
-        predictions = ids, predictions
+        written = prediction_arrays(parsed_lines(files['test.jsonl']))   # (ids, rounded arrays)
         checksums['test.jsonl'] = crc_of(files['test.jsonl'])
     if trained:
         lines, checksums['log.jsonl'] = log_and_crc(folder)
         files['curve.png'] = drawn(learning_curve, [(r, lines)])
     files['result.json'] = json.dumps(sealed(r | dict(files=checksums)), indent=1)
     curve = files.get('curve.png') or own_curve(folder)
-    table, pages = report(folder, r, corpus, predictions, curve)
+    table, pages = report(folder, r, corpus, written, curve)
     print(table + '\n', flush=True)
     for name, content in (files | pages).items():
         content = content.encode() if isinstance(content, str) else content

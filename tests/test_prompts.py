@@ -402,6 +402,7 @@ def test_a_sentencepiece_model_without_bos_and_eos_adds_no_token(tmp_path):
         ('2', 2.0),
         ('66.3', 3.0),
         (' –0.4 and', -0.4),
+        ('-\n3.2', -3.0),
         ('good', None),
         ('', None),
         ('.5', None),

@@ -107,6 +107,14 @@ def test_a_changed_score_is_refused(command_line, copied):
         command(script, copied, *flags)
 
 
+def test_a_result_of_deeply_nested_lists_is_refused(copied):
+    path = copied / 'result.json'
+    result = json.loads(path.read_text()) | dict(smell=json.loads('[' * 600 + ']' * 600))
+    path.write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match='result.json is damaged'):
+        command('eval.py', copied)
+
+
 def test_a_changed_prediction_is_refused_and_eval_writes_it_again(copied):
     path = copied / 'test.jsonl'
     written = path.read_text()

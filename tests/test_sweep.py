@@ -95,9 +95,12 @@ def test_neighbouring_rows_are_compared_where_a_direction_is_claimed():
 
 
 def test_a_tuned_row_has_the_settings_that_are_best_on_validation(monkeypatch):
-    """Its test score is the lowest of none of them, and it must not be chosen by that."""
-    runs = {rate: [SimpleNamespace(wanted=dict(select='mae'))] for rate in (0.1, 0.2, 0.3)}
-    valid = {0.1: [0.5, 0.7], 0.2: [0.5, 0.5], 0.3: []}
+    """
+    Its test score is the lowest of none of them, and it must not be chosen by that. Settings of
+    which a run failed are not chosen.
+    """
+    runs = {rate: [SimpleNamespace(wanted=dict(select='mae'))] for rate in (0.1, 0.2, 0.3, 0.4)}
+    valid = {0.1: [0.5, 0.7], 0.2: [0.5, 0.5], 0.3: [], 0.4: [0.1]}
 
     def read_row(of_settings):
         rate = next(k for k, v in runs.items() if v is of_settings)
@@ -108,7 +111,7 @@ def test_a_tuned_row_has_the_settings_that_are_best_on_validation(monkeypatch):
     assert best['test'] == row('noise', 0.2, n=2)['test']
     assert best['tuned'] == (
         'rate=0.2, chosen by the mae on validation: rate=0.1 has 0.600 ± 0.141 (n=2); '
-        'rate=0.2 has 0.500 ± 0.000 (n=2); rate=0.3 has failed.')
+        'rate=0.2 has 0.500 ± 0.000 (n=2); rate=0.3 has failed; rate=0.4 has 0.100 (n=1).')
     assert sweep_table.best_row([({}, runs[0.1])])['tuned'] == ''
 
 
@@ -227,7 +230,7 @@ tables = {'1': dict(title='one', note='', rows=[
 
 
 def test_a_sweep_skips_finished_runs_and_reports_failures(corpora, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(HERE)
+    monkeypatch.chdir(tmp_path)   # a sweep runs from any directory
     path, out = tmp_path / 'tiny.py', tmp_path / 'out'
     path.write_text(TINY_SWEEP)
     argv = [str(path), '--table=1', '--seeds=2', '--jobs=2', f'--out={out}',
@@ -261,6 +264,7 @@ def test_a_sweep_skips_finished_runs_and_reports_failures(corpora, tmp_path, cap
 @pytest.mark.parametrize('flags, sentence', [
     (['--table=4', '--seed=1'], 'itself sets'),
     (['--table=4', '--config=config/crosssent_mosi.py'], 'sized for the toy corpus: .*or take 4-mosei'),
+    (['--table=figure3', '--n_fusion=8'], 'changes n_fusion itself: leave --n_fusion out'),
     (['--table=77'], "has no table '77': choose one of 2, 2-mosi"),
     (['--table=4', '--seeds=x'], 'whole numbers'),
     (['--table=4', '--jobs=0'], 'at least 1')])

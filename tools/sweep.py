@@ -97,8 +97,8 @@ def settings_of_row(config, short, changes, flags):
 
 
 class Run:
-    """ A run of one row with one seed: its folder, its command and its outcome. Rows with equal
-    settings share a run, also across tables. """
+    """ A run of one row with one seed: its folder, its command and its outcome. Rows that change the
+    same knobs of a config to the same values share a run, also across tables. """
     def __init__(self, folder, label, config, settings, seed):
         self.label = label
         self.seed = seed
@@ -140,7 +140,8 @@ class Run:
         """ Starts train.py in its own process, on GPU number `slot` if there are GPUs. """
         self.slot = slot
         os.makedirs(os.path.dirname(self.folder), exist_ok=True)
-        argv = [sys.executable, os.path.join(ROOT, self.command[0]), *self.command[1:]]
+        script, config, *knobs = self.command
+        argv = [sys.executable, os.path.join(ROOT, script), resolve(config), *knobs]
         if self.has('last.safetensors'):
             argv.append('--resume=True')
         env = os.environ | {'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
@@ -253,6 +254,15 @@ def read_numbers(own):
     return n_seeds, jobs
 
 
+def refuse_flags_of_rows(flags, rows):
+    """ Stops with a sentence if a flag is a knob that a row changes: all rows would be equal. """
+    for label, changes, _ in rows:
+        tuned = [knob for settings in changes.get('tune', []) for knob in settings]
+        for knob in (*changes, *tuned):
+            if knob in flags:
+                raise EvalError(f"the row {label!r} changes {knob} itself: leave --{knob} out.")
+
+
 def refuse_unknown_flags(flags, runs):
     """ Stops with a sentence if no run has a knob for a flag. """
     for k in flags:
@@ -282,6 +292,7 @@ def main(argv):
         return
     n_seeds, jobs = read_numbers(own)
     t = tables[own['table']]
+    refuse_flags_of_rows(flags, t['rows'])
     if own['config'] and t.get('toy'):
         printed = [key for key in tables if key.startswith(own['table'] + '-')]
         instead = f", or take {' or '.join(printed)}" if printed else ""

@@ -37,6 +37,10 @@ def read_row(runs):
     if not finished:
         return row | dict(ids=None, truth=None, info=None)
     ids, first = predictions[0]
+    for folder, (other_ids, p) in zip(row['folders'], predictions):
+        if other_ids != ids or not np.array_equal(p['label'], first['label']):
+            raise EvalError(f"{folder} was tested on other clips or labels than "
+                            f"{row['folders'][0]}: remove it, and start the sweep again.")
     return row | dict(ids=ids, truth=first['label'], info=results[0]['info'])
 
 
@@ -47,11 +51,12 @@ def best_row(candidates):
     rows = [(' '.join(f'{k}={v}' for k, v in knobs.items()), read_row(runs))
             for knobs, runs in candidates]
     select = candidates[0][1][0].wanted['select']
+    n_most = max(len(row['valid']) for _, row in rows)   # settings of which a run failed do not win
     (chosen, best), best_value, found = rows[0], None, []
     for name, row in rows:
         values = [metrics[select] for metrics in row['valid']]
         found.append(f"{name} has {mean_std_n(values) if values else 'failed'}")
-        if values and is_better(select, np.mean(values), best_value):
+        if len(values) == n_most and values and is_better(select, np.mean(values), best_value):
             chosen, best, best_value = name, row, np.mean(values)
     tuned = f"{chosen}, chosen by the {select} on validation: {'; '.join(found)}."
     return best | dict(tuned=tuned if len(rows) > 1 else '')
@@ -60,7 +65,7 @@ def best_row(candidates):
 def at_test(label, first, modalities):
     """ A row that is not trained: the runs of the first row, tested with these modalities only. """
     row = dict(first, label=label, test=[], preds=[], seconds=[], n_trainable=[], valid=[],
-               failed=[], commands=[])
+               failed=[], commands=[], tuned='')
     for folder in first['folders']:
         try:
             run = load_run(folder, data_dir=read_run(folder)['about']['knobs']['data_dir'])
