@@ -2,7 +2,8 @@
 # (section 4.6).
 # python train.py config/av_mosi.py --corpus=unaligned_50.pkl
 # hardware: not run
-# expected: not run: the corpus is not available here
+# expected: not run: the file is not available here (with --corpus=mosi_official.pkl it is the first
+#   stage of deepmlf_mosi_gemma.py)
 # paper: no number for this stage; the hyperparameters are those of the released code
 # Batch: the release accumulates 4 batches of 32; the paper states no batch for this stage. SeqAug of
 # raw features is in the release alone. Gradients are clipped by norm (release: by value).

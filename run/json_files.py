@@ -113,8 +113,8 @@ def sealed(entries):
 
 def check_seal(entries, changed="was changed after it was written"):
     """
-    Raises ValueError(changed) if an entry of a sealed dict was changed. A handmade one has neither
-    `files`, which lists the checksums of other files, nor `checksum`.
+    Raises ValueError(changed) if an entry of a sealed dict was changed. A dict with neither
+    `checksum` nor `files`, the checksums of other files, passes: older ones have none.
     """
     if ('files' in entries) != ('checksum' in entries):
         raise ValueError("has only one of the entries files and checksum")
