@@ -138,7 +138,7 @@ def test_a_rank_is_not_aborted_when_it_ends_while_a_thread_waits_for_the_interpr
 ):
     """
     After rank 0's last line, gloo's thread drops the last reference to a tensor of Python. At the
-    normal end of Python, the main thread computes for a second without giving up the interpreter
+    normal end of Python, the main thread computes for seconds without giving up the interpreter
     lock, so the other thread still waits for the lock when Python finalizes. That aborts the process.
     """
     (tmp_path / 'worker.py').write_text(f"""
@@ -147,8 +147,10 @@ import math
 import os
 import sys
 import time
+ending = {str(tmp_path / 'ending')!r}
 if os.environ['RANK'] == '0':
-    atexit.register(math.factorial, 250_000)   # registered first, so it runs last
+    atexit.register(math.factorial, 400_000)   # registered first, so it runs last
+    atexit.register(open, ending, 'w')         # runs just before
 sys.path[:0] = [{str(HERE)!r}]
 import torch
 import torch.distributed as dist
@@ -163,7 +165,9 @@ def begin():
 if ranks.RANK == 0:
     begin()
     {ending}
-time.sleep(0.5)
+until = time.time() + 4
+while not os.path.exists(ending) and time.time() < until:
+    time.sleep(0.01)
 try:
     dist.all_reduce(torch.ones(4))
 except RuntimeError:   # rank 0 has ended already
