@@ -120,7 +120,6 @@ class Gaussian(nn.Module):
         return -0.5 * square.sum(-1).mean()
 
 
-
 class Entropy(nn.Module):
     """
     MMIM's estimate of the entropy of a stream's vectors: one Gaussian for each group of clips, all

@@ -162,20 +162,25 @@ def read_predictions(folder):
     test.jsonl of a finished run -> (ids, {name: array [N], or [N,K] for prob}). Raises EvalError.
     """
     path = f"{folder}/test.jsonl"
-    files = read_run_json(folder, 'result.json').get('files') or {}
+    written = crc_in_result(folder, 'test.jsonl')
     try:
         text = text_of(path)
         ids, predictions = prediction_arrays(parsed_lines(text))
         check_finite(predictions, ids)
-        check_crc(text, files.get('test.jsonl'))
+        check_crc(text, written)
     except ValueError as e:
         raise EvalError(f"{path} is missing or damaged ({e}): python eval.py {folder} writes it "
                         "again.") from None
     return ids, predictions
 
 
+def crc_in_result(folder, file):
+    """ The CRC of a run's file as result.json has it, None in an older run. Raises EvalError. """
+    return (read_run_json(folder, 'result.json').get('files') or {}).get(file)
+
+
 def check_crc(text, written):
-    """ Raises ValueError if a text has another CRC than `written`; None is that of an older run. """
+    """ Raises ValueError if a text has another CRC than `written`. None allows any. """
     if written not in (None, crc_of(text)):
         raise ValueError("was changed after it was written")
 
@@ -351,17 +356,17 @@ def print_and_save(folder, r, corpus, predictions, trained=False):
     """
     r, files = json.loads(json.dumps(r)), {}
     checksums = r.get('files') or {}
-    written = ()
+    rounded = ()
     if predictions:
         files['test.jsonl'] = prediction_lines(corpus, predictions)
-        written = prediction_arrays(parsed_lines(files['test.jsonl']))   # (ids, rounded arrays)
+        rounded = prediction_arrays(parsed_lines(files['test.jsonl']))   # (ids, arrays)
         checksums['test.jsonl'] = crc_of(files['test.jsonl'])
     if trained:
         lines, checksums['log.jsonl'] = log_and_crc(folder)
         files['curve.png'] = drawn(learning_curve, [(r, lines)])
     files['result.json'] = json.dumps(sealed(r | dict(files=checksums)), indent=1)
     curve = files.get('curve.png') or own_curve(folder)
-    table, pages = report(folder, r, corpus, written, curve)
+    table, pages = report(folder, r, corpus, rounded, curve)
     print(table + '\n', flush=True)
     for name, content in (files | pages).items():
         content = content.encode() if isinstance(content, str) else content
@@ -424,8 +429,7 @@ def report(folder, r, corpus, predictions, curve):
 
 def read_log(folder):
     """ The lines of a finished run's log.jsonl as a list of dicts, in order. Raises EvalError. """
-    written = (read_run_json(folder, 'result.json').get('files') or {}).get('log.jsonl')
-    return log_and_crc(folder, written)[0]
+    return log_and_crc(folder, crc_in_result(folder, 'log.jsonl'))[0]
 
 
 def log_and_crc(folder, written=None):
