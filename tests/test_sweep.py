@@ -401,6 +401,13 @@ def test_bench_refuses_a_pretraining_stage(monkeypatch):
         runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
 
 
+def test_bench_refuses_a_dtype_of_a_missing_commit(monkeypatch):
+    config = str(HERE / 'config' / 'deepmlf_toy.py')
+    monkeypatch.setattr(sys, 'argv', ['bench.py', config, '--against_dtype=float32'])
+    with pytest.raises(SystemExit, match='against=COMMIT, which is missing'):
+        runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
+
+
 def test_bench_refuses_a_commit_that_git_does_not_know(tmp_path):
     with pytest.raises(SystemExit, match="git cannot read against='no-commit'"):
         bench_against.check_out('no-commit', str(tmp_path))

@@ -22,7 +22,8 @@ model (Linux only).
 
 --against=COMMIT runs the two versions alternately, one at a time, in two warm processes on the same
 corpus. Each takes its own batches, so a changed order of the clips counts. Times are also given in
-CPU time, which other processes on the machine disturb less.
+CPU time, which other processes on the machine disturb less. --against=HEAD --against_dtype=float32
+--dtype=bfloat16 compares two dtypes of the files of one commit.
 
 --vs=plain compares with a plain implementation of the same computation. The plain implementation is
 ours: it is not the code that the papers released, and a ratio to it is not one to that code. It pads
@@ -54,6 +55,7 @@ from tools.bench_turns import by_turns
 shapes: Literal['simsv2', 'mosi', 'mosei', 'sims'] = 'simsv2'   # lengths and widths of the clips
 vs: Literal['plain', 'without', 'start', 'paper'] = 'plain'   # which benchmark to run
 against = ''                   # a commit of this repository to compare with; '': see vs
+against_dtype: Literal['', 'float32', 'bfloat16'] = ''   # dtype of that commit; '': this one's
 lm_shape = []                  # layers, width, heads, vocabulary of the text model; []: see SIZES
 bench_clips: AtLeast(1) = 1000     # clips of the random corpus
 bench_batches: AtLeast(1) = 6      # timed batches, spread over all lengths
@@ -99,6 +101,8 @@ if len(k['lm_shape']) != 4:
     errors += ["lm_shape must be four numbers: layers, width, heads, vocabulary"]
 if k['against'] and k['vs'] != 'plain':
     errors += ["against=COMMIT is a benchmark of its own: leave vs out"]
+if k['against_dtype'] and not k['against']:
+    errors += ["against_dtype is the dtype of against=COMMIT, which is missing"]
 if errors:
     sys.exit(f"bench: {'; '.join(errors)}.")
 

@@ -76,12 +76,16 @@ def median_and_range(values, digits):
 
 
 def against_commit(k, folder):
-    """ Prints speed and peak memory of this checkout and of the commit k['against']. """
+    """
+    Prints speed and peak memory of this checkout and of the commit k['against'], which runs in
+    k['against_dtype'] if that is given.
+    """
     sizes = (k['bench_clips'], k['bench_clips'], 2)
     random_corpus(folder, sizes, *SHAPES[k['shapes']])
     corpus = os.path.join(folder, 'random')
     versions = dict(commit=check_out(k['against'], folder), this=str(ROOT))
-    workers = {name: Worker(version, k, corpus) for name, version in versions.items()}
+    ks = dict(commit=k | dict(dtype=k['against_dtype'] or k['dtype']), this=k)
+    workers = {name: Worker(versions[name], ks[name], corpus) for name in ks}
     print(workers['this'].about['what'])
     if unknown := workers['commit'].about['unknown']:
         print(f"{k['against']} does not have the knobs {', '.join(unknown)}")
@@ -97,7 +101,7 @@ def against_commit(k, folder):
             n = worker.about['clips'][split]
             rate[name] = n / np.array([t['seconds'] for t in took[name][1:]])
             cpu[name] = n / np.array([t['cpu_seconds'] for t in took[name][1:]])
-        mb = {name: memory(version, k, corpus, split) for name, version in versions.items()}
+        mb = {name: memory(versions[name], ks[name], corpus, split) for name in ks}
         rows.append([
             split,
             median_and_range(rate['commit'], 2),
@@ -110,7 +114,7 @@ def against_commit(k, folder):
         ])
     for worker in workers.values():
         worker.close()
-    old = k['against']
+    old = f"{k['against']} {k['against_dtype']}".strip()
     print(f"median (range) of {k['repeats']} alternations, after one that does not count\n")
     print(markdown_table([
         '', f'{old}, clips/s', 'this, clips/s', 'ratio', 'ratio of CPU time', f'{old}, MB',
