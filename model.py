@@ -185,7 +185,9 @@ def last_real(x, n):
 class DeepMLF(System):
     """
     DeepMLF (Georgiou et al. 2025): F learnable fusion tokens behind the text of a frozen causal LM,
-    MM blocks between the LM's layers, and heads on the outputs.
+    MM blocks between the LM's layers, and heads on the outputs. The paper's abstract has the LM
+    "tasked to predict ground truth polarity". We read this as its section 4.5 says: heads with an
+    L1 loss, and an LM loss on the text alone.
 
     Text never depends on the fusion tokens, because the mask is causal and they come last. So the
     LM computes two token streams: the text, and a short suffix of fusion tokens that attends to the

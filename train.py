@@ -74,9 +74,9 @@ shard_lm: Literal['off', 'node', 'all'] = 'off'   # torchrun: shard the frozen L
 max_steps = -1                # most optimizer steps, also of each prerequisite; -1: no limit
 log_interval: AtLeast(1) = 10   # optimizer steps between log lines
 save_interval: AtLeast(0) = 0   # optimizer steps between saves of `last`; 0: at validations only
-# Optimization (DeepMLF section 5.5; what the paper does not give is from its released code)
+# Optimization (DeepMLF section 5.5 and its released code, but clip and weight_decay, which are ours)
 batch_size: AtLeast(1) = 32   # clips in a micro-batch
-accumulate: AtLeast(1) = 8    # micro-batches per optimizer step; the published numbers use 32 x 8
+accumulate: AtLeast(1) = 8    # micro-batches per optimizer step; 32 x 8 is that of the release
 epochs: AtLeast(1) = 20       # most epochs; also the length of the cosine schedule
 patience: AtLeast(1) = 10     # early stopping: epochs without a better validation
 select = 'mae'                # metric that selects the best checkpoint: 'wf1', ..; 'loss' for an LM

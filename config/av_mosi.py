@@ -7,6 +7,7 @@
 # paper: no number for this stage; the hyperparameters are those of the released code
 # Batch: the release accumulates 4 batches of 32; the paper states no batch for this stage. SeqAug of
 # raw features is in the release alone. Gradients are clipped by norm (release: by value).
+# Audio and video are fused by one linear layer (paper: a feedforward network; release: as here).
 system = 'av'
 corpus = 'MOSI/Processed/unaligned_50.pkl'
 standardise = True

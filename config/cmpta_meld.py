@@ -6,7 +6,8 @@
 # The paper does not name its LM. Its other settings are those of MSE-Adapter with Qwen-1.8B. We
 # read width 1024, AdamW, lr 5e-4 and batch size 16 in a scan of the paper that is hardly legible.
 # The prompt's wording is ours: --prompt=FILE.json brings another. The class is the most probable
-# label; the authors decode greedily: --readout=generate.
+# label. The paper does not say how it decodes; --readout=generate decodes greedily. The BiLSTM has
+# half of cmpta_width in each direction, which is our choice.
 system = 'cmpta'
 corpus = 'MELD'
 label = 'emotion'

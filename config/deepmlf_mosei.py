@@ -5,7 +5,7 @@
 # paper: Acc2 87.15, F1 87.10, MAE 0.499, Corr 0.804, Acc5 57.70, Acc7 55.88 (mean of >= 5 seeds)
 # Batch: the paper says 32 and states no accumulation. The release accumulates 8 batches of 32, and so
 # does this config; --accumulate=1 is the literal reading. SeqAug of raw audio and video (av_seqaug)
-# is in the release alone.
+# is in the release alone. Gradients are clipped by norm (release: by value).
 needs = ['config/av_mosei.py']
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 standardise = False           # the release uses raw COVAREP and Facet features

@@ -4,6 +4,7 @@
 # hardware: one RTX 3090 (24 GB) in the paper
 # expected: not run: neither the corpus nor the LM is available here
 # paper: Acc2 87.00, F1 86.98, MAE 0.511, Corr 0.795, Acc5 56.89, Acc7 55.01 (mean of >= 5 seeds)
+# Batch, --accumulate=1, SeqAug of audio and video, and clipping: as deepmlf_mosei.py says.
 needs = ['config/av_mosei.py']
 corpus = 'MOSEI/Processed/unaligned_50.pkl'
 standardise = False           # the release uses raw COVAREP and Facet features

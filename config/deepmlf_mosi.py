@@ -7,7 +7,7 @@
 # paper does not mention them and their code is missing in the release.
 # Batch: the paper says 32 and states no accumulation. The release accumulates 8 batches of 32, and so
 # does this config; --accumulate=1 is the literal reading. SeqAug of raw audio and video (av_seqaug)
-# is in the release alone.
+# is in the release alone. Gradients are clipped by norm (release: by value).
 needs = ['config/av_mosi.py']
 corpus = 'MOSI/Processed/unaligned_50.pkl'
 lm = 'HuggingFaceTB/SmolLM2-1.7B'

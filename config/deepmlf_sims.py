@@ -7,7 +7,7 @@
 # standardised (the default of standardise) in place of the release's BatchNorm.
 # Batch: the paper says 32 and states no accumulation. The release accumulates 8 batches of 32, and so
 # does this config; --accumulate=1 is the literal reading. SeqAug of raw audio and video (av_seqaug)
-# is in the release alone.
+# is in the release alone. Gradients are clipped by norm (release: by value).
 needs = ['config/av_sims.py']
 corpus = 'SIMS/Processed/unaligned_39.pkl'
 dtype = 'float32'             # as in the release for GPT-2
