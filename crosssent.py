@@ -83,6 +83,10 @@ class GMRAEncoder(System):
         """ Raises CorpusError if a stream does not hold codes although gmra_codes says so. """
         streams = [s for s in cls.streams(k) if s in corpus.widths and k['gmra_codes']]
         for s in streams:
+            if replaced := sum(corpus.meta['streams'][s].get('cleaned', {}).values()):
+                raise CorpusError(f"gmra_codes reads whole numbers, and {replaced} values of {s} "
+                                  "were NaN or infinite and are stored as 0: correct the source "
+                                  "and convert it again, or take gmra_codes=0 for features.")
             for split in corpus.n_clips:
                 refuse_other_codes(corpus, split, s, k['gmra_codes'])
         return super().notes(k, corpus)
@@ -159,8 +163,8 @@ def refuse_other_codes(corpus, split, stream, n):
         codes = np.asarray(corpus.frames(split, stream, i))  # [S,1]
         if codes.size and not np.isin(codes, np.arange(n)).all():
             raise CorpusError(f"gmra_codes={n} reads whole numbers from 0 to {n - 1}, and {stream} "
-                              f"of the clip {clip!r} ({split}) has others: raise gmra_codes, or "
-                              "take gmra_codes=0 for features.")
+                              f"of the clip {clip!r} has others: raise gmra_codes, or take "
+                              "gmra_codes=0 for features.")
 
 
 class CrossSent(GMRAEncoder):

@@ -143,6 +143,7 @@ class Feed:
         self.n_clips = {split: len(clips) for split, clips in self.clips.items()}
         self.stream_clips = self._shuffled_clips(k['seed']) if k['shuffle_streams'] else {}
         self.tokens, self.words, self.text, self.truncated = {}, {}, {}, {}  # by split
+        self.first_word = 0   # the frame of the first word (resample='words')
         self.notes, self.lm_fingerprint = [], None
         rounding = self._find_answers() if self.prompt else 0.0
         if rounding > 1e-6:
@@ -197,14 +198,15 @@ class Feed:
         self.text = {split: [next(clips) for _ in self.tokens[split]] for split in self.tokens}
 
     def _words(self, tokenizer, split, texts):
-        """ For each clip, the word that each token begins in (word_of_tokens). """
-        for m in self.streams if split == 'train' else ():
-            n_frames, n_words = self.corpus.lengths(split, m), np.array([len(t.split()) for t in texts])  # [N]
-            both = (n_frames > 0) & (n_words > 0)  # [N]
-            if both.any() and np.mean((n_frames == n_words)[both]) < 0.5:
-                raise CorpusError(f"resample='words' is for sources with one frame per word, and "
-                                  f"{m} has {np.median(n_frames):.0f} frames for "
-                                  f"{np.median(n_words):.0f} words (medians): take another resample.")
+        """ For each clip, the frame of the word that each token begins in; -1 for no word. """
+        if split == 'train':
+            starts = {m: self._frames_before_words(m, texts) for m in self.streams}
+            if len(set(starts.values())) > 1:
+                raise CorpusError("resample='words' needs the same frames before the first word in "
+                                  f"all streams, and this corpus has {starts}: take another resample.")
+            self.first_word = next(iter(starts.values()), 0)
+            if self.first_word:
+                self.notes.append("the first frame of a clip is zero and stands before its first word")
         try:
             with truncating(tokenizer):
                 offsets = tokenizer(list(texts), truncation=True, max_length=self.k['max_text_len'],
@@ -213,7 +215,29 @@ class Feed:
             raise CorpusError("resample='words' needs a fast Hugging Face tokenizer "
                               "(tokenizer.json), which gives each token's place in the text: "
                               "take another resample.") from None
-        return [word_of_tokens(text, spans) for text, spans in zip(texts, offsets)]
+        words = [word_of_tokens(text, spans) for text, spans in zip(texts, offsets)]
+        return [[w if w < 0 else w + self.first_word for w in clip] for clip in words]
+
+    def _frames_before_words(self, m, texts):
+        """
+        The number of frames before that of a clip's first word: 0, or 1 where aligned files begin
+        with a zero frame. Raises CorpusError unless most train clips have one frame per word.
+        """
+        n_frames = self.corpus.lengths('train', m)  # [N]
+        n_words = np.array([len(t.split()) for t in texts])  # [N]
+        both = (n_frames > 0) & (n_words > 0)  # [N]
+        if not both.any():
+            raise CorpusError(f"resample='words' needs words and frames, and no train clip has both "
+                              f"words and {m}: take another resample, or leave {m} out of modalities.")
+        if np.mean((n_frames == n_words)[both]) >= 0.5:
+            return 0
+        one_more = np.flatnonzero(both & (n_frames == n_words + 1))
+        zero = [not np.any(self.corpus.frames('train', m, i)[0]) for i in one_more]
+        if sum(zero) >= 0.5 * both.sum():
+            return 1
+        raise CorpusError(f"resample='words' is for sources with one frame per word, and {m} has "
+                          f"{np.median(n_frames):.0f} frames for {np.median(n_words):.0f} words "
+                          "(medians): take another resample.")
 
     def _check_labels(self, split):
         y, name = self.corpus.label(split, self.k['label']), self.k['label']  # [N]

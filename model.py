@@ -724,6 +724,14 @@ class PromptTuning(PseudoTokenLM):
     """
 
     @classmethod
+    def check(cls, k):
+        errors = super().check(k)
+        if not k['clip_words']:
+            errors += ["clip_words=False leaves prompt tuning nothing of a clip to read: "
+                       "--clip_words=True"]
+        return errors
+
+    @classmethod
     def streams(cls, k):
         return ()
 

@@ -13,6 +13,8 @@ Axis letters: K labels, n tokens of the longest label, N nodes of the trie (the 
 """
 import math
 import re
+import string
+import unicodedata
 from typing import Literal
 
 import torch
@@ -101,6 +103,11 @@ def prompt_errors(k):
     return []
 
 
+def letters_of(text):
+    """ The set of characters of a text, up to case, compatible forms and spaces. """
+    return set(unicodedata.normalize('NFKC', text).casefold()) - set(string.whitespace)
+
+
 def prompt_name(prompt):
     """ How messages name a prompt. """
     return f"the prompt {prompt!r}" if prompt in PROMPTS else "the prompt of the JSON file"
@@ -154,7 +161,7 @@ class Prompt:
                                  f"{k['lm']} has none: take another LM, or label_eos=False.")
             self.answers = [ids + [tokenizer.eos_token_id] for ids in self.answers]
         self._refuse_ambiguous_labels()
-        if self._unknown() in self._ids(words['open'] + words['close'] + question):
+        if not self._spells(words['open'] + words['close'] + question):
             raise ModelError(f"the tokenizer of {k['lm']} has no token for a letter of {name}"
                              f"{language_of(words)}: take another LM, or another prompt.")
 
@@ -196,11 +203,19 @@ class Prompt:
             return []
         return list(self.tokenizer([text], add_special_tokens=False)['input_ids'][0])
 
-    def _unknown(self):
-        """ The token id of unknown letters. None if the tokenizer has tokens for every letter. """
-        unknown = getattr(self.tokenizer, 'unk_token_id', None)
-        # GPT-2 gives its end-of-text token as the unknown one, and has tokens for every letter
-        return None if unknown == self.tokenizer.eos_token_id else unknown
+    def _spells(self, text):
+        """
+        False if the tokens of a text lack one of its letters, up to case and spaces: the tokenizer
+        has made unknown tokens of it, or has dropped it.
+        """
+        ids = self._ids(text)
+        lost = letters_of(text) - letters_of(self.tokenizer.decode(ids))
+        return not lost and not self._has_unknown(text, ids)
+
+    def _has_unknown(self, text, ids):
+        """ True if the token ids of a text have an unknown token that the text does not name. """
+        unknown = getattr(self.tokenizer, 'unk_token', None)
+        return bool(unknown) and unknown not in text and self.tokenizer.unk_token_id in ids
 
     def _refuse_ambiguous_labels(self):
         """
@@ -209,7 +224,7 @@ class Prompt:
         """
         lm = self.k['lm']
         for label, ids in zip(self.labels, self.answers):
-            if self._unknown() in ids:
+            if self._has_unknown(label, ids):
                 raise ModelError(f"the tokenizer of {lm} has no token for a letter of the label "
                                  f"{label!r}: take another LM, or another label_words.")
 

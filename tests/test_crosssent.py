@@ -208,6 +208,41 @@ def test_sub_words_get_the_frame_of_their_word():
     assert (x[1] == 0).all()
 
 
+def words_run(tmp_path, **change):
+    """ Trains two steps with resample='words' on a corpus of make_corpus. """
+    save_tiny_bert(tmp_path)
+    flag = make_corpus(tmp_path, 'aligned', **change)
+    train('config/crosssent_mosi.py', flag, f'--lm={tmp_path}/bert', f'--out_dir={tmp_path}/run',
+          f'--data_dir={tmp_path}/data', '--device=cpu', '--max_steps=2', '--max_text_len=30')
+
+
+@pytest.mark.parametrize('first', [0.0, 1.0])
+def test_an_aligned_file_may_begin_with_a_zero_frame(first, tmp_path, capsys):
+    """ 'the film was good' has 4 words, and each clip 5 frames. """
+    def frames(split, x):
+        x = np.ones((len(x), 6, x.shape[2]), 'f4')
+        x[:, 0], x[:, 5] = first, 0
+        return x
+
+    def lengths(split, x):
+        return [5] * len(x)
+
+    change = dict(audio=frames, vision=frames, audio_lengths=lengths, vision_lengths=lengths)
+    if first:
+        with pytest.raises(SystemExit, match='is for sources with one frame per word'):
+            words_run(tmp_path, **change)
+        return
+    words_run(tmp_path, **change)
+    assert 'the first frame of a clip is zero and stands before' in capsys.readouterr().out
+    run, feed = evaluation.load_run_and_feed(str(tmp_path / 'run'), data_dir=str(tmp_path / 'data'))
+    assert {w for clip in feed.words['test'] for w in clip} == {-1, 1, 2, 3, 4}
+
+
+def test_words_are_refused_where_no_clip_has_any(tmp_path):
+    with pytest.raises(SystemExit, match='no train clip has both words and audio'):
+        words_run(tmp_path, raw_text=lambda s, x: [''] * len(x))
+
+
 # -------------------------------------------------------------------------------------------------
 # Ordinal losses
 
@@ -375,8 +410,9 @@ def test_one_hot_codes_behind_a_linear_map_are_an_embedding():
     [
         (codes(5), ['--standardise=True'], 'gmra_codes reads codes as they are stored'),
         (codes(5), ['--resample=linear'], 'gmra_codes are names, of which no mean exists'),
-        (codes(9), [], r'whole numbers from 0 to 4, and audio of the clip .* \(train\) has others'),
+        (codes(9), [], r'whole numbers from 0 to 4, and audio of the clip .* has others'),
         (lambda s, x: codes(5)(s, x) + 0.5, [], 'whole numbers from 0 to 4'),
+        (lambda s, x: np.where(codes(5)(s, x) == 2, np.nan, 1), [], 'were NaN or infinite'),
         (lambda s, x: x[:, :4], [], 'one column of codes, and audio has 5 columns'),
         (codes(5, words=False), [], "resample='words' is for sources with one frame per word"),
     ],
@@ -497,7 +533,7 @@ def test_byte_level_tokens_get_the_number_of_their_word(corpora):
         trainers.BpeTrainer(vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
-    feed = type('F', (), dict(streams=(), k=dict(max_text_len=50), corpus=None))
+    feed = type('F', (), dict(streams=(), k=dict(max_text_len=50), corpus=None, first_word=0))
     text = 'the  film was goods'
     words = Feed._words(feed, tokenizer, 'train', [text])[0]
     pieces = tokenizer.convert_ids_to_tokens(tokenizer([text])['input_ids'][0])

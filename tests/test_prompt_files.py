@@ -71,7 +71,7 @@ def test_a_prompt_file_that_does_not_fit_the_corpus_is_refused(entries, label, s
 
 def test_a_prompt_in_letters_that_the_tokenizer_lacks_is_refused(corpora):
     class Latin(LetterTokenizer):
-        unk_token_id = 0
+        unk_token, unk_token_id = '<unk>', 0
 
     info = open_corpus('toy', corpora).labels['label']
     latin = Latin(known=set(map(chr, range(32, 256))))
@@ -81,6 +81,24 @@ def test_a_prompt_in_letters_that_the_tokenizer_lacks_is_refused(corpora):
         Prompt(japanese, info, latin)
     with pytest.raises(ModelError, match="no token for a letter of the prompt 'cn'"):
         Prompt(MSE_KNOBS | dict(prompt='cn'), info, latin)
+
+
+def test_a_prompt_whose_letters_the_tokenizer_drops_or_replaces_by_the_end_token_is_refused(corpora):
+    class Drops(LetterTokenizer):
+        def __call__(self, texts, **_):
+            return {'input_ids': [[ord(c) for c in t if ord(c) < 128] for t in texts]}
+
+    class EndForUnknown(LetterTokenizer):
+        unk_token, unk_token_id, eos_token_id = '</s>', 7, 7
+
+        def __call__(self, texts, **_):
+            return {'input_ids': [[ord(c) if ord(c) < 128 else 7 for c in t] for t in texts]}
+
+    info = open_corpus('toy', corpora).labels['label']
+    for tokenizer in (Drops(), EndForUnknown()):
+        Prompt(MSE_KNOBS | dict(prompt='en'), info, tokenizer)
+        with pytest.raises(ModelError, match="no token for a letter of the prompt 'cn'"):
+            Prompt(MSE_KNOBS | dict(prompt='cn'), info, tokenizer)
 
 
 def test_a_run_carries_the_words_of_its_prompt_file(rated_lm, corpora, tmp_path):

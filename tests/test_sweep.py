@@ -19,6 +19,7 @@ import torch.nn as nn
 import model
 from adapters import inputs_of
 from configurator import class_knobs
+from corpora.toy import make_toy
 from data import Corpus
 from fakes import HERE, TINY, forge, tiny_batch, tiny_deepmlf, train
 from metrics import claim, score_by
@@ -92,6 +93,23 @@ def test_neighbouring_rows_are_compared_where_a_direction_is_claimed():
     assert [n['claim']['verdict'] for n in numbers[1:]] == ['better'] * 3
     assert [n['claim_above']['verdict'] for n in numbers[1:]] == ['better', 'open', 'worse']
     assert 'the row above' not in sweep_table.table(rows, dict.fromkeys('abcd', ''))[0]
+
+
+def test_the_change_to_the_row_above_is_given_in_percent_where_the_paper_does():
+    rows = [row('a', 0.8), row('b', 0.6), row('c', 0.6)]
+    drawn, _ = sweep_table.table(rows, dict.fromkeys('abcd', ''), relative=('mae',))
+    head, _, *cells = [[c.strip() for c in line.split('|')[1:-1]] for line in drawn.splitlines()]
+    at = head.index('mae to the row above')
+    assert [c[at] for c in cells] == ['-', '-25.00 %', '+0.00 %']
+
+
+def test_rows_of_other_clips_are_compared_only_if_the_table_says_so():
+    other = row('b', 0.2) | dict(ids=['z'])
+    with pytest.raises(EvalError, match='different clips or labels'):
+        sweep_table.table([row('a', 0.5), other], dict.fromkeys('abcd', ''))
+    drawn, numbers = sweep_table.table(
+        [row('a', 0.5), other], dict.fromkeys('abcd', ''), paired=False, columns=('jump2',))
+    assert numbers[1]['claim'] is None and '**' not in drawn
 
 
 def test_a_tuned_row_has_the_settings_that_are_best_on_validation(monkeypatch):
@@ -225,7 +243,12 @@ short = dict(max_steps=2)
 tables = {'1': dict(title='one', note='', rows=[
     ('whole', {}, '.5'),
     ('layer 9', dict(gmra_layer=9), ''),
-    ('no video at test', dict(at_test=['audio']), '')])}
+    ('no video at test', dict(at_test=dict(modalities=['audio'])), '')]),
+  '2': dict(title='two', paired=False, columns=('jump2',), rows=[
+    ('whole', {}, '.5'),
+    ('elsewhere', dict(at_test=dict(corpus='OTHER', of='whole')), ''),
+    ('nowhere', dict(at_test=dict(corpus='no-such.pkl')), '')]),
+  '3': dict(title='three', rows=[('own', dict(config='config/crosssent_toy.py'), '')])}
 """
 
 
@@ -256,6 +279,23 @@ def test_a_sweep_skips_finished_runs_and_reports_failures(corpora, tmp_path, cap
     # the resumed run has the metrics of the uninterrupted one
     resumed = json.loads((out / 'tiny-1.json').read_text())['rows']
     assert json.dumps([r['test'] for r in resumed]) == json.dumps([r['test'] for r in saved])
+
+    # the runs of table 1 are tested on another corpus
+    make_toy(str(tmp_path / 'other'), (16, 16, 24), seed=5)
+    path.write_text(TINY_SWEEP.replace('OTHER', str(tmp_path / 'other')))
+    argv[1] = '--table=2'
+    sweep.main(argv)
+    home, away, failed = json.loads((out / 'tiny-2.json').read_text())['rows']
+    assert [len(r['test']) for r in (home, away, failed)] == [2, 2, 0]
+    assert away['test'][0]['mae'] != home['test'][0]['mae'] and away['claim'] is None
+    assert 'no-such.pkl' in failed['failed'][0]
+    assert '| jump2' in (out / 'tiny-2.md').read_text()
+    with pytest.raises(EvalError, match='changes corpus itself: leave --corpus out'):
+        sweep.main([*argv, '--corpus=toy'])
+    with pytest.raises(EvalError, match='has a config of its own: leave --config out'):
+        sweep.main([str(path), '--table=3', '--config=config/crosssent_mosi.py'])
+
+    argv[1] = '--table=1'
     forge(whole, dict(lr=0.5))   # as if the config had been edited since
     with pytest.raises(EvalError, match='was trained with lr=0.5, but the sweep now has lr=0.002'):
         sweep.main(argv)

@@ -29,9 +29,12 @@ class Words:
 
     def __init__(self, vocabulary):
         self.vocabulary = vocabulary
+        self.words = {}   # token id -> the set of words that it stood for
 
     def token(self, word):
-        return 10 + zlib.crc32(word.encode()) % (self.vocabulary - 10)
+        number = 10 + zlib.crc32(word.encode()) % (self.vocabulary - 10)
+        self.words.setdefault(number, set()).add(word)
+        return number
 
     def __call__(self, texts, truncation=False, max_length=None, **_):
         pattern = r'[A-Za-z]+|[\u4e00-\u9fff]{1,2}|[^\sA-Za-z]'
@@ -40,7 +43,7 @@ class Words:
         return {'input_ids': ids}
 
     def decode(self, ids):
-        return ''
+        return ' '.join(word for number in ids for word in self.words.get(number, ()))
 
 
 def random_lm(kind, layers, width, heads, vocabulary):

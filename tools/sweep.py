@@ -14,11 +14,14 @@ Trains and evaluates all rows of a paper's table with one command.
 A table is a list of rows (label, changed knobs, what the paper prints). train.py trains each row
 with each seed in its own folder under out/sweeps/. The same command again skips finished runs and
 resumes interrupted ones. A failed run is reported, and the others continue. Other flags are passed
-to train.py for every row whose system has the knob. A row with at_test=[..] is not trained: the
-runs of the first row are tested with these modalities only. A row with tune=[dict(..), ..] is
-trained with each of these settings, and has the one that is best on validation. A table with
-neighbours=True compares each row with the row above it too, and the runs of one with full=True are
-as long as the configs say.
+to train.py for every row whose system has the knob. A row with at_test=dict(..) is not trained: the
+runs of the first row, or of the row `of`, are tested with `modalities` only, or on the test split
+of another `corpus`. A row with tune=[dict(..), ..] is trained with each of these settings, and has
+the one that is best on validation.
+
+Of a table, `columns` are further metrics; neighbours=True compares each row with the row above it
+too; relative=(metric, ..) gives their change to the row above in percent; paired=False compares
+only rows of the same test clips; and full=True makes the runs as long as the configs say.
 
 When we call a difference real (README): both rows have at least 3 seeds, the 95 % interval of their
 paired difference over clips and seeds excludes 0, and every choice was made on validation, which is
@@ -258,7 +261,7 @@ def refuse_flags_of_rows(flags, rows):
     """ Stops with a sentence if a flag is a knob that a row changes: all rows would be equal. """
     for label, changes, _ in rows:
         tuned = [knob for settings in changes.get('tune', []) for knob in settings]
-        for knob in (*changes, *tuned):
+        for knob in (*changes, *tuned, *changes.get('at_test', {})):
             if knob in flags:
                 raise EvalError(f"the row {label!r} changes {knob} itself: leave --{knob} out.")
 
@@ -294,10 +297,14 @@ def main(argv):
     t = tables[own['table']]
     refuse_flags_of_rows(flags, t['rows'])
     if own['config'] and t.get('toy'):
-        printed = [key for key in tables if key.startswith(own['table'] + '-')]
+        printed = [key for key, other in tables.items()
+                   if key.startswith(own['table'] + '-') and not other.get('toy')]
         instead = f", or take {' or '.join(printed)}" if printed else ""
         raise EvalError(f"table {own['table']} is sized for the toy corpus: leave --config out"
                         f"{instead}.")
+    if own['config'] and all('config' in changes for _, changes, _ in t['rows']):
+        raise EvalError(f"each row of table {own['table']} has a config of its own: leave --config "
+                        "out.")
 
     config = own['config'] or t.get('config') or sweep['config']
     source = knobs_of_run(config, {k: flags[k] for k in ('dataset', 'corpus') if k in flags})
@@ -335,16 +342,17 @@ def main(argv):
     run_all(runs, jobs)
     rows = {label: best_row(candidates) for label, candidates in trained.items()}
     first = next(iter(rows.values()))
-    for label, modalities in tested.items():
-        rows[label] = at_test(label, first, modalities)
+    for label, changes in tested.items():
+        rows[label] = at_test(label, rows.get(changes.get('of'), first), changes)
 
     name = [stem_of(files[0]), own['table']]
     if source != 'toy':
         name.insert(1, corpus)
     where = os.path.join(own['out'], '-'.join(name))
     heading = dict(title=f"{sweep['name']}, {t['title']}", command=argv, note=t.get('note', ''),
-                   neighbours=t.get('neighbours', False),
                    common=' '.join(as_flags(short | flags)))
+    options = ('neighbours', 'relative', 'columns', 'paired')
+    heading['options'] = {key: (sweep | t)[key] for key in options if key in sweep | t}
     page = write_table([rows[label] for label, *_ in t['rows']], paper, heading, where)
     print(f"\n{page}\n{where}.md, {(time.time() - started) / 60:.1f} min")
 

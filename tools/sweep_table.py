@@ -7,8 +7,8 @@ import shlex
 
 import numpy as np
 
-from data import CorpusError
-from eval import load_run
+from data import CorpusError, open_corpus
+from eval import load_run, transferred
 from metrics import SHOWN, claim, is_better, markdown_table, mean_std_n, score_by
 from run.errors import ModelError
 from run.folder import write_text
@@ -62,15 +62,22 @@ def best_row(candidates):
     return best | dict(tuned=tuned if len(rows) > 1 else '')
 
 
-def at_test(label, first, modalities):
-    """ A row that is not trained: the runs of the first row, tested with these modalities only. """
-    row = dict(first, label=label, test=[], preds=[], seconds=[], n_trainable=[], valid=[],
+def at_test(label, trained, changes):
+    """ A row that is not trained: the runs of another row, tested with changes['modalities'] only,
+    or on the test split of changes['corpus']. """
+    row = dict(trained, label=label, test=[], preds=[], seconds=[], n_trainable=[], valid=[],
                failed=[], commands=[], tuned='')
-    for folder in first['folders']:
+    for folder in trained['folders']:
         try:
             run = load_run(folder, data_dir=read_run(folder)['about']['knobs']['data_dir'])
-            kept = [m for m in run.knobs['modalities'] if m in modalities]
-            metrics, predictions = run.test(run.corpus, run.knobs | dict(modalities=kept))
+            read = run.knobs['modalities']
+            kept = [m for m in read if m in changes.get('modalities', read)]
+            corpus = run.corpus
+            if 'corpus' in changes:
+                other = open_corpus(changes['corpus'], run.knobs['data_dir'])
+                corpus = transferred(run, other, kept)
+            metrics, predictions = run.test(corpus, run.knobs | dict(modalities=kept))
+            row |= dict(ids=corpus.id('test'), truth=predictions['label'])
         except (EvalError, CorpusError, ModelError, ValueError) as e:
             row['failed'].append(str(e))
             continue
@@ -79,17 +86,33 @@ def at_test(label, first, modalities):
     return row
 
 
+def same_clips(a, b):
+    """ True if two rows were tested on the same clips with the same labels. """
+    return a['ids'] == b['ids'] and np.array_equal(a['truth'], b['truth'])
+
+
+def change_in_percent(metrics, above, row):
+    """ The change of the means of some metrics to the row above: '+1.4 %, -3.4 %'. """
+    if not above or not above['test'] or not row['test']:
+        return '-'
+    changes = []
+    for key in metrics:
+        old, new = (np.mean([m[key] for m in r['test']]) for r in (above, row))
+        changes.append(f'{100 * (new / old - 1):+.2f} %')
+    return ', '.join(changes)
+
+
 def compared(metric, by, first, row):
-    """ metrics.claim on two rows, None if one of them has no finished run. """
-    if not first['preds'] or not row['preds']:
+    """ metrics.claim on two rows, None if one of them has no finished run, or other clips. """
+    if not first['preds'] or not row['preds'] or not same_clips(first, row):
         return None
     return claim(metric, first['preds'], row['preds'], first['truth'], by)
 
 
-def table(rows, paper, neighbours=False):
+def table(rows, paper, neighbours=False, relative=(), columns=(), paired=True):
     """ rows: of read_row; the others are compared with the first one and, if neighbours=True, each
-    with the row above it. paper: dict of label -> what the paper prints. Returns the Markdown table
-    and the list of dicts for the JSON. """
+    with the row above it. paper: dict of label -> what the paper prints. relative, columns and
+    paired: as in tools/sweep.py. Returns the Markdown table and the list of dicts for the JSON. """
     first = rows[0]
     if not first['test']:
         raise EvalError(f"no run of the first row, {first['label']}, has finished, so there is "
@@ -97,8 +120,7 @@ def table(rows, paper, neighbours=False):
                         "folder.")
     by, metric = score_by(first['info'])
     for row in rows[1:]:
-        same_clips = row['ids'] == first['ids'] and np.array_equal(row['truth'], first['truth'])
-        if row['test'] and not same_clips:
+        if paired and row['test'] and not same_clips(first, row):
             raise EvalError(f"the rows {first['label']} and {row['label']} were tested on "
                             "different clips or labels, so their errors cannot be paired: give "
                             "both rows the same corpus and label.")
@@ -111,22 +133,25 @@ def table(rows, paper, neighbours=False):
     beaten = [c is not None and c['verdict'] == 'worse' for c in claims[1:]]
     best[0] = len(rows) > 1 and all(beaten)
 
-    keys = [k for k in SHOWN if k in first['test'][0]]
+    keys = [k for k in (*SHOWN, *columns) if k in first['test'][0]]
+    changes = [change_in_percent(relative, a, b) for a, b in zip([None] + rows, rows)]
     cells = []
-    for row, c, n, bold in zip(rows, claims, above, best):
+    for row, c, n, change, bold in zip(rows, claims, above, changes, best):
         label = f"**{row['label']}**" if bold else row['label']
         if not row['test']:
-            failed = ['failed'] * len(keys) + ['-'] * (3 + neighbours)
+            failed = ['failed'] * len(keys) + ['-'] * (3 + neighbours + bool(relative))
             cells.append([label] + failed + [paper[row['label']]])
             continue
         if row['failed']:
             label += f" ({len(row['failed'])} failed)"
         means = [mean_std_n([m[k] for m in row['test']]) for k in keys]
         differences = [c['text'] if c else '-' for c in ([c, n] if neighbours else [c])]
+        differences += [change] if relative else []
         minutes = f"{np.mean(row['seconds']) / 60:.1f}" if row['seconds'] else '-'
         weights = f"{row['n_trainable'][0]:,}" if row['n_trainable'] else '-'
         cells.append([label] + means + differences + [minutes, weights, paper[row['label']]])
     head = [f'{by} less the first row, 95 %', f'{by} less the row above, 95 %'][:1 + neighbours]
+    head += [f"{', '.join(relative)} to the row above"] if relative else []
     head += ['min a run', 'trainable', PAPER]
 
     large = ('preds', 'truth', 'info', 'ids')
@@ -139,8 +164,8 @@ def table(rows, paper, neighbours=False):
 
 def write_table(rows, paper, heading, where):
     """ Writes the table as where.md and where.json, and returns the text of the former. heading:
-    dict of title, command, note, neighbours and common, the flags of all rows. """
-    drawn, numbers = table(rows, paper, heading['neighbours'])
+    dict of title, command, note, common (the flags of all rows) and options (of table). """
+    drawn, numbers = table(rows, paper, **heading['options'])
     commits = ', '.join(sorted({commit for row in rows for commit in row['commit']}))
     common = f"`{heading['common']}` and " if heading['common'] else ''
     page = (f"# {heading['title']}\n\n`python tools/sweep.py {shlex.join(heading['command'])}`; "

@@ -12,9 +12,9 @@ def _rows(*more):
         ('text only', dict(modalities=[]), ''),
         ('audio and video of another clip', dict(shuffle_streams=True), ''),
         *more,
-        ('no audio at test', dict(at_test=['vision']), ''),
-        ('no video at test', dict(at_test=['audio']), ''),
-        ('neither audio nor video at test', dict(at_test=[]), ''),
+        ('no audio at test', dict(at_test=dict(modalities=['vision'])), ''),
+        ('no video at test', dict(at_test=dict(modalities=['audio'])), ''),
+        ('neither audio nor video at test', dict(at_test=dict(modalities=[])), ''),
     ]
 
 

@@ -1,6 +1,6 @@
 # DeepMLF's tables (Georgiou et al. 2025). Those with toy=True are sized for the toy LM of 4 layers;
-# the tables 2-mosi to figure3-mosei are the same as printed, on the paper's corpora and LMs. The
-# other tables run on both, with --config= and --corpus= for a corpus of the paper.
+# those whose name has a corpus are as printed, with the paper's LMs. The other tables run on both,
+# with --config= and --corpus= for a corpus of the paper.
 # python tools/sweep.py config/sweeps/deepmlf.py --table=11
 # python tools/sweep.py config/sweeps/deepmlf.py --table=6-sims --corpus=unaligned_39.pkl
 # A row is (label, changed knobs, the number in the paper: MAE unless the note says otherwise). A
@@ -13,6 +13,7 @@ _large_lm = dict(lm='lm_toy_large', needs=['config/lm_toy_large.py', 'config/av_
 _text = dict(config='config/baseline_late.py', late_streams=['text'], epochs=6)
 _av = dict(config='config/av_toy.py', epochs=6)
 _lora = dict(mm_ffw='lora', lora_rank=8, lora_alpha=16.0)
+_n_toy, _n_mosei = (1, 2, 4, 8, 12, 16, 20), (12, 1, 4, 8, 16, 20)
 _base = dict(config='config/deepmlf_mosei_base.py')
 _medium = dict(config='config/deepmlf_mosei_medium.py')
 _printed_std = 'the std is in units of the root mean square of each embedding'
@@ -20,6 +21,11 @@ _printed_std = 'the std is in units of the root mean square of each embedding'
 
 def _rates(*rates):
     return [dict(text_reg_rate=rate) for rate in rates]
+
+
+def _tokens(numbers, changes):
+    """ The rows of Figure 3 for one LM: numbers of fusion tokens. """
+    return [(f'n_f = {n}', changes | dict(n_fusion=n), 'best' if n == 12 else '-') for n in numbers]
 
 
 def _unimodal(corpus, texts, audio, video):
@@ -36,6 +42,8 @@ def _unimodal(corpus, texts, audio, video):
     ]
 
 
+_note_3 = ('Paper: MOSEI, best at 12 and worse beyond, for each LM; the values are in a picture. '
+           'Each LM has a table of its own: its rows are compared with its own first row.')
 _note_2 = ('Paper: Acc2. Each text model is frozen, and a head reads the last token of a causal LM, '
            'or the mean over tokens of BERT. The paper does not say which BERT output it reads.')
 tables = {
@@ -71,7 +79,7 @@ tables = {
             ('GPT-2', 'uer/gpt2-chinese-cluecorpussmall', 'last', '.767'),
         ], '.662', '.745')),
     '4': dict(
-        toy=True, title='Table 4, size of the LM',
+        toy=True, title='Table 4, size of the LM', neighbours=True,
         note='Paper: MOSEI, MAE with GPT-2-base, medium and large. Here the LMs are GPTs of width '
              '32, 64 and 128 with 4 layers, trained on the toy texts.',
         rows=[
@@ -80,7 +88,8 @@ tables = {
             ('large', _large_lm, '.499'),
         ]),
     '4-mosei': dict(
-        title='Table 4, size of the LM', config='config/deepmlf_mosei.py', note='Paper: MOSEI, MAE.',
+        title='Table 4, size of the LM', config='config/deepmlf_mosei.py', neighbours=True,
+        note='Paper: MOSEI, MAE.',
         rows=[
             ('GPT-2', _base, '.529'),
             ('GPT-2-medium', _medium, '.511'),
@@ -109,6 +118,7 @@ tables = {
         rows=[(f'layer {n}', dict(mm_layers=[n]), '-') for n in (1, 2, 3, 4)]),
     '7-mosei': dict(
         title='Table 7, size and depth', config='config/deepmlf_mosei.py', neighbours=True,
+        relative=('acc2_non0', 'mae'),
         note='Paper: MOSEI; relative change of Acc2 and MAE to the row above, with the blocks in the '
              'layers 4-6-8:12, 9-12-15-18-21-24 and 8-15-22-29-36.',
         rows=[
@@ -117,33 +127,33 @@ tables = {
             ('GPT-2-large, 5 blocks', {}, 'Acc2 +0.17 %, MAE -2.35 %'),
         ]),
     'figure3': dict(
-        toy=True, title='Figure 3, fusion tokens',
-        note='Paper: MOSEI, best at 12 and worse beyond; the values are in a picture. Its transfer '
-             'across LMs is tested with the small and the large LM of Table 4.',
-        rows=[
-            *[(f'n_f = {n}', dict(n_fusion=n), 'best' if n == 12 else '-')
-              for n in (1, 2, 4, 8, 12, 20)],
-            *[(f'{size} LM, n_f = {n}', lm | dict(n_fusion=n), '-')
-              for size, lm in (('small', _small_lm), ('large', _large_lm)) for n in (1, 4, 12, 20)],
-        ]),
+        toy=True, title='Figure 3, fusion tokens', note=_note_3, rows=_tokens(_n_toy, {})),
+    'figure3-small': dict(
+        toy=True, title='Figure 3, fusion tokens, small LM of Table 4', note=_note_3,
+        rows=_tokens(_n_toy, _small_lm)),
+    'figure3-large': dict(
+        toy=True, title='Figure 3, fusion tokens, large LM of Table 4', note=_note_3,
+        rows=_tokens(_n_toy, _large_lm)),
     'figure3-mosei': dict(
-        title='Figure 3, fusion tokens', config='config/deepmlf_mosei.py',
-        note='Paper: MOSEI, best at 12 and worse beyond, for each LM; the values are in a picture. '
-             'The grid is that of its search for n_f, with 1 and 4.',
-        rows=[
-            (f'{size}, n_f = {n}', lm | dict(n_fusion=n), 'best' if n == 12 else '-')
-            for size, lm in (('GPT-2-large', {}), ('GPT-2', _base), ('GPT-2-medium', _medium))
-            for n in (12, 1, 4, 8, 16, 20)
-        ]),
+        title='Figure 3, fusion tokens, GPT-2-large', config='config/deepmlf_mosei.py',
+        note=f'{_note_3} The grid is that of its search for n_f, with 1 and 4.',
+        rows=_tokens(_n_mosei, {})),
+    'figure3-mosei-base': dict(
+        title='Figure 3, fusion tokens, GPT-2', config='config/deepmlf_mosei_base.py', note=_note_3,
+        rows=_tokens(_n_mosei, {})),
+    'figure3-mosei-medium': dict(
+        title='Figure 3, fusion tokens, GPT-2-medium', config='config/deepmlf_mosei_medium.py',
+        note=_note_3, rows=_tokens(_n_mosei, {})),
     '8': dict(
-        title='Table 8, initialisation of the AV encoder', note='Paper: MOSEI / SIMS.',
+        title='Table 8, initialisation of the AV encoder', neighbours=True,
+        note='Paper: MOSEI / SIMS.',
         rows=[
             ('pretrained, tuned', {}, '.499 / .353'),
             ('pretrained, frozen', dict(av_init='frozen'), '.504 / .363'),
             ('random, tuned', dict(av_init='random'), '.508 / .382'),
         ]),
     '10': dict(
-        title='Table 10, fusion block',
+        title='Table 10, fusion block', neighbours=True,
         note='Paper: SIMS. The first three rows differ in the queries of the cross-attention.',
         rows=[
             ('queries: fusion tokens', {}, '.353'),
