@@ -7,7 +7,7 @@ The checks of tools/gpu_check.sh, one section per process:
                                                step waits for the GPU or a copy to it
     python tools/gpu_check.py compile          torch.compile gives the same loss and gradients
     python tools/gpu_check.py resume CONFIG    train.py, killed and resumed, gives the same bits
-    python tools/gpu_check.py speed NAME       throughput, memory and share of the matmul peak
+    python tools/gpu_check.py speed NAME DTYPE   throughput, memory and share of the matmul peak
     python tools/gpu_check.py compiled NAME    the same batch without and with torch.compile
 
 NAME is a key of LARGE. --rehearse runs a section on the CPU with small models. --scratch=FOLDER is
@@ -407,7 +407,8 @@ def measure_row(name, dtype_name, batch_size, peak):
         say(f"  {kernels[kernel] / busy:6.1%}  {kernel[:100]}")
 
 
-def measure_speed(name):
+def measure_speed(name, dtype_name):
+    """ Measures the rows of a model of LARGE that have this dtype. """
     float32_exactly()
     n = 512 if REHEARSAL else 8192
     rate = device_time.matmul_rate
@@ -416,8 +417,9 @@ def measure_speed(name):
     say(f"{card}, torch {torch.__version__}: matmul of {n} x {n}: {peak['bfloat16'] / 1e12:.1f} "
         f"TFLOP/s bfloat16, {peak['float32'] / 1e12:.1f} float32")
     for dtype, batch_size in LARGE[name]['rows']:
-        with reported(f'{name}, {dtype}, batch {batch_size}'):
-            measure_row(name, dtype, batch_size, peak)
+        if dtype == dtype_name:
+            with reported(f'{name}, {dtype}, batch {batch_size}'):
+                measure_row(name, dtype, batch_size, peak)
 
 
 def measure_steps(name, dtype, batch_size, compiled):
