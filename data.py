@@ -299,15 +299,16 @@ class Feed:
             return int(self.answer_len[index].sum())
         return sum(len(self.tokens[split][i]) - 1 for i in index) if self.tokens else 0
 
-    def cost(self, split):
+    def cost(self, split, evaluation=False):
         """
         The cost of each clip, [N]: text tokens plus the frame cost of the model's streams. With
-        text_first, clips are ordered by tokens first and by frame cost second.
+        text_first, clips are ordered by tokens first and by frame cost second; with frames_count
+        this holds in training alone.
         """
         cost = np.zeros(self.corpus.n_clips[split], np.int64)  # [N]
         if self.tokens:
             cost += [len(t) for t in self.tokens[split]]
-        if self.model.text_first:
+        if self.model.text_first and not (evaluation and self.model.frames_count):
             cost *= 10_000   # one token outweighs any frame cost below 10,000
         for m in self.corpus.widths:
             if m in self.streams:

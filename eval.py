@@ -53,7 +53,7 @@ def evaluate(model, feed, split, autocast=nullcontext, **how):
     was_training = model.training
     model.eval()
     collected, n, own_batches = {}, feed.n_clips[split], []
-    batches = epoch_order(feed.cost(split), feed.k['batch_size'], seed=0, epoch=None)
+    batches = epoch_order(feed.cost(split, True), feed.k['batch_size'], seed=0, epoch=None)
     # torchrun: each of n processes takes every n-th batch; a process without one repeats the last
     for first in range(0, len(batches), ranks.N_RANKS):
         index = batches[min(first + ranks.RANK, len(batches) - 1)]
@@ -204,7 +204,8 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
 
     return SimpleNamespace(
         folder=folder, own_corpus=lambda: open_own_corpus(folder, facts),
-        corpus=corpus, model=model.eval(), feed=make_feed, test=test, predict=predict,
+        corpus=corpus, model=model.eval(), tokenizer=tokenizer, feed=make_feed, test=test,
+        predict=predict,
         result=result, knobs=k, info=result['info'], facts=facts, system=SYSTEMS[k['system']],
         values=model.prompt.values if model.prompt else None)
 

@@ -362,13 +362,33 @@ def draw_attention(run, feed, i, out, stem='attention', label=None):
     views = attention_of(run, batch)
     if not views:
         return
-    title = clip_title(feed, i, float(run.predict(batch)['pred']), label)
+    clip = clip_title(feed, i, float(run.predict(batch)['pred']), label)
+    title = f"{run_title([run.result['about']])}\n{clip}"
     with style():
-        draw_views(views, feed.corpus, title, out, stem)
+        draw_views(views, feed.corpus, title, out, stem, token_texts(run, batch))
 
 
-def draw_views(views, corpus, title, out, stem):
-    """ Draw the views of System.views on one colour scale, one panel each. """
+def token_texts(run, batch):
+    """ The text of each token of a clip's own text, or [] where the font may lack its letters. """
+    if 'tokens' not in batch:
+        return []
+    ids = batch['tokens'][0, :int(batch['text_len'][0])].tolist()
+    if prompt := run.model.prompt:
+        first = len(prompt.before) + run.knobs['n_pseudo']
+        ids = ids[first:len(ids) - len(prompt.after)]
+    texts = [run.tokenizer.decode([token]).strip() for token in ids]
+    return texts if ''.join(texts).isascii() else []
+
+
+def draw_views(views, corpus, title, out, stem, tokens=()):
+    """
+    Draw the views of System.views on one colour scale, one panel each. tokens: the texts of the
+    clip's tokens, which name the rows and columns of text tokens if there are at most 40.
+    """
+    def names_of(what, n):
+        """ The names of n rows or columns. """
+        return tokens if what == 'text token' and len(tokens) == n <= 40 else []
+
     heights = [1.3 if len(weights) <= 12 else 2.6 for weights, *_ in views.values()]
     fig, axes = canvas(len(views), 1, high=0.7 + sum(heights), wide=1.3 * WIDE)
     highest = max(float(weights.max()) for weights, *_ in views.values())
@@ -382,12 +402,19 @@ def draw_views(views, corpus, title, out, stem):
         picture = ax.imshow(weights.cpu().numpy(), aspect='auto', cmap='viridis', vmin=0,
                             vmax=highest, extent=extent)
         ax.set(title=name, xlabel=column)
-        if not frame:
+        if names := names_of(column, n_columns):
+            ax.set_xticks(range(n_columns), names, rotation=90, parse_math=False)
+        elif n_columns == 1:
+            ax.set_xticks([0])
+        elif not frame:
             ax.xaxis.get_major_locator().set_params(integer=True)
         if isinstance(rows, list):
             ax.set_yticks(range(len(rows)), [f'from {row}' for row in rows])
+            continue
+        ax.set_ylabel(rows)
+        if names := names_of(rows, n_rows):
+            ax.set_yticks(range(n_rows), names, parse_math=False)
         else:
-            ax.set_ylabel(rows)
             ax.yaxis.get_major_locator().set_params(integer=True)
     fig.colorbar(picture, ax=axes[:, 0], label='attention weight', aspect=12 * sum(heights))
     set_title(fig, title)

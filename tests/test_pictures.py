@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fakes import LetterTokenizer
 from run import pictures
 from tools import architecture, figures
 
@@ -129,10 +130,12 @@ def test_rows_are_numbers_only_where_they_differ_in_the_number_alone():
 
 class AttentiveModel:
     """ A model whose attention over audio has one large weight. """
+    prompt = SimpleNamespace(before=[7, 7], after=[7])
+
     def views(self, batch, predict):
         small, large = torch.full((2, 10), 0.1), torch.full((2, 5), 0.1)
         large[0, 2] = 0.6
-        return {'over text': (small, ['audio', 'vision'], 'text token'),
+        return {'over text': (small[:, :3], ['audio', 'vision'], 'text token'),
                 'over audio': (large, ['text', 'vision'], 'audio frame')}
 
 
@@ -141,11 +144,15 @@ def attention_figure(drawn, tmp_path, **stream):
                              text=lambda split: ['a text that is long ' * 6])
 
     def feed(split, index):
-        return {}
+        ids = [7, 7, 0, *map(ord, 'a$b'), 7, 0]   # a prompt around one pseudo token and 3 tokens
+        return dict(tokens=torch.tensor([ids]), text_len=torch.tensor([7]))
 
     feed.corpus, feed.info = corpus, dict(kind='regression')
     pred = torch.tensor(-0.5)
-    run = SimpleNamespace(model=AttentiveModel(), predict=lambda batch: dict(pred=pred))
+    about = dict(name='own', knobs=dict(system='cmpta', seed=3), corpus=dict(name='toy'))
+    run = SimpleNamespace(
+        model=AttentiveModel(), predict=lambda batch: dict(pred=pred), result=dict(about=about),
+        tokenizer=LetterTokenizer(), knobs=dict(n_pseudo=1))
     pictures.draw_attention(run, feed, 0, str(tmp_path), label=2.5)
     return drawn[-1]
 
@@ -157,6 +164,8 @@ def test_attention_panels_share_one_colour_scale_and_one_colour_bar(drawn, tmp_p
         assert ax.images[0].get_clim() == (0, pytest.approx(0.6))
     assert bar.get_ylabel() == 'attention weight'
     assert 'label +2.50, prediction -0.50' in fig.get_suptitle()
+    assert 'own: cmpta on toy, seed 3' in fig.get_suptitle()
+    assert [tick.get_text() for tick in text.get_xticklabels()] == ['a', '$', 'b']
     title = fig._suptitle.get_window_extent()
     assert title.x0 >= 0 and title.x1 <= fig.bbox.x1   # the long text is not cut
 
