@@ -247,9 +247,10 @@ class System(nn.Module):
         return {}
 
     @classmethod
-    def bound(cls):
-        """ The bound with which the system's own row is compared. """
-        return 'full' if cls.reads_text else 'av'
+    def bound(cls, k):
+        """ The bound with which a run's own row is compared: that of its inputs; '' if none. """
+        bounds = {('text',): 'text', ('audio', 'vision'): 'av', ('audio', 'text', 'vision'): 'full'}
+        return bounds.get(tuple(sorted(cls.modalities_read(k))), '')
 
 
 def checked_loss(model, out):

@@ -107,6 +107,21 @@ def test_a_changed_score_is_refused(command_line, copied):
         command(script, copied, *flags)
 
 
+def test_a_damaged_result_is_written_again_by_the_advice_on_it(copied, corpora, curriculum):
+    path = copied / 'result.json'
+    before = json.loads(path.read_text())['test']
+    path.write_text('{')
+    with pytest.raises(SystemExit, match='remove the file and continue with python train.py ..'):
+        command('eval.py', copied)
+    path.unlink()
+    train(*deepmlf(corpora, curriculum, 'whole', f'--out_dir={copied}', '--resume=True'))
+    assert json.loads(path.read_text())['test'] == before
+    command('eval.py', copied)
+    forge(copied, corpus={})
+    with pytest.raises(SystemExit, match='best.safetensors is damaged.*--fresh=True'):
+        command('eval.py', copied)
+
+
 def test_a_result_of_deeply_nested_lists_is_refused(copied):
     path = copied / 'result.json'
     result = json.loads(path.read_text()) | dict(smell=json.loads('[' * 600 + ']' * 600))
