@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from configurator import check_declaration
 from losses import UNITS, ordinal_errors, ordinal_notes
-from metrics import BETTER
+from metrics import SELECTABLE
 from run.errors import ModelError
 from run.load_lm import float32_bytes_of_lm
 
@@ -59,8 +59,8 @@ class System(nn.Module):
         read or trained.
         """
         errors = ordinal_errors(k) if 'weight_mpr' in k else []
-        if k['select'] not in BETTER:
-            errors += [f"select={k['select']!r} is none of {', '.join(BETTER)}"]
+        if k['select'] not in SELECTABLE:
+            errors += [f"select={k['select']!r} is none of {', '.join(SELECTABLE)}"]
         elif (k['select'] == 'loss') == cls.predicts:
             errors += [f"select={k['select']!r} must be 'loss' for a system that predicts no "
                        "label, such as an LM, and a metric for the others"]

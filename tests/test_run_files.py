@@ -7,6 +7,7 @@ Damaged files of a run, full disks, and knobs of a model that would fill the mem
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from fakes import command, deepmlf, files_of_at_most, forge, tiny_bert, train
 from run.folder import replacing
 from run.frozen_text import frozen_text
 from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json
+from run.report import EvalError
+from tools.figures import clip_number
 
 
 @pytest.fixture
@@ -256,3 +259,9 @@ def test_the_size_of_new_tensors_is_bounded():
     limit = evaluation.size_limit('the run', {}, '', None)
     with pytest.raises(evaluation.EvalError, match='many times larger'), limit:
         torch.nn.Linear(10**6, 10**6)
+
+
+def test_an_unknown_clip_is_refused_where_the_split_has_one_clip():
+    feed = SimpleNamespace(corpus=SimpleNamespace(id=lambda split: ['only'], name='toy'))
+    with pytest.raises(EvalError, match='give one of its ids, such as only'):
+        clip_number(feed, 'other')
