@@ -90,8 +90,8 @@ class MMIM(Pooled):
                 likelihood = likelihood + q(text.detach(), y.detach())
                 fixed = {name: p.detach() for name, p in q.named_parameters()}
                 bound = bound + functional_call(q, fixed, (text, y)) + self.entropies[m](y, group)
-        return dict(cpc=self.k['mmim_cpc'] * cpc, bound=-self.k['mmim_bound'] * bound,
-                    q=-likelihood)
+        return dict(cpc=(cpc, self.k['mmim_cpc']), bound=(bound, -self.k['mmim_bound']),
+                    q=(-likelihood, 1.0))
 
     def forward(self, batch):
         """ dict(loss, terms, vectors); after_step needs the vectors of audio and video. """
