@@ -288,19 +288,18 @@ class DeepMLF(System):
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
         lm, tokenizer = load_frozen_lm(k, dtype, as_data)
         model = cls.assemble(k, facts, lm, tokenizer)
-        if k['av_init'] == 'random':
-            return model, tokenizer
-        if not trained:
+        if not trained and k['av_init'] != 'random':
             tensors, _ = load_checkpoint(os.path.join(k['av_from'], 'best.safetensors'))
             pretrained = {name.removeprefix('av_encoder.'): v for name, v in tensors.items()
                           if name.startswith('av_encoder.')}
             load_tensors(model.av_encoder, pretrained, k['av_from'])
-        model.av_encoder.requires_grad_(k['av_init'] == 'tune')
         return model, tokenizer
 
     @classmethod
     def assemble(cls, k, facts, lm, tokenizer):
-        return cls(lm, build_av_encoder(k, facts.widths), k)
+        av_encoder = build_av_encoder(k, facts.widths)
+        av_encoder.requires_grad_(k['av_init'] != 'frozen')
+        return cls(lm, av_encoder, k)
 
     @classmethod
     def frame_cost(cls, k, n_frames):

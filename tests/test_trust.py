@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ import eval as evaluation
 from fakes import (
     ENV,
     HERE,
+    KNOBS,
     PARENT,
     TINY,
     Killed,
@@ -47,6 +49,8 @@ from fakes import (
     train,
     with_value_at,
 )
+from lm import FrozenLM
+from model import DeepMLF
 from run import machine
 from run.errors import ModelError
 from run.folder import load_checkpoint
@@ -155,6 +159,16 @@ def test_av_init_keeps_tunes_or_ignores_the_pretrained_av_encoder(corpora, curri
 
     assert all(same('frozen')) and not all(same('whole'))
     assert sum(same('random')) < len(same('random')) / 2
+
+
+@pytest.mark.parametrize('how', ['frozen', 'tune', 'random'])
+def test_a_model_without_pretrained_weights_freezes_its_av_encoder_too(how):
+    """The benchmark (tools/bench_model.py) assembles its model and loads no weights."""
+    facts = SimpleNamespace(widths=dict(audio=5, vision=7))
+    k = KNOBS | dict(av_init=how, av_width=12, av_heads=3)
+    model = DeepMLF.assemble(k, facts, FrozenLM(tiny_lm()), None).train()
+    trained = {p.requires_grad for p in model.av_encoder.parameters()}
+    assert trained == {how != 'frozen'} and model.av_encoder.training == (how != 'frozen')
 
 
 def test_accumulated_micro_batches_give_the_step_of_one_big_batch(corpora, curriculum):
