@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import AtLeast
-from run.errors import ModelError
+from run.errors import ModelError, first_line
 from run.fingerprints import fingerprint
 from run.lm_checks import longest_text, refuse_variants
 
@@ -605,7 +605,7 @@ class TextEncoder(nn.Module):
             gap = self.gap()
             reason = '' if gap <= 1e-2 else f'its hidden states differ by {gap:.2g} of the largest'
         except Exception as e:  # of any kind: its code is not ours
-            reason = f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
+            reason = f'{type(e).__name__}: {first_line(e)}'
         if reason:
             raise ModelError(f"{c.model_type!r} is no encoder of the BERT or RoBERTa family "
                              f"({reason}): choose one, such as --lm=bert-base-uncased.")

@@ -255,10 +255,16 @@ class System(nn.Module):
 
 def checked_loss(model, out):
     """ What forward returned. Raises ModelError where it breaks the contract. """
-    if type(out) is not dict or not {'loss', 'terms'} <= set(out) or out['loss'].ndim:
+    name = model.__class__.__name__
+    if type(out) is not dict or not {'loss', 'terms'} <= set(out):
         has = ', '.join(out) if type(out) is dict else f'a {type(out).__name__}'
-        raise ModelError(f"{model.__class__.__name__}.forward must return dict(loss=[], "
-                         f"terms={{name: []}}), and it returned {has}: correct its return value.")
+        raise ModelError(f"{name}.forward must return dict(loss=[], terms={{name: []}}), and it "
+                         f"returned {has}: correct its return value.")
+    loss = out['loss']
+    if not torch.is_tensor(loss) or loss.ndim:
+        kind = f'of shape {list(loss.shape)}' if torch.is_tensor(loss) else type(loss).__name__
+        raise ModelError(f"{name}.forward returned a loss that is {kind}: return a tensor of "
+                         "shape [].")
     return out
 
 
@@ -269,6 +275,9 @@ def checked_prediction(model, out, n_clips):
         raise ModelError(f"{model.__class__.__name__}.predict must return dict(pred=[B], ..), and "
                          f"it returned {has}: correct its return value.")
     for name, v in out.items():
+        if not torch.is_tensor(v):
+            raise ModelError(f"{model.__class__.__name__}.predict returned {name} as "
+                             f"{type(v).__name__}: return tensors.")
         if v.ndim < 1 or len(v) != n_clips or name == 'pred' and v.ndim != 1:
             raise ModelError(f"{model.__class__.__name__}.predict returned {name} of shape "
                              f"{list(v.shape)} for {n_clips} clips: pred must be [{n_clips}], the "

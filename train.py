@@ -235,7 +235,7 @@ def evaluate_split(split):
     try:
         return evaluate(model, feed, split, autocast)
     except (ValueError, ModelError) as e:
-        stop(f"{split}: {e}.")
+        stop(f"{split}: {str(e).removesuffix('.')}.")
 
 
 interrupt.watch()

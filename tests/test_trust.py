@@ -644,6 +644,13 @@ def test_nan_stops_the_run_and_names_the_step_and_the_terms(corpora, curriculum,
         train(*deepmlf(corpora, curriculum, 'nan'))
 
 
+def test_a_wrong_prediction_stops_the_run_with_one_full_stop(corpora, curriculum, monkeypatch):
+    monkeypatch.setattr(DeepMLF, 'predict', lambda self, batch: dict(pred=batch['label'][:, None]))
+    with pytest.raises(SystemExit) as stopped:
+        train(*deepmlf(corpora, curriculum, 'wrong'))
+    assert re.search(r'valid: .*returned pred of shape .*[^.]\.$', str(stopped.value).strip())
+
+
 @pytest.mark.parametrize(
     'name, change',
     [
