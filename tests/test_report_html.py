@@ -166,6 +166,10 @@ def test_the_probabilities_of_a_score_are_an_interval_and_the_likeliest_answer()
     prob = np.zeros(61)
     prob[[0, 20, 40, 50]] = .05, .5, .4, .05
     np.testing.assert_allclose(answer_values(SCORE, 61)[[0, 20, 40]], [-3, -1, 1])
+    # an LM answers with one decimal: 0.3 .. 4.7
+    between = answer_values(dict(kind='regression', range=[0.25, 4.75]), 45)
+    np.testing.assert_allclose(between[[0, 1, -1]], [0.3, 0.4, 4.7])
+    np.testing.assert_allclose(answer_values(SCORE, 3), [-3, 0, 3])   # of another system
     assert probability_text(prob, SCORE) == '80 % in -1.0 to +1.0; most likely -1.0 (0.50)'
 
 

@@ -608,6 +608,7 @@ def test_the_error_on_other_feature_widths_has_both_shapes(corpora, curriculum, 
 def test_a_killed_fresh_start_leaves_no_result_of_the_former_run(corpora, curriculum, monkeypatch):
     """A run that needs this one would take result.json as a sign that it is finished."""
     shutil.copytree(curriculum / 'whole', curriculum / 'again', dirs_exist_ok=True)
+    (curriculum / 'again' / 'confusion.png').touch()   # as of a run that predicted classes
 
     def dying(*a, **k):
         raise Killed
@@ -617,6 +618,7 @@ def test_a_killed_fresh_start_leaves_no_result_of_the_former_run(corpora, curric
         train(*deepmlf(corpora, curriculum, 'again', '--fresh=True'))
     assert not (curriculum / 'again' / 'result.json').exists()
     assert not (curriculum / 'again' / 'best.safetensors').exists()
+    assert not list((curriculum / 'again').glob('*.png'))
 
 
 def test_resuming_from_a_damaged_checkpoint_stops_with_a_sentence(corpora, curriculum):
