@@ -31,6 +31,7 @@ from adapters import (
     MMBlock,
     MSEAdapter,
     augment_embeddings,
+    calls_of,
     inputs_of,
     masked_mean,
 )
@@ -418,7 +419,7 @@ class DeepMLF(System):
         row = 'fusion token' if 'fusion' in self.k['mm_query'] else 'text token'
         views = {}
         for n, block in self.mm_blocks.items():
-            x, z, mask = inputs_of(block.gca, predict, batch, every=True)[0]
+            x, z, mask = calls_of(block.gca, predict, batch)[0]
             weights = block.gca.weights(x.float(), z.float(), mask)[0].mean(0)  # [L,m]
             views[f'layer {n}'] = weights, row, "audiovisual slot, from the clip's start to its end"
         return views
@@ -656,6 +657,7 @@ class PseudoTokenLM(System):
         default = -1.0 if self.prompt.kind == 'classes' else float(self.values[[0, -1]].mean())
         pred, unread = [], []
         for ids in answers.tolist():
+            # -1: the logits were NaN
             label = float('nan') if -1 in ids else self.prompt.parse_answer(ids)
             pred.append(default if label is None else float(label))
             unread.append(float(label is None))
@@ -802,7 +804,7 @@ class CMPTALM(PseudoTokenLM):
                      k['cmpta_pool'], k['dropout'], k['pseudo_projection'], embed_rms)
 
     def attention(self, batch):
-        """ The attention weights in eval mode, such as 'text_from_vision' -> [B,S] over frames. """
+        """ name, such as 'text_from_vision' -> attention weights [B,S] over frames, [B,T] over text. """
         with torch.autocast(batch['tokens'].device.type, enabled=False):
             x = self.lm.embed(batch['tokens'])  # [B,T,D]
             return self.adapter.attention(batch, *self.own_text(x, batch['text_len']))
@@ -813,7 +815,7 @@ class CMPTALM(PseudoTokenLM):
         """
         if not self.k['cmpta_attend']:
             return {}
-        pairs, views = self.attention(batch), {}   # name -> [B,S]
+        pairs, views = self.attention(batch), {}   # name -> [B,S] or [B,T]
         for source in ('text', 'audio', 'vision'):
             weights = {name.split('_from_')[0]: w[0] for name, w in pairs.items()
                        if name.endswith('from_' + source)}
