@@ -257,9 +257,9 @@ class Feed:
             words = [self.words[split][i] for i in index]
             batch['word'] = torch.tensor([w + [-1] * (T - len(w)) for w in words])  # [B,T]
         if self.text:
-            hidden = np.concatenate([self.text[split][i] for i in index]).astype(np.float32)
+            hidden = np.concatenate([self.text[split][i] for i in index])  # [n,D]
             batch['text'] = torch.zeros(*batch['tokens'].shape, hidden.shape[1])  # [B,T,D]
-            batch['text'][batch['text_mask']] = torch.from_numpy(hidden)
+            batch['text'][batch['text_mask']] = torch.from_numpy(hidden.astype(np.float32))
         if self.device != 'cuda':
             return {name: v.to(self.device) for name, v in batch.items()}
         # pinned memory and non_blocking: the step does not wait for the copy

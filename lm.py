@@ -3,8 +3,7 @@ The frozen LM: a Hugging Face causal LM of a known family, whose layers our own 
 one. And the encoder that CrossSent fine-tunes, run the same way. run/load_lm.py reads them from
 files.
 
-Axis letters, the same in every file:
-    B clips   T text tokens   L any sequence   D LM width   V vocabulary   h heads
+The axis letters are those of model.py.
 """
 from typing import Literal
 
@@ -532,11 +531,8 @@ class FrozenLM(nn.Module):
 
     def go_on(self, x, n_read, token, n_new):
         """
-        Greedy decoding: n_new tokens after a text of embeddings x [B,T,D], of which n_read [B] are
-        real, and after one more `token` [B] behind those. -> [B,n_new], -1 where the logits are NaN
-        or inf. Our own loop: what generate() returns for embeddings (with or without a first column
-        to strip) changed between versions of transformers, and that once lost the first token of
-        every answer.
+        Greedy decoding of n_new tokens. The LM first reads n_read [B] of the embeddings x [B,T,D],
+        then `token` [B]. -> [B,n_new], -1 where the logits are NaN or inf.
         """
         B, T, _ = x.shape
         positions = torch.arange(T, device=x.device)  # [T]

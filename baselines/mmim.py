@@ -36,7 +36,7 @@ class MMIM(Pooled):
     """
 
     class Knobs(Pooled.Knobs, SubNetKnobs):
-        sub_widths: AtLeast(1) = [128, 16, 16]  # unused; width of v_a and of v_v, and of their LSTMs
+        sub_widths: AtLeast(1) = [128, 16, 16]  # text (not used), audio, vision: LSTM, v_m
         post_width: AtLeast(1) = 128     # width of the fused vector
         mmim_cpc: AtLeast(0) = 0.1       # alpha, weight of CPC
         mmim_bound: AtLeast(0) = 0.1     # beta, weight of the bound between text and audio, video

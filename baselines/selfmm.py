@@ -146,8 +146,8 @@ class SelfMM(SelfLabelled, Pooled):
     concatenated. Four Heads: for the fused vector and for each stream. """
 
     class Knobs(SelfLabelled.Knobs, Pooled.Knobs):
-        sub_widths: AtLeast(1) = [128, 16, 128]  # unused; hidden width of audio, video LSTM
-        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # unused; dropout after audio, video LSTM
+        sub_widths: AtLeast(1) = [128, 16, 128]  # text (not used), audio, vision: LSTM widths
+        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # text (not used), audio, vision: dropouts
 
     text_first = True
 
@@ -178,7 +178,7 @@ class TETFN(SelfLabelled, Attentive):
     """
 
     class Knobs(SelfLabelled.Knobs, Attentive.Knobs, StackKnobs):
-        sub_widths: AtLeast(1) = [128, 16, 128]  # unused; hidden width of audio, video LSTM
+        sub_widths: AtLeast(1) = [128, 16, 128]  # text (not used), audio, vision: LSTM widths
 
     text_first = True
 
