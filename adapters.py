@@ -204,7 +204,7 @@ class MMBlock(nn.Module):
     norms: the LM block's norms before and behind its FFW, nn.Identity where it has none.
     norm_offset: 1 if they multiply by 1 + weight, else 0.
     """
-    def __init__(self, D, d, norms, lm_ffw, n_heads=16, query='fusion', gate='sigmoid',
+    def __init__(self, D, d, norms, lm_ffw, n_heads, query='fusion', gate='sigmoid',
                  ffw='full', ffw_init='lm', lora_rank=512, lora_alpha=8192, lora_dropout=0.05,
                  dropout=0.1, norm_offset=0):
         super().__init__()
@@ -390,8 +390,7 @@ class AVEncoder(nn.Module):
     in the release and not in the paper: without it, the output of a pre-norm stack has no fixed
     scale.
     """
-    def __init__(self, widths, d=30, n_layers=3, n_heads=6, av_len=50, dropout=0.1,
-                 seqaug_rate=0.2):
+    def __init__(self, widths, d, n_layers, n_heads, av_len=50, dropout=0.1, seqaug_rate=0.2):
         super().__init__()
         if not widths:
             raise ValueError("the AV encoder needs audio or vision, and this corpus has neither: "
@@ -505,7 +504,7 @@ class MSEAdapter(nn.Module):
     encoder.
     Ablations: tgm=False adds t and the v_s instead. msf=False skips Multi-Scale-Fusion.
     """
-    def __init__(self, widths, D, n_pseudo=4, d=256, lstm_widths=dict(audio=64, vision=32),
+    def __init__(self, widths, D, n_pseudo, d, lstm_widths=dict(audio=64, vision=32),
                  scales=(8, 32, 16), projection='released', embed_rms=1.0, tgm=True, msf=True):
         super().__init__()
         if not widths:
@@ -652,9 +651,8 @@ class CMPTA(nn.Module):
     A clip without frames counts as one frame of zeros. Where the corpus lacks a modality, the
     tokens of its directions are replaced by learned ones.
     """
-    def __init__(self, widths, D, n_pseudo=6, d=1024, n_heads=8, n_layers=1, align='bi',
-                 align_text=True, attend=True, pool='mean', dropout=0.1, projection='released',
-                 embed_rms=1.0):
+    def __init__(self, widths, D, n_pseudo, d, n_heads, n_layers=1, align='bi', align_text=True,
+                 attend=True, pool='mean', dropout=0.1, projection='released', embed_rms=1.0):
         super().__init__()
         if not widths:
             raise ValueError("CMPTA needs audio or vision, and this corpus has neither: "
@@ -808,8 +806,8 @@ class GMRA(nn.Module):
     not to H_t.
     With d = D = 768, mult=4 and 17 features per stream it has 8.89 M weights, as in Table 4.
     """
-    def __init__(self, widths, D, d=768, n_heads=12, mult=4.0, concat='sequence',
-                 start='identity', dropout=0.1):
+    def __init__(self, widths, D, d, n_heads, mult=4.0, concat='sequence', start='identity',
+                 dropout=0.1):
         super().__init__()
         check_heads(n_heads, d, 'gmra_heads', 'gmra_width=')
         self.n_heads = n_heads

@@ -121,7 +121,7 @@ def test_gmra_has_the_papers_number_of_weights():
     adapter of four times the width.
     """
     with torch.device('meta'):
-        gmra = GMRA(dict(audio=17, vision=17), 768, 768)
+        gmra = GMRA(dict(audio=17, vision=17), 768, 768, 12)
     assert sum(p.numel() for p in gmra.parameters()) == 8_888_064
 
 

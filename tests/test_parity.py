@@ -400,7 +400,7 @@ def test_av_encoder_has_the_releases_size():
     not used. Ours has the last LayerNorm (60) instead.
     """
     for (d_a, d_v), params in {(5, 20): 69_751, (74, 35): 72_271}.items():
-        encoder = AVEncoder(dict(audio=d_a, vision=d_v))
+        encoder = AVEncoder(dict(audio=d_a, vision=d_v), 30, 3, 6)
         assert sum(p.numel() for p in encoder.parameters()) == params - 31 + 60
 
 
