@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from configurator import AtLeast
 from run.errors import ModelError, first_line
 from run.fingerprints import fingerprint
-from run.lm_checks import longest_text, refuse_variants
+from run.lm_checks import refuse_variants, token_limit
 
 
 class TextModelKnobs:
@@ -283,7 +283,7 @@ class FrozenLM(nn.Module):
         self.n_kv_heads = getattr(c, 'num_key_value_heads', None) or self.n_heads
         self.head_width = getattr(c, 'head_dim', None) or self.width // self.n_heads
         self.vocabulary = c.vocab_size
-        self.max_positions, self.limit = longest_text(c)
+        self.max_positions, self.limit = token_limit(c)
         self.attention_scale = self.value('attention_scale')  # None is 1 / sqrt(D/h)
         if self.value('attention_root') is not None:
             self.attention_scale = self.value('attention_root') ** -0.5
