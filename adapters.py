@@ -2,12 +2,9 @@
 The trainable blocks of the systems in model.py, in plain PyTorch. model.py puts them into a frozen
 LM or an encoder. The baselines' own blocks are in baselines/.
 
-Axis letters, the same in every file:
-    B clips   T text tokens   S audio or video frames   F fusion tokens
-    m slots of the audiovisual sequence Z   D LM width   d adapter width   h heads
-
-All forwards are pure: features, lengths, masks and the frozen LM's layers are arguments. Masks are
-True at real positions.
+The axis letters are those of model.py; s is a stream: 'text', 'audio' or 'vision'. All forwards are
+pure: features, lengths, masks and the frozen LM's layers are arguments. Masks are True at real
+positions.
 """
 import copy
 import math
@@ -207,7 +204,7 @@ class MMBlock(nn.Module):
     norms: the LM block's norms before and behind its FFW, nn.Identity where it has none.
     norm_offset: 1 if they multiply by 1 + weight, else 0.
     """
-    def __init__(self, D, d, norms, lm_ffw, n_heads=16, query='fusion', gate='sigmoid',
+    def __init__(self, D, d, norms, lm_ffw, n_heads, query='fusion', gate='sigmoid',
                  ffw='full', ffw_init='lm', lora_rank=512, lora_alpha=8192, lora_dropout=0.05,
                  dropout=0.1, norm_offset=0):
         super().__init__()
@@ -393,8 +390,7 @@ class AVEncoder(nn.Module):
     in the release and not in the paper: without it, the output of a pre-norm stack has no fixed
     scale.
     """
-    def __init__(self, widths, d=30, n_layers=3, n_heads=6, av_len=50, dropout=0.1,
-                 seqaug_rate=0.2):
+    def __init__(self, widths, d, n_layers, n_heads, av_len=50, dropout=0.1, seqaug_rate=0.2):
         super().__init__()
         if not widths:
             raise ValueError("the AV encoder needs audio or vision, and this corpus has neither: "
@@ -508,7 +504,7 @@ class MSEAdapter(nn.Module):
     encoder.
     Ablations: tgm=False adds t and the v_s instead. msf=False skips Multi-Scale-Fusion.
     """
-    def __init__(self, widths, D, n_pseudo=4, d=256, lstm_widths=dict(audio=64, vision=32),
+    def __init__(self, widths, D, n_pseudo, d, lstm_widths=dict(audio=64, vision=32),
                  scales=(8, 32, 16), projection='released', embed_rms=1.0, tgm=True, msf=True):
         super().__init__()
         if not widths:
@@ -655,9 +651,8 @@ class CMPTA(nn.Module):
     A clip without frames counts as one frame of zeros. Where the corpus lacks a modality, the
     tokens of its directions are replaced by learned ones.
     """
-    def __init__(self, widths, D, n_pseudo=6, d=1024, n_heads=8, n_layers=1, align='bi',
-                 align_text=True, attend=True, pool='mean', dropout=0.1, projection='released',
-                 embed_rms=1.0):
+    def __init__(self, widths, D, n_pseudo, d, n_heads, n_layers=1, align='bi', align_text=True,
+                 attend=True, pool='mean', dropout=0.1, projection='released', embed_rms=1.0):
         super().__init__()
         if not widths:
             raise ValueError("CMPTA needs audio or vision, and this corpus has neither: "
@@ -763,7 +758,7 @@ def resample_to_tokens(x, lengths, n_tokens, before, T, resample):
 def frames_on_tokens(batch, streams, ends, resample):
     """
     The frames of each of `streams`, laid out for a text of tokens [B,T]: stream -> (frames
-    [B,L,d_m], mask [B,L]).
+    [B,L,d_s], mask [B,L]).
 
     resample: 'linear' or 'mean' (see resample_to_tokens), or 'words', where a token gets the frame
     of its word, whose number is batch['word'] [B,T]. In these cases L = T, and special tokens
@@ -786,10 +781,10 @@ def frames_on_tokens(batch, streams, ends, resample):
             word = batch['word']  # [B,T], -1 at special tokens
             has = (word >= 0) & (word < length[:, None])  # [B,T]
             frame = word.clamp(min=0, max=x.shape[1] - 1)[..., None]  # [B,T,1]
-            y = x.gather(1, frame.expand(-1, -1, x.shape[2]))  # [B,T,d_m]
+            y = x.gather(1, frame.expand(-1, -1, x.shape[2]))  # [B,T,d_s]
             out[s] = y * has[..., None], has
         else:
-            y = resample_to_tokens(x, length, n_own.clamp(min=1), before, T, resample)  # [B,T,d_m]
+            y = resample_to_tokens(x, length, n_own.clamp(min=1), before, T, resample)  # [B,T,d_s]
             out[s] = y * own[..., None], own & (length > 0)[:, None]
     return out
 
@@ -809,11 +804,10 @@ class GMRA(nn.Module):
     not change X_t.
     The paper does not state this start, the norms, the activation, and that F adds g * C to X_t and
     not to H_t.
-    With d = D = 768, streams of 17 features (one code of 17 values each) and mult=4 it has
-    the 8.89 M weights of the paper's Table 4.
+    With d = D = 768, mult=4 and 17 features per stream it has 8.89 M weights, as in Table 4.
     """
-    def __init__(self, widths, D, d=768, n_heads=12, mult=4.0, concat='sequence',
-                 start='identity', dropout=0.1):
+    def __init__(self, widths, D, d, n_heads, mult=4.0, concat='sequence', start='identity',
+                 dropout=0.1):
         super().__init__()
         check_heads(n_heads, d, 'gmra_heads', 'gmra_width=')
         self.n_heads = n_heads
@@ -846,12 +840,12 @@ class GMRA(nn.Module):
         return x.view(x.shape[0], x.shape[1], self.n_heads, -1).transpose(1, 2)
 
     def forward(self, x, frames):
-        """ x [B,T,D] enters an encoder layer; frames: stream -> (frames [B,L,d_m], mask [B,L]) ->
+        """ x [B,T,D] enters an encoder layer; frames: stream -> (frames [B,L,d_s], mask [B,L]) ->
         [B,T,D]. """
         B, T, _ = x.shape
         h_t = self.text_norm(self.text_proj(x))  # [B,T,d]
         h = [self.norms[s](proj(frames[s][0])) for s, proj in self.proj.items()]  # 2x [B,L,d]
-        masks = [frames[s][1] for s in self.proj]  # 2x [B,L]
+        masks = [frames[s][1] for s in self.proj]  # 2x [B,L]; below, 2L is L for concat='features'
         if self.concat == 'features':
             h_av = torch.cat(h, 2)  # [B,L,2d]
             mask = torch.stack(masks).any(0)  # [B,L]
@@ -873,16 +867,20 @@ class GMRA(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm(x)))))
 
 
-def inputs_of(module, predict, batch, every=False):
-    """ The first input of a module at its last call while predict(batch) runs; with every=True, the
-    list of all inputs of every call. """
+def calls_of(module, predict, batch):
+    """ The inputs of every call of a module while predict(batch) runs: a list of tuples. """
     seen = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args))
     try:
         predict(batch)
     finally:
         handle.remove()
-    return seen if every else seen[-1][0]
+    return seen
+
+
+def inputs_of(module, predict, batch):
+    """ The first input of a module at its last call while predict(batch) runs. """
+    return calls_of(module, predict, batch)[-1][0]
 
 
 def attention_of_last_layer(encoder, predict, batch):

@@ -231,7 +231,7 @@ def _load_settings(path, known, variant=None):
 # -------------------------------------------------------------------------------------------------
 # Reads the declared knobs of a script, which is parsed and not run, and of the classes of systems
 
-_ANNOTATIONS = dict(Literal=Literal, AtLeast=AtLeast, Share=Share)
+_ANNOTATIONS = dict(Literal=Literal, AtLeast=AtLeast, Share=Share, OrJsonFile=OrJsonFile)
 
 
 @functools.cache
@@ -370,18 +370,18 @@ def _print_help(defaults, comments):
 
 
 def _layers(argv, known):
-    """ (where, {knob: value or text}) of each config file and flag of a command line, in order. """
+    """ (is_flag, where, {knob: value or text}) of each config file and flag, in order. """
     picked = [arg.partition('=')[2] for arg in argv if arg.startswith('--dataset=')]
     variant = picked[-1] if picked else None
     layers = []
     for arg in argv:
         key, eq, text = arg[2:].partition('=')
         if not arg.startswith('-'):
-            layers.append((f"in {Path(arg)}", _load_settings(arg, known, variant)))
+            layers.append((False, f"in {Path(arg)}", _load_settings(arg, known, variant)))
         elif not eq or not arg.startswith('--'):
             _stop(f"flags look like --key=value, got {arg!r}")
         else:
-            layers.append(("on the command line", {key: text}))
+            layers.append((True, "on the command line", {key: text}))
     return layers
 
 
@@ -394,7 +394,7 @@ def run_knobs(argv, common, annotations, systems=None):
     layers = _layers([a for a in argv if a not in ('-h', '--help')], all_knobs)
     known = dict(common)
     if systems:
-        names = [settings['system'] for _, settings in layers if 'system' in settings]
+        names = [settings['system'] for _, _, settings in layers if 'system' in settings]
         name = names[-1] if names else common['system']
         if name not in systems:
             _stop(f"system={name!r} is none of {', '.join(systems)}")
@@ -405,8 +405,8 @@ def run_knobs(argv, common, annotations, systems=None):
         known |= own
         annotations = annotations | class_annotations(systems[name])
     config = dict(known)
-    for where, settings in layers:
-        if where == "on the command line":
+    for is_flag, where, settings in layers:
+        if is_flag:
             config |= parse_flags(settings, known, where, systems)
         else:
             for key, value in settings.items():

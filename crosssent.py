@@ -214,7 +214,7 @@ class CORAL(GMRAEncoder):
 
     def forward(self, batch):
         task = self.levels.loss(self.levels(self.score(batch)), batch['label'])
-        return dict(loss=task + 0.0, terms={'task': task})
+        return dict(loss=task, terms={'task': task})
 
 
 class RankLevels(nn.Module):

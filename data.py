@@ -145,7 +145,13 @@ class Feed:
         self.tokens, self.words, self.text, self.truncated = {}, {}, {}, {}  # by split
         self.first_word = 0   # the frame of the first word (resample='words')
         self.notes, self.lm_fingerprint = [], None
-        rounding = self._find_answers() if self.prompt else 0.0
+        rounding = 0.0
+        if self.prompt:
+            y = torch.from_numpy(corpus.label('train', k['label']))  # [N]
+            answer = self.prompt.index(y)  # [N]
+            answer_len = np.array([len(ids) for ids in self.prompt.answers])
+            self.answer_len = answer_len[answer.numpy()]  # [N], in tokens
+            rounding = self._rounding_error(y, answer)
         if rounding > 1e-6:
             self.notes.append("answers have one decimal, and rounding the train labels to one "
                               f"decimal gives a mean absolute error of {rounding:.3f}")
@@ -258,14 +264,11 @@ class Feed:
         groups = [rng.permutation(np.flatnonzero(y == v)) for v in np.unique(y)]
         return np.sort(np.concatenate([g[:max(1, round(fraction * len(g)))] for g in groups]))
 
-    def _find_answers(self):
+    def _rounding_error(self, y, answer):
         """
-        Sets answer_len, the number of answer tokens of each train clip. Returns the mean absolute
-        error of rounding the train labels to answers; 0 for classes.
+        The mean absolute error of rounding labels y [N] to answers, of numbers answer [N]; 0 for
+        classes.
         """
-        y = torch.from_numpy(self.corpus.label('train', self.k['label']))  # [N]
-        answer = self.prompt.index(y)  # [N]
-        self.answer_len = np.array([len(ids) for ids in self.prompt.answers])[answer.numpy()]  # [N]
         if self.prompt.values is None:
             return 0.0
         return float((torch.tensor(self.prompt.values)[answer] - y).abs().mean())
@@ -281,9 +284,9 @@ class Feed:
             words = [self.words[split][i] for i in index]
             batch['word'] = torch.tensor([w + [-1] * (T - len(w)) for w in words])  # [B,T]
         if self.text:
-            hidden = np.concatenate([self.text[split][i] for i in index]).astype(np.float32)
+            hidden = np.concatenate([self.text[split][i] for i in index])  # [n,D]
             batch['text'] = torch.zeros(*batch['tokens'].shape, hidden.shape[1])  # [B,T,D]
-            batch['text'][batch['text_mask']] = torch.from_numpy(hidden)
+            batch['text'][batch['text_mask']] = torch.from_numpy(hidden.astype(np.float32))
         if self.device != 'cuda':
             return {name: v.to(self.device) for name, v in batch.items()}
         # pinned memory and non_blocking: the step does not wait for the copy

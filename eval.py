@@ -4,7 +4,7 @@ Evaluates finished runs from their folders.
     python eval.py out/RUN                            test the best checkpoint, write the report
     python eval.py out/RUN out/RUN-seed1 ..           compare runs: mean +- std (n), differences
     python eval.py out/RUN --corpus=OTHER             test on another corpus (--modalities too)
-    python eval.py out/RUN --modalities=text,vision   test with these modalities alone
+    python eval.py out/RUN --modalities=text,vision   test without audio; text is always read
     python eval.py out/RUN --clip=mine.npz            predict your own clips (see run/clips.py)
     python eval.py out/RUN --text="I loved it"        predict these words; with --clip, its words
     python eval.py out/RUN --export=FOLDER            copy the run for others, without its corpus
@@ -33,7 +33,7 @@ from run.errors import ModelError
 from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
 from run.folder import ROOT, find_folder, load_checkpoint, load_tensors
 from run.machine import devices, hold_memory
-from run.predictor import Predictor, describe_clips, transferred
+from run.predictor import Predictor, describe_clips, transferred, what_is_read
 from run.report import RUN_KNOBS, EvalError, print_and_save, read_predictions, read_run
 from run.size_limit import size_limit
 from system import checked_prediction
@@ -304,12 +304,11 @@ def evaluate_without(folder, modalities, **allowed):
     is the text alone. Returns a table. Raises EvalError, ModelError, CorpusError.
     """
     run = load_run(folder, **allowed)
-    r, k = run.result, run.knobs
-    modalities = [m for m in k['modalities'] if m in modalities]   # only those of its training
-    metrics, _ = run.test(run.corpus, k | dict(modalities=modalities))
+    r, kept = run.result, [m for m in run.knobs['modalities'] if m in modalities]
+    k = run.knobs | dict(modalities=kept)
+    metrics, _ = run.test(run.corpus, k)
     keys = [key for key in r['test'] if key in metrics]
-    rows = [['as trained'] + cells(r['test'], keys),
-            [', '.join(['text'] + modalities)] + cells(metrics, keys)]
+    rows = [['as trained'] + cells(r['test'], keys), [what_is_read(run, k)] + cells(metrics, keys)]
     return markdown_table([f"{r['about']['name']}, test"] + keys, rows)
 
 
@@ -321,15 +320,15 @@ def evaluate_on(folder, source, modalities=None, **allowed):
     standardised with the run's own mean and std. Raises EvalError, ModelError, CorpusError.
     """
     run = load_run(folder, **allowed)
-    r, home, k = run.result, run.corpus, run.knobs
-    other = open_corpus(source, k['data_dir'])
+    home, k = run.corpus, run.knobs
     modalities = [m for m in k['modalities'] if modalities is None or m in modalities]
+    other, k = open_corpus(source, k['data_dir']), k | dict(modalities=modalities)
     other = transferred(run, other, modalities)
-    here, _ = run.test(home, k | dict(modalities=modalities))
-    there, _ = run.test(other, k | dict(modalities=modalities))
+    here, _ = run.test(home, k)
+    there, _ = run.test(other, k)
     keys = [key for key in here if key in there]
     rows = [[home.name] + cells(here, keys), [f'{other.name}, zero-shot'] + cells(there, keys)]
-    header = f"{r['about']['name']} ({', '.join(['text'] + modalities)}) on"
+    header = f"{run.result['about']['name']} ({what_is_read(run, k)}) on"
     return markdown_table([header] + keys, rows)
 
 

@@ -3,8 +3,7 @@ The frozen LM: a Hugging Face causal LM of a known family, whose layers our own 
 one. And the encoder that CrossSent fine-tunes, run the same way. run/load_lm.py reads them from
 files.
 
-Axis letters, the same in every file:
-    B clips   T text tokens   L any sequence   D LM width   V vocabulary   h heads
+The axis letters are those of model.py.
 """
 from typing import Literal
 
@@ -13,9 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import AtLeast
-from run.errors import ModelError
+from run.errors import ModelError, first_line
 from run.fingerprints import fingerprint
-from run.lm_checks import longest_text, refuse_variants
+from run.lm_checks import refuse_variants, token_limit
 
 
 class TextModelKnobs:
@@ -284,7 +283,7 @@ class FrozenLM(nn.Module):
         self.n_kv_heads = getattr(c, 'num_key_value_heads', None) or self.n_heads
         self.head_width = getattr(c, 'head_dim', None) or self.width // self.n_heads
         self.vocabulary = c.vocab_size
-        self.max_positions, self.limit = longest_text(c)
+        self.max_positions, self.limit = token_limit(c)
         self.attention_scale = self.value('attention_scale')  # None is 1 / sqrt(D/h)
         if self.value('attention_root') is not None:
             self.attention_scale = self.value('attention_root') ** -0.5
@@ -532,11 +531,8 @@ class FrozenLM(nn.Module):
 
     def go_on(self, x, n_read, token, n_new):
         """
-        Greedy decoding: n_new tokens after a text of embeddings x [B,T,D], of which n_read [B] are
-        real, and after one more `token` [B] behind those. -> [B,n_new], -1 where the logits are NaN
-        or inf. Our own loop: what generate() returns for embeddings (with or without a first column
-        to strip) changed between versions of transformers, and that once lost the first token of
-        every answer.
+        Greedy decoding of n_new tokens. The LM first reads n_read [B] of the embeddings x [B,T,D],
+        then `token` [B]. -> [B,n_new], -1 where the logits are NaN or inf.
         """
         B, T, _ = x.shape
         positions = torch.arange(T, device=x.device)  # [T]
@@ -605,7 +601,7 @@ class TextEncoder(nn.Module):
             gap = self.gap()
             reason = '' if gap <= 1e-2 else f'its hidden states differ by {gap:.2g} of the largest'
         except Exception as e:  # of any kind: its code is not ours
-            reason = f'{type(e).__name__}: {str(e).splitlines()[0][:120]}'
+            reason = f'{type(e).__name__}: {first_line(e)}'
         if reason:
             raise ModelError(f"{c.model_type!r} is no encoder of the BERT or RoBERTa family "
                              f"({reason}): choose one, such as --lm=bert-base-uncased.")

@@ -1,6 +1,7 @@
 """
-The losses: functions of tensors. Each returns a scalar to differentiate; deepmlf_loss and
-ordinal_loss also return the terms of that scalar.
+The losses: functions of tensors that return a scalar to differentiate. deepmlf_loss and
+ordinal_loss also return the terms of that scalar, and head_loss returns a dict of both. The ordinal
+losses have their knobs, checks and notes here.
 
 Axis letters: B clips, T text tokens, D LM width, V vocabulary.
 """
@@ -186,7 +187,7 @@ def head_loss(out, kind, k, batch):
     label = batch['label']  # [B]
     if kind == 'classes':
         task = F.cross_entropy(out, label)
-        return dict(loss=task + 0.0, terms={'task': task})
+        return dict(loss=task, terms={'task': task})
     task = l1(out[:, 0], label)
     ordinal_terms, ordinal = ordinal_loss(out[:, 0], label, k, batch)
     return dict(loss=task + ordinal, terms={'task': task} | ordinal_terms)

@@ -36,7 +36,8 @@ def class_f1(pred, label, n):
     counts, support = confusion(pred, label, n), np.bincount(label, minlength=n)
     total = support + counts.sum(0)
     f1 = np.where(total > 0, 2 * counts.diagonal() / np.maximum(total, 1), np.nan)
-    return f1, (np.nan_to_num(f1) * support).sum() / support.sum() if support.sum() else np.nan
+    weighted = (np.nan_to_num(f1) * support).sum() / support.sum() if support.sum() else np.nan
+    return f1, weighted
 
 
 def class_metrics(pred, label, names):
@@ -86,9 +87,9 @@ def _pair(pred, label):
     if not len(label):
         raise ValueError("the split has no clips to score; check the corpus folder")
     for what, x in (('predictions', pred), ('labels', label)):
-        bad = np.count_nonzero(~np.isfinite(x))
-        if bad:
-            raise ValueError(f"{bad} of {len(x)} {what} are nan or inf; look for the cause first")
+        if bad := np.count_nonzero(~np.isfinite(x)):
+            raise ValueError(f"{bad} of {len(x)} {what} are nan or inf; correct the corpus, "
+                             "or lower --lr")
     return pred, label
 
 
@@ -245,7 +246,8 @@ METRIC_HELP = {name: (better, what) for name, (better, what, _) in METRICS.items
     'unread': ('lower', "share of clips whose generated answer was no label (scored as the middle "
                         "of the range, or as a wrong class)"),
 }
-BETTER = {key: 'low' if better == 'lower' else 'high' for key, (better, _) in METRIC_HELP.items()}
+BETTER = {key: better for key, (better, _) in METRIC_HELP.items()}
+SELECTABLE = [key for key in METRIC_HELP if key not in ('f1_<class>', 'unread')]  # by `select`
 
 
 def is_better(metric, value, best):
@@ -255,7 +257,7 @@ def is_better(metric, value, best):
     """
     if best is None or np.isnan(best):
         return best is None or not np.isnan(value)
-    return value < best if BETTER[metric] == 'low' else value > best
+    return value < best if BETTER[metric] == 'lower' else value > best
 
 
 def metric_help(key):
@@ -401,7 +403,7 @@ def claim(metric, first, other, label, by, **how):
     is_real = enough and (low > 0 or high < 0)
     verdict = 'open'
     if is_real:
-        verdict = 'better' if (difference > 0) == (BETTER[by] == 'high') else 'worse'
+        verdict = 'better' if (difference > 0) == (BETTER[by] == 'higher') else 'worse'
     text = f'{difference:+.4f} [{low:+.4f}, {high:+.4f}]'
     text += '' if enough else '; nothing is claimed: n < 3'
     return dict(difference=difference, low=low, high=high, verdict=verdict, text=text)

@@ -31,6 +31,7 @@ from adapters import (
     MMBlock,
     MSEAdapter,
     augment_embeddings,
+    calls_of,
     inputs_of,
     masked_mean,
 )
@@ -288,19 +289,18 @@ class DeepMLF(System):
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
         lm, tokenizer = load_frozen_lm(k, dtype, as_data)
         model = cls.assemble(k, facts, lm, tokenizer)
-        if k['av_init'] == 'random':
-            return model, tokenizer
-        if not trained:
+        if not trained and k['av_init'] != 'random':
             tensors, _ = load_checkpoint(os.path.join(k['av_from'], 'best.safetensors'))
             pretrained = {name.removeprefix('av_encoder.'): v for name, v in tensors.items()
                           if name.startswith('av_encoder.')}
             load_tensors(model.av_encoder, pretrained, k['av_from'])
-        model.av_encoder.requires_grad_(k['av_init'] == 'tune')
         return model, tokenizer
 
     @classmethod
     def assemble(cls, k, facts, lm, tokenizer):
-        return cls(lm, build_av_encoder(k, facts.widths), k)
+        av_encoder = build_av_encoder(k, facts.widths)
+        av_encoder.requires_grad_(k['av_init'] != 'frozen')
+        return cls(lm, av_encoder, k)
 
     @classmethod
     def frame_cost(cls, k, n_frames):
@@ -419,7 +419,7 @@ class DeepMLF(System):
         row = 'fusion token' if 'fusion' in self.k['mm_query'] else 'text token'
         views = {}
         for n, block in self.mm_blocks.items():
-            x, z, mask = inputs_of(block.gca, predict, batch, every=True)[0]
+            x, z, mask = calls_of(block.gca, predict, batch)[0]
             weights = block.gca.weights(x.float(), z.float(), mask)[0].mean(0)  # [L,m]
             views[f'layer {n}'] = weights, row, "audiovisual slot, from the clip's start to its end"
         return views
@@ -657,6 +657,7 @@ class PseudoTokenLM(System):
         default = -1.0 if self.prompt.kind == 'classes' else float(self.values[[0, -1]].mean())
         pred, unread = [], []
         for ids in answers.tolist():
+            # -1: the logits were NaN
             label = float('nan') if -1 in ids else self.prompt.parse_answer(ids)
             pred.append(default if label is None else float(label))
             unread.append(float(label is None))
@@ -813,7 +814,7 @@ class CMPTALM(PseudoTokenLM):
                      k['cmpta_pool'], k['dropout'], k['pseudo_projection'], embed_rms)
 
     def attention(self, batch):
-        """ The attention weights in eval mode, such as 'text_from_vision' -> [B,S] over frames. """
+        """ name, such as 'text_from_vision' -> attention weights [B,S] over frames, [B,T] over text. """
         with torch.autocast(batch['tokens'].device.type, enabled=False):
             x = self.lm.embed(batch['tokens'])  # [B,T,D]
             return self.adapter.attention(batch, *self.own_text(x, batch['text_len']))
@@ -824,7 +825,7 @@ class CMPTALM(PseudoTokenLM):
         """
         if not self.k['cmpta_attend']:
             return {}
-        pairs, views = self.attention(batch), {}   # name -> [B,S]
+        pairs, views = self.attention(batch), {}   # name -> [B,S] or [B,T]
         for source in ('text', 'audio', 'vision'):
             weights = {name.split('_from_')[0]: w[0] for name, w in pairs.items()
                        if name.endswith('from_' + source)}

@@ -113,6 +113,15 @@ def prompt_name(prompt):
     return f"the prompt {prompt!r}" if prompt in PROMPTS else "the prompt of the JSON file"
 
 
+def answer_scores(low, high):
+    """
+    The scores in [low, high] that an LM may answer, in steps of 0.1 as in the papers: 61 numbers in
+    [-3, 3], 21 in [-1, 1].
+    """
+    low, high = round(10 * low, 6), round(10 * high, 6)
+    return [i / 10 for i in range(math.ceil(low), math.floor(high) + 1)]
+
+
 class Prompt:
     """
     The question to one LM about one label of one corpus. Raises ModelError where the tokens of the
@@ -184,12 +193,8 @@ class Prompt:
         return words['classes'].replace('{classes}', listed)
 
     def _number_question(self, words, low, high):
-        """
-        The question about a number in [low, high]. Sets values and labels, in steps of 0.1 as in
-        the papers: 61 numbers in [-3, 3], 21 in [-1, 1].
-        """
-        low, high = round(10 * low, 6), round(10 * high, 6)
-        self.values = [i / 10 for i in range(math.ceil(low), math.floor(high) + 1)]
+        """ The question about a number in [low, high]. Sets values and labels. """
+        self.values = answer_scores(low, high)
         plus = '+' if self.k['label_plus'] else ''
         self.labels = [f"{plus if v >= 0 else ''}{v:.1f}" for v in self.values]
         question = words['regression'].replace('{low}', self.labels[0])

@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from configurator import check_declaration
 from losses import UNITS, ordinal_errors, ordinal_notes
-from metrics import BETTER
+from metrics import SELECTABLE
 from run.errors import ModelError
 from run.load_lm import float32_bytes_of_lm
 
@@ -60,8 +60,8 @@ class System(nn.Module):
         read or trained.
         """
         errors = ordinal_errors(k) if 'weight_mpr' in k else []
-        if k['select'] not in BETTER:
-            errors += [f"select={k['select']!r} is none of {', '.join(BETTER)}"]
+        if k['select'] not in SELECTABLE:
+            errors += [f"select={k['select']!r} is none of {', '.join(SELECTABLE)}"]
         elif (k['select'] == 'loss') == cls.predicts:
             errors += [f"select={k['select']!r} must be 'loss' for a system that predicts no "
                        "label, such as an LM, and a metric for the others"]
@@ -248,17 +248,24 @@ class System(nn.Module):
         return {}
 
     @classmethod
-    def bound(cls):
-        """ The bound with which the system's own row is compared. """
-        return 'full' if cls.reads_text else 'av'
+    def bound(cls, k):
+        """ The bound with which a run's own row is compared: that of its inputs; '' if none. """
+        bounds = {('text',): 'text', ('audio', 'vision'): 'av', ('audio', 'text', 'vision'): 'full'}
+        return bounds.get(tuple(sorted(cls.modalities_read(k))), '')
 
 
 def checked_loss(model, out):
     """ What forward returned. Raises ModelError where it breaks the contract. """
-    if type(out) is not dict or not {'loss', 'terms'} <= set(out) or out['loss'].ndim:
+    name = model.__class__.__name__
+    if type(out) is not dict or not {'loss', 'terms'} <= set(out):
         has = ', '.join(out) if type(out) is dict else f'a {type(out).__name__}'
-        raise ModelError(f"{model.__class__.__name__}.forward must return dict(loss=[], "
-                         f"terms={{name: []}}), and it returned {has}: correct its return value.")
+        raise ModelError(f"{name}.forward must return dict(loss=[], terms={{name: []}}), and it "
+                         f"returned {has}: correct its return value.")
+    loss = out['loss']
+    if not torch.is_tensor(loss) or loss.ndim:
+        kind = f'of shape {list(loss.shape)}' if torch.is_tensor(loss) else type(loss).__name__
+        raise ModelError(f"{name}.forward returned a loss that is {kind}: return a tensor of "
+                         "shape [].")
     return out
 
 
@@ -269,6 +276,9 @@ def checked_prediction(model, out, n_clips):
         raise ModelError(f"{model.__class__.__name__}.predict must return dict(pred=[B], ..), and "
                          f"it returned {has}: correct its return value.")
     for name, v in out.items():
+        if not torch.is_tensor(v):
+            raise ModelError(f"{model.__class__.__name__}.predict returned {name} as "
+                             f"{type(v).__name__}: return tensors.")
         if v.ndim < 1 or len(v) != n_clips or name == 'pred' and v.ndim != 1:
             raise ModelError(f"{model.__class__.__name__}.predict returned {name} of shape "
                              f"{list(v.shape)} for {n_clips} clips: pred must be [{n_clips}], the "

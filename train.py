@@ -123,6 +123,9 @@ if errors:
     stop('; '.join(errors) + '.')
 if shard_lm != 'off' and (ranks.N_RANKS == 1 or not System.frozen_lm):
     stop("shard_lm needs a frozen LM and several processes: use torchrun, or shard_lm='off'.")
+if ranks.N_RANKS > 1 and System.one_process:
+    stop(f"system={system!r} keeps statistics of all clips, which several processes cannot share: "
+         "train it in one process, without torchrun.")
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
@@ -158,9 +161,6 @@ except (CorpusError, EvalError, ModelError, ValueError) as e:
     stop(str(e))
 except OSError as e:
     stop(f"cannot write to {out_dir} ({e.strerror or e}): free disk space, or set --out_dir.")
-if ranks.N_RANKS > 1 and System.one_process:
-    stop(f"system={system!r} keeps statistics of all clips, which several processes cannot share: "
-         "train it in one process, without torchrun.")
 loss_scale = 2.0 ** 10 if dtype == 'float16' else 1.0   # a power of two, so that unscaling is exact
 
 
@@ -235,7 +235,7 @@ def evaluate_split(split):
     try:
         return evaluate(model, feed, split, autocast)
     except (ValueError, ModelError) as e:
-        stop(f"{split}: {e}.")
+        stop(f"{split}: {str(e).removesuffix('.')}.")
 
 
 interrupt.watch()
@@ -373,5 +373,5 @@ try:
 except (EvalError, ModelError) as e:
     stop(str(e))
 except OSError as e:
-    stop(f"cannot write to {out_dir} ({e.strerror}): free disk space and add --resume=True.")
+    stop(f"cannot write to {out_dir} ({e.strerror or e}): free disk space and add --resume=True.")
 ranks.leave()

@@ -43,8 +43,8 @@ class Baseline(System):
     The base class. A baseline implements `fuse(x, batch)`, which takes the hidden states of the
     text x [B,T,D] and returns a dict with pred and the tensors that its losses need. pred is the
     score [B], or for a label with classes their logits [B,K]. It may implement
-    `own_loss(out, batch)`, which returns its auxiliary losses, already weighted. The loss of
-    classes is the cross-entropy, in place of task_loss; MMSA has scores only.
+    `own_loss(out, batch)`, which returns its auxiliary losses. The loss of classes is the
+    cross-entropy, in place of task_loss; MMSA has scores only.
     """
 
     class Knobs(EncoderKnobs, OrdinalKnobs):
@@ -140,6 +140,7 @@ class Baseline(System):
         return {name: v for name, v in out.items() if v.ndim == 1}
 
     def own_loss(self, out, batch):
+        """ The auxiliary losses: name -> (term [], its weight in the loss). """
         return {}
 
     def loss(self, out, batch):
@@ -151,8 +152,9 @@ class Baseline(System):
         else:
             ordinal_terms, ordinal = ordinal_loss(out['pred'], label, self.k, batch)
             task = self.task_loss(out['pred'], label)
-        loss = task + sum(own.values()) + ordinal
-        return dict(loss=loss, terms={'task': task} | own | ordinal_terms)
+        loss = task + sum(weight * term for term, weight in own.values()) + ordinal
+        own_terms = {name: term for name, (term, _) in own.items()}
+        return dict(loss=loss, terms={'task': task} | own_terms | ordinal_terms)
 
     def forward(self, batch):
         return self.loss(self.run(batch), batch)

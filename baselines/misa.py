@@ -76,8 +76,8 @@ class MISA(Attentive):
                 + sum(orthogonality(p[i], p[j]) for i, j in pairs))
         sim = sum(cmd(s[i], s[j]) for i, j in pairs) / 3
         rebuild = mse(out['rebuilt'], out['x'])
-        return dict(diff=k['misa_diff'] * diff, sim=k['misa_sim'] * sim,
-                    rebuild=k['misa_rebuild'] * rebuild)
+        return dict(diff=(diff, k['misa_diff']), sim=(sim, k['misa_sim']),
+                    rebuild=(rebuild, k['misa_rebuild']))
 
 
 class StackedLSTMs(nn.Module):

@@ -36,7 +36,7 @@ class MMIM(Pooled):
     """
 
     class Knobs(Pooled.Knobs, SubNetKnobs):
-        sub_widths: AtLeast(1) = [128, 16, 16]  # unused; width of v_a and of v_v, and of their LSTMs
+        sub_widths: AtLeast(1) = [128, 16, 16]  # text (not used), audio, vision: LSTM, v_m
         post_width: AtLeast(1) = 128     # width of the fused vector
         mmim_cpc: AtLeast(0) = 0.1       # alpha, weight of CPC
         mmim_bound: AtLeast(0) = 0.1     # beta, weight of the bound between text and audio, video
@@ -90,8 +90,8 @@ class MMIM(Pooled):
                 likelihood = likelihood + q(text.detach(), y.detach())
                 fixed = {name: p.detach() for name, p in q.named_parameters()}
                 bound = bound + functional_call(q, fixed, (text, y)) + self.entropies[m](y, group)
-        return dict(cpc=self.k['mmim_cpc'] * cpc, bound=-self.k['mmim_bound'] * bound,
-                    q=-likelihood)
+        return dict(cpc=(cpc, self.k['mmim_cpc']), bound=(bound, -self.k['mmim_bound']),
+                    q=(-likelihood, 1.0))
 
     def forward(self, batch):
         """ dict(loss, terms, vectors); after_step needs the vectors of audio and video. """

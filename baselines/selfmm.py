@@ -127,7 +127,7 @@ class SelfLabelled(Baseline):
         own = {}
         for m in self.labels.streams:
             y = self.labels.lookup(m, batch['index'], label) if self.training else label  # [B]
-            own[m] = (torch.tanh((y - label).abs()) * (out[m] - y).abs()).mean()
+            own[m] = (torch.tanh((y - label).abs()) * (out[m] - y).abs()).mean(), 1.0
         return own
 
     def forward(self, batch):
@@ -146,8 +146,8 @@ class SelfMM(SelfLabelled, Pooled):
     concatenated. Four Heads: for the fused vector and for each stream. """
 
     class Knobs(SelfLabelled.Knobs, Pooled.Knobs):
-        sub_widths: AtLeast(1) = [128, 16, 128]  # unused; hidden width of audio, video LSTM
-        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # unused; dropout after audio, video LSTM
+        sub_widths: AtLeast(1) = [128, 16, 128]  # text (not used), audio, vision: LSTM widths
+        sub_dropouts: Share() = [0.2, 0.2, 0.2]  # text (not used), audio, vision: dropouts
 
     text_first = True
 
@@ -178,7 +178,7 @@ class TETFN(SelfLabelled, Attentive):
     """
 
     class Knobs(SelfLabelled.Knobs, Attentive.Knobs, StackKnobs):
-        sub_widths: AtLeast(1) = [128, 16, 128]  # unused; hidden width of audio, video LSTM
+        sub_widths: AtLeast(1) = [128, 16, 128]  # text (not used), audio, vision: LSTM widths
 
     text_first = True
 

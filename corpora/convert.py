@@ -402,7 +402,8 @@ def command_line(argv):
     """
     python data.py SOURCE [--name=NAME] [--dtype=float32|float16] [--label_range=LOW,HIGH]
     [--padding=left|right] [--encoding=CODEC] [--label_column=NUMBER], and for a table
-    [--split=80/10/10] or [--text|label|classes|split|id|video|audio|vision|start|end=COLUMN]; or
+    [--split=80/10/10] or
+    [--text|label|classes|split|id|video|speaker|dialogue|audio|vision|start|end=COLUMN]; or
     python data.py FOLDER --check
     """
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))

@@ -287,7 +287,7 @@ def _find_side(m, group, splits, stated, text):
     left, right = map(sum, zip(*votes))
     side = _side_of(left, right)
     if any(sum(v) > 1 and _side_of(*v) not in (side, None) for v in votes):
-        side = side and 'mixed'  # one split is padded on the other side
+        side = 'mixed'  # one split is padded on the other side
     found = dict(side=side, by='stated lengths' if side else 'none', left=left, right=right,
                  read=_n_read([m], splits), streams=[m])
     if side or not unknown:

@@ -138,7 +138,7 @@ class Table:
 
 
 def _ids(table, summary, video):
-    """ The id of each clip, and whether a column gave it. """
+    """ The id of each clip, [N]; None where no column gives one. """
     if table.flags.get('id'):
         columns = [table.column(c, 'id') for c in table.flags['id'].split(',')]
     else:

@@ -90,10 +90,10 @@ class Transferred:
         self.meta = other.meta | dict(streams={m: self.stream(m) for m in home.widths})
 
     def stream(self, m):
-        """ The entry of stream m in meta.json; marked as standardised if m has no frames. """
+        """ The entry of stream m in meta.json. """
         home = self.home.meta['streams'][m]
         if m not in self.modalities:
-            return home | dict(standardised=True)
+            return home   # its clips have no frames, so its mean and std are not used
         other = self.other.meta['streams'][m]
         if other['standardised']:
             raise EvalError(f"{self.folder} holds {m} standardised with its own mean and std: "

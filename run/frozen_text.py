@@ -50,8 +50,8 @@ def frozen_text(name, tokens, folder, remote=False, device='cpu', batch_size=64,
     """
     The last hidden states of any Hugging Face model for texts (lists of token ids), end to end, and
     the model's fingerprint. Computed once, and kept in `folder` as float16 [n, D], mapped and never
-    read whole; n is all tokens of all texts. What they are kept under changes with the texts and
-    with the model's files (or its revision on the hub). Raises ModelError.
+    read whole; n is all tokens of all texts. The file name is a hash of the texts and of the model's
+    files or revision. Raises ModelError.
     """
     config, name = lm_config(name, remote, as_data)
     files = []

@@ -121,7 +121,8 @@ def refuse_foreign(folder):
     files, requests to run code, weights that are not in its own safetensors files.
     """
     if not os.path.lexists(os.path.join(folder, 'config.json')):
-        raise ModelError(f"the LM {folder!r} could not be loaded: the folder has no config.json.")
+        raise ModelError(f"the LM {folder!r} could not be loaded, because it has no config.json: "
+                         "take a folder with config.json, weights and tokenizer.")
     inner = [os.path.join(folder, entry) for entry in sorted(os.listdir(folder))]
     refuse_links_outside(folder, folder)
     for place in filter(os.path.isdir, inner):  # transformers looks no deeper
@@ -145,8 +146,8 @@ def refuse_foreign(folder):
 
 def merge_command(name, adapter):
     """
-    The command that merges an adapter into the weights it was trained on. `adapter` is its
-    adapter_config.json, parsed.
+    (the command that merges an adapter into the weights it was trained on, the folder that it
+    writes). `adapter` is its adapter_config.json, parsed.
     """
     local = os.path.isdir(name)
     quoted = json.dumps  # double quotes, as the shell's are single ones
@@ -253,7 +254,7 @@ def refuse_what_is_no_lm(config, name):
     if not any(type(config) in kind for kind in kinds):
         raise ModelError(f"the LM {name!r} that a received folder names is of the kind "
                          f"{config.model_type!r}, which is no language model that transformers "
-                         "knows: nothing of it is read.")
+                         "knows: take a causal LM or a text encoder.")
 
 
 def refuse_encoder_decoder(config, name):
@@ -295,9 +296,9 @@ def refuse_variants(c):
                          "its config), which the frozen LM here does not do: take another LM.")
 
 
-def longest_text(c):
+def token_limit(c):
     """
-    How many tokens an LM takes here by its config, and what the limit is: its positions, or less
+    (how many tokens an LM takes here by its config, what sets this limit): its positions, or less
     where layers see a window of the text, or where rotary angles change with the length.
     """
     limits = [(c.max_position_embeddings, 'positions of this LM')]

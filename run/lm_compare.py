@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 
 from lm import FAMILIES, FrozenLM, ModelError, unknown_family
+from run.errors import first_line
 from run.fingerprints import fixed_tokens
 from run.folder import write_text
 
@@ -82,10 +83,10 @@ def logits_of_both(lm, n):
         try:
             found.append(forward().float())  # [1,n,V]
         except Exception as e:  # of any kind: the LM may have brought code of its own
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:160]
             raise ModelError(f"{whose} of this LM (family {lm.family!r}) fails on {n} tokens "
-                             f"({type(e).__name__}: {reason}): its config.json and its weights may "
-                             "not belong together.") from None
+                             f"({type(e).__name__}: {first_line(e)}): its config.json and its "
+                             "weights may not belong together, so take another LM, or correct its "
+                             "row in FAMILIES.") from None
     return found
 
 
@@ -124,8 +125,8 @@ def compare(lm):
     if not result['float32'] <= EQUAL:
         raise ModelError(f"the forward of lm.py differs from transformers' own for this LM (family "
                          f"{lm.family!r}) by {result['float32']:.2g} of the largest logit in "
-                         f"float32, where {EQUAL:g} is allowed: its row in FAMILIES (lm.py) does "
-                         "not say all that this LM computes.")
+                         f"float32, where {EQUAL:g} is allowed: take another LM, or correct its "
+                         "row in FAMILIES (lm.py).")
     if 'ours' in result and not result['ours'] <= 2 * result['theirs'] + EQUAL:
         name = str(dtype).removeprefix('torch.')
         raise ModelError(f"in {name} the forward of lm.py is {result['ours']:.2g} of the largest "

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from lm import FAMILIES, ModelError, TextEncoder, unknown_family
+from run.errors import first_line
 from run.lm_checks import (
     ALLOW_CODE,
     SAFE_WEIGHTS,
@@ -60,10 +61,10 @@ def loading(name):
     except ModelError:
         raise
     except Exception as e:  # of any kind: the LM may have brought code of its own
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        reason = first_line(e)
         if 'trust_remote_code' in str(e):
             reason = f"it asks to run its author's code: {ALLOW_CODE}"
-        raise ModelError(f"the LM {name!r} could not be loaded ({reason[:160]}): --lm= takes the "
+        raise ModelError(f"the LM {name!r} could not be loaded ({reason}): --lm= takes the "
                          "Hugging Face name of a causal LM (for CrossSent, of an encoder) that the "
                          "hub or the local cache has, or a folder with config.json, weights and "
                          "tokenizer.") from None

@@ -14,6 +14,7 @@ import torch
 
 from corpora.names import STREAMS
 from metrics import confusion
+from prompts import answer_scores
 from run.folder import make_folder, save_picture
 
 WIDE, HIGH = 3.35, 2.4   # inches; 3.35 inches (85 mm) is one column of a paper
@@ -273,8 +274,12 @@ def draw_confusion(path, result, predictions):
 # Calibration
 
 def answer_values(info, n):
-    """ The scores [n] that the n answers of a system with readout='score' stand for. """
-    return np.linspace(*info['range'], n)
+    """
+    The scores [n] that a system's n answers stand for: those of a prompt, or n even steps over the
+    range for a system with other answers.
+    """
+    scores = answer_scores(*info['range'])
+    return np.array(scores if len(scores) == n else np.linspace(*info['range'], n))
 
 
 def calibration_picture(path, result, predictions, n_bins=10):

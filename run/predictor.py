@@ -391,6 +391,11 @@ def change_text(run, whole, other, i):
 # --------------------------------------------------------------------------------------------------
 # Another corpus
 
+def what_is_read(run, k):
+    """ The modalities that a run reads with the knobs k, as text. """
+    return ', '.join(run.system.modalities_read(k)) or 'nothing'
+
+
 def transferred(run, other, modalities):
     """
     The corpus `other` as a run reads it that was not trained on it: with the mean and std of the

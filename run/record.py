@@ -19,6 +19,7 @@ from run.clips import corpus_facts
 from run.errors import ModelError
 from run.fingerprints import sample_logits, tokenizer_fingerprint
 from run.folder import (
+    ROOT,
     load_checkpoint,
     load_tensors,
     lock,
@@ -31,8 +32,6 @@ from run.folder import (
 from run.forms import check_log_line, read_header
 from run.json_files import parsed
 from run.report import FORMAT, RUN_KNOBS
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def describe_run(name, knobs, corpus, model, tokenizer, device, dtype, lm_fingerprint):
@@ -170,7 +169,7 @@ class Record:
             outdated = ['result.json', 'report.md', 'report.html']
             if fresh:
                 outdated += ['last.safetensors', 'last.json', 'best.safetensors', 'best.json',
-                             'test.jsonl', 'curve.png']
+                             'test.jsonl', 'curve.png', 'confusion.png']
             for file in outdated:
                 if os.path.exists(os.path.join(self.folder, file)):
                     os.remove(os.path.join(self.folder, file))

@@ -89,8 +89,10 @@ def read_run(folder):
 def damage_sentence(path, error):
     """ The message on a damaged file of a run. `error`: that of reading or checking it. """
     kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
+    remedy = ("train the run again with --fresh=True" if path.endswith('.safetensors') else
+              "remove the file and continue with python train.py .. --resume=True")
     return (f"{path} is damaged ({kind}{' '.join(str(error).split())[:300]}): restore a copy, or "
-            "python train.py with --resume=True writes it again.")
+            f"{remedy}.")
 
 
 def check_result(result):
@@ -216,7 +218,8 @@ def comparison_rows(folder, r, predictions):
     p = predictions
     parts = cls.readings(k, p)
     for row, run in prerequisite_runs(folder, r['about']).items():
-        rows.append((row, run['test'], SYSTEMS[run['about']['knobs']['system']].bound()))
+        own = run['about']['knobs']
+        rows.append((row, run['test'], SYSTEMS[own['system']].bound(own)))
         # a prerequisite replaces the part of the model with the same bound
         parts = {name: (key, bound) for name, (key, bound) in parts.items()
                  if not bound or bound != rows[-1][2]}
@@ -244,7 +247,7 @@ def prerequisite_runs(folder, about):
             continue
         cls = SYSTEMS[r['about']['knobs']['system']]
         if cls.predicts and r['about']['corpus']['sha256'] == about['corpus']['sha256']:
-            runs[PART.get(cls.bound(), r['about']['name'])] = r
+            runs[PART.get(cls.bound(r['about']['knobs']), r['about']['name'])] = r
     return runs
 
 
@@ -253,19 +256,18 @@ def comparison(folder, r, predictions):
     The report's table of test metrics and the notes under it: header, rows, sentences. Its rows:
     those of comparison_rows (text only: DeepMLF's text head, which sees no audio or video, or the
     frozen LM without pseudo tokens; audio+video only: the AV encoder's own run, or DeepMLF's AV
-    head), the late-fusion bound if the corpus has bounds, and the run itself.
+    head), the late-fusion bound if the corpus has bounds and the run reads all modalities, and the
+    run itself.
     """
     k, name = r['about']['knobs'], r['about']['name']
-    cls = SYSTEMS[k['system']]
+    own_bound = SYSTEMS[k['system']].bound(k)
     classes = r['info']['kind'] == 'classes'
     # the bounds assume audio and video
     ceilings = r['ceilings'] if r['ceilings'] and len(k['modalities']) == 2 else {}
-    rows = [('majority', r['majority'], 'majority')]
-    if cls.reads_text:
-        rows = comparison_rows(folder, r, predictions)
-    if ceilings and cls.reads_text:
+    rows = comparison_rows(folder, r, predictions)
+    if ceilings and own_bound == FULL:
         rows.append(('late-fusion bound', {}, LATE_FUSION))
-    rows.append((name, r['test'], cls.bound()))
+    rows.append((name, r['test'], own_bound))
     best = 'acc' if classes else 'mae'   # the metric of the bounds
     keys = list(r['test']) if classes else [key for key in SHOWN if key in r['test']]
 
@@ -281,7 +283,7 @@ def comparison(folder, r, predictions):
     if ceilings:
         notes.append(f"Best possible {best}: that of an optimal predictor with the same inputs as "
                      "the row, known exactly for this corpus.")
-    if ceilings and cls.reads_text:
+    if ceilings and own_bound == FULL:
         notes[0] += (f" Late-fusion bound: the best {best} of a sum of a text predictor and an "
                      "audio+video predictor.")
         notes.append(distance_to_bounds(name, best, r['test'][best], ceilings))
@@ -410,7 +412,8 @@ def report(folder, r, corpus, predictions, curve):
             files['confusion.png'] = png
             linked += '\n\n![confusion matrix](confusion.png)'
             linked += f'\n\n{caption}' if caption else ''
-    files['report.html'] = html_report(r, facts, compared, clips, pictures, cls.reads_text)
+    reads_text = 'text' in cls.modalities_read(r['about']['knobs'])
+    files['report.html'] = html_report(r, facts, compared, clips, pictures, reads_text)
     facts[0] = ('Command', f'`{facts[0][1]}`')
     listed = '\n'.join(f'- {key}: {v}' for key, v in facts)
     # report.md is last: train.py takes a run that has it for finished

@@ -330,6 +330,24 @@ def test_ordinal_losses_add_to_the_loss_by_their_ramped_weights(cls):
     torch.testing.assert_close(on['loss'], off['loss'] + more)
 
 
+@each_system
+def test_terms_are_not_weighted_yet_and_the_loss_is_their_weighted_sum(cls):
+    """ So a weight of 0 leaves a term as it is, and takes it from the loss. """
+    batch = tiny_batch() | dict(epoch=torch.tensor(1), label=torch.tensor([2.0, -1.0, 0.5]))
+    names = [name for name in class_knobs(cls) if name.removeprefix('misa_') in
+             ('diff', 'sim', 'rebuild') or name.removeprefix('mmim_') in ('cpc', 'bound')]
+    outs = []
+    for changes in (dict(), dict.fromkeys(names, 0.0)):
+        model = tiny_baseline(cls, **changes).train()
+        torch.manual_seed(5)  # the same dropout in both
+        outs.append(model(batch))
+    (on, off), k = outs, tiny_knobs(cls)
+    assert on['terms'] == off['terms']
+    sign = dict(mmim_bound=-1)  # the bound is maximised
+    more = sum(sign.get(name, 1) * k[name] * on['terms'][name.split('_')[1]] for name in names)
+    torch.testing.assert_close(on['loss'], off['loss'] + more)
+
+
 @pytest.mark.parametrize('cls, width', [
     (Late, None), (LMF, None), (LFDNN, 6 + 4 + 5), (TFN, 7 * 5 * 6), (MAGBERT, 32), (MulT, 48),
     (MISA, 48), (SelfMM, 32 + 6 + 4), (TETFN, 48), (ALMT, 8), (MMIM, 7)])

@@ -106,13 +106,22 @@ def test_other_models_and_impossible_knobs_are_refused():
             TextEncoder(tiny_bert(family))
 
 
+def test_an_encoder_that_fails_without_a_message_is_refused(monkeypatch):
+    def fail(self):
+        raise AssertionError
+
+    monkeypatch.setattr(TextEncoder, 'gap', fail)
+    with pytest.raises(ModelError, match='is no encoder of the BERT.*AssertionError'):
+        TextEncoder(tiny_bert())
+
+
 def test_gmra_has_the_papers_number_of_weights():
     """
     8.89 M in Table 4: width 768, audio and video as codes of 16 clusters and padding, a residual
     adapter of four times the width.
     """
     with torch.device('meta'):
-        gmra = GMRA(dict(audio=17, vision=17), 768, 768)
+        gmra = GMRA(dict(audio=17, vision=17), 768, 768, 12)
     assert sum(p.numel() for p in gmra.parameters()) == 8_888_064
 
 

@@ -367,6 +367,14 @@ def test_forward_must_return_a_loss_and_terms(out):
 
 
 @pytest.mark.parametrize(
+    'loss, kind', [(torch.zeros(2, 1), r'of shape \[2, 1\]'), (0.5, 'float'), (None, 'NoneType')]
+)
+def test_a_loss_must_be_a_tensor_of_one_number(loss, kind):
+    with pytest.raises(ModelError, match=f'returned a loss that is {kind}: return a tensor'):
+        checked_loss(Broken(), dict(loss=loss, terms={}))
+
+
+@pytest.mark.parametrize(
     'out, message',
     [
         (torch.zeros(3), 'Broken.predict must return dict'),
@@ -374,6 +382,7 @@ def test_forward_must_return_a_loss_and_terms(out):
         (dict(pred=torch.zeros(3, 1)), r'pred of shape \[3, 1\] for 3 clips'),
         (dict(pred=torch.zeros(1)), r'pred of shape \[1\] for 3 clips'),
         (dict(pred=torch.zeros(3), prob=torch.zeros(2, 2)), r'prob of shape \[2, 2\]'),
+        (dict(pred=[0.0, 0.0, 0.0]), 'returned pred as list: return tensors'),
     ],
 )
 def test_predict_must_return_one_prediction_a_clip(out, message):

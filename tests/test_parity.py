@@ -400,7 +400,7 @@ def test_av_encoder_has_the_releases_size():
     not used. Ours has the last LayerNorm (60) instead.
     """
     for (d_a, d_v), params in {(5, 20): 69_751, (74, 35): 72_271}.items():
-        encoder = AVEncoder(dict(audio=d_a, vision=d_v))
+        encoder = AVEncoder(dict(audio=d_a, vision=d_v), 30, 3, 6)
         assert sum(p.numel() for p in encoder.parameters()) == params - 31 + 60
 
 
@@ -770,7 +770,7 @@ def test_every_metric_has_a_help_text_and_a_direction():
         'loss',
         'unread',
     } == METRIC_HELP.keys()
-    assert {k for k, way in BETTER.items() if way == 'low'} >= {
+    assert {k for k, way in BETTER.items() if way == 'lower'} >= {
         'mae',
         'jump2',
         'jump_mean',
@@ -781,4 +781,4 @@ def test_every_metric_has_a_help_text_and_a_direction():
     }
     good, bad = (regression_metrics(label + e * (pred - label), label, [-3, 3]) for e in (0.3, 1.5))
     for key in good:
-        assert (good[key] < bad[key]) == (BETTER[key] == 'low'), key
+        assert (good[key] < bad[key]) == (BETTER[key] == 'lower'), key

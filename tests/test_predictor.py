@@ -17,10 +17,10 @@ import torch
 
 from corpora.toy import make_toy
 from corpora.unpickle import CorpusError
-from data import open_corpus
-from eval import evaluate_on, load, load_run
+from data import get_batch, open_corpus
+from eval import evaluate_on, evaluate_without, load, load_run
 from fakes import ENV, HERE, TINY, command, train
-from run.clips import ClipError, read_clips
+from run.clips import ClipError, Clips, Transferred, read_clips
 from run.folder import find_folder
 from run.predictor import describe_predictions, picture_folder
 from run.report import EvalError, read_predictions
@@ -219,6 +219,23 @@ def test_evaluate_takes_another_corpus_and_fewer_modalities(deepmlf, corpora, cu
             deepmlf.evaluate(modalities=wrong)
     with pytest.raises(CorpusError, match='nowhere'):
         deepmlf.evaluate('nowhere')
+
+
+def test_a_table_lists_the_modalities_that_a_run_reads(curriculum, corpora):
+    def rows(table):
+        return [line.split('|')[1].strip() for line in table.splitlines()]
+
+    whole, av = str(curriculum / 'whole'), str(curriculum / 'av_toy')
+    assert rows(evaluate_without(whole, ['audio']))[2:] == ['as trained', 'text, audio']
+    assert rows(evaluate_without(av, ['vision']))[2:] == ['as trained', 'vision']
+    assert rows(evaluate_without(av, []))[2:] == ['as trained', 'nothing']
+    assert rows(evaluate_on(av, str(corpora / 'toy')))[0] == 'av_toy (audio, vision) on'
+
+
+def test_a_run_without_standardise_reads_the_text_of_another_corpus_alone(deepmlf, corpora):
+    other, home = open_corpus('toy', corpora), Clips(deepmlf.run.facts)
+    batch = get_batch(Transferred(other, home, []), 'test', [0, 1], standardise=False)
+    assert batch['audio_len'].tolist() == batch['vision_len'].tolist() == [0, 0]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ def test_mse_adapter_has_as_many_weights_as_the_authors_logged(D, audio, vision,
             dict(audio=audio[0], vision=vision[0]),
             D,
             P,
+            256,
             lstm_widths=dict(audio=audio[1], vision=vision[1]),
         )
     assert sum(p.numel() for p in adapter.parameters()) == n
@@ -300,7 +301,7 @@ def test_learned_tokens_replace_the_directions_of_a_missing_modality():
     cmpta = CMPTA(dict(audio=5), 16, 6, d=8, n_heads=2)
     assert list(cmpta.directed) == ['text_from_audio', 'audio_from_text']
     assert cmpta.more_tokens.shape == (4, 8)
-    assert list(MSEAdapter(dict(vision=5), 16).lstm) == ['vision']
+    assert list(MSEAdapter(dict(vision=5), 16, 4, 8).lstm) == ['vision']
 
 
 # -------------------------------------------------------------------------------------------------

@@ -8,11 +8,16 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
 
+from baselines.lora_lm import LoRALM
+from baselines.vectors import Late
 from data import Corpus
-from fakes import command
+from fakes import command, knobs_of_system
 from metrics import bootstrap, regression_metrics, task_metrics
+from model import SYSTEMS, PromptTuning
 from run.pictures import answer_values, calibration_picture, draw_confusion, drawn
+from run.report import comparison
 from run.report_html import html_report, metric_table, probability_text, worst_clips
 
 SCORE = dict(kind='regression', range=[-3, 3])
@@ -161,6 +166,10 @@ def test_the_probabilities_of_a_score_are_an_interval_and_the_likeliest_answer()
     prob = np.zeros(61)
     prob[[0, 20, 40, 50]] = .05, .5, .4, .05
     np.testing.assert_allclose(answer_values(SCORE, 61)[[0, 20, 40]], [-3, -1, 1])
+    # an LM answers with one decimal: 0.3 .. 4.7
+    between = answer_values(dict(kind='regression', range=[0.25, 4.75]), 45)
+    np.testing.assert_allclose(between[[0, 1, -1]], [0.3, 0.4, 4.7])
+    np.testing.assert_allclose(answer_values(SCORE, 3), [-3, 0, 3])   # of another system
     assert probability_text(prob, SCORE) == '80 % in -1.0 to +1.0; most likely -1.0 (0.50)'
 
 
@@ -184,6 +193,28 @@ def test_the_runs_own_row_is_bold_below_what_it_is_compared_with():
     assert '<strong>Broken</strong> LM.' in text
     assert re.findall(r'<tr class=own><td [^>]*>(.*?)</td>', text) == ['a_run']
     assert Page(text).row('majority') == ['1', '1.2']
+
+
+@pytest.mark.parametrize('cls, changes, best, late', [
+    (LoRALM, dict(), '0.700', False),
+    (PromptTuning, dict(), '0.700', False),
+    (Late, dict(late_streams=['text']), '0.700', False),
+    (Late, dict(late_streams=['audio', 'vision']), '0.800', False),
+    (Late, dict(late_streams=['text', 'audio']), '-', False),
+    (Late, dict(), '0.300', True),
+])
+def test_a_run_is_compared_with_the_bound_of_what_it_reads(cls, changes, best, late, tmp_path):
+    system = next(name for name, known in SYSTEMS.items() if known is cls)
+    k = knobs_of_system(cls, system=system, **changes)
+    predictions = scores() | {m: scores()['pred'] for m in ('text', 'audio', 'vision')}
+    bounds = dict(majority=1.0, text=0.7, av=0.8, late=0.5, full=0.3)
+    r = run_of(SCORE, predictions) | dict(majority=dict(mae=1.0), controls={})
+    r |= dict(ceilings={bound: dict(mae=mae) for bound, mae in bounds.items()})
+    r['about']['knobs'] = k
+    _, rows, notes = comparison(str(tmp_path), r, predictions)
+    assert rows[-1][0] == 'a_run' and rows[-1][-1] == best
+    assert ('late-fusion bound' in [row[0] for row in rows]) == late
+    assert any('late-fusion bound' in note for note in notes) == late
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Damaged files of a run, full disks, and knobs of a model that would fill the mem
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from fakes import command, deepmlf, files_of_at_most, forge, tiny_bert, train
 from run.folder import replacing
 from run.frozen_text import frozen_text
 from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json
+from run.report import EvalError
+from tools.figures import clip_number
 
 
 @pytest.fixture
@@ -105,6 +108,21 @@ def test_a_changed_score_is_refused(command_line, copied):
     script, *flags = [copied if a == 'copied' else a for a in command_line]
     with pytest.raises(SystemExit, match='result.json is damaged .was changed after it was written'):
         command(script, copied, *flags)
+
+
+def test_a_damaged_result_is_written_again_by_the_advice_on_it(copied, corpora, curriculum):
+    path = copied / 'result.json'
+    before = json.loads(path.read_text())['test']
+    path.write_text('{')
+    with pytest.raises(SystemExit, match='remove the file and continue with python train.py ..'):
+        command('eval.py', copied)
+    path.unlink()
+    train(*deepmlf(corpora, curriculum, 'whole', f'--out_dir={copied}', '--resume=True'))
+    assert json.loads(path.read_text())['test'] == before
+    command('eval.py', copied)
+    forge(copied, corpus={})
+    with pytest.raises(SystemExit, match='best.safetensors is damaged.*--fresh=True'):
+        command('eval.py', copied)
 
 
 def test_a_result_of_deeply_nested_lists_is_refused(copied):
@@ -241,3 +259,9 @@ def test_the_size_of_new_tensors_is_bounded():
     limit = evaluation.size_limit('the run', {}, '', None)
     with pytest.raises(evaluation.EvalError, match='many times larger'), limit:
         torch.nn.Linear(10**6, 10**6)
+
+
+def test_an_unknown_clip_is_refused_where_the_split_has_one_clip():
+    feed = SimpleNamespace(corpus=SimpleNamespace(id=lambda split: ['only'], name='toy'))
+    with pytest.raises(EvalError, match='give one of its ids, such as only'):
+        clip_number(feed, 'other')

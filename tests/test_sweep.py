@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 import model
-from adapters import inputs_of
+from adapters import calls_of
 from configurator import class_knobs
 from corpora.toy import make_toy
 from data import Corpus
@@ -358,7 +358,7 @@ def test_tsne_reaches_the_loss_of_scikit_learn():
 def test_deepmlf_attention_weights_reproduce_the_output_of_the_block():
     deepmlf, batch = tiny_deepmlf().eval(), tiny_batch()
     gca = next(iter(deepmlf.mm_blocks.values())).gca
-    x, z, mask = inputs_of(gca, deepmlf.predict, batch, every=True)[0]
+    x, z, mask = calls_of(gca, deepmlf.predict, batch)[0]
     w = gca.weights(x, z, mask)  # [B,h,L,m]
     v = gca.kv_proj(z).view(*z.shape[:2], 2, gca.n_heads, -1)[:, :, 1]  # [B,m,h,D/h]
     v = v.transpose(1, 2)  # [B,h,m,D/h]

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ import eval as evaluation
 from fakes import (
     ENV,
     HERE,
+    KNOBS,
     PARENT,
     TINY,
     Killed,
@@ -47,6 +49,8 @@ from fakes import (
     train,
     with_value_at,
 )
+from lm import FrozenLM
+from model import DeepMLF
 from run import machine
 from run.errors import ModelError
 from run.folder import load_checkpoint
@@ -155,6 +159,16 @@ def test_av_init_keeps_tunes_or_ignores_the_pretrained_av_encoder(corpora, curri
 
     assert all(same('frozen')) and not all(same('whole'))
     assert sum(same('random')) < len(same('random')) / 2
+
+
+@pytest.mark.parametrize('how', ['frozen', 'tune', 'random'])
+def test_a_model_without_pretrained_weights_freezes_its_av_encoder_too(how):
+    """The benchmark (tools/bench_model.py) assembles its model and loads no weights."""
+    facts = SimpleNamespace(widths=dict(audio=5, vision=7))
+    k = KNOBS | dict(av_init=how, av_width=12, av_heads=3)
+    model = DeepMLF.assemble(k, facts, FrozenLM(tiny_lm()), None).train()
+    trained = {p.requires_grad for p in model.av_encoder.parameters()}
+    assert trained == {how != 'frozen'} and model.av_encoder.training == (how != 'frozen')
 
 
 def test_accumulated_micro_batches_give_the_step_of_one_big_batch(corpora, curriculum):
@@ -460,7 +474,8 @@ def test_eval_reproduces_the_test_metrics_and_compares_runs(curriculum):
             ['--dropout=1.5', '--batch_size=0'],
             r'batch_size=0 must be at least 1.*dropout=1.5 must be in',
         ),
-        (['--select=accuracy'], "select='accuracy' is none of"),
+        (['--select=accuracy'], "select='accuracy' is none of [^<]*$"),
+        (['--select=unread'], "select='unread' is none of"),
         (['--corpus=nowhere.pkl'], 'nowhere.pkl'),
         (['--label=mood'], "no label 'mood'"),
         (['--label=emotion'], 'classes'),
@@ -593,6 +608,7 @@ def test_the_error_on_other_feature_widths_has_both_shapes(corpora, curriculum, 
 def test_a_killed_fresh_start_leaves_no_result_of_the_former_run(corpora, curriculum, monkeypatch):
     """A run that needs this one would take result.json as a sign that it is finished."""
     shutil.copytree(curriculum / 'whole', curriculum / 'again', dirs_exist_ok=True)
+    (curriculum / 'again' / 'confusion.png').touch()   # as of a run that predicted classes
 
     def dying(*a, **k):
         raise Killed
@@ -602,6 +618,7 @@ def test_a_killed_fresh_start_leaves_no_result_of_the_former_run(corpora, curric
         train(*deepmlf(corpora, curriculum, 'again', '--fresh=True'))
     assert not (curriculum / 'again' / 'result.json').exists()
     assert not (curriculum / 'again' / 'best.safetensors').exists()
+    assert not list((curriculum / 'again').glob('*.png'))
 
 
 def test_resuming_from_a_damaged_checkpoint_stops_with_a_sentence(corpora, curriculum):
@@ -627,6 +644,13 @@ def test_nan_stops_the_run_and_names_the_step_and_the_terms(corpora, curriculum,
     sentence = 'av, fusion, loss, task, text became NaN or inf in step 2, and nothing was saved'
     with pytest.raises(SystemExit, match=sentence):
         train(*deepmlf(corpora, curriculum, 'nan'))
+
+
+def test_a_wrong_prediction_stops_the_run_with_one_full_stop(corpora, curriculum, monkeypatch):
+    monkeypatch.setattr(DeepMLF, 'predict', lambda self, batch: dict(pred=batch['label'][:, None]))
+    with pytest.raises(SystemExit) as stopped:
+        train(*deepmlf(corpora, curriculum, 'wrong'))
+    assert re.search(r'valid: .*returned pred of shape .*[^.]\.$', str(stopped.value).strip())
 
 
 @pytest.mark.parametrize(

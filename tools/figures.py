@@ -134,7 +134,7 @@ def draw_sweep(path):
         sweep = read_json(path, SWEEP, follow=True)
         rows = [r for r in sweep['rows'] if r['test']]
         if not rows:
-            raise EvalError(f"{path} has no row with a finished run.")
+            raise EvalError(f"{path} has no row with a finished run: run the sweep again.")
         by = 'mae' if 'mae' in rows[0]['test'][0] else 'wf1'
         for row in rows:
             check_form(row, dict(test=[{by: NUMBER}]))
@@ -147,8 +147,7 @@ def draw_sweep(path):
     labels = [r['label'] for r in rows]
     ns = sorted(set(map(len, y)))
     n = f"n = {ns[0]}" if len(ns) == 1 else f"n = {ns[0]} to {ns[-1]}"
-    better = 'lower' if BETTER[by] == 'low' else 'higher'
-    score = f"test {by} ({better} is better)"
+    score = f"test {by} ({BETTER[by]} is better)"
 
     numbers = numbers_of(labels)
     if numbers:
@@ -264,7 +263,7 @@ def clip_number(feed, clip):
         return 0
     if clip not in ids:
         raise EvalError(f"there is no clip {clip!r} in the test split of {feed.corpus.name}: "
-                        f"it has {ids[0]}, {ids[1]} ..")
+                        f"give one of its ids, such as {ids[0]}.")
     return ids.index(clip)
 
 
