@@ -305,13 +305,13 @@ class Feed:
     def cost(self, split, evaluation=False):
         """
         The cost of each clip, [N]: text tokens plus the frame cost of the model's streams. With
-        text_first, clips are ordered by tokens first and by frame cost second; with frames_count
-        this holds in training alone.
+        text_first, clips are ordered by tokens first and by frame cost second; with
+        evaluates_by_frames this holds in training alone.
         """
         cost = np.zeros(self.corpus.n_clips[split], np.int64)  # [N]
         if self.tokens:
             cost += [len(t) for t in self.tokens[split]]
-        if self.model.text_first and not (evaluation and self.model.frames_count):
+        if self.model.text_first and not (evaluation and self.model.evaluates_by_frames):
             cost *= 10_000   # one token outweighs any frame cost below 10,000
         for m in self.corpus.widths:
             if m in self.streams:

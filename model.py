@@ -795,7 +795,7 @@ class MSEAdapterLM(PseudoTokenLM):
 class CMPTALM(PseudoTokenLM):
     """ CMPTA: BiLSTM alignment and six directed cross-attentions make six pseudo tokens. """
 
-    frames_count = True   # LSTMs and attention of width 1024 over frames take most of an evaluation
+    evaluates_by_frames = True   # its LSTMs and attention over frames take most of an evaluation
 
     class Knobs(PseudoTokenKnobs):
         cmpta_width: AtLeast(1) = 1024   # d, width of the adapter

@@ -36,7 +36,7 @@ class System(nn.Module):
     frozen_lm = False               # self.lm is a FrozenLM, so shard_lm may shard it
     predicts = True                 # False: it has a loss, but does not predict a label
     text_first = False              # batches group clips by text length first, then by frame cost
-    frames_count = False            # .. but by tokens plus frame cost in evaluation
+    evaluates_by_frames = False     # in evaluation, batches group clips by tokens plus frame cost
     one_process = False             # it stores statistics of clips: no training under torchrun
     inherited_knobs = ()            # knobs that a prerequisite run takes from the run that needs it
     units = UNITS                   # of its loss terms {name: unit}, as training prints them once
