@@ -394,7 +394,13 @@ def draw_views(views, corpus, title, out, stem, tokens=()):
         """ The names of n rows or columns. """
         return tokens if what == 'text token' and len(tokens) == n <= 40 else []
 
-    heights = [1.3 if len(weights) <= 12 else 2.6 for weights, *_ in views.values()]
+    def height(weights, rows, column):
+        """ Inches of a panel. """
+        if rows == 'text token' and names_of(rows, len(weights)):
+            return 0.9 + 0.14 * len(weights)   # a line of text a row
+        return 1.3 if len(weights) <= 12 else 2.6
+
+    heights = [height(*view) for view in views.values()]
     fig, axes = canvas(len(views), 1, high=0.7 + sum(heights), wide=1.3 * WIDE)
     highest = max(float(weights.max()) for weights, *_ in views.values())
     for (ax,), (name, (weights, rows, column)) in zip(axes, views.items()):
