@@ -42,7 +42,7 @@ from model import SYSTEMS
 from run.finite import FirstBad
 from system import System
 from tools import device_time
-from tools.device_time import by_kind, gigabytes, kernel_seconds, seconds_of
+from tools.device_time import by_kind, gigabytes, kernel_seconds, matmul_rate, seconds_of
 from tools.random_clips import SHAPES, Words, random_corpus, random_lm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,10 +51,10 @@ SMALL_KNOBS = dict(mm_layers=[1, 3], mm_heads=4, prompt='cn', max_text_len=24)
 LARGE = {
     'gpt2-large': dict(
         family='gpt2', shape=(36, 1280, 20, 50257), config='deepmlf_mosei.py', clips='mosei',
-        rows=[('bfloat16', 256), ('float32', 256)]),
+        rows=dict(bfloat16=[256], float32=[256])),
     'llama-7b': dict(
         family='llama', shape=(32, 4096, 32, 32000), config='mse_simsv2.py', clips='simsv2',
-        rows=[('bfloat16', 64), ('bfloat16', 16), ('float32', 16)]),
+        rows=dict(bfloat16=[64, 16], float32=[16])),
 }
 N_BATCHES = 4      # timed batches of a row, from the shortest to the longest clips
 REPEATS = 3        # timed passes over them
@@ -361,7 +361,7 @@ def large_training(name, dtype, batch_size, compiled=False):
     _, k = run_knobs(argv, *declared_knobs(ROOT / 'train.py'), SYSTEMS)
     if REHEARSAL:
         k |= {key: v for key, v in SMALL_KNOBS.items() if key in k}
-    largest = max(size for _, size in case['rows'])
+    largest = max(max(sizes) for sizes in case['rows'].values())
     corpus = corpus_of(case['clips'], 16 if REHEARSAL else N_BATCHES * largest, 'large')
     built = build(k, corpus, case['family'], shape, dtype, DEVICE)
     return Training(*built, corpus, k, dtype, compiled)
@@ -411,15 +411,13 @@ def measure_speed(name, dtype_name):
     """ Measures the rows of a model of LARGE that have this dtype. """
     float32_exactly()
     n = 512 if REHEARSAL else 8192
-    rate = device_time.matmul_rate
-    peak = {d: rate(getattr(torch, d), n, DEVICE) for d in ('bfloat16', 'float32')}
+    peak = {d: matmul_rate(getattr(torch, d), n, DEVICE) for d in ('bfloat16', 'float32')}
     card = 'CPU' if DEVICE == 'cpu' else torch.cuda.get_device_name()
     say(f"{card}, torch {torch.__version__}: matmul of {n} x {n}: {peak['bfloat16'] / 1e12:.1f} "
         f"TFLOP/s bfloat16, {peak['float32'] / 1e12:.1f} float32")
-    for dtype, batch_size in LARGE[name]['rows']:
-        if dtype == dtype_name:
-            with reported(f'{name}, {dtype}, batch {batch_size}'):
-                measure_row(name, dtype, batch_size, peak)
+    for batch_size in LARGE[name]['rows'][dtype_name]:
+        with reported(f'{name}, {dtype_name}, batch {batch_size}'):
+            measure_row(name, dtype_name, batch_size, peak)
 
 
 def measure_steps(name, dtype, batch_size, compiled):
@@ -436,7 +434,7 @@ def measure_steps(name, dtype, batch_size, compiled):
 
 
 def measure_compiled(name):
-    dtype, batch_size = LARGE[name]['rows'][0]
+    dtype, batch_size = 'bfloat16', LARGE[name]['rows']['bfloat16'][0]
     for compiled in (False, True):
         with reported(f"{name}, {'compiled' if compiled else 'not compiled'}"):
             measure_steps(name, dtype, batch_size, compiled)
