@@ -881,7 +881,7 @@ def test_words_and_tokens_are_cut_at_the_same_end(corpora):
     """
     feed = object.__new__(Feed)
     feed.k = dict(max_text_len=6)
-    feed.streams = ()
+    feed.streams, feed.first_word = (), 0
     assert feed._words(word_tokenizer(truncation_side='left'), 'test', [LONG]) == [
         [-1, 0, 1, 2, 3, -1]
     ]
