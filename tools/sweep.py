@@ -266,6 +266,17 @@ def refuse_flags_of_rows(flags, rows):
                 raise EvalError(f"the row {label!r} changes {knob} itself: leave --{knob} out.")
 
 
+def refuse_config(name, tables):
+    """ Stops with a sentence if --config would do nothing, or what the table is not made for. """
+    if tables[name].get('toy'):
+        printed = [key for key, other in tables.items()
+                   if key.startswith(name + '-') and not other.get('toy')]
+        instead = f", or take {' or '.join(printed)}" if printed else ""
+        raise EvalError(f"table {name} is sized for the toy corpus: leave --config out{instead}.")
+    if all('config' in changes for _, changes, _ in tables[name]['rows']):
+        raise EvalError(f"each row of table {name} has a config of its own: leave --config out.")
+
+
 def refuse_unknown_flags(flags, runs):
     """ Stops with a sentence if no run has a knob for a flag. """
     for k in flags:
@@ -296,15 +307,8 @@ def main(argv):
     n_seeds, jobs = read_numbers(own)
     t = tables[own['table']]
     refuse_flags_of_rows(flags, t['rows'])
-    if own['config'] and t.get('toy'):
-        printed = [key for key, other in tables.items()
-                   if key.startswith(own['table'] + '-') and not other.get('toy')]
-        instead = f", or take {' or '.join(printed)}" if printed else ""
-        raise EvalError(f"table {own['table']} is sized for the toy corpus: leave --config out"
-                        f"{instead}.")
-    if own['config'] and all('config' in changes for _, changes, _ in t['rows']):
-        raise EvalError(f"each row of table {own['table']} has a config of its own: leave --config "
-                        "out.")
+    if own['config']:
+        refuse_config(own['table'], tables)
 
     config = own['config'] or t.get('config') or sweep['config']
     source = knobs_of_run(config, {k: flags[k] for k in ('dataset', 'corpus') if k in flags})
