@@ -206,7 +206,10 @@ class Feed:
     def _words(self, tokenizer, split, texts):
         """ For each clip, the frame of the word that each token begins in; -1 for no word. """
         if split == 'train':
-            starts = {m: self._frames_before_words(m, texts) for m in self.streams}
+            found = {m: self._frames_before_words(m, texts) for m in self.streams}
+            starts = {m: n for m, n in found.items() if n is not None}
+            self.notes += [f"no clip has both words and {m} frames, so no token gets {m}"
+                           for m in found if m not in starts]
             if len(set(starts.values())) > 1:
                 raise CorpusError("resample='words' needs the same frames before the first word in "
                                   f"all streams, and this corpus has {starts}: take another resample.")
@@ -227,14 +230,14 @@ class Feed:
     def _frames_before_words(self, m, texts):
         """
         The number of frames before that of a clip's first word: 0, or 1 where aligned files begin
-        with a zero frame. Raises CorpusError unless most train clips have one frame per word.
+        with a zero frame. None if no train clip has both. Raises CorpusError unless most of those
+        that have both have one frame per word.
         """
         n_frames = self.corpus.lengths('train', m)  # [N]
         n_words = np.array([len(t.split()) for t in texts])  # [N]
         both = (n_frames > 0) & (n_words > 0)  # [N]
         if not both.any():
-            raise CorpusError(f"resample='words' needs words and frames, and no train clip has both "
-                              f"words and {m}: take another resample, or leave {m} out of modalities.")
+            return None   # a user's clip may lack one of them
         if np.mean((n_frames == n_words)[both]) >= 0.5:
             return 0
         one_more = np.flatnonzero(both & (n_frames == n_words + 1))

@@ -532,7 +532,8 @@ class FrozenLM(nn.Module):
     def go_on(self, x, n_read, token, n_new):
         """
         Greedy decoding of n_new tokens. The LM first reads n_read [B] of the embeddings x [B,T,D],
-        then `token` [B]. -> [B,n_new], -1 where the logits are NaN or inf.
+        then `token` [B]. -> [B,n_new], -1 where the logits are NaN or inf. Our own loop, because
+        what generate() returns for embeddings differs between versions of transformers.
         """
         B, T, _ = x.shape
         positions = torch.arange(T, device=x.device)  # [T]
