@@ -545,7 +545,7 @@ def test_byte_level_tokens_get_the_number_of_their_word(corpora):
         trainers.BpeTrainer(vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
-    feed = type('F', (), dict(streams=(), k=dict(max_text_len=50), corpus=None, first_word=0))
+    feed = type('F', (), dict(streams=(), k=dict(max_text_len=50), corpus=None, notes=[]))
     text = 'the  film was goods'
     words = Feed._words(feed, tokenizer, 'train', [text])[0]
     pieces = tokenizer.convert_ids_to_tokens(tokenizer([text])['input_ids'][0])
