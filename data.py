@@ -305,16 +305,16 @@ class Feed:
             return int(self.answer_len[index].sum())
         return sum(len(self.tokens[split][i]) - 1 for i in index) if self.tokens else 0
 
-    def cost(self, split, evaluation=False):
+    def cost(self, split):
         """
         The cost of each clip, [N]: text tokens plus the frame cost of the model's streams. With
         text_first, clips are ordered by tokens first and by frame cost second; with
-        evaluates_by_frames this holds in training alone.
+        evaluates_by_frames this holds for the train split alone.
         """
         cost = np.zeros(self.corpus.n_clips[split], np.int64)  # [N]
         if self.tokens:
             cost += [len(t) for t in self.tokens[split]]
-        if self.model.text_first and not (evaluation and self.model.evaluates_by_frames):
+        if self.model.text_first and (split == 'train' or not self.model.evaluates_by_frames):
             cost *= 10_000   # one token outweighs any frame cost below 10,000
         for m in self.corpus.widths:
             if m in self.streams:

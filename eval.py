@@ -33,7 +33,7 @@ from run.errors import ModelError
 from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
 from run.folder import ROOT, find_folder, load_checkpoint, load_tensors
 from run.machine import devices, hold_memory
-from run.predictor import Predictor, describe_clips, transferred, what_is_read
+from run.predictor import Predictor, describe_clips, knobs_with, transferred, what_is_read
 from run.report import RUN_KNOBS, EvalError, print_and_save, read_predictions, read_run
 from run.size_limit import size_limit
 from system import checked_prediction
@@ -53,7 +53,7 @@ def evaluate(model, feed, split, autocast=nullcontext, **how):
     was_training = model.training
     model.eval()
     collected, n, own_batches = {}, feed.n_clips[split], []
-    batches = epoch_order(feed.cost(split, True), feed.k['batch_size'], seed=0, epoch=None)
+    batches = epoch_order(feed.cost(split), feed.k['batch_size'], seed=0, epoch=None)
     # torchrun: each of n processes takes every n-th batch; a process without one repeats the last
     for first in range(0, len(batches), ranks.N_RANKS):
         index = batches[min(first + ranks.RANK, len(batches) - 1)]
@@ -304,8 +304,7 @@ def evaluate_without(folder, modalities, **allowed):
     is the text alone. Returns a table. Raises EvalError, ModelError, CorpusError.
     """
     run = load_run(folder, **allowed)
-    r, kept = run.result, [m for m in run.knobs['modalities'] if m in modalities]
-    k = run.knobs | dict(modalities=kept)
+    r, k = run.result, knobs_with(run, modalities)
     metrics, _ = run.test(run.corpus, k)
     keys = [key for key in r['test'] if key in metrics]
     rows = [['as trained'] + cells(r['test'], keys), [what_is_read(run, k)] + cells(metrics, keys)]
@@ -320,10 +319,8 @@ def evaluate_on(folder, source, modalities=None, **allowed):
     standardised with the run's own mean and std. Raises EvalError, ModelError, CorpusError.
     """
     run = load_run(folder, **allowed)
-    home, k = run.corpus, run.knobs
-    modalities = [m for m in k['modalities'] if modalities is None or m in modalities]
-    other, k = open_corpus(source, k['data_dir']), k | dict(modalities=modalities)
-    other = transferred(run, other, modalities)
+    home, k = run.corpus, knobs_with(run, modalities)
+    other = transferred(run, open_corpus(source, k['data_dir']), k['modalities'])
     here, _ = run.test(home, k)
     there, _ = run.test(other, k)
     keys = [key for key in here if key in there]

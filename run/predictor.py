@@ -104,18 +104,18 @@ class Predictor:
         or a folder, as for --corpus=). modalities: those that are used, such as ('text', 'audio');
         None for all that the run reads. The text is always read. Writes nothing into the run's folder.
         """
-        run, k = self.run, self.run.knobs
+        run = self.run
         unknown = sorted(set(modalities or ()) - {'text', *STREAMS})
         if unknown or isinstance(modalities, str):
             raise EvalError(f"modalities={modalities!r} must be a list of text, audio or vision.")
-        streams = [m for m in k['modalities'] if modalities is None or m in modalities]
+        k = knobs_with(run, modalities)
         if corpus is None:
             other = run.own_corpus()
         else:
             other = open_corpus(find_folder(str(corpus)), k['data_dir'])
             if other.sha256 != run.facts['sha256']:
-                other = transferred(run, other, streams)
-        metrics, _ = run.test(other, k | dict(modalities=streams))
+                other = transferred(run, other, k['modalities'])
+        metrics, _ = run.test(other, k)
         return metrics
 
     def _checked(self, rows, is_list):
@@ -390,6 +390,12 @@ def change_text(run, whole, other, i):
 
 # --------------------------------------------------------------------------------------------------
 # Another corpus
+
+def knobs_with(run, modalities):
+    """ The knobs of a run that reads only these of its streams; None: all of them. """
+    streams = [m for m in run.knobs['modalities'] if modalities is None or m in modalities]
+    return run.knobs | dict(modalities=streams)
+
 
 def what_is_read(run, k):
     """ The modalities that a run reads with the knobs k, as text. """

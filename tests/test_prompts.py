@@ -984,13 +984,15 @@ def test_few_shot_subsets_are_stratified_and_seeded(corpora, tokenizers):
 
 def test_cmpta_is_trained_by_text_and_evaluated_by_tokens_and_frames(corpora, tokenizers):
     model, feed, _ = prompted(corpora, tokenizers)
-    tokens = np.array([len(ids) for ids in feed.tokens['valid']])
-    frames = sum(feed.corpus.lengths('valid', m) for m in ('audio', 'vision'))
+    tokens, frames = {}, {}
+    for split in ('train', 'valid'):
+        tokens[split] = np.array([len(ids) for ids in feed.tokens[split]])
+        frames[split] = sum(feed.corpus.lengths(split, m) for m in ('audio', 'vision'))
     assert not model.evaluates_by_frames
-    assert np.array_equal(feed.cost('valid', True), 10_000 * tokens + frames)
+    assert np.array_equal(feed.cost('valid'), 10_000 * tokens['valid'] + frames['valid'])
     feed.model = CMPTALM
-    assert np.array_equal(feed.cost('valid'), 10_000 * tokens + frames)
-    assert np.array_equal(feed.cost('valid', True), tokens + frames)
+    assert np.array_equal(feed.cost('train'), 10_000 * tokens['train'] + frames['train'])
+    assert np.array_equal(feed.cost('valid'), tokens['valid'] + frames['valid'])
 
 
 def test_labels_outside_the_range_or_the_classes_are_refused(corpora, tokenizers, tmp_path):

@@ -33,17 +33,10 @@ class Run:
         the middle batch of each part: a list of arrays of clips.
         """
         k = self.k
-        order = epoch_order(self.cost(split), k['batch_size'], 0, None)
+        order = epoch_order(self.feed.cost(split), k['batch_size'], 0, None)
         order = order[:k['bench_clips'] // k['batch_size'] or 1]  # full batches only
         n = min(k['bench_batches'], len(order))
         return [order[int((i + 0.5) * len(order) / n)] for i in range(n)]
-
-    def cost(self, split):
-        """ The cost of each clip, [N]. Another commit may not tell evaluation from training. """
-        try:
-            return self.feed.cost(split, split != 'train')
-        except TypeError:
-            return self.feed.cost(split)
 
     def autocast(self):
         bfloat16 = self.k['dtype'] == 'bfloat16'

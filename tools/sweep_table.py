@@ -8,10 +8,11 @@ import shlex
 import numpy as np
 
 from data import CorpusError, open_corpus
-from eval import load_run, transferred
+from eval import load_run
 from metrics import SHOWN, claim, is_better, markdown_table, mean_std_n, score_by
 from run.errors import ModelError
 from run.folder import write_text
+from run.predictor import knobs_with, transferred
 from run.report import EvalError, read_predictions, read_run
 
 PAPER = 'paper (not ours)'   # the header of the column of what the paper prints
@@ -70,13 +71,12 @@ def at_test(label, trained, changes):
     for folder in trained['folders']:
         try:
             run = load_run(folder, data_dir=read_run(folder)['about']['knobs']['data_dir'])
-            read = run.knobs['modalities']
-            kept = [m for m in read if m in changes.get('modalities', read)]
+            k = knobs_with(run, changes.get('modalities'))
             corpus = run.corpus
             if 'corpus' in changes:
-                other = open_corpus(changes['corpus'], run.knobs['data_dir'])
-                corpus = transferred(run, other, kept)
-            metrics, predictions = run.test(corpus, run.knobs | dict(modalities=kept))
+                corpus = transferred(
+                    run, open_corpus(changes['corpus'], k['data_dir']), k['modalities'])
+            metrics, predictions = run.test(corpus, k)
             row |= dict(ids=corpus.id('test'), truth=predictions['label'])
         except (EvalError, CorpusError, ModelError, ValueError) as e:
             row['failed'].append(str(e))
