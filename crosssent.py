@@ -1,8 +1,7 @@
 """
-CrossSent, which fine-tunes a text encoder with a gate for audio and video, and CORAL, the control
-of its ordinal losses: the same network with another head.
+CrossSent, which fine-tunes a text encoder with a gate for audio and video.
 
-Axis letters: B clips, T text tokens, D width of the encoder, K levels of the score.
+Axis letters: B clips, T text tokens, D width of the encoder.
 """
 from typing import Literal
 
@@ -23,31 +22,29 @@ from run.texts import texts_as_read
 from system import System, weight_groups
 
 
-class GMRAKnobs(EncoderKnobs):
-    gmra_layer: AtLeast(0) = 1    # encoder layer, from 1, before which GMRA runs; 0: text only
-    gmra_width: AtLeast(0) = 0    # d, width of the GMRA; 0: the encoder's width
-    gmra_heads: AtLeast(0) = 0    # attention heads; 0: as many as the encoder has
-    gmra_mult: AtLeast(0.1) = 4.0  # hidden width of the residual adapter, in encoder widths
-    gmra_concat: Literal['sequence', 'features'] = 'sequence'  # how audio and video are joined
-    gmra_start: Literal['identity', 'random'] = 'identity'  # 'identity': no effect at first
-    gmra_codes: AtLeast(0) = 0    # streams are one column of codes 0 .. gmra_codes - 1; 0: features
-    resample: Literal['linear', 'mean', 'words', 'none'] = 'linear'  # of frames to text tokens
-    text_pool: Literal['first', 'mean'] = 'first'  # first token, or mean of tokens
-    lr_encoder: AtLeast(0) = 1.0  # factor of the learning rate for the encoder's own weights
-    dropout: Share() = 0.1        # in the GMRA and the head
-
-
-class GMRAEncoder(System):
+class CrossSent(System):
     """
-    The network of CrossSent (Liu et al. 2026): a Gated Multimodal Residual Adapter (GMRA) adds
-    audio and video to the hidden states of a fine-tuned encoder before layer gmra_layer. A head of
-    two linear layers reads one score from the sentence vector.
+    CrossSent (Liu et al. 2026): a Gated Multimodal Residual Adapter (GMRA) adds audio and video to
+    the hidden states of a fine-tuned encoder before layer gmra_layer. A head of two linear layers
+    reads one score from the sentence vector. Loss: MSE and the ordinal regularisers (losses.py).
     """
 
-    class Knobs(GMRAKnobs):
-        pass
+    class Knobs(EncoderKnobs, OrdinalKnobs):
+        gmra_layer: AtLeast(0) = 1    # encoder layer, from 1, before which GMRA runs; 0: text only
+        gmra_width: AtLeast(0) = 0    # d, width of the GMRA; 0: the encoder's width
+        gmra_heads: AtLeast(0) = 0    # attention heads; 0: as many as the encoder has
+        gmra_mult: AtLeast(0.1) = 4.0  # hidden width of the residual adapter, in encoder widths
+        gmra_concat: Literal['sequence', 'features'] = 'sequence'  # how audio and video are joined
+        gmra_start: Literal['identity', 'random'] = 'identity'  # 'identity': no effect at first
+        gmra_codes: AtLeast(0) = 0    # streams are one column of codes 0 .. gmra_codes - 1; 0: features
+        resample: Literal['linear', 'mean', 'words', 'none'] = 'linear'  # of frames to text tokens
+        text_pool: Literal['first', 'mean'] = 'first'  # first token, or mean of tokens
+        lr_encoder: AtLeast(0) = 1.0  # factor of the learning rate for the encoder's own weights
+        dropout: Share() = 0.1        # in the GMRA and the head
 
     text_first = True
+    score_loss = staticmethod(mse)
+    units = UNITS | dict(task='squared label units')
 
     def __init__(self, encoder, tokenizer, widths, k):
         """ encoder: TextEncoder; widths: stream -> width; k: the knobs, a dict. """
@@ -99,7 +96,8 @@ class GMRAEncoder(System):
 
     @classmethod
     def assemble(cls, k, facts, encoder, tokenizer):
-        return cls(encoder, tokenizer, cls.gmra_widths(k, facts), k)
+        model = cls(encoder, tokenizer, cls.gmra_widths(k, facts), k)
+        return model.with_levels(facts.labels[k['label']])
 
     @classmethod
     def gmra_widths(cls, k, facts):
@@ -137,6 +135,15 @@ class GMRAEncoder(System):
             y = text_vector(x.float(), mask, self.k['text_pool'])  # [B,D]
             return self.head(y)[:, 0]
 
+    def predict(self, batch):
+        return dict(pred=self.predicted_score(self.score(batch)))  # [B]
+
+    def forward(self, batch):
+        y, label = self.score(batch), batch['label']  # [B], [B]
+        terms, ordinal = ordinal_loss(y, label, self.k, batch)
+        terms['task'] = self.task_loss(y, label)
+        return dict(loss=terms['task'] + ordinal, terms=terms)
+
     def param_groups(self):
         """ As System.param_groups, with the factor lr_encoder for the encoder's own weights. """
         return weight_groups(self, dict(encoder=self.k['lr_encoder']))
@@ -165,94 +172,3 @@ def refuse_other_codes(corpus, split, stream, n):
             raise CorpusError(f"gmra_codes={n} reads whole numbers from 0 to {n - 1}, and {stream} "
                               f"of the clip {clip!r} has others: raise gmra_codes, or take "
                               "gmra_codes=0 for features.")
-
-
-class CrossSent(GMRAEncoder):
-    """ CrossSent (Liu et al. 2026). Loss: MSE and the ordinal regularisers (losses.py). """
-
-    class Knobs(GMRAKnobs, OrdinalKnobs):
-        pass
-
-    units = UNITS | dict(task='squared label units')
-
-    def predict(self, batch):
-        return dict(pred=self.score(batch))  # [B]
-
-    def forward(self, batch):
-        pred, label = self.score(batch), batch['label']  # [B], [B]
-        terms, ordinal = ordinal_loss(pred, label, self.k, batch)
-        terms['task'] = mse(pred, label)
-        return dict(loss=terms['task'] + ordinal, terms=terms)
-
-
-class CORAL(GMRAEncoder):
-    """
-    CORAL (Cao, Mirjalili, Raschka 2020) on CrossSent's network, in place of MSE, MPR and EIOI. The
-    score passes RankLevels. --gmra_layer=0 gives CORAL on the text alone. CORAL is for ordered
-    classes; CrossSent's paper names it, and does not state how it would be applied to scores.
-    """
-
-    class Knobs(GMRAKnobs):
-        level_step: AtLeast(0.001) = 0.1  # distance of neighbouring levels, in label units
-
-    no_classes = 'its binary tasks need labels with an order'
-    units = UNITS | dict(task='nats per threshold')
-
-    def __init__(self, encoder, tokenizer, widths, k, label_range):
-        """ label_range: the lowest and the highest label. """
-        super().__init__(encoder, tokenizer, widths, k)
-        self.levels = RankLevels(*label_range, k['level_step'])
-
-    @classmethod
-    def assemble(cls, k, facts, encoder, tokenizer):
-        cls.refuse_other_label(k, facts.labels[k['label']])
-        return cls(encoder, tokenizer, cls.gmra_widths(k, facts), k,
-                   facts.labels[k['label']]['range'])
-
-    def predict(self, batch):
-        return dict(pred=self.levels.score(self.levels(self.score(batch))))  # [B]
-
-    def forward(self, batch):
-        task = self.levels.loss(self.levels(self.score(batch)), batch['label'])
-        return dict(loss=task, terms={'task': task})
-
-
-class RankLevels(nn.Module):
-    """
-    The rank-consistent output of CORAL (Cao et al. 2020, eqs. 1-5), for the score of any system.
-
-    The range of the label is divided into K levels. Threshold t_k is between level k and the next,
-    and a binary task asks whether the label is above it: P(y > t_k) = sigmoid(score + b_k). All
-    tasks share the weights behind the score and differ in b_k alone, so their answers are
-    consistent: at the optimum b_1 >= b_2 >= .. (Theorem 1). The loss is the binary cross-entropy of
-    all tasks, with equal weights. It is their mean; the paper has the sum, which grows with K.
-
-    b_k starts at -t_k, so that the first predictions are the scores. (The release starts at 0, its
-    later package between 1 and 0: with many levels and few steps, b would hardly get apart.)
-    """
-    def __init__(self, low, high, step):
-        """ low, high: the lowest and the highest level; step: between levels, in label units. """
-        super().__init__()
-        n = round((high - low) / step)
-        if n < 1 or abs(n * step - (high - low)) > 1e-6:
-            raise ModelError(f"level_step={step:g} does not divide the range of the labels, "
-                             f"{low:g} to {high:g}, into equal levels: choose a divisor.")
-        self.low, self.step = low, step
-        thresholds = low + step * (torch.arange(n) + 0.5)  # [K-1]
-        self.register_buffer('thresholds', thresholds, persistent=False)
-        self.biases = nn.Parameter(-thresholds)
-
-    def forward(self, score):
-        """ score [B] -> logits of P(y > t_k) [B,K-1]. """
-        return score[:, None] + self.biases
-
-    def loss(self, logits, label):
-        """ logits [B,K-1], label [B] -> [] """
-        above = (label[:, None] > self.thresholds).float()  # [B,K-1]
-        return F.binary_cross_entropy_with_logits(logits, above)
-
-    def score(self, logits):
-        """ The level that as many thresholds are below as have P > 0.5: [B,K-1] -> [B]. """
-        n_above = (logits > 0).sum(-1)  # [B]
-        score = self.low + self.step * n_above  # [B]
-        return score.where(logits.isfinite().all(-1), torch.nan)  # a count would hide a NaN

@@ -1,13 +1,14 @@
 """
 The losses: functions of tensors that return a scalar to differentiate. deepmlf_loss and
 ordinal_loss also return the terms of that scalar, and head_loss returns a dict of both. The ordinal
-losses have their knobs, checks and notes here.
+losses and CORAL, their control, have their knobs, checks and notes here.
 
-Axis letters: B clips, T text tokens, D LM width, V vocabulary.
+Axis letters: B clips, T text tokens, D LM width, V vocabulary, K levels of a score.
 """
 import math
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +22,9 @@ UNITS = dict.fromkeys('task text audio vision av fusion'.split(), 'label units')
 
 
 class OrdinalKnobs:
-    """ The ordinal regularisers of CrossSent, for any system that predicts a score by a head. """
+    """
+    The ordinal regularisers of CrossSent, and CORAL, for any system that predicts a score by a head.
+    """
     weight_mpr: AtLeast(0) = 0.0   # weight of MPR, the monotonic pairwise ranking loss
     weight_eioi: AtLeast(0) = 0.0  # weight of EIOI, the loss on errors outside a band
     mpr_gap: AtLeast(0) = 0.5      # delta: pairs whose labels differ by more than this are ranked
@@ -30,6 +33,7 @@ class OrdinalKnobs:
     eioi_band: AtLeast(0) = 0.25   # epsilon: half the width of the band around the label
     eioi_power: AtLeast(1) = 1.0   # power of the error outside the band
     ramp_epochs: AtLeast(0) = 5.0  # epochs in which both weights rise from 0 (a cosine)
+    level_step: AtLeast(0) = 0.0   # CORAL as the task loss: label units between levels; 0: no CORAL
 
 
 def refuse_other_shape(pred, label):
@@ -123,18 +127,18 @@ def label_loss(hidden, answer, real, lm_head, weight=1.0):
     return total / real.sum() * weight
 
 
-def deepmlf_loss(out, label, weights):
+def deepmlf_loss(out, label, weights, task_loss=l1):
     """
     DeepMLF's objective (eqs. 13-14) without the LM loss: L1 of the task head plus weighted L1 of
     the audiovisual, text and fusion heads. The model adds the LM loss, because it has the hidden
     states.
 
-    out: dict of predictions [B] under pred, av, text, fusion; weights: dict for av, text, fusion.
-    Returns the dict of unweighted terms and their weighted sum, in which the task head has weight
-    1.
+    out: dict of predictions [B] under pred, av, text, fusion; weights: dict for av, text, fusion;
+    task_loss: of the task head. Returns the dict of unweighted terms and their weighted sum, in
+    which the task head has weight 1.
     """
     used = {k: w for k, w in weights.items() if w}
-    terms = dict(task=l1(out['pred'], label)) | {k: l1(out[k], label) for k in used}
+    terms = dict(task=task_loss(out['pred'], label)) | {k: l1(out[k], label) for k in used}
     return terms, terms['task'] + sum(w * terms[k] for k, w in used.items())
 
 
@@ -179,16 +183,17 @@ def ordinal_loss(pred, label, k, batch):
     return terms, ramp(k, batch) * sum(k['weight_' + name] * term for name, term in terms.items())
 
 
-def head_loss(out, kind, k, batch):
+def head_loss(out, kind, k, batch, task_loss=l1):
     """
-    The loss of a head that reads a score, out [B,1], or classes, out [B,K] -> dict(loss, terms): L1
-    and the ordinal losses, or cross-entropy. kind: of the label; k: the knobs (OrdinalKnobs).
+    The loss of a head that reads a score, out [B,1], or classes, out [B,K] -> dict(loss, terms):
+    task_loss and the ordinal losses, or cross-entropy. kind: of the label; k: the knobs
+    (OrdinalKnobs).
     """
     label = batch['label']  # [B]
     if kind == 'classes':
         task = F.cross_entropy(out, label)
         return dict(loss=task, terms={'task': task})
-    task = l1(out[:, 0], label)
+    task = task_loss(out[:, 0], label)
     ordinal_terms, ordinal = ordinal_loss(out[:, 0], label, k, batch)
     return dict(loss=task + ordinal, terms={'task': task} | ordinal_terms)
 
@@ -204,11 +209,58 @@ def ramp(k, batch):
     return (0.5 - 0.5 * torch.cos(math.pi * done)).float()
 
 
+class RankLevels(nn.Module):
+    """
+    The rank-consistent output of CORAL (Cao, Mirjalili, Raschka 2020, eqs. 1-5), in place of the
+    task loss of any system that predicts a score. CORAL is for ordered classes; CrossSent's paper
+    names it, and does not state how it would be applied to scores.
+
+    The range of the label is divided into K levels. Threshold t_k is between level k and the next,
+    and a binary task asks whether the label is above it: P(y > t_k) = sigmoid(score + b_k). All
+    tasks share the weights behind the score and differ in b_k alone, so their answers are
+    consistent: at the optimum b_1 >= b_2 >= .. (Theorem 1). The loss is the binary cross-entropy of
+    all tasks, with equal weights. It is their mean; the paper has the sum, which grows with K.
+
+    b_k starts at -t_k, so that the first predictions are the scores. (The release starts at 0, its
+    later package between 1 and 0: with many levels and few steps, b would hardly get apart.)
+    """
+    def __init__(self, low, high, step):
+        """ low, high: the lowest and the highest level; step: between levels, in label units. """
+        super().__init__()
+        n = round((high - low) / step)
+        if n < 1 or abs(n * step - (high - low)) > 1e-6:
+            raise ModelError(f"level_step={step:g} does not divide the range of the labels, "
+                             f"{low:g} to {high:g}, into equal levels: choose a divisor.")
+        self.low, self.step = low, step
+        thresholds = low + step * (torch.arange(n) + 0.5)  # [K-1]
+        self.register_buffer('thresholds', thresholds, persistent=False)
+        self.biases = nn.Parameter(-thresholds)
+
+    def forward(self, score):
+        """ score [B] -> logits of P(y > t_k) [B,K-1]. """
+        return score[:, None] + self.biases
+
+    def loss(self, logits, label):
+        """ logits [B,K-1], label [B] -> [] """
+        above = (label[:, None] > self.thresholds).float()  # [B,K-1]
+        return F.binary_cross_entropy_with_logits(logits, above)
+
+    def score(self, logits):
+        """ The level that as many thresholds are below as have P > 0.5: [B,K-1] -> [B]. """
+        n_above = (logits > 0).sum(-1)  # [B]
+        score = self.low + self.step * n_above  # [B]
+        return score.where(logits.isfinite().all(-1), torch.nan)  # a count would hide a NaN
+
+
 def ordinal_errors(k):
     """ Error sentences on knobs of the regularisers that cannot work together, as a list. """
+    errors = []
     if k['weight_mpr'] and k['batch_size'] == 1:
-        return ["weight_mpr needs pairs of clips: set batch_size to at least 2"]
-    return []
+        errors += ["weight_mpr needs pairs of clips: set batch_size to at least 2"]
+    if k['level_step'] and (k['weight_mpr'] or k['weight_eioi']):
+        errors += ["level_step (CORAL) is the control of weight_mpr and weight_eioi, and its score "
+                   "has no unit: set it or both weights to 0"]
+    return errors
 
 
 def ordinal_notes(k, labels, last_epoch):

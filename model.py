@@ -38,9 +38,9 @@ from adapters import (
 from baselines.all import BASELINES
 from baselines.lora_lm import LoRALM
 from configurator import AtLeast, Share
-from crosssent import CORAL, CrossSent
+from crosssent import CrossSent
 from lm import LMKnobs, ModelError, NewModelKnobs
-from losses import OrdinalKnobs, deepmlf_loss, head_loss, l1, label_loss, lm_loss, ordinal_loss
+from losses import OrdinalKnobs, deepmlf_loss, head_loss, label_loss, lm_loss, ordinal_loss
 from prompts import Prompt, PromptKnobs, prompt_errors, prompt_name, rated_texts
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
 from run.lm_compare import known_lm
@@ -154,21 +154,26 @@ class AVModel(System):
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
-        return cls(build_av_encoder(k, facts.widths), k), None
+        model = cls(build_av_encoder(k, facts.widths), k)
+        return model.with_levels(facts.labels[k['label']]), None
 
     @classmethod
     def frame_cost(cls, k, n_frames):
         return np.minimum(n_frames, k['av_len'])
 
-    def predict(self, batch):
+    def score(self, batch):
+        """ The output of the head -> [B]. """
         z, mask = self.av_encoder(batch)  # [B,m,d], [B,m]
         with torch.autocast(z.device.type, enabled=False):
-            return dict(pred=self.head(masked_mean(z, mask))[:, 0])  # [B]
+            return self.head(masked_mean(z, mask))[:, 0]
+
+    def predict(self, batch):
+        return dict(pred=self.predicted_score(self.score(batch)))  # [B]
 
     def forward(self, batch):
-        pred = self.predict(batch)['pred']  # [B]
-        task = l1(pred, batch['label'])
-        ordinal_terms, ordinal = ordinal_loss(pred, batch['label'], self.k, batch)
+        y, label = self.score(batch), batch['label']  # [B], [B]
+        task = self.task_loss(y, label)
+        ordinal_terms, ordinal = ordinal_loss(y, label, self.k, batch)
         return dict(loss=task + ordinal, terms={'task': task} | ordinal_terms)
 
     def fused(self, batch, predict):
@@ -300,7 +305,7 @@ class DeepMLF(System):
     def assemble(cls, k, facts, lm, tokenizer):
         av_encoder = build_av_encoder(k, facts.widths)
         av_encoder.requires_grad_(k['av_init'] != 'frozen')
-        return cls(lm, av_encoder, k)
+        return cls(lm, av_encoder, k).with_levels(facts.labels[k['label']])
 
     @classmethod
     def frame_cost(cls, k, n_frames):
@@ -386,7 +391,8 @@ class DeepMLF(System):
         computed.
         """
         whole = 'text' in self.k['mm_query']  # figures need all text tokens of the last layer
-        return self.heads(*self.streams_through_lm(batch, whole), batch)
+        out = self.heads(*self.streams_through_lm(batch, whole), batch)
+        return out | dict(pred=self.predicted_score(out['pred']))
 
     def forward(self, batch):
         """
@@ -396,7 +402,7 @@ class DeepMLF(System):
         k = self.k
         x_t, x_f, z, z_mask = self.streams_through_lm(batch, whole=k['weight_lm'] > 0)
         out = self.heads(x_t, x_f, z, z_mask, batch)
-        terms, loss = deepmlf_loss(out, batch['label'], self.weights)
+        terms, loss = deepmlf_loss(out, batch['label'], self.weights, self.task_loss)
         ordinal_terms, ordinal = ordinal_loss(out['pred'], batch['label'], k, batch)
         terms, loss = terms | ordinal_terms, loss + ordinal
         if k['weight_lm']:
@@ -507,8 +513,8 @@ class PseudoTokenLM(System):
     @classmethod
     def check(cls, k):
         errors = super().check(k) + prompt_errors(k)
-        if (k['weight_mpr'] or k['weight_eioi']) and k['readout'] != 'head':
-            errors += ["weight_mpr and weight_eioi need a score that a head predicts: "
+        if (k['weight_mpr'] or k['weight_eioi'] or k['level_step']) and k['readout'] != 'head':
+            errors += ["weight_mpr, weight_eioi and level_step need a score that a head predicts: "
                        "--readout=head"]
         if k['lm_depth'] and k['readout'] != 'head':
             errors += ["lm_depth leaves out the LM's last layers, without which it says no label: "
@@ -525,7 +531,8 @@ class PseudoTokenLM(System):
 
     @classmethod
     def assemble(cls, k, facts, lm, tokenizer):
-        return cls(lm, Prompt(k, facts.labels[k['label']], tokenizer), k, facts.widths)
+        info = facts.labels[k['label']]
+        return cls(lm, Prompt(k, info, tokenizer), k, facts.widths).with_levels(info)
 
     def refuse_unknown_tokens(self):
         """
@@ -676,7 +683,7 @@ class PseudoTokenLM(System):
         if k['readout'] == 'generate':
             return self.generated(x, n)
         if k['readout'] == 'head' and self.prompt.kind == 'regression':
-            return dict(pred=self.head_out(x, n)[:, 0])
+            return dict(pred=self.predicted_score(self.head_out(x, n)[:, 0]))
         scores = self.head_out(x, n) if k['readout'] == 'head' else self.label_scores(x, n)  # [B,K]
         prob = scores.softmax(-1)  # [B,K]
         if self.prompt.kind == 'classes' or k['score_estimate'] == 'mode':
@@ -696,7 +703,8 @@ class PseudoTokenLM(System):
         """
         x, n = self.embed_prompt(batch)
         if self.k['readout'] == 'head':
-            return head_loss(self.head_out(x, n), self.prompt.kind, self.k, batch)
+            out = self.head_out(x, n)  # [B,1] or [B,K]
+            return head_loss(out, self.prompt.kind, self.k, batch, self.task_loss)
         label = self.prompt.index(batch['label'])  # [B]
         answer, real = self.trie_answer[label], self.trie_real[label]  # [B,n], [B,n]
         depth = torch.arange(answer.shape[1], device=x.device)
@@ -843,5 +851,5 @@ class CMPTALM(PseudoTokenLM):
 
 SYSTEMS = dict(
     lm=LanguageModel, av=AVModel, deepmlf=DeepMLF, mse=MSEAdapterLM, cmpta=CMPTALM,
-    prompt_tuning=PromptTuning, crosssent=CrossSent, coral=CORAL, lora_lm=LoRALM,
+    prompt_tuning=PromptTuning, crosssent=CrossSent, lora_lm=LoRALM,
     **BASELINES)

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from configurator import check_declaration
-from losses import UNITS, ordinal_errors, ordinal_notes
+from losses import UNITS, RankLevels, l1, ordinal_errors, ordinal_notes
 from metrics import SELECTABLE
 from run.errors import ModelError
 from run.load_lm import float32_bytes_of_lm
@@ -39,12 +39,14 @@ class System(nn.Module):
     evaluates_by_frames = False     # in evaluation, batches group clips by tokens plus frame cost
     one_process = False             # it stores statistics of clips: no training under torchrun
     inherited_knobs = ()            # knobs that a prerequisite run takes from the run that needs it
+    score_loss = staticmethod(l1)   # of a score and its label, where CORAL does not replace it
     units = UNITS                   # of its loss terms {name: unit}, as training prints them once
 
     def __init__(self):
         super().__init__()
         self.lm = None        # the FrozenLM, if any
         self.prompt = None    # the Prompt around each text, if any
+        self.levels = None    # RankLevels, with CORAL
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -84,9 +86,10 @@ class System(nn.Module):
         if info['kind'] not in cls.label_kinds:
             raise ModelError(f"label={k['label']!r} has classes, and system={k['system']!r} cannot "
                              f"learn them, because {cls.no_classes}: choose a label with scores.")
-        if info['kind'] == 'classes' and (k.get('weight_mpr') or k.get('weight_eioi')):
-            raise ModelError(f"weight_mpr and weight_eioi compare scores, and label={k['label']!r} "
-                             "has classes, which have no order: set both to 0.")
+        ordinal = [knob for knob in ('weight_mpr', 'weight_eioi', 'level_step') if k.get(knob)]
+        if info['kind'] == 'classes' and ordinal:
+            raise ModelError(f"{ordinal[0]} compares scores, and label={k['label']!r} has classes, "
+                             "which have no order: set it to 0.")
 
     @classmethod
     def prerequisite_knobs(cls, k):
@@ -122,6 +125,17 @@ class System(nn.Module):
         calls it after loading; the benchmark calls it with a random text model.
         """
         raise NotImplementedError(f"{cls.__name__} has no assemble, which the benchmark asks for")
+
+    def with_levels(self, info):
+        """
+        The system itself, with CORAL as its task loss if the knob level_step says so. info: the
+        label's entry in meta.json. Raises ModelError.
+        """
+        if self.k['level_step']:
+            self.refuse_other_label(self.k, info)
+            self.levels = RankLevels(*info['range'], self.k['level_step'])
+            self.units = self.units | dict(task='nats per threshold')
+        return self
 
     # ---------------------------------------------------------------------------------------------
     # What it reads
@@ -192,6 +206,16 @@ class System(nn.Module):
     def predict(self, batch):
         """ dict(pred [B], prob [B,K] if it has probabilities, ..). Reads no label. """
         raise NotImplementedError
+
+    def predicted_score(self, y):
+        """ The score [B] for the output y [B] of the last layer: y itself, or CORAL's level. """
+        return y if self.levels is None else self.levels.score(self.levels(y))
+
+    def task_loss(self, y, label):
+        """ The loss [] of the output y [B] of the last layer: score_loss, or CORAL's. """
+        if self.levels is None:
+            return self.score_loss(y, label)
+        return self.levels.loss(self.levels(y), label)
 
     def after_step(self, batch, out):
         """ Called after each micro-batch of training: the only place for state between steps. """

@@ -287,7 +287,7 @@ while state['step'] < n_steps and not state['done']:
         for k, v in (out['terms'] | dict(loss=out['loss'])).items():
             terms[k] = terms.get(k, 0) + v.detach() * share
     if state['step'] == 0:
-        print(f"  {units_note(out['terms'], System.units, feed.info)}")
+        print(f"  {units_note(out['terms'], model.units, feed.info)}")
         if idle := [n for n, p in named.items() if p.grad is None]:
             stop(f"{len(idle)} trainable weights, such as {idle[0]}, get no gradient: freeze them, "
                  "or change the knob that cuts them off from the loss.")

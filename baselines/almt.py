@@ -27,7 +27,7 @@ class ALMT(Attentive):
         almt_tokens: AtLeast(1) = 8    # P, tokens that each stream is compressed into
 
     text_first = True
-    task_loss = staticmethod(mse)
+    score_loss = staticmethod(mse)
     units = UNITS | dict(task='squared label units')
     scorer = 'out'
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from adapters import attention_of_last_layer, inputs_of, last_step, text_vector
 from configurator import AtLeast, Share, class_knobs
 from lm import EncoderKnobs, ModelError
-from losses import OrdinalKnobs, l1, ordinal_loss
+from losses import OrdinalKnobs, ordinal_loss
 from run.frozen_text import width_of
 from run.load_lm import lm_config, load_tokenizer
 from run.new_lm import load_text_encoder
@@ -44,7 +44,7 @@ class Baseline(System):
     text x [B,T,D] and returns a dict with pred and the tensors that its losses need. pred is the
     score [B], or for a label with classes their logits [B,K]. It may implement
     `own_loss(out, batch)`, which returns its auxiliary losses. The loss of classes is the
-    cross-entropy, in place of task_loss; MMSA has scores only.
+    cross-entropy, in place of score_loss; MMSA has scores only.
     """
 
     class Knobs(EncoderKnobs, OrdinalKnobs):
@@ -53,7 +53,6 @@ class Baseline(System):
         dropout: Share() = 0.1        # after the fusion, if the paper has it there, and in lm='new'
 
     label_kinds = ('regression', 'classes')
-    task_loss = staticmethod(l1)
     needed_streams = ('audio', 'vision')  # streams that the corpus must have
     lr_parts = ('encoder',)  # parts whose learning rate is lr times the knob lr_<part>
     scorer = None            # name of the module that reads the fused vector, if there is one
@@ -105,7 +104,8 @@ class Baseline(System):
     @classmethod
     def assemble(cls, k, facts, encoder, tokenizer, width=0):
         """ Builds the model. width: of the hidden states, if encoder is None. """
-        return cls(encoder, width if encoder is None else encoder.width, facts, k)
+        model = cls(encoder, width if encoder is None else encoder.width, facts, k)
+        return model.with_levels(facts.labels[k['label']])
 
     @classmethod
     def makes_files(cls, k):
@@ -137,6 +137,7 @@ class Baseline(System):
         out = self.run(batch)
         if self.kind == 'classes':
             return class_prediction(out['pred'])
+        out['pred'] = self.predicted_score(out['pred'])  # [B]
         return {name: v for name, v in out.items() if v.ndim == 1}
 
     def own_loss(self, out, batch):

@@ -95,7 +95,8 @@ class LoRALM(System):
 
     @classmethod
     def assemble(cls, k, facts, lm, tokenizer):
-        return cls(lm, facts.labels[k['label']], k)
+        info = facts.labels[k['label']]
+        return cls(lm, info, k).with_levels(info)
 
     @classmethod
     def streams(cls, k):
@@ -111,10 +112,10 @@ class LoRALM(System):
         scores = self.scores(batch)  # [B,1] or [B,K]
         if self.kind == 'classes':
             return class_prediction(scores)
-        return dict(pred=scores[:, 0])  # [B]
+        return dict(pred=self.predicted_score(scores[:, 0]))  # [B]
 
     def forward(self, batch):
-        return head_loss(self.scores(batch), self.kind, self.k, batch)
+        return head_loss(self.scores(batch), self.kind, self.k, batch, self.task_loss)
 
     def fused(self, batch, predict):
         return inputs_of(self.head, predict, batch)

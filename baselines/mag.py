@@ -66,7 +66,8 @@ class MAGBERT(Pooled):
     @classmethod
     def assemble(cls, k, facts, encoder, tokenizer):
         ends = [len(tokens) for tokens in specials(tokenizer)]
-        return cls(encoder, encoder.width, facts, k, ends)
+        model = cls(encoder, encoder.width, facts, k, ends)
+        return model.with_levels(facts.labels[k['label']])
 
     @classmethod
     def needs_words(cls, k):

@@ -30,7 +30,7 @@ class MISA(Attentive):
 
     # Not text_first: its similarity loss compares the moments of a batch's vectors, and batches of
     # texts of one length made it worse on CMU-MOSI (LOG.md, 2026-11-27).
-    task_loss = staticmethod(mse)
+    score_loss = staticmethod(mse)
     units = UNITS | dict(task='squared label units')
     lr_parts = ('encoder', 'audio', 'vision')
     scorer = 'head'

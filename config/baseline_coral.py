@@ -1,5 +1,5 @@
 # CORAL (Cao et al. 2020) on CrossSent's network: ordered binary tasks in place of MSE, MPR and EIOI.
-# It is the control of these two losses.
+# It is the control of these two losses. --level_step=0.1 gives it to any system with a score.
 # python train.py config/baseline_coral.py
 # python train.py config/baseline_coral.py --dataset=mosi --corpus=aligned_50.pkl
 # datasets: toy (the default), mosi, mosei, sims, minilm
@@ -9,7 +9,7 @@
 # paper: none for scores (CORAL's are ages). Levels are a tenth apart, as the labels that the
 #   papers' LMs name
 # The settings are those of the CrossSent config for the same corpus.
-system = 'coral'
+system = 'crosssent'
 dataset = 'toy'
 warmup_epochs = 2.0
 patience = 8

@@ -269,7 +269,7 @@ def test_wrong_knobs_give_one_sentence_each(cls, knobs, sentence):
 def test_knobs_that_do_not_fit_the_encoder_or_the_corpus_are_refused():
     with pytest.raises(ModelError, match='past the 40 positions'):
         tiny_baseline(MISA, max_text_len=41)
-    with pytest.raises(ModelError, match='weight_mpr and weight_eioi compare scores'):
+    with pytest.raises(ModelError, match='weight_mpr compares scores'):
         tiny_baseline(TFN, label='emotion', weight_mpr=0.1)
 
 
@@ -328,6 +328,27 @@ def test_ordinal_losses_add_to_the_loss_by_their_ramped_weights(cls):
     assert on['terms']['mpr'] > 0 and on['terms']['eioi'] > 0
     more = 0.5 * (0.3 * on['terms']['mpr'] + 0.2 * on['terms']['eioi'])
     torch.testing.assert_close(on['loss'], off['loss'] + more)
+
+
+@each_system
+def test_coral_replaces_the_task_loss_alone(cls):
+    batch = tiny_batch() | dict(epoch=torch.tensor(1), label=torch.tensor([2.0, -1.0, 0.5]))
+    plain, coral = tiny_baseline(cls).train(), tiny_baseline(cls, level_step=0.5).train()
+    torch.manual_seed(5)  # the same dropout in both
+    score = plain.run(batch)['pred']  # [B]
+    losses = []
+    for model in (plain, coral):
+        torch.manual_seed(5)
+        losses.append(model(batch))
+    off, on = losses
+    above = batch['label'][:, None] > torch.arange(-2.75, 3, 0.5)  # [B,K-1]
+    p = (score[:, None] - torch.arange(-2.75, 3, 0.5)).sigmoid()  # [B,K-1]
+    task = -torch.where(above, p, 1 - p).log().mean()
+    torch.testing.assert_close(on['terms']['task'], task)
+    torch.testing.assert_close(on['loss'] - task, off['loss'] - off['terms']['task'])
+    assert {name for name in on['terms'] if on['terms'][name] != off['terms'][name]} == {'task'}
+    with pytest.raises(ModelError, match='level_step compares scores|needs a sign|need a sign'):
+        tiny_baseline(cls, level_step=0.5, label='emotion')
 
 
 @each_system

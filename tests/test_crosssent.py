@@ -1,6 +1,6 @@
 """
 CrossSent: the fine-tuned encoder, GMRA, the ordinal losses, frames on tokens, zero-shot evaluation;
-and CORAL, which has another head.
+and CORAL, the control of the ordinal losses, in every system with a score.
 
     python -m pytest -q tests/test_crosssent.py
 """
@@ -19,7 +19,7 @@ import data
 import eval as evaluation
 from adapters import GMRA, frames_on_tokens, resample_to_tokens
 from configurator import declared_knobs, run_knobs
-from crosssent import RankLevels, one_hot_codes
+from crosssent import one_hot_codes
 from data import Feed
 from fakes import (
     HERE,
@@ -40,7 +40,7 @@ from fakes import (
     without_checksums,
 )
 from lm import TextEncoder
-from losses import eioi_loss, mpr_loss, ordinal_loss
+from losses import OrdinalKnobs, RankLevels, eioi_loss, mpr_loss, ordinal_loss
 from model import SYSTEMS, AVModel, CrossSent
 from run.errors import ModelError
 
@@ -668,10 +668,10 @@ def test_biases_out_of_order_come_into_order():
     'flags, sentence',
     [
         (['--level_step=0.7'], 'level_step=0.7 does not divide the range of the labels, -3 to 3'),
-        (['--weight_mpr=0.1'], 'weight_mpr on the command line is a knob of .* not of'),
+        (['--weight_mpr=0.1'], r'level_step \(CORAL\) is the control of weight_mpr and weight_eioi'),
         (
             ['--label=emotion', '--select=wf1'],
-            "system='coral' cannot learn them, because its binary tasks need labels with an order",
+            "system='crosssent' cannot learn them, because it predicts a score",
         ),
     ],
 )
@@ -698,9 +698,39 @@ def test_coral_trains_with_the_settings_of_crosssent(dataset):
     names = dict(toy='toy', minilm='mosi_minilm')
     theirs = knobs_of(f'crosssent_{names.get(dataset, dataset)}')
     ours = knobs_of('baseline_coral', f'--dataset={dataset}')
-    free = {'system', 'dataset', 'log_interval'}
+    free = {'dataset', 'log_interval'} | set(vars(OrdinalKnobs))
     assert {k: (ours[k], v) for k, v in theirs.items() if k in ours and k not in free
             and ours[k] != v} == {}
+
+
+SYSTEMS_WITH_A_SCORE = dict(
+    av=['config/av_toy.py'],
+    deepmlf=['config/deepmlf_toy.py', '--mm_layers=[2]', '--n_fusion=2'],
+    mse=['config/mse_toy.py', '--readout=head'],
+    cmpta=['config/cmpta_toy.py', '--readout=head'],
+    lora_lm=['config/lora_mosi_gemma.py', '--corpus=toy', '--lm_depth=0'],
+    selfmm=['config/baseline_selfmm.py', '--lm_vocab=60'],
+    mag=['config/baseline_mag.py', '--lm_vocab=60'],
+)
+
+
+@pytest.mark.parametrize('flags', SYSTEMS_WITH_A_SCORE.values(), ids=SYSTEMS_WITH_A_SCORE)
+def test_any_system_with_a_score_learns_corals_levels(
+    flags, corpora, curriculum, rated_lm, tmp_path
+):
+    name = flags[0]
+    if not name.startswith(('config/av', 'config/baseline')):
+        flags = [*flags, f'--lm={rated_lm}/lm']
+    if name == 'config/deepmlf_toy.py':
+        flags = [*flags, f'--av_from={curriculum}/av_toy']
+    train(*flags, '--needs=[]', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', *TINY,
+          '--max_steps=2', '--level_step=0.5')
+    with open(tmp_path / 'run' / 'test.jsonl') as f:
+        pred = np.array([json.loads(line)['pred'] for line in f])
+    assert np.isin(pred, np.arange(-3, 3.1, 0.5)).all()
+    tensors = load_file(tmp_path / 'run' / 'last.safetensors')
+    assert not torch.equal(tensors['model.levels.biases'], -torch.arange(-2.75, 3, 0.5))
+    evaluation.main([str(tmp_path / 'run')])
 
 
 def test_a_killed_run_of_coral_resumes_bitwise(corpora, tmp_path):
