@@ -76,7 +76,7 @@ class CrossSent(System):
         return errors
 
     @classmethod
-    def notes(cls, k, corpus):
+    def refuse_other_corpus(cls, k, corpus):
         """ Raises CorpusError if a stream does not hold codes although gmra_codes says so. """
         streams = [s for s in cls.streams(k) if s in corpus.widths and k['gmra_codes']]
         for s in streams:
@@ -86,7 +86,6 @@ class CrossSent(System):
                                   "and convert it again, or take gmra_codes=0 for features.")
             for split in corpus.n_clips:
                 refuse_other_codes(corpus, split, s, k['gmra_codes'])
-        return super().notes(k, corpus)
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):

@@ -134,6 +134,7 @@ class Feed:
         corpus.label('train', k['label'])
         self.info = corpus.labels[k['label']]
         model.refuse_other_label(k, self.info)
+        model.refuse_other_corpus(k, corpus)
         for split in corpus.n_clips:
             self._check_labels(split)
         self.streams = model.streams(k)

@@ -176,6 +176,10 @@ class System(nn.Module):
         return False
 
     @classmethod
+    def refuse_other_corpus(cls, k, corpus):
+        """ Raises CorpusError for a corpus whose frames the system cannot read. """
+
+    @classmethod
     def notes(cls, k, corpus):
         """ Sentences for the start of a run about how the system reads this corpus. """
         return []

@@ -46,7 +46,7 @@ class ALMT(Attentive):
         self.scales = nn.ModuleList(layer() for _ in range(2))
         self.hyper_tokens = nn.Parameter(torch.ones(P, d))
         self.learn = nn.ModuleList(
-            nn.ModuleDict({m: CrossAttention(d, h) for m in ('audio', 'vision')}) for _ in range(3))
+            nn.ModuleDict({m: GuidedAttention(d, h) for m in ('audio', 'vision')}) for _ in range(3))
         self.first_tokens = nn.Parameter(0.02 * torch.randn(1, d))
         self.fusion = CrossStack(d, h, k['fusion_layers'], k['dropout'], k['dropout'])
         self.out = nn.Linear(d, self.n_out)
@@ -76,7 +76,7 @@ class ALMT(Attentive):
         return dict(pred=self.answer(self.out(fused[:, 0])))
 
 
-class CrossAttention(nn.Module):
+class GuidedAttention(nn.Module):
     """ ALMT's multi-head attention from x to y, with a LayerNorm on each. There is no residual
     connection, because ALMT adds the result to the hyper-modality. """
     def __init__(self, d, n_heads):

@@ -35,7 +35,7 @@ from run.new_lm import load_text_encoder
 from run.texts import texts_as_read
 from system import System, class_prediction, weight_groups
 
-STREAMS = ('text', 'audio', 'vision')  # also the order of the numbers in a knob with one per stream
+MODALITIES = ('text', 'audio', 'vision')  # also the order of the numbers in a knob with one per stream
 
 
 class Baseline(System):

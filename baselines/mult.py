@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from adapters import last_step
-from baselines.base import STREAMS, Attentive
+from baselines.base import MODALITIES, Attentive
 from baselines.crossmodal import Conv, CrossStack, StackKnobs
 from configurator import Share
 
@@ -37,12 +37,12 @@ class MulT(Attentive):
                             vision=k['attn_dropout_vision'])
         self.text_dropout = nn.Dropout(k['sub_dropouts'][0])
         self.convs = nn.ModuleDict({
-            m: Conv(widths[m], d, size) for m, size in zip(STREAMS, k['kernels'])})
+            m: Conv(widths[m], d, size) for m, size in zip(MODALITIES, k['kernels'])})
         self.cross = nn.ModuleDict({
             f'{m}_from_{o}': stack(d, n_layers, attn_dropout[o])
-            for m in STREAMS for o in STREAMS if o != m})
+            for m in MODALITIES for o in MODALITIES if o != m})
         self.memory = nn.ModuleDict({
-            m: stack(2 * d, max(n_layers, 3), k['attn_dropout']) for m in STREAMS})
+            m: stack(2 * d, max(n_layers, 3), k['attn_dropout']) for m in MODALITIES})
         self.proj_1 = nn.Linear(6 * d, 6 * d)
         self.proj_2 = nn.Linear(6 * d, 6 * d)
         self.out = nn.Linear(6 * d, self.n_out)

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from adapters import last_step, masked_mean
-from baselines.base import STREAMS, Attentive, Baseline, Head, Pooled, Recurrent
+from baselines.base import MODALITIES, Attentive, Baseline, Head, Pooled, Recurrent
 from baselines.crossmodal import Conv, CrossStack, StackKnobs
 from configurator import AtLeast, Share
 
@@ -194,19 +194,19 @@ class TETFN(SelfLabelled, Attentive):
         self.audio = nn.LSTM(widths['audio'], d_a, batch_first=True)
         self.vision = nn.LSTM(widths['vision'], d_v, batch_first=True)
         self.convs = nn.ModuleDict({
-            m: Conv(w, d, n) for m, w, n in zip(STREAMS, (D, d_a, d_v), k['kernels'])})
+            m: Conv(w, d, n) for m, w, n in zip(MODALITIES, (D, d_a, d_v), k['kernels'])})
         names = (
             'text_from_audio', 'text_from_vision', 'audio_from_text', 'vision_from_text',
             'guided_audio', 'guided_vision', 'audio_from_guided', 'vision_from_guided')
         self.cross = nn.ModuleDict({name: stack(d) for name in names})
-        self.memory = nn.ModuleDict({m: stack(2 * d) for m in STREAMS})
+        self.memory = nn.ModuleDict({m: stack(2 * d) for m in MODALITIES})
         self.make_heads(dict(fused=6 * d, text=d, audio=d, vision=d), facts)
 
     def fuse(self, x, batch):
         cross = self.cross
-        mask = {m: batch[m + '_mask'] for m in STREAMS}
+        mask = {m: batch[m + '_mask'] for m in MODALITIES}
         x = dict(text=x)
-        for m in STREAMS:
+        for m in MODALITIES:
             y = x[m] if m == 'text' else getattr(self, m)(batch[m])[0]  # [B,L,d_m]
             x[m] = self.convs[m](y, mask[m])  # [B,L,d]
 

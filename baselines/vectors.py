@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from adapters import masked_mean
-from baselines.base import STREAMS, Baseline, Head, Pooled, Recurrent
+from baselines.base import MODALITIES, Baseline, Head, Pooled, Recurrent
 from configurator import AtLeast, Share
 from lm import ModelError
 
@@ -63,7 +63,7 @@ class Late(Pooled):
             raise ModelError(f"late_streams={k['late_streams']} lists {missing[0]}, but this "
                              f"corpus has no {missing[0]}: leave it out.")
         self.readers = nn.ModuleDict()
-        for m, d, p in zip(STREAMS, k['sub_widths'], k['sub_dropouts']):
+        for m, d, p in zip(MODALITIES, k['sub_widths'], k['sub_dropouts']):
             if m in k['late_streams']:
                 self.readers[m] = self.reader(m, D, d, p)
 

@@ -76,7 +76,7 @@ class Corpus:
     def _open(self, split):
         n = self.n_clips[split]
         with self._reading(f'{split}/text.jsonl') as path:
-            self.rows[split] = read_rows(path, n)
+            self.rows[split] = read_text_rows(path, n)
         for name, info in self.labels.items():
             classes = info['kind'] == 'classes'
             with self._reading(f'{split}/{name}.npy') as path:
@@ -162,7 +162,7 @@ def _check_stream(m, info):
         raise ValueError(f"has the wrong entry frames_per_second {rate} of {m}")
 
 
-def read_rows(path, n):
+def read_text_rows(path, n):
     """
     The objects of text.jsonl, one for each of n clips. Raises ValueError, a phrase about the file,
     if it is damaged.

@@ -11,7 +11,7 @@ from corpora.names import printed
 from corpora.unpickle import CorpusError
 
 
-def read_rows(path, encoding):
+def read_table_rows(path, encoding):
     """ (columns, rows, lines): each row is a dict, and stands on a line. Raises CorpusError. """
     text = _decoded(path, encoding)
     rows = _jsonl_rows(path, text) if path.lower().endswith('.jsonl') else _csv_rows(path, text)

@@ -27,7 +27,7 @@ from corpora.names import (
     printed,
     stream_names,
 )
-from corpora.rows import number_of, read_rows
+from corpora.rows import number_of, read_table_rows
 from corpora.sources import clip_text
 from corpora.unpickle import CorpusError
 
@@ -94,7 +94,7 @@ class Table:
         self.path, self.flags, self.read = ' and '.join(paths), flags, {}
         self.rows, self.places, self.files = [], [], []
         for path in paths:
-            columns, rows, lines = read_rows(path, encoding)
+            columns, rows, lines = read_table_rows(path, encoding)
             if self.rows and set(columns) != set(self.columns):
                 other = sorted(set(columns) ^ set(self.columns))
                 raise CorpusError(f"{path} and {paths[0]} differ in the columns {', '.join(other)}; "

@@ -138,7 +138,7 @@ def corpus_facts(corpus):
 # ---------------------------------------------------------------------------------------------------------
 # Reading clips
 
-def read_rows(path):
+def read_clip_rows(path):
     """ The clips of a .npz or .jsonl file as a list of dicts, unchecked. Raises ClipError. """
     try:
         if path.endswith('.npz'):
@@ -179,7 +179,7 @@ def read_clips(path, facts, seen=('text', *STREAMS), text=None):
     The clips of a .npz or .jsonl file -> (list of checked_clip's dicts, notes). text: the words of
     its one clip, instead of its own. Raises ClipError.
     """
-    rows = read_rows(path)
+    rows = read_clip_rows(path)
     if not rows:
         raise ClipError(f"{one_line(path)} holds no clip: write one per line.")
     if text is not None:

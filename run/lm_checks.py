@@ -29,7 +29,7 @@ CODE_KEYS = ('auto_map', 'custom_generate', 'quantization_config', 'compression_
 TOKENIZER_NAME = re.compile(r'(?!Auto|TransfoXL|Rag)\w*(Tokenizer|TokenizerFast|Backend)')
 
 
-def read_json(path):
+def read_lm_json(path):
     """ What a JSON file holds. Raises ModelError where it is none. """
     try:
         with open(path, encoding='utf-8') as f:
@@ -79,7 +79,7 @@ def code_request(config):
 
 def refuse_code_request(path, name):
     """ Raises ModelError where the config file at `path` asks for code. """
-    request = code_request(read_json(path))
+    request = code_request(read_lm_json(path))
     if request:
         raise ModelError(f"the LM {name!r} asks to run its author's code, or code from elsewhere "
                          f"({request} in {path}), and an LM that a received folder names is read "
@@ -137,7 +137,7 @@ def refuse_foreign(folder):
         if entry.endswith('.json') and ('config' in entry or entry == 'special_tokens_map.json'):
             refuse_code_request(path, folder)
     index = os.path.join(folder, SAFE_WEIGHTS[1])
-    shards = read_json(index).get('weight_map', {}).values() if os.path.exists(index) else ()
+    shards = read_lm_json(index).get('weight_map', {}).values() if os.path.exists(index) else ()
     for shard in shards:
         if os.path.basename(shard) != shard or not shard.endswith('.safetensors'):
             raise ModelError(f"{index} names {shard!r}, which is no safetensors file of its own "
@@ -185,7 +185,7 @@ def refuse_adapter(name, config_path, found='adapter_config.json'):
         raise ModelError(f"the LM {name!r} has an adapter beside its weights ({found}) without an "
                          "adapter_config.json, so nobody can apply it: get that file, or move the "
                          "adapter away if it does not belong to the LM.")
-    adapter = read_json(config_path)
+    adapter = read_lm_json(config_path)
     command, merged = merge_command(name, adapter if isinstance(adapter, dict) else {})
     raise ModelError(f"the LM {name!r} has an adapter ({found}), which is read by no run here: "
                      f"merge it by {command} (needs pip install peft) and take --lm={merged}, or "

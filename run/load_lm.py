@@ -14,7 +14,7 @@ from run.lm_checks import (
     SAFE_WEIGHTS,
     hub_file,
     hub_has_answered,
-    read_json,
+    read_lm_json,
     refuse_folder,
     refuse_gguf,
     refuse_hub_adapter,
@@ -250,7 +250,7 @@ def missing_from_shards(folder):
     index = os.path.join(folder, SAFE_WEIGHTS[1])
     if not os.path.isfile(index) or os.path.isfile(os.path.join(folder, SAFE_WEIGHTS[0])):
         return []
-    names = read_json(index)['weight_map']
+    names = read_lm_json(index)['weight_map']
     found = set()
     for shard in sorted(set(names.values())):
         with safe_open(os.path.join(folder, shard), 'pt') as f:
