@@ -110,6 +110,10 @@ class CrossSent(System):
         return dict.fromkeys(widths, k['gmra_codes'])
 
     @classmethod
+    def modalities_read(cls, k):
+        return super().modalities_read(k) if k['gmra_layer'] else ['text']
+
+    @classmethod
     def makes_files(cls, k):
         return k['lm'] == 'new'
 

@@ -14,9 +14,7 @@ Evaluates finished runs from their folders.
 In Python: from eval import load (run/predictor.py).
 Metrics, and the rule for calling a difference real, are in metrics.py.
 """
-import json
 import os
-import re
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -31,10 +29,17 @@ from run import ranks
 from run.clips import ClipError, Clips, export
 from run.errors import ModelError
 from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
+from run.finished import (
+    EvalError,
+    experiment_of,
+    read_predictions,
+    read_run,
+    refuse_repeated_seeds,
+)
 from run.folder import ROOT, find_folder, load_checkpoint, load_tensors
 from run.machine import devices, hold_memory
 from run.predictor import Predictor, describe_clips, knobs_with, transferred, what_is_read
-from run.report import RUN_KNOBS, EvalError, print_and_save, read_predictions, read_run
+from run.report import print_and_save
 from run.size_limit import size_limit
 from system import checked_prediction
 
@@ -329,34 +334,17 @@ def evaluate_on(folder, source, modalities=None, **allowed):
     return markdown_table([header] + keys, rows)
 
 
-def experiment_of(r):
-    """
-    (name, knobs as text) of a run, equal for runs that differ in the seed and in RUN_KNOBS alone.
-    The names of prerequisite runs hold the seed too; it is cut out of them.
-    """
-    knobs = {}
-    for knob, v in r['about']['knobs'].items():
-        if knob not in RUN_KNOBS | {'seed'}:
-            knobs[knob] = re.sub(r'-seed\d+', '', str(v))
-    return r['about']['name'], json.dumps(knobs, sort_keys=True)
-
-
-def check_same_experiment(folders):
-    """ Raises EvalError unless these runs differ in the seed alone. """
-    if len({experiment_of(read_run(f)) for f in folders}) > 1:
-        raise EvalError("these runs differ in more than the seed: give runs of one experiment.")
-
-
 def compare(folders):
     """
     Compare runs as a table. Runs that differ in the seed alone share a row: mean +- std (n) of each
     metric, and the paired difference to the first row (of the MAE, or of the weighted F1 for
     classes) with its 95 % bootstrap interval over clips and seeds. Raises EvalError.
     """
+    results = {folder: read_run(folder) for folder in folders}
+    refuse_repeated_seeds(results)
     clips, label = None, None
     experiments = {}   # experiment_of -> list of (metrics, predictions [N], folder)
-    for folder in folders:
-        r = read_run(folder)
+    for folder, r in results.items():
         if not SYSTEMS[r['about']['knobs']['system']].predicts:
             raise EvalError(f"{folder} is a language model and has no predictions: leave it out.")
         ids, p = read_predictions(folder)

@@ -715,6 +715,10 @@ class PseudoTokenLM(System):
         return dict(loss=loss, terms={'label': loss})
 
     @classmethod
+    def bound(cls, k, unread=()):
+        return super().bound(k, unread if k['clip_words'] else (*unread, 'text'))
+
+    @classmethod
     def controls(cls, k):
         if k['readout'] == 'head':
             return {}

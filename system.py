@@ -276,10 +276,15 @@ class System(nn.Module):
         return {}
 
     @classmethod
-    def bound(cls, k):
-        """ The bound with which a run's own row is compared: that of its inputs; '' if none. """
+    def bound(cls, k, unread=()):
+        """
+        The bound with which a run's own row is compared: that of its inputs, '' if none. unread:
+        modalities that reach the model without the clip's content, as another clip's streams do.
+        """
+        streams = {'audio', 'vision'} if k.get('shuffle_streams') else set()
+        read = set(cls.modalities_read(k)) - streams - set(unread)
         bounds = {('text',): 'text', ('audio', 'vision'): 'av', ('audio', 'text', 'vision'): 'full'}
-        return bounds.get(tuple(sorted(cls.modalities_read(k))), '')
+        return bounds.get(tuple(sorted(read)), '')
 
 
 def checked_loss(model, out):

@@ -31,6 +31,7 @@ from model import SYSTEMS
 from run import ranks
 from run.average import WeightAverage
 from run.errors import ModelError
+from run.finished import EvalError
 from run.finite import FirstBad
 from run.folder import load_checkpoint, load_tensors
 from run.forms import read_header
@@ -44,7 +45,7 @@ from run.needs import (
     refuse_other_corpus,
 )
 from run.record import Record, describe_run, norm_of, refuse_other_knobs, resume_from
-from run.report import EvalError, print_and_save
+from run.report import print_and_save
 from system import checked_loss
 
 # The knobs of every run. The knobs of one system are in its class, in model.py or baselines/.

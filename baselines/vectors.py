@@ -153,7 +153,7 @@ class LFDNN(Vectors):
 class TFN(Vectors):
     """ Tensor Fusion Network (Zadeh et al. 2017, eq. 5): the outer product of [1; v_a], [1; v_v]
     and [1; v_t], then a Head. A sigmoid scales the score to the label range of the corpus (MMSA
-    always scales it to (-3, 3)). """
+    always scales it to (-3, 3)). CORAL needs a score without limits, so it gets none. """
 
     class Knobs(Vectors.Knobs):
         post_width: AtLeast(1) = 128  # hidden width of the Head
@@ -162,7 +162,7 @@ class TFN(Vectors):
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
-        self.range = facts.labels[k['label']].get('range')  # classes have none
+        self.range = None if k['level_step'] else facts.labels[k['label']].get('range')  # or classes
         n = 1
         for width in self.widths.values():
             n *= 1 + width

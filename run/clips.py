@@ -22,9 +22,9 @@ from corpora.names import SPLITS, STREAMS
 from metrics import SHOWN
 from model import SYSTEMS
 from run.errors import ModelError
+from run.finished import EvalError
 from run.folder import find_folder, load_checkpoint, open_regular, save_checkpoint, write_text
 from run.json_files import sealed
-from run.report import EvalError
 
 # (stream, width) of public feature extractors, to name them when a width is wrong
 FEATURES = {

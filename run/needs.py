@@ -16,7 +16,7 @@ from configurator import declared_knobs, run_knobs
 from run import ranks
 from run.absent import absent_files
 from run.errors import ModelError
-from run.report import RUN_KNOBS, EvalError, read_run
+from run.finished import RUN_KNOBS, EvalError, read_run
 
 # Environment variable that is set for a child, whose stdin is a pipe from its parent
 WATCHED = 'NANOMSA_ENDS_WITH_PARENT'

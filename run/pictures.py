@@ -331,13 +331,17 @@ def as_text(value, info):
     return f'{value:+.2f}'
 
 
+def clip_words(feed, i):
+    """ The id and the text of test clip i; without letters that the font may lack. """
+    clip, text = feed.corpus.id('test')[i], feed.corpus.text('test')[i]
+    return f"{clip}: {text if text.isascii() else ''}"[:200]
+
+
 def clip_title(feed, i, pred, label=None):
     """ The title of a picture of test clip i: its id and text, its prediction, its label. """
-    clip, text = feed.corpus.id('test')[i], feed.corpus.text('test')[i]
-    first = f"{clip}: {text if text.isascii() else ''}"[:200]
     facts = [] if label is None else [f'label {as_text(label, feed.info)}']
     second = ', '.join(facts + [f'prediction {as_text(pred, feed.info)}'])
-    return f'{first}\n{second if second.isascii() else ""}'.strip()
+    return f'{clip_words(feed, i)}\n{second if second.isascii() else ""}'.strip()
 
 
 def seconds_per_frame(corpus, column):

@@ -32,9 +32,9 @@ from run.clips import (
     one_line,
     read_clips,
 )
+from run.finished import EvalError
 from run.folder import find_folder
 from run.pictures import attention_of, draw_attention
-from run.report import EvalError
 
 
 class Predictor:

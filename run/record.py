@@ -18,6 +18,7 @@ from run import ranks
 from run.clips import corpus_facts
 from run.errors import ModelError
 from run.fingerprints import sample_logits, tokenizer_fingerprint
+from run.finished import FORMAT, RUN_KNOBS
 from run.folder import (
     ROOT,
     load_checkpoint,
@@ -31,7 +32,6 @@ from run.folder import (
 )
 from run.forms import check_log_line, read_header
 from run.json_files import parsed
-from run.report import FORMAT, RUN_KNOBS
 
 
 def describe_run(name, knobs, corpus, model, tokenizer, device, dtype, lm_fingerprint):

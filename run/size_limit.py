@@ -7,7 +7,7 @@ import os
 import torch
 from torch.overrides import TorchFunctionMode
 
-from run.report import EvalError
+from run.finished import EvalError
 
 # the functions that make the weights and buffers of new modules
 FACTORIES = {

@@ -30,7 +30,7 @@ from damaged_runs import RUN_KINDS
 from fakes import alarm
 from run.clips import ClipError
 from run.errors import ModelError
-from run.report import EvalError
+from run.finished import EvalError
 
 REFUSALS = (CorpusError, ClipError, EvalError, ModelError, SystemExit)
 MOST_SECONDS = 30  # for one input; longer is a hang

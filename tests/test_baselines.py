@@ -334,8 +334,8 @@ def test_ordinal_losses_add_to_the_loss_by_their_ramped_weights(cls):
 def test_coral_replaces_the_task_loss_alone(cls):
     batch = tiny_batch() | dict(epoch=torch.tensor(1), label=torch.tensor([2.0, -1.0, 0.5]))
     plain, coral = tiny_baseline(cls).train(), tiny_baseline(cls, level_step=0.5).train()
-    torch.manual_seed(5)  # the same dropout in both
-    score = plain.run(batch)['pred']  # [B]
+    torch.manual_seed(5)  # the same dropout in all
+    score = coral.run(batch)['pred']  # [B]
     losses = []
     for model in (plain, coral):
         torch.manual_seed(5)

@@ -18,7 +18,7 @@ import eval as evaluation
 from corpora.convert import convert
 from fakes import command, msena, save, train
 from run import clips, predictor
-from run.report import read_predictions
+from run.finished import read_predictions
 from tools import damage
 
 
@@ -246,6 +246,8 @@ def test_each_condition_damages_only_the_modalities_in_its_name(run):
     loaded, feed = evaluation.load_run_and_feed(str(run))
     batch = feed('test', np.arange(8))
     ways = damage.conditions(dict(audio=1.0, vision=np.ones(16)))
+    of_codes = damage.conditions(dict(audio=1.0, vision=1.0), codes=True)   # noise makes no codes
+    assert set(ways) - set(of_codes) == {"noise with the features' std"}
     assert len(ways) == 15
     whole = loaded.predict(batch)['pred']
     for name, way in ways.items():

@@ -733,6 +733,19 @@ def test_any_system_with_a_score_learns_corals_levels(
     evaluation.main([str(tmp_path / 'run')])
 
 
+def test_a_run_is_compared_with_the_bound_of_what_it_reads():
+    def bound(config, *flags):
+        argv = [str(HERE / 'config' / config), *flags]
+        k = run_knobs(argv, *declared_knobs(HERE / 'train.py'), SYSTEMS)[1]
+        return SYSTEMS[k['system']].bound(k)
+
+    assert bound('crosssent_toy.py') == bound('mse_toy.py') == 'full'
+    assert bound('crosssent_toy.py', '--gmra_layer=0') == 'text'
+    assert bound('mse_toy.py', '--clip_words=False') == 'av'
+    assert bound('mse_toy.py', '--shuffle_streams=True') == 'text'
+    assert bound('av_toy.py') == 'av' and bound('av_toy.py', '--shuffle_streams=True') == ''
+
+
 def test_a_killed_run_of_coral_resumes_bitwise(corpora, tmp_path):
     flags = [f'--data_dir={corpora}', *TINY, '--max_steps=6', '--save_interval=2', '--lm_vocab=60']
     train('config/baseline_coral.py', *flags, f'--out_dir={tmp_path}/whole')

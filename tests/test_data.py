@@ -35,7 +35,7 @@ from corpora.sources import clip_text
 from corpora.unpickle import CorpusError, read_pickle
 from data import epoch_order, get_batch, open_corpus
 from fakes import HERE, KNOBS, msena, mutate_pickles, save
-from run.report import FORMAT, EvalError
+from run.finished import FORMAT, EvalError
 from run.texts import lowercase_if_all_caps
 from tools.adding import adding
 

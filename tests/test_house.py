@@ -335,6 +335,37 @@ def test_a_run_of_another_format_is_refused(curriculum, tmp_path):
         assert '\n' not in message
 
 
+def test_a_run_without_a_knob_of_this_version_is_refused(curriculum, tmp_path):
+    """Its header has no such knob either, so nothing is damaged."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    run = tmp_path / 'old'
+    shutil.copytree(curriculum / 'whole', run)
+    path = run / 'best.safetensors'
+    with safe_open(path, 'pt') as f:
+        header = f.metadata()
+    result = json.loads((run / 'result.json').read_text())
+    header_key, = [key for key, text in header.items() if '"level_step"' in text]
+    about = json.loads(header[header_key])
+    for knobs in (about['about']['knobs'], result['about']['knobs']):
+        del knobs['level_step']
+    save_file(load_file(path), path, header | {header_key: json.dumps(about)})
+    (run / 'result.json').write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match='by another version, which had no knob level_step: check out'):
+        command('eval.py', run)
+
+
+def test_two_runs_of_one_seed_are_no_two_seeds(curriculum, tmp_path):
+    """With n=3 a difference could be claimed, though its interval knows no variance of seeds."""
+    shutil.copytree(curriculum / 'whole', tmp_path / 'again')
+    pair = [str(curriculum / 'whole'), str(tmp_path / 'again')]
+    same = 'are the same experiment with the same seed, 0, and n counts seeds'
+    for script in ('eval.py', 'tools/damage.py', 'tools/figures.py', 'tools/adding.py'):
+        with pytest.raises(SystemExit, match=same):
+            command(script, *pair)
+
+
 def test_a_comparison_prints_a_dash_for_a_metric_that_a_run_lacks(curriculum, tmp_path):
     """A run of an older version may lack a metric; it is compared by the others."""
     shutil.copytree(curriculum / 'av_toy', tmp_path / 'older')

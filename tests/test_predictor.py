@@ -21,9 +21,9 @@ from data import get_batch, open_corpus
 from eval import evaluate_on, evaluate_without, load, load_run
 from fakes import ENV, HERE, TINY, command, train
 from run.clips import ClipError, Clips, Transferred, read_clips
+from run.finished import EvalError, read_predictions
 from run.folder import find_folder
 from run.predictor import describe_predictions, picture_folder
-from run.report import EvalError, read_predictions
 
 
 @pytest.fixture(scope='module')

@@ -46,9 +46,9 @@ from losses import label_loss
 from model import CMPTALM
 from prompts import Prompt
 from run import machine
+from run.finished import read_predictions
 from run.lm_compare import exact_attention
 from run.load_lm import SentencePiece, load_lm
-from run.report import read_predictions
 
 # -------------------------------------------------------------------------------------------------
 # MSE-Adapter

@@ -16,10 +16,10 @@ import torch
 import eval as evaluation
 from configurator import AtLeast
 from fakes import command, deepmlf, files_of_at_most, forge, tiny_bert, train
+from run.finished import EvalError
 from run.folder import replacing
 from run.frozen_text import frozen_text
 from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json
-from run.report import EvalError
 from tools.figures import clip_number
 
 

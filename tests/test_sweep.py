@@ -23,8 +23,8 @@ from corpora.toy import make_toy
 from data import Corpus
 from fakes import HERE, TINY, forge, tiny_batch, tiny_deepmlf, train
 from metrics import claim, score_by
+from run.finished import EvalError
 from run.machine import hold_memory
-from run.report import EvalError
 from tools import bench_against, bench_worker, figures, sweep, sweep_table
 from tools.bench_plain import PlainPseudoTokens
 from tools.figures import tsne
@@ -110,6 +110,13 @@ def test_rows_of_other_clips_are_compared_only_if_the_table_says_so():
     drawn, numbers = sweep_table.table(
         [row('a', 0.5), other], dict.fromkeys('abcd', ''), paired=False, columns=('jump2',))
     assert numbers[1]['claim'] is None and '**' not in drawn
+
+
+def test_labels_that_differ_by_the_rounding_of_test_jsonl_are_the_same():
+    """ MOSEI's labels are thirds. A row that is tested by the sweep itself does not round them. """
+    rounded = row('b', 0.2) | dict(truth=row('b', 0.2)['truth'].round(6))
+    assert not np.array_equal(rounded['truth'], row('a', 0.5)['truth'])
+    assert first_column([row('a', 0.5), rounded]) == ['a', '**b**']
 
 
 def test_a_tuned_row_has_the_settings_that_are_best_on_validation(monkeypatch):
@@ -306,11 +313,19 @@ def test_a_sweep_skips_finished_runs_and_reports_failures(corpora, tmp_path, cap
     (['--table=4', '--config=config/crosssent_mosi.py'], 'sized for the toy corpus: .*or take 4-mosei'),
     (['--table=figure3', '--n_fusion=8'], 'changes n_fusion itself: leave --n_fusion out'),
     (['--table=77'], "has no table '77': choose one of 2, 2-mosi"),
+    (['--table=4', '-seeds=3'], '-seeds=3 is no flag: write --seeds=VALUE'),
     (['--table=4', '--seeds=x'], 'whole numbers'),
     (['--table=4', '--jobs=0'], 'at least 1')])
 def test_a_wrong_flag_of_a_sweep_gives_a_sentence(flags, sentence):
     with pytest.raises(EvalError, match=sentence):
         sweep.main([str(HERE / 'config' / 'sweeps' / 'deepmlf.py'), *flags])
+
+
+def test_rows_that_name_the_corpus_of_their_config_take_another_one():
+    rows = [('a', {}, ''), ('b', dict(corpus='MELD'), '')]
+    sweep.refuse_flags_of_rows(dict(corpus='data/meld'), rows, 'MELD')
+    with pytest.raises(EvalError, match='changes corpus itself'):
+        sweep.refuse_flags_of_rows(dict(corpus='data/meld'), rows, 'toy')
 
 
 def test_an_unknown_sweep_or_flag_gives_a_sentence(tmp_path, capsys, monkeypatch):
@@ -319,9 +334,9 @@ def test_an_unknown_sweep_or_flag_gives_a_sentence(tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit, match="unknown key 'n_fusin'"):
         sweep.main([deepmlf, '--table=4', '--n_fusin=2'])
     assert not list(tmp_path.iterdir())
-    for path in (str(HERE / 'config' / 'deepmlf_toy.py'), 'no/such.py'):
+    for path in ('config/deepmlf_toy.py', 'config/sweeps', 'README.md', 'no/such.py'):
         with pytest.raises(EvalError, match='is not a sweep file'):
-            sweep.main([path])
+            sweep.main([str(HERE / path)])
     sweep.main([deepmlf])
     assert '--table=4' in capsys.readouterr().out
 
@@ -396,6 +411,17 @@ def test_tokens_figure_is_drawn_and_an_unknown_clip_is_refused(corpora, tmp_path
         figures.main([folder, '--clip=nobody'])
 
 
+def test_tokens_figure_names_classes(corpora, tmp_path, monkeypatch):
+    folder = f'{tmp_path}/run'
+    train('config/cmpta_toy_emotion.py', f'--data_dir={corpora}', f'--out_dir={folder}',
+          '--device=cpu', '--batch_size=16', '--max_steps=2')
+    titles = []
+    monkeypatch.setattr(figures, 'set_title', lambda fig, title: titles.append(title))
+    figures.main([folder, '--tokens', f"--clip={Corpus(corpora / 'toy').id('test')[3]}"])
+    names = Corpus(corpora / 'toy').labels['emotion']['names']
+    assert titles[0].splitlines()[-1] in [f'label {name}' for name in names]
+
+
 # --------------------------------------------------------------------------------------------------
 # Bench
 
@@ -438,6 +464,13 @@ def test_bench_measures_a_new_system_without_an_edit(way, tmp_path, capsys, monk
 def test_bench_refuses_a_pretraining_stage(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['bench.py', str(HERE / 'config' / 'av_toy.py')])
     with pytest.raises(SystemExit, match='is a pretraining stage'):
+        runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
+
+
+def test_bench_says_which_knobs_describe_no_model(monkeypatch):
+    config = str(HERE / 'config' / 'deepmlf_toy.py')
+    monkeypatch.setattr(sys, 'argv', ['bench.py', config, *SMALL_BENCH, '--mm_layers=[99]'])
+    with pytest.raises(SystemExit, match=r'bench: mm_layers=\[99\] must be different numbers'):
         runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
 
 

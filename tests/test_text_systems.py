@@ -264,6 +264,8 @@ def test_a_probe_prints_its_layers_and_compares_runs(label, select, corpora, cur
     assert sorted((corpora / 'states').iterdir()) == files
 
 
-def test_a_probe_refuses_a_system_without_a_frozen_lm(corpora):
+def test_a_probe_refuses_a_system_without_a_frozen_lm_or_with_a_prompt(corpora, rated_lm):
     with pytest.raises(probe.EvalError, match='has no frozen LM'):
         probe.main(['config/av_toy.py', f'--data_dir={corpora}'])
+    with pytest.raises(probe.EvalError, match='places for pseudo tokens around each text'):
+        probe.main(['config/mse_toy.py', f'--data_dir={corpora}', f'--lm={rated_lm}/lm'])

@@ -14,13 +14,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
 from corpora.toy import additive_fit, draw, toy_table
-from run.report import EvalError, read_predictions, read_run
+from run.errors import ModelError
+from run.finished import EvalError, check_same_experiment, read_predictions, read_run
 
 
 def adding(folders):
     """ Compares runs on the toy corpus, which differ in the seed, with the late-fusion bound: the
     difference of the mean absolute errors, and its standard error over clips. Returns a sentence.
-    Raises EvalError. """
+    Raises EvalError, ModelError. """
+    check_same_experiment(folders)
     sizes = read_run(folders[0])['about']['corpus']['clips']
     rows = toy_table()
     table, _ = additive_fit(rows[:, 0].astype(int), rows[:, 1].astype(int), rows[:, 2])  # [5,9]
@@ -48,5 +50,5 @@ if __name__ == '__main__':
     folders = [a.rstrip('/') for a in sys.argv[1:]]
     try:
         print(adding(folders) if folders else __doc__)
-    except EvalError as e:
+    except (EvalError, ModelError) as e:
         sys.exit(f"adding: {e}")

@@ -43,7 +43,9 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
 from configurator import AtLeast, Share, declared_knobs, run_knobs
+from data import CorpusError
 from model import SYSTEMS
+from run.errors import ModelError
 from tools.bench_against import against_commit
 from tools.bench_estimate import count_on_paper
 from tools.bench_model import SIZES, family
@@ -111,4 +113,7 @@ MEASURED = dict(plain=by_turns, without=with_and_without, paper=count_on_paper, 
 if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as _folder:
         measure = against_commit if k['against'] else MEASURED[k['vs']]
-        measure(k, _folder)
+        try:
+            measure(k, _folder)
+        except (CorpusError, ModelError) as e:
+            sys.exit(f"bench: {e}")

@@ -19,10 +19,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
 from data import STREAMS, CorpusError, epoch_order
-from eval import check_same_experiment, load_run_and_feed, take_permissions
+from eval import load_run_and_feed, take_permissions
 from metrics import SHOWN, markdown_table, mean_std_n, score_by, task_metrics
 from run.errors import ModelError
-from run.report import EvalError, read_run
+from run.finished import EvalError, check_same_experiment, read_run
 
 SHARES = (0.25, 0.5, 0.75, 1.0)   # shares of clips that lose a modality
 WHOLE = 'undamaged'               # the row that the others are compared with
@@ -72,19 +72,21 @@ def shuffle_frames(streams):
     return damage
 
 
-def conditions(std):
+def conditions(std, codes=False):
     """
     dict of name -> condition. A condition is a function of a batch, `uniform` [B], a random number
     in [0, 1) of each clip (a clip loses its frames if it is below the share), and a random
     generator. It returns the entries of the batch that change. std: dict of stream -> the standard
-    deviation of its features, a number or [d].
+    deviation of its features, a number or [d]; codes: the frames are codes, which noise would turn
+    into none.
     """
     streams = list(std)
     rows = {WHOLE: no_damage}
     for group in [[m] for m in streams] + [streams] * (len(streams) > 1):
         for share in SHARES:
             rows[f"no {' nor '.join(group)} for {share:.0%}"] = drop(group, share)
-    rows["noise with the features' std"] = add_noise(std)
+    if not codes:
+        rows["noise with the features' std"] = add_noise(std)
     rows['frames in random order'] = shuffle_frames(streams)
     return rows
 
@@ -103,7 +105,7 @@ def damaged(folder, **allowed):
     for m in streams:
         standardised = run.knobs['standardise'] or in_corpus[m]['standardised']
         std[m] = 1.0 if standardised else np.array(in_corpus[m]['std'])
-    damages = conditions(std)
+    damages = conditions(std, codes=bool(run.knobs.get('gmra_codes')))
 
     n = feed.n_clips['test']
     uniform = np.random.default_rng(0).random(n)  # [N]

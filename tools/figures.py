@@ -27,10 +27,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
 from data import CorpusError
-from eval import check_same_experiment, load_run_and_feed, take_permissions
+from eval import load_run_and_feed, take_permissions
 from metrics import BETTER, check_finite
 from model import SYSTEMS
 from run.errors import ModelError
+from run.finished import EvalError, check_same_experiment, read_log, read_predictions, read_run
 from run.folder import make_folder
 from run.forms import SWEEP
 from run.json_files import NUMBER, check_form, read_json
@@ -38,10 +39,11 @@ from run.pictures import (
     ON_LINES,
     STYLE,
     WIDE,
+    as_text,
     attention_of,
     calibration_picture,
     canvas,
-    clip_title,
+    clip_words,
     draw_attention,
     draw_band,
     draw_confusion,
@@ -52,7 +54,6 @@ from run.pictures import (
     seconds_per_frame,
     set_title,
 )
-from run.report import EvalError, read_log, read_predictions, read_run
 from tools.architecture import draw_architecture
 from tools.tsne import tsne
 
@@ -330,7 +331,7 @@ def tokens(folders, out, clip='', **allowed):
                 ax.text(0.98, 0.95, words, ha='right', va='top', transform=ax.transAxes,
                         color='0.35', fontsize=7)
             ax.set(xlabel=f'{m}, seconds' if frame else column,
-                   title=f"{n_pseudo[folder]} tokens: prediction {pred:+.2f}")
+                   title=f"{n_pseudo[folder]} tokens: prediction {as_text(pred, feed.info)}")
             if not frame:
                 ax.xaxis.get_major_locator().set_params(integer=True)
             ax.sharey(axes[0][0])
@@ -340,8 +341,8 @@ def tokens(folders, out, clip='', **allowed):
     names = [name for name in ASKING if name in lines]
     fig.legend([lines[name] for name in names], [f'from {name}' for name in names],
                loc='outside lower center', ncols=len(names))
-    clip_words, _, _ = clip_title(feed, i, pred).rpartition('\n')
-    set_title(fig, f'{title_of(folders)}\n{clip_words}\nlabel {label_of(feed, i):+.2f}')
+    label = as_text(label_of(feed, i), feed.info)
+    set_title(fig, f'{title_of(folders)}\n{clip_words(feed, i)}\nlabel {label}')
     save(fig, out, 'tokens')
 
 

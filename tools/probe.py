@@ -31,14 +31,19 @@ from configurator import declared_knobs, run_knobs
 from corpora.names import SPLITS
 from corpora.unpickle import CorpusError
 from data import Feed, epoch_order, open_corpus
-from eval import experiment_of
 from metrics import SHOWN, claim, is_better, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run.errors import ModelError
+from run.finished import (
+    EvalError,
+    experiment_of,
+    read_predictions,
+    read_run,
+    refuse_repeated_seeds,
+)
 from run.folder import replacing
 from run.frozen_text import kept_array
 from run.machine import choose_device
-from run.report import EvalError, read_predictions, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 POOLS = ('last', 'mean')
@@ -179,9 +184,9 @@ def best_ridge(x, task):
 
 def read_runs(folders, ids, task):
     """ {name of an experiment: test predictions [runs,N]} of finished runs. Raises EvalError. """
-    found = {}
-    for folder in folders:
-        r = read_run(folder)
+    found, results = {}, {folder: read_run(folder) for folder in folders}
+    refuse_repeated_seeds(results)
+    for folder, r in results.items():
         run_ids, p = read_predictions(folder)
         if run_ids != ids or not np.allclose(p['label'], task.labels['test'], atol=1e-5):
             raise EvalError(f"{folder} was tested on other clips or labels: leave it out.")
@@ -199,6 +204,10 @@ def probe(k, runs=()):
     corpus = open_corpus(k['corpus'], k['data_dir'])
     torch.manual_seed(k['seed'])
     model, tokenizer = system.build(k, corpus, '', getattr(torch, dtype))
+    if model.prompt:
+        raise EvalError(f"system={k['system']!r} puts a prompt and places for pseudo tokens around "
+                        "each text: give a config whose LM reads the text alone, such as "
+                        "config/lora_mosi_gemma.py.")
     feed = Feed(corpus, k, tokenizer, device, model.to(device).eval())
     task = Task(feed)
     folder = os.path.join(k['data_dir'], 'states')

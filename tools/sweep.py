@@ -48,8 +48,8 @@ from configurator import declared_knobs, parse_flags, run_knobs
 from data import CorpusError
 from model import SYSTEMS
 from run.errors import ModelError
+from run.finished import RUN_KNOBS, EvalError, read_run
 from run.folder import lock
-from run.report import RUN_KNOBS, EvalError, read_run
 from tools.sweep_table import at_test, best_row, write_table
 
 ROOT = str(Path(__file__).resolve().parent.parent)
@@ -235,7 +235,7 @@ def read_sweep(path):
     """ The globals of the sweep file at `path`. Raises EvalError. """
     try:
         sweep = runpy.run_path(resolve(path))
-    except OSError:
+    except (OSError, ImportError, SyntaxError):   # no file, a folder, no Python
         sweep = {}
     if not isinstance(sweep.get('tables'), dict):
         names = sorted(os.listdir(os.path.join(ROOT, 'config', 'sweeps')))
@@ -257,9 +257,12 @@ def read_numbers(own):
     return n_seeds, jobs
 
 
-def refuse_flags_of_rows(flags, rows):
-    """ Stops with a sentence if a flag is a knob that a row changes: all rows would be equal. """
+def refuse_flags_of_rows(flags, rows, corpus):
+    """ Stops with a sentence if a flag is a knob that a row changes: all rows would be equal. A row
+    that names `corpus`, that of the table's config, takes another one from --corpus like it. """
     for label, changes, _ in rows:
+        if changes.get('corpus') == corpus:
+            changes = {k: v for k, v in changes.items() if k != 'corpus'}
         tuned = [knob for settings in changes.get('tune', []) for knob in settings]
         for knob in (*changes, *tuned, *changes.get('at_test', {})):
             if knob in flags:
@@ -291,6 +294,8 @@ def main(argv):
     if 'help' in flags or '-h' in argv or len(files) != 1:
         print(__doc__)
         return
+    if short := [arg for arg in argv if arg.startswith('-') and not arg.startswith('--')]:
+        raise EvalError(f"{short[0]} is no flag: write -{short[0].partition('=')[0]}=VALUE.")
     own = {k: flags.pop(k, v) for k, v in FLAGS.items()}
     if set_here := OWN & set(flags):
         raise EvalError(f"--{sorted(set_here)[0]} is a knob that the sweep itself sets for each "
@@ -306,11 +311,11 @@ def main(argv):
         return
     n_seeds, jobs = read_numbers(own)
     t = tables[own['table']]
-    refuse_flags_of_rows(flags, t['rows'])
     if own['config']:
         refuse_config(own['table'], tables)
 
     config = own['config'] or t.get('config') or sweep['config']
+    refuse_flags_of_rows(flags, t['rows'], knobs_of_run(config, {})['corpus'])
     source = knobs_of_run(config, {k: flags[k] for k in ('dataset', 'corpus') if k in flags})
     source = source['corpus']
     corpus = stem_of(source)

@@ -11,9 +11,9 @@ from data import CorpusError, open_corpus
 from eval import load_run
 from metrics import SHOWN, claim, is_better, markdown_table, mean_std_n, score_by
 from run.errors import ModelError
+from run.finished import EvalError, read_predictions, read_run
 from run.folder import write_text
 from run.predictor import knobs_with, transferred
-from run.report import EvalError, read_predictions, read_run
 
 PAPER = 'paper (not ours)'   # the header of the column of what the paper prints
 
@@ -70,7 +70,9 @@ def at_test(label, trained, changes):
                failed=[], commands=[], tuned='')
     for folder in trained['folders']:
         try:
-            run = load_run(folder, data_dir=read_run(folder)['about']['knobs']['data_dir'])
+            own = read_run(folder)['about']['knobs']   # of a run that this sweep has trained
+            run = load_run(folder, data_dir=own['data_dir'],
+                           trust_remote_code=own.get('trust_remote_code', False))
             k = knobs_with(run, changes.get('modalities'))
             corpus = run.corpus
             if 'corpus' in changes:
@@ -87,8 +89,9 @@ def at_test(label, trained, changes):
 
 
 def same_clips(a, b):
-    """ True if two rows were tested on the same clips with the same labels. """
-    return a['ids'] == b['ids'] and np.array_equal(a['truth'], b['truth'])
+    """ True if two rows were tested on the same clips with the same labels. test.jsonl, from which
+    trained rows have their labels, rounds them to six decimals. """
+    return a['ids'] == b['ids'] and np.allclose(a['truth'], b['truth'], rtol=0, atol=1e-5)
 
 
 def change_in_percent(metrics, above, row):

@@ -20,10 +20,10 @@ def _rows(full, no_alignment, one_way, no_adapter, by_tokens):
     ]
 
 
-def _scores(dataset, printed=('', '', '', '')):
+def _scores(dataset, printed, **settings):
     """ The rows of Table 3 below CMPTA's own: name, settings, what the paper prints. """
     names = dict(lmf='LMF', selfmm='Self-MM', mag='MAG-BERT')
-    rows = [(names[x], dict(config=f'config/baseline_{x}.py', dataset=dataset), n)
+    rows = [(names[x], dict(config=f'config/baseline_{x}.py', dataset=dataset, **settings), n)
             for x, n in zip(names, printed)]
     mse = 'config/mse_toy.py' if dataset == 'toy' else 'config/mse_simsv2.py'
     return [*rows, ('MSE-Adapter', dict(config=mse), printed[3])]
@@ -46,7 +46,8 @@ tables = {
     '3-simsv2': dict(
         config='config/cmpta_simsv2.py', title='Table 3, comparison',
         note='Paper: SIMS-V2, MAE; its MSE-Adapter is that on Llama-2-7B.',
-        rows=[('CMPTA', {}, '.308'), *_scores('simsv2', ('.343', '.335', '.334', '.382'))]),
+        rows=[('CMPTA', {}, '.308'), *_scores('simsv2', ('.343', '.335', '.334', '.382'),
+                                       corpus='SIMS_V2/ch-simsv2s.pkl')]),
     '4': dict(
         toy=True, full=True, config='config/cmpta_toy_emotion.py', title='Table 4, comparison',
         note=_note_4, rows=[('CMPTA', {}, '.595'), *_emotions(dataset='toy')]),
