@@ -26,7 +26,7 @@ from data import Corpus, CorpusError, Feed, epoch_order, open_corpus
 from metrics import SHOWN, check_finite, claim, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run import ranks
-from run.clips import ClipError, Clips, export
+from run.clips import ClipError, Clips, export, is_same_corpus
 from run.errors import ModelError
 from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
 from run.finished import (
@@ -225,9 +225,10 @@ def open_own_corpus(folder, facts):
                         "here: convert its source file into that folder again, or predict clips "
                         "with --clip=, which needs no corpus.")
     corpus = Corpus(facts['folder'])
-    if corpus.sha256 != facts['sha256']:
-        raise EvalError(f"{corpus.folder} was made from another source file than the one that "
-                        f"{folder} was trained on: convert the latter again.")
+    if not is_same_corpus(facts, corpus):
+        raise EvalError(f"{corpus.folder} was made from another source file, or by another "
+                        f"conversion of it, than {folder} was trained on: convert the latter "
+                        "again, with the same flags.")
     print(f"  {folder} names the corpus folder {corpus.folder}, which is read as data")
     return corpus
 

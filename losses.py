@@ -36,6 +36,10 @@ class OrdinalKnobs:
     level_step: AtLeast(0) = 0.0   # CORAL as the task loss: label units between levels; 0: no CORAL
 
 
+# Knobs of losses that compare scores, also of a weight that a fork adds: there are none for classes.
+NEED_A_SCORE = [knob for knob in vars(OrdinalKnobs) if knob.startswith('weight_')] + ['level_step']
+
+
 def refuse_other_shape(pred, label):
     """
     Raises ModelError for unequal shapes: [B,1] against [B] would broadcast to a mean over [B,B].

@@ -40,7 +40,15 @@ from baselines.lora_lm import LoRALM
 from configurator import AtLeast, Share
 from crosssent import CrossSent
 from lm import LMKnobs, ModelError, NewModelKnobs
-from losses import OrdinalKnobs, deepmlf_loss, head_loss, label_loss, lm_loss, ordinal_loss
+from losses import (
+    NEED_A_SCORE,
+    OrdinalKnobs,
+    deepmlf_loss,
+    head_loss,
+    label_loss,
+    lm_loss,
+    ordinal_loss,
+)
 from prompts import Prompt, PromptKnobs, prompt_errors, prompt_name, rated_texts
 from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
 from run.lm_compare import known_lm
@@ -71,7 +79,7 @@ class LanguageModel(System):
     label_kinds = ('regression', 'classes')   # it reads no label, so any kind will do
     predicts = False
     inherited_knobs = (
-        'corpus', 'data_dir', 'train_fraction', 'lowercase', 'seed', 'device', 'dtype',
+        'corpus', 'data_dir', 'train_fraction', 'label', 'lowercase', 'seed', 'device', 'dtype',
         'max_steps', 'deterministic')
 
     def __init__(self, hf):
@@ -513,9 +521,9 @@ class PseudoTokenLM(System):
     @classmethod
     def check(cls, k):
         errors = super().check(k) + prompt_errors(k)
-        if (k['weight_mpr'] or k['weight_eioi'] or k['level_step']) and k['readout'] != 'head':
-            errors += ["weight_mpr, weight_eioi and level_step need a score that a head predicts: "
-                       "--readout=head"]
+        used = [knob for knob in NEED_A_SCORE if k[knob]]
+        if used and k['readout'] != 'head':
+            errors += [f"{used[0]} needs a score that a head predicts: --readout=head"]
         if k['lm_depth'] and k['readout'] != 'head':
             errors += ["lm_depth leaves out the LM's last layers, without which it says no label: "
                        "--readout=head"]

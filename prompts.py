@@ -331,11 +331,17 @@ def language_of(words):
     return f" (language: {language})" if language else ''
 
 
+def is_known(value, names):
+    """ Whether a clip has this label: a class is no -1 and a score no NaN. names: the classes. """
+    return value >= 0 if names else math.isfinite(value)
+
+
 def rated_texts(corpus, split, prompt='toy'):
     """
     The texts of a split, each followed by a rating: a score and an emotion in turn, or the one of
-    them that the corpus has. With lm_text='rated' the toy LM is trained on them, because unlike a
-    pretrained LM it has read no other texts about ratings.
+    them that the corpus has for the clip; none for a clip without both. With lm_text='rated' the
+    toy LM is trained on them, because unlike a pretrained LM it has read no other texts about
+    ratings.
     """
     words = PROMPTS[prompt]
     kinds = [(words[info['kind']], corpus.label(split, name), info.get('names'))
@@ -345,7 +351,11 @@ def rated_texts(corpus, split, prompt='toy'):
                          f"one has {', '.join(corpus.labels)}: take lm_text='plain'.")
     texts = []
     for i, text in enumerate(corpus.text(split)):
-        question, y, names = kinds[i % len(kinds)]
+        known = [kind for kind in kinds if is_known(kind[1][i], kind[2])]
+        if not known:
+            texts.append(text)
+            continue
+        question, y, names = known[i % len(known)]
         rating = names[y[i]] if names else round(float(y[i]), 1) + 0.0  # -0.0 becomes 0.0
         texts.append(f"{text} {question}{words['space']}{rating}")
     return texts

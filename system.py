@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from configurator import check_declaration
-from losses import UNITS, RankLevels, l1, ordinal_errors, ordinal_notes
+from losses import NEED_A_SCORE, UNITS, RankLevels, l1, ordinal_errors, ordinal_notes
 from metrics import SELECTABLE
 from run.errors import ModelError
 from run.load_lm import float32_bytes_of_lm
@@ -86,7 +86,7 @@ class System(nn.Module):
         if info['kind'] not in cls.label_kinds:
             raise ModelError(f"label={k['label']!r} has classes, and system={k['system']!r} cannot "
                              f"learn them, because {cls.no_classes}: choose a label with scores.")
-        ordinal = [knob for knob in ('weight_mpr', 'weight_eioi', 'level_step') if k.get(knob)]
+        ordinal = [knob for knob in NEED_A_SCORE if k.get(knob)]
         if info['kind'] == 'classes' and ordinal:
             raise ModelError(f"{ordinal[0]} compares scores, and label={k['label']!r} has classes, "
                              "which have no order: set it to 0.")

@@ -44,7 +44,7 @@ from run.needs import (
     pending_knobs,
     refuse_other_corpus,
 )
-from run.record import Record, describe_run, norm_of, refuse_other_knobs, resume_from
+from run.record import Record, describe_run, lock_run, norm_of, refuse_other_knobs, resume_from
 from run.report import print_and_save
 from system import checked_loss
 
@@ -101,7 +101,7 @@ System = SYSTEMS[system]
 
 name = os.path.splitext(os.path.basename([a for a in _argv if not a.startswith('-')][-1]))[0]
 suffix = folder_suffix(config)
-out_dir = config['out_dir'] = out_dir or os.path.join('out', name + suffix)
+out_dir = config['out_dir'] = os.path.normpath(out_dir or os.path.join('out', name + suffix))
 best_path, last_path = (os.path.join(out_dir, f'{kind}.safetensors') for kind in ('best', 'last'))
 
 
@@ -151,7 +151,9 @@ try:
     refuse_other_corpus(prerequisites, clips)
     clips.label('train', label)   # raises at a wrong name before the model is loaded
     torch.manual_seed(seed)
-    with ranks.first() if System.makes_files(config) else nullcontext():
+    makes_files = System.makes_files(config)
+    folder_lock = lock_run(out_dir, stop) if makes_files else None   # before they are overwritten
+    with ranks.first() if makes_files else nullcontext():
         torch_dtype = getattr(torch, dtype)
         model, tokenizer = System.build(config, clips, out_dir, torch_dtype, trained=resume)
         feed = Feed(clips, config, tokenizer, device, model)   # tokenises all texts

@@ -3,6 +3,8 @@ An open corpus folder (docs/corpora.md).
 
 Axis letters: N clips of a split, S frames of a clip, d features of a frame.
 """
+import hashlib
+import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +32,11 @@ ROW = dict(id=str, text=str, dialogue=Maybe(str), speaker=Maybe(str))   # a line
 class Corpus:
     """
     An open corpus folder. Attributes: folder, name, meta (meta.json), labels (its entry `labels`),
-    sha256 (of the source), widths {stream: d}, n_clips {split: N}, rows {split: the objects of
-    text.jsonl}. All files of all splits are opened and checked at once, so that no run stops at one
-    later; the frames are memory maps. whole=True reads each file to its end and compares its
-    checksum, which otherwise happens only if its time has changed. Raises CorpusError for a file
-    that is missing, is damaged or does not fit the others.
+    sha256 (of the source), contents (digest_of), widths {stream: d}, n_clips {split: N}, rows
+    {split: the objects of text.jsonl}. All files of all splits are opened and checked at once, so
+    that no run stops at one later; the frames are memory maps. whole=True reads each file to its
+    end and compares its checksum, which otherwise happens only if its time has changed. Raises
+    CorpusError for a file that is missing, is damaged or does not fit the others.
     """
     def __init__(self, folder, whole=False):
         self.folder = str(folder)
@@ -43,6 +45,7 @@ class Corpus:
         self.name, self.n_clips = self.meta['name'], dict(self.meta['clips'])
         self.widths = {m: s['width'] for m, s in self.meta['streams'].items()}
         self.sha256, self.labels = self.meta['source']['sha256'], dict(self.meta['labels'])
+        self.contents = digest_of(self.meta)
         self.rows, self._label, self._start, self._frames = {}, {}, {}, {}
         for split in SPLITS:
             self._check_files(split, whole)
@@ -119,6 +122,18 @@ class Corpus:
         """ The frames of clip i, a slice of the memory map, [S, d]. """
         start = self._start[split, stream]  # [N+1]
         return self._frames[split, stream][start[i]:start[i + 1]]  # [S,d]
+
+
+def digest_of(meta):
+    """
+    A digest of the texts, the labels and the lengths of a corpus, '' where meta.json has no
+    checksums. Two conversions of one source may split or label its clips differently.
+    """
+    crcs = {name: file['crc32'] for name, file in meta.get('files', {}).items()
+            if Path(name).stem not in STREAMS}
+    if not crcs:
+        return ''
+    return hashlib.sha256(json.dumps(crcs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_whole(folder):

@@ -87,7 +87,10 @@ class FrameFile(LazyArray):
         """ A table of numbers, one frame a line, with or without a line of names. """
         with open(self.path, encoding='utf-8-sig', newline='') as f:
             lines = [line for line in csv.reader(f, delimiter=delimiter) if line]
-        if lines and number_of(lines[0][0]) is None:
+        if lines and not lines[0][0] and len(lines[0]) > 1:
+            raise CorpusError(f"{self.where} has a first column without a name, as the row numbers "
+                              "that pandas writes; leave it out (index=False).")
+        if lines and (number_of(lines[0][0]) is None or is_numbering(lines[0])):
             lines = lines[1:]
         widths = sorted({len(line) for line in lines})
         if len(widths) > 1:
@@ -123,6 +126,11 @@ class FrameFile(LazyArray):
 
     def all(self):
         return self.rows(0, self.shape[0])
+
+
+def is_numbering(line):
+    """ Whether a line of a table is 0, 1, 2, .., the names that pandas gives to columns without. """
+    return len(line) > 2 and line == [str(n) for n in range(len(line))]
 
 
 class _Reading:

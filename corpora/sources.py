@@ -131,7 +131,8 @@ def _optional_texts(field, column, split, n, where, summary, ids=None):
             summary.note_default(field, split, i, ids and ids[i])
             texts.append(f'{split}_{i}' if field == 'id' else '')
         else:
-            texts.append(clip_text(value, f"Entry {i} of {where}", summary))
+            name = f" (clip {printed(ids[i])})" if ids else ''
+            texts.append(clip_text(value, f"Entry {i} of {where}{name}", summary))
     return texts
 
 
@@ -181,7 +182,7 @@ def _read_msena_split(clips, split, path, summary):
     ids = None
     if 'id' in has:
         ids = s['id'] = _optional_texts('id', has['id'], split, n, label['id'], summary)
-    s['text'] = _texts(has['text'], n, label['text'], summary, ids)
+    s['text'] = _optional_texts('text', has['text'], split, n, label['text'], summary, ids)
     for field in ('speaker', 'dialogue'):
         if field in has:
             s[field] = _optional_texts(field, has[field], split, n, label[field], summary, ids)
@@ -263,7 +264,8 @@ def _read_list(clips, split, path, summary):
         source = [row.get(m) for row in rows]
         key = LISTS_OWN.get(m, m)
         s['streams'][m] = Frames(source, column(m + '_lengths'), n, f"{key} {where}")
-    s['text'] = _texts([row['text'] for row in rows], n, f"text {where}", summary, ids)
+    texts = [row['text'] for row in rows]
+    s['text'] = _optional_texts('text', texts, split, n, f"text {where}", summary, ids)
     emotions = [row['emotion'] for row in rows]
     s['labels'] = dict(emotion=_texts(emotions, n, f"label {where}", summary, ids))
     for field in ('speaker', 'dialogue'):

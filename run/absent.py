@@ -69,13 +69,14 @@ def absent_lm(name, wait=True):
             "folder with config.json, weights and tokenizer with --lm=FOLDER")
 
 
-def absent_files(k, pending, root):
+def absent_files(k, pending, root, reads_text=True):
     """
     One sentence on the corpus and the LM of a run if one is absent, else None. k: the run's knobs;
-    pending: those that name a run that is not trained yet; root: the folder of config/.
+    pending: those that name a run that is not trained yet; root: the folder of config/;
+    reads_text: whether the run loads its LM at all.
     """
     corpus = absent_corpus(k['corpus'])
-    lm = k.get('lm')
+    lm = k.get('lm') if reads_text else ''
     named = lm and lm != 'new' and 'lm' not in pending and not os.path.exists(lm)
     lm = absent_lm(lm, wait=not corpus) if named else None
     if not corpus and not lm:

@@ -32,6 +32,7 @@ FEATURES = {
     ('audio', 25): 'eGeMAPS low-level descriptors', ('audio', 5): "MMSA's COVAREP selection",
     ('vision', 35): 'Facet', ('vision', 20): "MMSA's Facet selection",
     ('vision', 709): 'OpenFace 2', ('vision', 177): 'OpenFace 2, a selection'}
+LM_FILES = ('.json', '.safetensors', '.bin', '.model', '.txt')   # ends of the files that an LM needs
 LARGEST_COPY = 200e6   # bytes; an export copies local LMs up to this size, and names the others
 
 
@@ -130,9 +131,17 @@ def corpus_facts(corpus):
     streams = {}
     for m, s in corpus.meta['streams'].items():
         streams[m] = {key: s[key] for key in ('width', 'mean', 'std', 'standardised')}
-    return dict(folder=corpus.folder, sha256=corpus.sha256, name=corpus.name, widths=corpus.widths,
-                streams=streams, labels=corpus.labels, clips=corpus.n_clips,
-                upper_case=corpus.meta['text']['upper_case'])
+    return dict(folder=corpus.folder, sha256=corpus.sha256, contents=corpus.contents,
+                name=corpus.name, widths=corpus.widths, streams=streams, labels=corpus.labels,
+                clips=corpus.n_clips, upper_case=corpus.meta['text']['upper_case'])
+
+
+def is_same_corpus(facts, corpus):
+    """
+    Whether the corpus_facts of a run describe a corpus: the same source, in a conversion with the
+    same texts, splits, labels and lengths.
+    """
+    return (facts['sha256'], facts['contents']) == (corpus.sha256, corpus.contents)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -313,10 +322,7 @@ def fill_export(folder, result, new):
         # a new encoder has its weights in the checkpoint, and its tokenizer in hf/
         is_new = k['lm'] == 'new'
         source = text_model_folder(folder, k)
-        size = np.inf
-        if os.path.isdir(source):
-            size = sum(e.stat(follow_symlinks=False).st_size for e in os.scandir(source))
-        if size <= LARGEST_COPY:
+        if os.path.isdir(source) and copied_bytes(source) <= LARGEST_COPY:
             copied = 'hf' if is_new else 'lm'
             left_out = copy_regular_files(source, os.path.join(new, copied))
     card = card_of(result, copied)
@@ -342,6 +348,20 @@ def text_model_folder(folder, k):
     lm = folder if k['lm'] == 'new' else find_folder(k['lm'], folder, k['out_dir'])
     source = os.path.join(lm, 'hf')
     return source if os.path.isdir(source) else lm
+
+
+def copied_bytes(source):
+    """
+    The bytes of the files of a folder tree; infinite if one of the top folder is a link to a file,
+    as in a snapshot of the hub's cache, because an export contains no link.
+    """
+    n = 0
+    for folder, _, files in os.walk(source):
+        paths = [os.path.join(folder, file) for file in files]
+        if folder == source and any(os.path.islink(p) and p.endswith(LM_FILES) for p in paths):
+            return np.inf
+        n += sum(os.lstat(path).st_size for path in paths)
+    return n
 
 
 def copy_regular_files(source, target):

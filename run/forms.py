@@ -16,8 +16,8 @@ LABEL = dict(kind=Literal['regression', 'classes'])
 CLIPS = dict(train=int, valid=int, test=int)
 
 FACTS = dict(   # clips.corpus_facts
-    folder=str, sha256=str, name=str, widths=Each(int), streams=Each(STREAM), labels=Each(LABEL),
-    clips=CLIPS, upper_case=bool)
+    folder=str, sha256=str, contents=str, name=str, widths=Each(int), streams=Each(STREAM),
+    labels=Each(LABEL), clips=CLIPS, upper_case=bool)
 ABOUT = dict(   # record.describe_run
     name=str, command=str, knobs=dict, commit=str, dirty=bool, corpus=FACTS,
     device=Literal['cuda', 'mps', 'cpu'], dtype=Literal['float32', 'bfloat16', 'float16'],

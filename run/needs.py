@@ -15,6 +15,7 @@ import threading
 from configurator import declared_knobs, run_knobs
 from run import ranks
 from run.absent import absent_files
+from run.clips import is_same_corpus
 from run.errors import ModelError
 from run.finished import RUN_KNOBS, EvalError, read_run
 
@@ -52,10 +53,11 @@ def make_prerequisites(k, script, systems, suffix):
         if not os.path.isfile(os.path.join(root, need)):
             raise EvalError(f"needs lists {need}, but there is no such config: correct its name.")
     pending = pending_knobs(k, systems)
-    absent = absent_files(k, pending, root)
+    System = systems[k['system']]
+    absent = absent_files(k, pending, root, 'text' in System.modalities_read(k))
     if absent:
         raise ModelError(absent)
-    systems[k['system']].refuse_impossible_model(k, pending)   # raises before hours of training
+    System.refuse_impossible_model(k, pending)   # raises before hours of training
     used = {k[knob]: knob for knob in pending}   # name of a prerequisite -> the knob that names it
     for need in k['needs']:
         child, config = os.path.splitext(os.path.basename(need))[0], os.path.join(root, need)
@@ -130,10 +132,10 @@ def check_finished(folder, wanted):
 def refuse_other_corpus(folders, corpus):
     """ Raises EvalError if a prerequisite was trained on another corpus than this one. """
     for folder in folders:
-        if read_run(folder)['about']['corpus']['sha256'] != corpus.sha256:
+        if not is_same_corpus(read_run(folder)['about']['corpus'], corpus):
             raise EvalError(f"{folder} was trained on another file than the source of "
-                            f"{corpus.folder}: remove {folder}, or give an --out_dir that is not "
-                            "beside it.")
+                            f"{corpus.folder}, or on another conversion of it: remove {folder}, or "
+                            "give an --out_dir that is not beside it.")
 
 
 def train_in_child(argv):

@@ -28,6 +28,7 @@ from run.clips import (
     Clips,
     Transferred,
     checked_clip,
+    is_same_corpus,
     label_text,
     one_line,
     read_clips,
@@ -113,7 +114,7 @@ class Predictor:
             other = run.own_corpus()
         else:
             other = open_corpus(find_folder(str(corpus)), k['data_dir'])
-            if other.sha256 != run.facts['sha256']:
+            if not is_same_corpus(run.facts, other):
                 other = transferred(run, other, k['modalities'])
         metrics, _ = run.test(other, k)
         return metrics

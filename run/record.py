@@ -85,7 +85,8 @@ def refuse_other_knobs(folder, before, knobs, filled_in=()):
                          f"and this is {FORMAT}): check out that version to resume it.")
     for knob, value in knobs.items():
         old_value = before['knobs'].get(knob)
-        if knob not in RUN_KNOBS and knob not in filled_in and old_value != value:
+        compared = knob not in RUN_KNOBS and knob not in filled_in
+        if compared and not is_same_value(old_value, value):
             raise ModelError(f"{folder} was trained with {knob}={old_value!r}, not {value!r}: "
                              "resume it with the same knobs, or give another --out_dir.")
 
@@ -96,11 +97,36 @@ def refuse_other_run(folder, before, now):
     another LM. `before` and `now` are describe_run's dicts, in the checkpoint and of this process.
     """
     refuse_other_knobs(folder, before, now['knobs'])
-    for what, a, b in (('corpus file', before['corpus']['sha256'], now['corpus']['sha256']),
-                       ('LM', before['lm_fingerprint'], now['lm_fingerprint'])):
+    former, present = before['corpus'], now['corpus']
+    for what, a, b in (
+            ('corpus file', former['sha256'], present['sha256']),
+            ('conversion of its corpus file', former['contents'], present['contents']),
+            ('LM', before['lm_fingerprint'], now['lm_fingerprint']),
+            ('tokenizer', before['tokenizer_fingerprint'], now['tokenizer_fingerprint'])):
         if a != b:
             raise ModelError(f"{folder} was trained with another {what} than the present one: "
                              "restore the former one, or give another --out_dir.")
+
+
+def is_same_value(a, b):
+    """ Whether two values of a knob are equal, or two paths of one file or folder. """
+    if a == b or not isinstance(a, str) or not isinstance(b, str):
+        return a == b
+    return os.path.exists(a) and os.path.realpath(a) == os.path.realpath(b)
+
+
+def lock_run(folder, stop):
+    """
+    Makes and locks the folder of a run -> the lock, which is held while this object lives; None in
+    other ranks than 0. stop(sentence) ends the run if another one holds the lock. Raises OSError.
+    """
+    if ranks.RANK:
+        return None
+    os.makedirs(folder, exist_ok=True)
+    held = lock(folder)
+    if held is None:
+        stop(f"another run is writing into {folder}: wait for it, or give another --out_dir.")
+    return held
 
 
 def resume_from(path, about, model, named, optimizer, average):
@@ -159,11 +185,7 @@ class Record:
         if ranks.RANK:
             return
         try:
-            os.makedirs(self.folder, exist_ok=True)
-            self.lock = lock(self.folder)   # held while this object lives
-            if self.lock is None:
-                self.stop(f"another run is writing into {self.folder}: wait for it, or give "
-                          "another --out_dir.")
+            self.lock = lock_run(self.folder, self.stop)
             remove_leftovers(self.folder)
             # result.json and the reports stand for a finished run, and this run is not finished
             outdated = ['result.json', 'report.md', 'report.html']

@@ -81,7 +81,8 @@ def prerequisite_runs(folder, about):
         except (EvalError, ModelError):   # the knob names no run, or the run is not there
             continue
         cls = SYSTEMS[r['about']['knobs']['system']]
-        if cls.predicts and r['about']['corpus']['sha256'] == about['corpus']['sha256']:
+        same = all(r['about']['corpus'][k] == about['corpus'][k] for k in ('sha256', 'contents'))
+        if cls.predicts and same:
             runs[PART.get(cls.bound(r['about']['knobs']), r['about']['name'])] = r
     return runs
 

@@ -91,6 +91,16 @@ def test_an_export_works_without_the_corpus_and_the_lms_folder(
         command('eval.py', run, f'--export={tmp_path}/away')
 
 
+def test_an_export_copies_no_large_tree_and_no_links_of_an_lm(tmp_path):
+    """ A snapshot in the hub's cache consists of links, of which an export would be empty. """
+    (tmp_path / 'lm' / 'onnx').mkdir(parents=True)
+    (tmp_path / 'lm' / 'config.json').write_bytes(b'x' * 10)
+    (tmp_path / 'lm' / 'onnx' / 'model.onnx').write_bytes(b'x' * 100)
+    assert clips.copied_bytes(str(tmp_path / 'lm')) == 110
+    (tmp_path / 'lm' / 'model.safetensors').symlink_to(tmp_path / 'lm' / 'config.json')
+    assert clips.copied_bytes(str(tmp_path / 'lm')) == np.inf
+
+
 def test_pictures_of_clips_are_never_in_the_runs_own_folder(run, tmp_path, monkeypatch, capsys):
     """ Not even if the current folder is in the run's, and the clip file too. """
     command('eval.py', run, f'--export={tmp_path}/away')

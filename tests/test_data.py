@@ -356,6 +356,14 @@ def test_repairs_are_counted(tmp_path):
     assert np.isfinite(x).all() and x[0, 0] == 0
 
 
+def test_a_missing_text_is_empty_and_counted(tmp_path):
+    tree = msena()
+    tree['train']['raw_text'][1], tree['train']['raw_text'][2] = None, np.nan
+    corpus = converted(tree, tmp_path)
+    assert corpus.text('train')[1:3] == ['', ''] and corpus.meta['text']['empty'] == 2
+    assert corpus.meta['defaults']['text']['count'] == 2
+
+
 def test_a_label_that_is_nan_or_outside_the_range_is_refused(tmp_path):
     tree = msena()
     tree['valid']['regression_labels'][1] = 4.0

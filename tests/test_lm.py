@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -972,6 +973,17 @@ def bpe(corpora):
     )
     backend.train_from_iterator(rated_texts(corpus, 'train') + labels, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token='<|end|>')
+
+
+def test_a_clip_is_rated_by_a_label_that_it_has():
+    """ A clip may lack its emotion (-1) or its score (NaN): other runs do not read it. """
+    labels = dict(label=dict(kind='regression', range=[-3, 3]),
+                  emotion=dict(kind='classes', names=['joy', 'anger']))
+    values = dict(label=np.float32([1.5, np.nan, 2.0, np.nan]), emotion=np.array([0, 1, -1, -1]))
+    corpus = SimpleNamespace(labels=labels, text=lambda split: ['a', 'b', 'c', 'd'],
+                             label=lambda split, name: values[name])
+    texts = rated_texts(corpus, 'train')
+    assert [t.split()[-1] for t in texts] == ['1.5', 'anger', '2.0', 'd'] and texts[3] == 'd'
 
 
 def prompted(corpora, tokenizer):

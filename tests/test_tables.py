@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 import data
+import eval as evaluation
 from corpora.convert import convert
 from corpora.describe import describe
 from corpora.tables import seconds_of, split_by_video
@@ -28,6 +30,8 @@ from corpora.unpickle import CorpusError
 from data import open_corpus
 from fakes import HERE, msena, save
 from run.absent import PUBLISHED, absent_files
+from run.clips import corpus_facts, is_same_corpus
+from run.finished import EvalError
 from run.pictures import seconds_per_frame
 
 MELD = HERE.parent / 'shared' / 'data' / 'meld'
@@ -270,6 +274,45 @@ def test_the_hash_of_the_source_covers_the_files_of_frames(tmp_path):
     assert convert(source, tmp_path / 'b')['source']['sha256'] == before
     save_frames(tmp_path / 'frames' / '4.npy', 2 * frames_of(4))
     assert convert(source, tmp_path / 'c')['source']['sha256'] != before
+
+
+def test_two_conversions_of_one_file_are_two_corpora(tmp_path):
+    """ A run of one of them may have been trained on the test clips of the other. """
+    source = write_table(tmp_path / 'mine.csv', clips())
+    found = {}
+    for name, flags in (('a', {}), ('again', {}), ('b', dict(split='20/40/40'))):
+        convert(source, tmp_path / name, **flags)
+        found[name] = data.Corpus(tmp_path / name)
+    assert len({c.sha256 for c in found.values()}) == 1
+    assert found['a'].contents == found['again'].contents != found['b'].contents
+    facts = corpus_facts(found['a'])
+    assert is_same_corpus(facts, found['again']) and not is_same_corpus(facts, found['b'])
+    toy = dict(facts, folder=str(tmp_path / 'b'))
+    with pytest.raises(EvalError, match='by another conversion of it'):
+        evaluation.open_own_corpus('out/run', toy)
+
+
+def test_the_column_names_of_pandas_are_no_frame(tmp_path):
+    rows = table_with_audio(tmp_path)
+    x = frames_of(4)   # [S,d]
+    d = x.shape[1]
+    lines = [','.join(map(str, range(d)))] + [','.join(map(str, row)) for row in x.tolist()]
+    path = tmp_path / 'frames' / '4.csv'
+    path.write_text('\n'.join(lines) + '\n')
+    rows[4]['audio'] = 'frames/4.csv'
+    corpus = converted(write_table(tmp_path / 'mine.csv', rows), tmp_path)
+    stored = [corpus.frames(split, 'audio', k) for split in SPLITS
+              for k, text in enumerate(corpus.text(split)) if text == rows[4]['text']]
+    np.testing.assert_allclose(stored[0], x)
+    path.write_text('\n'.join([f',{lines[0]}'] + [f'{n},{line}' for n, line in enumerate(lines[1:])]))
+    shutil.rmtree(tmp_path / 'corpus')
+    assert_refused(tmp_path / 'mine.csv', tmp_path, 'a first column without a name', 'index=False')
+
+
+def test_an_lm_that_is_not_read_may_be_absent(tmp_path):
+    k = dict(corpus='toy', lm='no/such-model', system='late')
+    assert absent_files(k, {}, str(tmp_path), reads_text=False) is None
+    assert 'no/such-model' in absent_files(k, {}, str(tmp_path))
 
 
 def test_a_flag_makes_the_paths_of_frames_from_columns(tmp_path):

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 import data
 import eval as evaluation
+from configurator import declared_knobs, run_knobs
 from fakes import (
     ENV,
     HERE,
@@ -50,8 +51,8 @@ from fakes import (
     with_value_at,
 )
 from lm import FrozenLM
-from model import DeepMLF
-from run import machine
+from model import SYSTEMS, DeepMLF
+from run import machine, needs
 from run.errors import ModelError
 from run.folder import load_checkpoint
 from soak import KINDS, LONG, SHORT, check, make_places
@@ -563,6 +564,60 @@ def test_a_second_run_into_the_same_folder_stops(corpora, tmp_path):
         first.wait()
 
 
+def test_a_refused_run_leaves_the_tokenizer_of_the_first_as_it_is(corpora, tmp_path):
+    file = tmp_path / 'run' / 'hf' / 'tokenizer.json'
+    file.parent.mkdir(parents=True)
+    file.write_text('of the first run')
+    holder = ('import sys, time; sys.path.insert(0, sys.argv[1]); from run.folder import lock; '
+              'held = lock(sys.argv[2]); print(held is not None, flush=True); time.sleep(600)')
+    first = subprocess.Popen([sys.executable, '-c', holder, str(HERE), str(tmp_path / 'run')],
+                             env=ENV, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline().strip() == 'True'
+        with pytest.raises(SystemExit, match='another run is writing into'):
+            train('config/crosssent_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run',
+                  *TINY, '--lm_vocab=60', '--fresh=True')
+    finally:
+        first.kill()
+        first.wait()
+    assert file.read_text() == 'of the first run'
+
+
+def test_a_run_resumes_with_its_own_tokenizer_alone(corpora, tmp_path):
+    flags = [f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', *TINY, '--lm_vocab=60']
+    train('config/crosssent_toy.py', *flags, '--max_steps=2')
+    os.remove(tmp_path / 'run' / 'report.md')
+    path = tmp_path / 'run' / 'hf' / 'tokenizer.json'
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer['model']['vocab']   # [piece, score] of each token
+    letters = [entry for entry in vocab if entry[0] in 'et']
+    letters[0][0], letters[1][0] = letters[1][0], letters[0][0]
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(SystemExit, match='was trained with another tokenizer'):
+        train('config/crosssent_toy.py', *flags, '--max_steps=2', '--resume=True')
+
+
+def test_two_spellings_of_a_folder_are_one_run(corpora, curriculum, tmp_path, monkeypatch):
+    run = ['config/deepmlf_toy.py', f'--data_dir={corpora}', '--device=cpu', '--batch_size=16',
+           '--av_init=random', '--needs=[]', '--max_steps=2']
+    train(*run, f'--lm={curriculum}/lm_toy', f'--out_dir={tmp_path}/run/')
+    about = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert about['knobs']['out_dir'] == f'{tmp_path}/run'
+    os.remove(tmp_path / 'run' / 'report.md')
+    monkeypatch.chdir(curriculum)
+    train(*run, '--lm=./lm_toy', f'--out_dir={tmp_path}/run', '--resume=True')
+    assert (tmp_path / 'run' / 'report.md').exists()
+
+
+def test_an_lm_prerequisite_reads_the_label_of_the_run_that_needs_it():
+    common = declared_knobs(HERE / 'train.py')
+    argv = [str(HERE / 'config' / 'mse_toy_emotion.py')]
+    k = run_knobs(argv, *common, SYSTEMS)[1]
+    wanted, flags, digest = needs.wanted_knobs(
+        k, str(HERE / 'config' / 'lm_toy_rated.py'), HERE / 'train.py', SYSTEMS)
+    assert wanted['label'] == 'emotion' and '--label=emotion' in flags and digest
+
+
 def test_prerequisites_with_other_knobs_or_another_corpus_are_refused(corpora, tmp_path):
     """
     A finished prerequisite is used if its knobs fit. A run with another av_layers shares the LM,
@@ -584,6 +639,9 @@ def test_prerequisites_with_other_knobs_or_another_corpus_are_refused(corpora, t
     other_corpus = old['about']['corpus'] | dict(sha256='0' * 64)
     forge(tmp_path / 'av_toy-steps2', corpus=other_corpus)
     with pytest.raises(SystemExit, match='was trained on another file'):
+        train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/other')
+    forge(tmp_path / 'av_toy-steps2', corpus=old['about']['corpus'] | dict(contents='0' * 16))
+    with pytest.raises(SystemExit, match='or on another conversion of it'):
         train('config/deepmlf_toy.py', *flags, f'--out_dir={tmp_path}/other')
 
 
