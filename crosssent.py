@@ -26,7 +26,8 @@ class CrossSent(System):
     """
     CrossSent (Liu et al. 2026): a Gated Multimodal Residual Adapter (GMRA) adds audio and video to
     the hidden states of a fine-tuned encoder before layer gmra_layer. A head of two linear layers
-    reads one score from the sentence vector. Loss: MSE and the ordinal regularisers (losses.py).
+    reads one score from the sentence vector. Loss: MSE, or CORAL, and the ordinal regularisers
+    (losses.py).
     """
 
     class Knobs(EncoderKnobs, OrdinalKnobs):

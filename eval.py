@@ -26,7 +26,7 @@ from data import Corpus, CorpusError, Feed, epoch_order, open_corpus
 from metrics import SHOWN, check_finite, claim, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run import ranks
-from run.clips import ClipError, Clips, export, is_same_corpus
+from run.clips import ClipError, Clips, corpus_facts, export, is_same_corpus
 from run.errors import ModelError
 from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
 from run.finished import (
@@ -151,9 +151,10 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
     folder alone, which is enough to predict a user's own clips; own_corpus() opens the corpus later.
 
     The folder may come from a stranger. It may name an LM and a corpus folder: both names are
-    printed, both are read as data, and both must match the fingerprint and the SHA-256 in the
-    checkpoint. The folder cannot run code or choose where files are written; the caller can, by
-    trust_remote_code and data_dir. Raises EvalError, ModelError, CorpusError.
+    printed, both are read as data, and both must match what the checkpoint has: the LM's and the
+    tokenizer's fingerprint, the corpus's SHA-256 and contents. The folder cannot run code or choose
+    where files are written; the caller can, by trust_remote_code and data_dir. Raises EvalError,
+    ModelError, CorpusError.
     """
     result = read_run(folder)
     about = result['about']
@@ -218,14 +219,14 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
 def open_own_corpus(folder, facts):
     """
     Open the corpus that a run was trained on. Raises EvalError, CorpusError if it is missing or was
-    made from another source file.
+    made from another source file, or by another conversion of it.
     """
     if not os.path.isfile(os.path.join(facts['folder'], 'meta.json')):
         raise EvalError(f"the corpus folder {facts['folder']} that {folder} was trained on is not "
                         "here: convert its source file into that folder again, or predict clips "
                         "with --clip=, which needs no corpus.")
     corpus = Corpus(facts['folder'])
-    if not is_same_corpus(facts, corpus):
+    if not is_same_corpus(facts, corpus_facts(corpus)):
         raise EvalError(f"{corpus.folder} was made from another source file, or by another "
                         f"conversion of it, than {folder} was trained on: convert the latter "
                         "again, with the same flags.")
@@ -341,11 +342,11 @@ def compare(folders):
     metric, and the paired difference to the first row (of the MAE, or of the weighted F1 for
     classes) with its 95 % bootstrap interval over clips and seeds. Raises EvalError.
     """
-    results = {folder: read_run(folder) for folder in folders}
-    refuse_repeated_seeds(results)
+    results = [read_run(folder) for folder in folders]
+    refuse_repeated_seeds(folders, results)
     clips, label = None, None
     experiments = {}   # experiment_of -> list of (metrics, predictions [N], folder)
-    for folder, r in results.items():
+    for folder, r in zip(folders, results):
         if not SYSTEMS[r['about']['knobs']['system']].predicts:
             raise EvalError(f"{folder} is a language model and has no predictions: leave it out.")
         ids, p = read_predictions(folder)

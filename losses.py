@@ -261,9 +261,12 @@ def ordinal_errors(k):
     errors = []
     if k['weight_mpr'] and k['batch_size'] == 1:
         errors += ["weight_mpr needs pairs of clips: set batch_size to at least 2"]
-    if k['level_step'] and (k['weight_mpr'] or k['weight_eioi']):
-        errors += ["level_step (CORAL) is the control of weight_mpr and weight_eioi, and its score "
-                   "has no unit: set it or both weights to 0"]
+    used = [knob for knob in NEED_A_SCORE if k[knob] and knob != 'level_step']
+    if k['level_step'] and used:
+        errors += [f"level_step (CORAL) replaces the loss of the score, and {used[0]} compares a "
+                   "score in label units: set one of them to 0"]
+    if 0 < k['level_step'] < 0.001:
+        errors += [f"level_step={k['level_step']:g} must be 0, or at least 0.001"]
     return errors
 
 

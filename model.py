@@ -447,7 +447,7 @@ class DeepMLF(System):
         if 'text' in predictions and k['mm_query'] == 'fusion':
             rows['text only (y_t)'] = 'text', 'text'
         if 'av' in predictions:
-            rows['audio+video only (y_av)'] = 'av', 'av'
+            rows['audio+video only (y_av)'] = 'av', '' if k['shuffle_streams'] else 'av'
         return rows
 
 
@@ -706,7 +706,7 @@ class PseudoTokenLM(System):
 
     def forward(self, batch):
         """
-        The loss: cross-entropy of the label's tokens; with readout='head', L1 of a score or
+        The loss: cross-entropy of the label's tokens; with readout='head', L1 or CORAL of a score or
         cross-entropy of the classes.
         """
         x, n = self.embed_prompt(batch)
@@ -730,7 +730,7 @@ class PseudoTokenLM(System):
     def controls(cls, k):
         if k['readout'] == 'head':
             return {}
-        return {'the LM alone (text)': (dict(adapter=False), 'text')}
+        return {'the LM alone (text)': (dict(adapter=False), 'text' if k['clip_words'] else '')}
 
     def fused(self, batch, predict):
         if self.k['readout'] == 'head':

@@ -332,16 +332,16 @@ def language_of(words):
 
 
 def is_known(value, names):
-    """ Whether a clip has this label: a class is no -1 and a score no NaN. names: the classes. """
+    """ Whether a clip has this label: a missing class is -1, a missing score NaN. names: the classes. """
     return value >= 0 if names else math.isfinite(value)
 
 
 def rated_texts(corpus, split, prompt='toy'):
     """
     The texts of a split, each followed by a rating: a score and an emotion in turn, or the one of
-    them that the corpus has for the clip; none for a clip without both. With lm_text='rated' the
-    toy LM is trained on them, because unlike a pretrained LM it has read no other texts about
-    ratings.
+    them that the corpus has for the clip. A clip that has neither gets no rating. With
+    lm_text='rated' the toy LM is trained on them, because unlike a pretrained LM it has read no
+    other texts about ratings.
     """
     words = PROMPTS[prompt]
     kinds = [(words[info['kind']], corpus.label(split, name), info.get('names'))

@@ -153,7 +153,8 @@ class LFDNN(Vectors):
 class TFN(Vectors):
     """ Tensor Fusion Network (Zadeh et al. 2017, eq. 5): the outer product of [1; v_a], [1; v_v]
     and [1; v_t], then a Head. A sigmoid scales the score to the label range of the corpus (MMSA
-    always scales it to (-3, 3)). CORAL needs a score without limits, so it gets none. """
+    always scales it to (-3, 3)). With CORAL the sigmoid is left out, because its score has
+    no limits. """
 
     class Knobs(Vectors.Knobs):
         post_width: AtLeast(1) = 128  # hidden width of the Head

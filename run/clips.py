@@ -136,12 +136,12 @@ def corpus_facts(corpus):
                 clips=corpus.n_clips, upper_case=corpus.meta['text']['upper_case'])
 
 
-def is_same_corpus(facts, corpus):
+def is_same_corpus(facts, others):
     """
-    Whether the corpus_facts of a run describe a corpus: the same source, in a conversion with the
-    same texts, splits, labels and lengths.
+    Whether two corpus_facts are of one corpus: the same source, in a conversion with the same
+    texts, splits, labels and lengths.
     """
-    return (facts['sha256'], facts['contents']) == (corpus.sha256, corpus.contents)
+    return all(facts[key] == others[key] for key in ('sha256', 'contents'))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from run.json_files import (
     text_of,
 )
 
-FORMAT = 2   # version of the run folder's format; raise it when older folders cannot be read
+FORMAT = 3   # version of the run folder's format; raise it when older folders cannot be read
 
 
 class EvalError(Exception):
@@ -228,22 +228,29 @@ def experiment_of(r):
 
 
 def check_same_experiment(folders):
-    """ Raises EvalError unless these runs differ in the seed, and in RUN_KNOBS, alone. """
-    runs = {folder: read_run(folder) for folder in folders}
-    if len({experiment_of(r) for r in runs.values()}) > 1:
+    """ Raises EvalError unless these runs differ in the seed, and perhaps in RUN_KNOBS. """
+    results = [read_run(folder) for folder in folders]
+    if len({experiment_of(r) for r in results}) > 1:
         raise EvalError("these runs differ in more than the seed: give runs of one experiment.")
-    refuse_repeated_seeds(runs)
+    refuse_repeated_seeds(folders, results)
 
 
-def refuse_repeated_seeds(runs):
+def refuse_repeated_seeds(folders, results):
     """
     Raises EvalError if two runs of one experiment have one seed, because n is a number of seeds.
-    runs {folder: result of read_run}
+    results: of read_run, one for each folder.
     """
     seen = {}
-    for folder, r in runs.items():
-        seed = r['about']['knobs']['seed']
-        other = seen.setdefault((experiment_of(r), seed), folder)
-        if other != folder:
-            raise EvalError(f"{other} and {folder} are the same experiment with the same seed, "
-                            f"{seed}, and n counts seeds: leave one of them out.")
+    for folder, r in zip(folders, results):
+        key = experiment_of(r), r['about']['knobs']['seed']
+        if key in seen:
+            raise EvalError(f"{seen[key]} and {folder} are the same experiment with the same seed, "
+                            f"{key[1]}, and n counts seeds: leave one of them out.")
+        seen[key] = folder
+
+
+def is_same_value(a, b):
+    """ Whether two values of a knob are equal, or are paths of one file or folder. """
+    if a == b or not isinstance(a, str) or not isinstance(b, str):
+        return a == b
+    return os.path.exists(a) and os.path.realpath(a) == os.path.realpath(b)

@@ -15,9 +15,9 @@ import threading
 from configurator import declared_knobs, run_knobs
 from run import ranks
 from run.absent import absent_files
-from run.clips import is_same_corpus
+from run.clips import corpus_facts, is_same_corpus
 from run.errors import ModelError
-from run.finished import RUN_KNOBS, EvalError, read_run
+from run.finished import RUN_KNOBS, EvalError, is_same_value, read_run
 
 # Environment variable that is set for a child, whose stdin is a pipe from its parent
 WATCHED = 'NANOMSA_ENDS_WITH_PARENT'
@@ -121,7 +121,8 @@ def check_finished(folder, wanted):
     """
     result = read_run(folder)
     knobs, best = result['about']['knobs'], result['state']['best']
-    other = [knob for knob, v in wanted.items() if knob not in RUN_KNOBS and knobs.get(knob) != v]
+    other = [knob for knob, v in wanted.items()
+             if knob not in RUN_KNOBS and not is_same_value(knobs.get(knob), v)]
     if other:
         raise EvalError(f"{folder} was trained with {other[0]}={knobs.get(other[0])!r}, but this "
                         f"run needs {wanted[other[0]]!r}: remove that folder, or give an --out_dir "
@@ -130,9 +131,12 @@ def check_finished(folder, wanted):
 
 
 def refuse_other_corpus(folders, corpus):
-    """ Raises EvalError if a prerequisite was trained on another corpus than this one. """
+    """
+    Raises EvalError if a prerequisite was trained on another corpus than this one, or on another
+    conversion of its source.
+    """
     for folder in folders:
-        if not is_same_corpus(read_run(folder)['about']['corpus'], corpus):
+        if not is_same_corpus(read_run(folder)['about']['corpus'], corpus_facts(corpus)):
             raise EvalError(f"{folder} was trained on another file than the source of "
                             f"{corpus.folder}, or on another conversion of it: remove {folder}, or "
                             "give an --out_dir that is not beside it.")

@@ -14,6 +14,7 @@ import torch
 
 from corpora.names import STREAMS
 from metrics import confusion
+from model import SYSTEMS
 from prompts import answer_scores
 from run.folder import make_folder, save_picture
 
@@ -27,9 +28,10 @@ LETTERS_PER_INCH = 17   # of text at 8 points
 
 # Loss terms that are measured in one unit share a panel: y label -> names of terms. Any other term
 # gets a panel of its own.
+PREDICTIONS = 'loss of predictions'
 LOSS_PANELS = {
     'loss, the weighted sum': {'loss'},
-    'loss of predictions': {'task', 'text', 'audio', 'vision', 'av', 'fusion'},
+    PREDICTIONS: {'task', 'text', 'audio', 'vision', 'av', 'fusion'},
     'cross-entropy, nats per token': {'lm', 'label'},
     'ordinal losses, label units': {'mpr', 'eioi'}}
 # The bounds of a corpus (corpora/toy.py, toy_ceilings), as a learning curve names them.
@@ -118,10 +120,10 @@ def draw_band(ax, x, runs, label=None, color=None):
     ax.fill_between(x[:n], mean - std, mean + std, alpha=0.2, color=line.get_color(), lw=0)
 
 
-def loss_panels(terms):
+def loss_panels(terms, coral=False):
     """
     Loss terms sorted into panels: y label -> names. A loss of one term is that term, so the sum is
-    left out.
+    left out. coral: the term task is CORAL's, which has a unit of its own.
     """
     terms = set(terms)
     if len(terms - {'loss'}) == 1:
@@ -131,21 +133,25 @@ def loss_panels(terms):
         if terms & names:
             panels[label] = sorted(terms & names)
             terms -= names
+    if coral and len(panels.get(PREDICTIONS, [])) > 1:
+        panels[PREDICTIONS].remove('task')
+        panels['task (CORAL), nats per threshold'] = ['task']
     return panels | {name: [name] for name in sorted(terms)}
 
 
 def lines_to_compare(result):
     """
     Values of the selecting metric that a validation curve is compared with, as name -> value: the
-    test metric of the majority baseline, and the bounds of the toy corpus if the run reads both
-    audio and video. Unknown values are left out.
+    test metric of the majority baseline, and the bounds of the toy corpus if the run reads the
+    audio and the video of its clips. Unknown values are left out.
     """
     k, lines = result['about']['knobs'], {}
     if result['majority']:
         lines['majority'] = result['majority'].get(k['select'])
+    reads_both = SYSTEMS[k['system']].bound(k) in ('av', 'full')
     for bound, name in BOUND_NAMES.items():
         ceiling = (result['ceilings'] or {}).get(bound, {})
-        if len(k['modalities']) == len(STREAMS):
+        if reads_both:
             lines[name] = ceiling.get(k['select'])
     return {name: v for name, v in lines.items() if v is not None and np.isfinite(v)}
 
@@ -173,13 +179,14 @@ def learning_curve(path, runs):
     A picture at `path` of one run, or of several that differ in the seed: training loss terms, one
     panel for each unit, and the validation metric that selects the checkpoint.
 
-    runs: (result.json, lines of log.jsonl) of each run, as report.read_run and read_log give them.
+    runs: (result.json, lines of log.jsonl) of each run, as read_run and read_log give them.
     """
     results, logs = zip(*runs)
     select = results[0]['about']['knobs']['select']
     train = [[e for e in log if 'train' in e] for log in logs]
     valid = [[e for e in log if 'valid' in e] for log in logs]
-    panels = loss_panels({term for e in train[0] for term in e['train']})
+    coral = results[0]['about']['knobs'].get('level_step', 0) > 0
+    panels = loss_panels({term for e in train[0] for term in e['train']}, coral)
 
     with style():
         n = len(panels) + 1

@@ -18,7 +18,7 @@ from run import ranks
 from run.clips import corpus_facts
 from run.errors import ModelError
 from run.fingerprints import sample_logits, tokenizer_fingerprint
-from run.finished import FORMAT, RUN_KNOBS
+from run.finished import FORMAT, RUN_KNOBS, is_same_value
 from run.folder import (
     ROOT,
     load_checkpoint,
@@ -93,8 +93,8 @@ def refuse_other_knobs(folder, before, knobs, filled_in=()):
 
 def refuse_other_run(folder, before, now):
     """
-    Raises ModelError if a run cannot be resumed: its checkpoint has other knobs, another corpus or
-    another LM. `before` and `now` are describe_run's dicts, in the checkpoint and of this process.
+    Raises ModelError if a run cannot be resumed: its checkpoint has other knobs, another corpus, LM
+    or tokenizer. `before` and `now` are describe_run's dicts, in the checkpoint and of this process.
     """
     refuse_other_knobs(folder, before, now['knobs'])
     former, present = before['corpus'], now['corpus']
@@ -106,13 +106,6 @@ def refuse_other_run(folder, before, now):
         if a != b:
             raise ModelError(f"{folder} was trained with another {what} than the present one: "
                              "restore the former one, or give another --out_dir.")
-
-
-def is_same_value(a, b):
-    """ Whether two values of a knob are equal, or two paths of one file or folder. """
-    if a == b or not isinstance(a, str) or not isinstance(b, str):
-        return a == b
-    return os.path.exists(a) and os.path.realpath(a) == os.path.realpath(b)
 
 
 def lock_run(folder, stop):
@@ -133,12 +126,15 @@ def resume_from(path, about, model, named, optimizer, average):
     """
     Load a `last` checkpoint into the model, the optimizer and the average of the weights. named:
     name -> trainable weight. Returns the run's state and describe_run's dict from the checkpoint.
-    Raises ModelError if the checkpoint is damaged or of another run than `about`.
+    In `about`, the knobs get the spelling of the checkpoint's. Raises ModelError if the checkpoint
+    is damaged or of another run than `about`.
     """
     info = read_header(path)
     saved, _ = load_checkpoint(path)
     folder = os.path.dirname(path)
     refuse_other_run(folder, info['about'], about)
+    former = {k: v for k, v in info['about']['knobs'].items() if k not in RUN_KNOBS}
+    about['knobs'] = about['knobs'] | former   # they may be other paths of the same files
     own = {k.removeprefix('model.'): v for k, v in saved.items() if k.startswith('model.')}
     load_tensors(model, own, folder)
     for name, p in named.items():

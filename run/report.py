@@ -8,6 +8,7 @@ import numpy as np
 
 from metrics import SHOWN, markdown_table, metric_help, regression_metrics
 from model import SYSTEMS
+from run.clips import is_same_corpus
 from run.errors import ModelError
 from run.finished import (
     AV,
@@ -81,8 +82,7 @@ def prerequisite_runs(folder, about):
         except (EvalError, ModelError):   # the knob names no run, or the run is not there
             continue
         cls = SYSTEMS[r['about']['knobs']['system']]
-        same = all(r['about']['corpus'][k] == about['corpus'][k] for k in ('sha256', 'contents'))
-        if cls.predicts and same:
+        if cls.predicts and is_same_corpus(r['about']['corpus'], about['corpus']):
             runs[PART.get(cls.bound(r['about']['knobs']), r['about']['name'])] = r
     return runs
 

@@ -668,7 +668,8 @@ def test_biases_out_of_order_come_into_order():
     'flags, sentence',
     [
         (['--level_step=0.7'], 'level_step=0.7 does not divide the range of the labels, -3 to 3'),
-        (['--weight_mpr=0.1'], r'level_step \(CORAL\) is the control of weight_mpr and weight_eioi'),
+        (['--weight_mpr=0.1'], r'level_step \(CORAL\) replaces the loss of the score, and weight_mpr'),
+        (['--level_step=1e-300'], 'level_step=1e-300 must be 0, or at least 0.001'),
         (
             ['--label=emotion', '--select=wf1'],
             "system='crosssent' cannot learn them, because it predicts a score",

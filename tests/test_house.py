@@ -359,11 +359,12 @@ def test_a_run_without_a_knob_of_this_version_is_refused(curriculum, tmp_path):
 def test_two_runs_of_one_seed_are_no_two_seeds(curriculum, tmp_path):
     """With n=3 a difference could be claimed, though its interval knows no variance of seeds."""
     shutil.copytree(curriculum / 'whole', tmp_path / 'again')
-    pair = [str(curriculum / 'whole'), str(tmp_path / 'again')]
+    whole, again = str(curriculum / 'whole'), str(tmp_path / 'again')
     same = 'are the same experiment with the same seed, 0, and n counts seeds'
     for script in ('eval.py', 'tools/damage.py', 'tools/figures.py', 'tools/adding.py'):
-        with pytest.raises(SystemExit, match=same):
-            command(script, *pair)
+        for pair in ([whole, again], [whole, whole]):
+            with pytest.raises(SystemExit, match=same):
+                command(script, *pair)
 
 
 def test_a_comparison_prints_a_dash_for_a_metric_that_a_run_lacks(curriculum, tmp_path):

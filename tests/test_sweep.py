@@ -334,6 +334,10 @@ def test_an_unknown_sweep_or_flag_gives_a_sentence(tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit, match="unknown key 'n_fusin'"):
         sweep.main([deepmlf, '--table=4', '--n_fusin=2'])
     assert not list(tmp_path.iterdir())
+    broken = tmp_path / 'broken.py'
+    broken.write_text('tables = dict(\n')
+    with pytest.raises(EvalError, match=r'is not a sweep file \(SyntaxError: .*broken.py, line 1'):
+        sweep.main([str(broken)])
     for path in ('config/deepmlf_toy.py', 'config/sweeps', 'README.md', 'no/such.py'):
         with pytest.raises(EvalError, match='is not a sweep file'):
             sweep.main([str(HERE / path)])

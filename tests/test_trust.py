@@ -607,6 +607,7 @@ def test_two_spellings_of_a_folder_are_one_run(corpora, curriculum, tmp_path, mo
     monkeypatch.chdir(curriculum)
     train(*run, '--lm=./lm_toy', f'--out_dir={tmp_path}/run', '--resume=True')
     assert (tmp_path / 'run' / 'report.md').exists()
+    evaluation.main([f'{tmp_path}/run'])   # its checkpoint has the first spelling, as has result.json
 
 
 def test_an_lm_prerequisite_reads_the_label_of_the_run_that_needs_it():

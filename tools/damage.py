@@ -77,8 +77,8 @@ def conditions(std, codes=False):
     dict of name -> condition. A condition is a function of a batch, `uniform` [B], a random number
     in [0, 1) of each clip (a clip loses its frames if it is below the share), and a random
     generator. It returns the entries of the batch that change. std: dict of stream -> the standard
-    deviation of its features, a number or [d]; codes: the frames are codes, which noise would turn
-    into none.
+    deviation of its features, a number or [d]; codes: the frames are codes. A code with noise is
+    no code, so noise is left out.
     """
     streams = list(std)
     rows = {WHOLE: no_damage}
@@ -97,7 +97,8 @@ def damaged(folder, **allowed):
     ModelError. """
     run, feed = load_run_and_feed(folder, **allowed)
     in_corpus = run.corpus.meta['streams']
-    streams = [m for m in STREAMS if m in run.corpus.widths and m in feed.streams]
+    read = run.system.modalities_read(run.knobs)
+    streams = [m for m in STREAMS if m in run.corpus.widths and m in read]
     if not streams:
         raise EvalError(f"{folder} reads neither audio nor video, so there is nothing to damage: "
                         "choose a run that reads one of them.")

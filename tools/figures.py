@@ -318,6 +318,7 @@ def tokens(folders, out, clip='', **allowed):
     lines = {}
     for folder, row in zip(sorted(folders, key=n_pseudo.get), axes):
         feed, i, pred, views = views_of_cmpta(folder, clip, **allowed)
+        info = feed.info | dict(names=drawable(feed.info.get('names', [])))
         for ax, m in zip(row, ('audio', 'vision')):
             weights, names, column = views[f'over {m}']
             frame = seconds_per_frame(feed.corpus, column)
@@ -331,7 +332,7 @@ def tokens(folders, out, clip='', **allowed):
                 ax.text(0.98, 0.95, words, ha='right', va='top', transform=ax.transAxes,
                         color='0.35', fontsize=7)
             ax.set(xlabel=f'{m}, seconds' if frame else column,
-                   title=f"{n_pseudo[folder]} tokens: prediction {as_text(pred, feed.info)}")
+                   title=f"{n_pseudo[folder]} tokens: prediction {as_text(pred, info)}")
             if not frame:
                 ax.xaxis.get_major_locator().set_params(integer=True)
             ax.sharey(axes[0][0])
@@ -341,7 +342,7 @@ def tokens(folders, out, clip='', **allowed):
     names = [name for name in ASKING if name in lines]
     fig.legend([lines[name] for name in names], [f'from {name}' for name in names],
                loc='outside lower center', ncols=len(names))
-    label = as_text(label_of(feed, i), feed.info)
+    label = as_text(label_of(feed, i), info)
     set_title(fig, f'{title_of(folders)}\n{clip_words(feed, i)}\nlabel {label}')
     save(fig, out, 'tokens')
 

@@ -184,9 +184,9 @@ def best_ridge(x, task):
 
 def read_runs(folders, ids, task):
     """ {name of an experiment: test predictions [runs,N]} of finished runs. Raises EvalError. """
-    found, results = {}, {folder: read_run(folder) for folder in folders}
-    refuse_repeated_seeds(results)
-    for folder, r in results.items():
+    found, results = {}, [read_run(folder) for folder in folders]
+    refuse_repeated_seeds(folders, results)
+    for folder, r in zip(folders, results):
         run_ids, p = read_predictions(folder)
         if run_ids != ids or not np.allclose(p['label'], task.labels['test'], atol=1e-5):
             raise EvalError(f"{folder} was tested on other clips or labels: leave it out.")

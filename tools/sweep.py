@@ -233,14 +233,15 @@ def run_all(runs, jobs):
 
 def read_sweep(path):
     """ The globals of the sweep file at `path`. Raises EvalError. """
+    reason = ''
     try:
         sweep = runpy.run_path(resolve(path))
-    except (OSError, ImportError, SyntaxError):   # no file, a folder, no Python
-        sweep = {}
+    except (OSError, ImportError, SyntaxError) as e:   # no file, a folder, no Python
+        sweep, reason = {}, f" ({type(e).__name__}: {e})" if path.endswith('.py') else ''
     if not isinstance(sweep.get('tables'), dict):
         names = sorted(os.listdir(os.path.join(ROOT, 'config', 'sweeps')))
         names = [name for name in names if name.endswith('.py')]
-        raise EvalError(f"{path} is not a sweep file: choose one of config/sweeps, which has "
+        raise EvalError(f"{path} is not a sweep file{reason}: choose one of config/sweeps, which has "
                         f"{', '.join(names)}.")
     return sweep
 
