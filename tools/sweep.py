@@ -288,15 +288,25 @@ def refuse_unknown_flags(flags, runs):
             parse_flags({k: flags[k]}, runs[0].wanted, systems=SYSTEMS)
 
 
+def read_flags(argv):
+    """ The flags of a command line {name: text}. Raises EvalError. """
+    flags = {}
+    for arg in argv:
+        name, _, value = arg.partition('=')
+        if name.startswith('--'):
+            flags[name[2:]] = value
+        elif name.startswith('-'):
+            raise EvalError(f"{arg} is no flag: write -{name}=VALUE.")
+    return flags
+
+
 def main(argv):
     """ The command line. Raises EvalError, CorpusError, ModelError. """
-    flags = dict(arg[2:].partition('=')[::2] for arg in argv if arg.startswith('--'))
     files = [arg for arg in argv if not arg.startswith('-')]
-    if 'help' in flags or '-h' in argv or len(files) != 1:
+    if {'--help', '-h'} & set(argv) or len(files) != 1:
         print(__doc__)
         return
-    if short := [arg for arg in argv if arg.startswith('-') and not arg.startswith('--')]:
-        raise EvalError(f"{short[0]} is no flag: write -{short[0].partition('=')[0]}=VALUE.")
+    flags = read_flags(argv)
     own = {k: flags.pop(k, v) for k, v in FLAGS.items()}
     if set_here := OWN & set(flags):
         raise EvalError(f"--{sorted(set_here)[0]} is a knob that the sweep itself sets for each "
