@@ -152,7 +152,7 @@ try:
     clips.label('train', label)   # raises at a wrong name before the model is loaded
     torch.manual_seed(seed)
     makes_files = System.makes_files(config)
-    folder_lock = lock_run(out_dir, stop) if makes_files else None   # before they are overwritten
+    folder_lock = lock_run(out_dir, stop) if makes_files else None   # held until the run ends
     with ranks.first() if makes_files else nullcontext():
         torch_dtype = getattr(torch, dtype)
         model, tokenizer = System.build(config, clips, out_dir, torch_dtype, trained=resume)
