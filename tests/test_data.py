@@ -1549,13 +1549,14 @@ def test_adding_compares_a_run_with_the_late_fusion_bound_on_its_own_clips(tmp_p
     assert abs(least - toy.toy_ceilings()['late']['mae']) < 1e-9
     assert abs(np.abs(y - table[t, av]).mean() - least) < 0.05
 
-    def run(name, pred, label=y):
+    def run(name, pred, label=y, seed=0):
         (tmp_path / name).mkdir()
-        corpus = dict(name='toy', folder='toy', sha256='0', widths={}, streams={}, labels={})
+        corpus = dict(name='toy', folder='toy', sha256='0', contents='', widths={}, streams={}, labels={})
         corpus |= dict(clips=dict(train=4000, valid=500, test=1000), upper_case=False)
         about = dict(
-            format=FORMAT, name=name, command='', commit='', dirty=False, device='cpu',
-            dtype='float32', threads=1, matmul_gflops=1.0, knobs=KNOBS, corpus=corpus)
+            format=FORMAT, name='deepmlf_toy', command='', commit='', dirty=False, device='cpu',
+            dtype='float32', threads=1, matmul_gflops=1.0, knobs=KNOBS | dict(seed=seed),
+            corpus=corpus)
         state = dict(best=1.0, best_step=1, step=1, stale=0, seconds=1.0, done=True)
         info = dict(kind='regression', range=[-3.0, 3.0])
         result = dict(
@@ -1573,7 +1574,8 @@ def test_adding_compares_a_run_with_the_late_fusion_bound_on_its_own_clips(tmp_p
 
     verdict = adding([run('late', table[t, av])])
     assert '+0.000 +- 0.000' in verdict and 'not better' in verdict
-    assert ': better than late fusion can be' in adding([run('best', best[t, av]), f'{tmp_path}/late'])
+    assert ': better than late fusion can be' in adding(
+        [run('best', best[t, av], seed=1), f'{tmp_path}/late'])
     with pytest.raises(EvalError, match='not tested on the scores'):
         adding([run('other', y, -y)])
 

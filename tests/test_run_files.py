@@ -138,11 +138,11 @@ def test_a_changed_prediction_is_refused_and_eval_writes_it_again(copied):
     written = path.read_text()
     first, rest = written.split('\n', 1)
     path.write_text(json.dumps(json.loads(first) | dict(pred=2.5)) + '\n' + rest)
-    with pytest.raises(SystemExit, match='test.jsonl is missing or damaged .was changed'):
-        command('eval.py', copied, copied)
+    with pytest.raises(EvalError, match='test.jsonl is missing or damaged .was changed'):
+        evaluation.compare([str(copied)])
     command('eval.py', copied)
     assert path.read_text() == written
-    command('eval.py', copied, copied)
+    assert '(n=1)' in evaluation.compare([str(copied)])
 
 
 def test_a_changed_loss_of_a_curve_is_refused_also_after_an_evaluation(copied):
@@ -162,7 +162,7 @@ def test_a_result_without_checksums_is_read(copied):
     result = json.loads(path.read_text())
     assert result.pop('files').keys() == {'test.jsonl', 'log.jsonl'} and result.pop('checksum')
     path.write_text(json.dumps(result))
-    command('eval.py', copied, copied)
+    assert '(n=1)' in evaluation.compare([str(copied)])
 
 
 @pytest.mark.parametrize('content', ['{}', '[]', '', '{"title": "x", "rows": [{"label": 1}]}'])

@@ -165,7 +165,8 @@ def test_av_init_keeps_tunes_or_ignores_the_pretrained_av_encoder(corpora, curri
 @pytest.mark.parametrize('how', ['frozen', 'tune', 'random'])
 def test_a_model_without_pretrained_weights_freezes_its_av_encoder_too(how):
     """The benchmark (tools/bench_model.py) assembles its model and loads no weights."""
-    facts = SimpleNamespace(widths=dict(audio=5, vision=7))
+    label = dict(kind='regression', range=[-3, 3])
+    facts = SimpleNamespace(widths=dict(audio=5, vision=7), labels=dict(label=label))
     k = KNOBS | dict(av_init=how, av_width=12, av_heads=3)
     model = DeepMLF.assemble(k, facts, FrozenLM(tiny_lm()), None).train()
     trained = {p.requires_grad for p in model.av_encoder.parameters()}
@@ -454,6 +455,7 @@ def test_eval_reproduces_the_test_metrics_and_compares_runs(curriculum):
     table = evaluation.evaluate_again(str(curriculum / 'whole'))
     assert read_result(curriculum / 'whole')['test'] == before and 'majority' in table
     shutil.copytree(curriculum / 'whole', curriculum / 'copy', dirs_exist_ok=True)
+    forge(curriculum / 'copy', dict(seed=1))
     assert '(n=2)' in evaluation.compare([str(curriculum / 'whole'), str(curriculum / 'copy')])
     both = evaluation.compare([str(curriculum / 'av_toy'), str(curriculum / 'whole')])
     assert re.search(r'[+-]0\.\d{4} \[[+-]0\.\d{4}, [+-]0\.\d{4}\]', both)
@@ -827,6 +829,7 @@ STANDS_FOR = {
 SMALL_LM = {
     'config/deepmlf_mosei.py': ['--lm=out/lm_toy-steps2', '--mm_layers=2,4', '--mm_heads=4'],
     'config/mse_mosei.py': ['--lm=out/lm_toy_rated-steps2', '--prompt=toy', '--label_plus=False'],
+    'config/baseline_tfn.py': ['--lm=out/lm_toy-steps2'],
 }
 SMALL_BENCH = """
     --bench_clips=3 --batch_size=2 --repeats=1 --lm_shape=2,32,2,500
@@ -910,6 +913,7 @@ def test_commands_of_the_documents_run(corpora, tmp_path, monkeypatch, capsys):
     change = dict(audio=of_width(74), vision=of_width(35), vision_lengths=six_frames)
     make_corpus(tmp_path, 'unaligned_50', **change)
     emotion_lists(tmp_path / 'CHERMA0723')
+    emotion_lists(tmp_path / 'MELD')
     table = ['video_id,clip_id,text,label,emotion']
     table += [f'v{i // 2},{i % 2},clip {i} is fine,{i % 5 - 2},joy' for i in range(60)]
     (tmp_path / 'mine.csv').write_text('\n'.join(table), encoding='utf-8')
