@@ -730,7 +730,7 @@ class PseudoTokenLM(System):
     def controls(cls, k):
         if k['readout'] == 'head':
             return {}
-        return {'the LM alone (text)': (dict(adapter=False), 'text' if k['clip_words'] else '')}
+        return {'the LM alone (text)': (dict(adapter=False), cls.bound(k, unread=['audio', 'vision']))}
 
     def fused(self, batch, predict):
         if self.k['readout'] == 'head':

@@ -106,14 +106,20 @@ def clip_text(x, where, summary):
     return x
 
 
-def _texts(column, n, where, summary, ids=None):
-    """ A column of n texts as a list of str. """
+def _texts(column, n, where, summary, ids=None, default=None):
+    """
+    A column of n texts as a list of str. default(i): the text in place of a missing one; without it
+    a missing text is refused.
+    """
     values = column_of(column, n, where)
     summary.spend_text(values, where)
     texts = []
     for i, value in enumerate(values):
-        name = f" (clip {printed(ids[i])})" if ids else ''
-        texts.append(clip_text(value, f"Entry {i} of {where}{name}", summary))
+        if default and is_missing(value):
+            texts.append(default(i))
+        else:
+            name = f" (clip {printed(ids[i])})" if ids else ''
+            texts.append(clip_text(value, f"Entry {i} of {where}{name}", summary))
     return texts
 
 
@@ -121,19 +127,13 @@ def _optional_texts(field, column, split, n, where, summary, ids=None):
     """
     A column of n texts as a list of str. A missing text becomes '', a missing id SPLIT_NUMBER.
     """
-    texts = []
+    def default(i):
+        summary.note_default(field, split, i, ids and ids[i])
+        return f'{split}_{i}' if field == 'id' else ''
+
     if type(column) is LazyArray and len(column.shape) == 2 and column.shape[0] == n:
         column = column.all().tolist()  # an id is a row
-    values = column_of(column, n, where)
-    summary.spend_text(values, where)
-    for i, value in enumerate(values):
-        if is_missing(value):
-            summary.note_default(field, split, i, ids and ids[i])
-            texts.append(f'{split}_{i}' if field == 'id' else '')
-        else:
-            name = f" (clip {printed(ids[i])})" if ids else ''
-            texts.append(clip_text(value, f"Entry {i} of {where}{name}", summary))
-    return texts
+    return _texts(column, n, where, summary, ids, default)
 
 
 def _keys(x):

@@ -200,14 +200,14 @@ def probe(k, runs=()):
     if not system.frozen_lm:
         raise EvalError(f"system={k['system']!r} has no frozen LM: give the config of a system that "
                         "has one.")
+    if 'prompt' in k:
+        raise EvalError(f"system={k['system']!r} puts a prompt and places for pseudo tokens around "
+                        "each text: give a config whose LM reads the text alone, such as "
+                        "config/lora_mosi_gemma.py.")
     device, dtype = choose_device(k['device'], k['dtype'], system.float32_bytes, k)
     corpus = open_corpus(k['corpus'], k['data_dir'])
     torch.manual_seed(k['seed'])
     model, tokenizer = system.build(k, corpus, '', getattr(torch, dtype))
-    if model.prompt:
-        raise EvalError(f"system={k['system']!r} puts a prompt and places for pseudo tokens around "
-                        "each text: give a config whose LM reads the text alone, such as "
-                        "config/lora_mosi_gemma.py.")
     feed = Feed(corpus, k, tokenizer, device, model.to(device).eval())
     task = Task(feed)
     folder = os.path.join(k['data_dir'], 'states')
