@@ -56,6 +56,7 @@ from run import machine, needs
 from run.errors import ModelError
 from run.folder import load_checkpoint
 from soak import KINDS, LONG, SHORT, check, make_places
+from tools.bench_model import text_model
 
 
 def read_lines(path):
@@ -171,6 +172,17 @@ def test_a_model_without_pretrained_weights_freezes_its_av_encoder_too(how):
     model = DeepMLF.assemble(k, facts, FrozenLM(tiny_lm()), None).train()
     trained = {p.requires_grad for p in model.av_encoder.parameters()}
     assert trained == {how != 'frozen'} and model.av_encoder.training == (how != 'frozen')
+
+
+@pytest.mark.parametrize('dtype', ['auto', 'float32', 'bfloat16'])
+def test_the_benchmark_has_frozen_weights_in_its_dtype(dtype):
+    """ As in train.py: the weights of a frozen LM have the run's dtype, and those of an encoder do not. """
+    wanted = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
+    shape = [1, 16, 2, 60]
+    lm = text_model(dict(system='deepmlf', dtype=dtype, lm_shape=shape))
+    assert {p.dtype for p in lm.parameters()} == {wanted}
+    encoder = text_model(dict(system='crosssent', dtype=dtype, lm_shape=shape))
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
 
 
 def test_accumulated_micro_batches_give_the_step_of_one_big_batch(corpora, curriculum):

@@ -5,6 +5,7 @@ k: the knobs of a benchmark, those of the run included; k['lm_shape'] is the sha
 model: layers, width, heads, vocabulary.
 """
 import numpy as np
+import torch
 
 from data import Feed
 from lm import FrozenLM, TextEncoder
@@ -40,10 +41,15 @@ class RandomFeed(Feed):
 
 
 def text_model(k):
-    """ The random text model of the system: a frozen LM, or an encoder. """
+    """
+    The random text model of the system: a frozen LM with weights in the dtype of the benchmark, or
+    an encoder in float32, as in train.py.
+    """
     kind = family(SYSTEMS[k['system']])
     hf = random_lm(kind, *k['lm_shape'])
-    return TextEncoder(hf) if kind == 'roberta' else FrozenLM(hf)
+    if kind == 'roberta':
+        return TextEncoder(hf)
+    return FrozenLM(hf.to(torch.bfloat16 if k['dtype'] == 'bfloat16' else torch.float32))
 
 
 def build(k, corpus):
