@@ -44,8 +44,7 @@ class LoRA(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, W):
-        """ x [.., n_in], W the frozen layer (a callable) -> [.., n_out] in the dtype of W's
-        output. """
+        """ x [.., n_in], W the frozen layer (a callable) -> [.., n_out] in W's output dtype. """
         y = W(x)  # [.., n_out]
         hidden = F.linear(self.dropout(x).to(self.A.dtype), self.A)  # [.., r]
         delta = F.linear(hidden, self.B)  # [.., n_out]
@@ -62,8 +61,7 @@ class LoRA(nn.Module):
 
 
 def weight_of(layer):
-    """ The weight of an LM's linear layer as [n_out, n_in]. GPT-2 stores it as [n_in, n_out], in a
-    Conv1D. """
+    """ The weight of an LM's linear layer as [n_out, n_in]. GPT-2's Conv1D has [n_in, n_out]. """
     return layer.weight.T if type(layer).__name__ == 'Conv1D' else layer.weight
 
 
@@ -112,8 +110,7 @@ class FFW(nn.Module):
         return self.dropout(y)  # [B,L,D]
 
     def second_half(self, *hidden):
-        """ The activation and the last linear layer: (up x) or (gate x, up x), [B,L,4D] each ->
-        [B,L,D]. """
+        """ Activation and last linear layer: (up x) or (gate x, up x), [B,L,4D] each -> [B,L,D]. """
         y = self.act(hidden[0])  # [B,L,4D]
         if self.gate is not None:
             y = y * hidden[1]
@@ -363,19 +360,19 @@ class EncoderLayer(nn.Module):
         self.down = nn.Linear(4 * d, d)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, mask):
-        """ x [B,m,d], mask [B,m] or None -> [B,m,d]. """
+    def forward(self, x, mask, n=None):
+        """ x [B,m,d], mask [B,m] or None -> [B,m,d], or with n the first n positions alone. """
         B, m, d = x.shape
         qkv = self.qkv(self.norm_1(x)).view(B, m, 3, self.n_heads, -1)  # [B,m,3,h,d/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3x [B,h,m,d/h]
         if mask is not None:
             mask = mask[:, None, None]  # [B,1,1,m]
         p = self.dropout * self.training
-        y = F.scaled_dot_product_attention(q, k, v, mask, p)  # [B,h,m,d/h]
-        x = x + self.drop(self.out(y.transpose(1, 2).reshape(B, m, d)))  # [B,m,d]
+        y = F.scaled_dot_product_attention(q[:, :, :n], k, v, mask, p)  # [B,h,n,d/h]
+        x = x[:, :n] + self.drop(self.out(y.transpose(1, 2).reshape(B, -1, d)))  # [B,n,d]
 
-        y = self.drop(F.gelu(self.up(self.norm_2(x))))  # [B,m,4d]
-        return x + self.drop(self.down(y))  # [B,m,d]
+        y = self.drop(F.gelu(self.up(self.norm_2(x))))  # [B,n,4d]
+        return x + self.drop(self.down(y))  # [B,n,d]
 
 
 class AVEncoder(nn.Module):
@@ -555,13 +552,20 @@ class MSEAdapter(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # CMPTA: pseudo tokens from cross-attention between pairs of modalities
 
+def run(function, *inputs, recompute):
+    """ function(*inputs); recompute: the backward pass computes it again, with the same dropout. """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
+
+
 class Align(nn.Module):
     """
     CMPTA's temporal alignment (eqs. 3-5): LayerNorm(W h_t + b) of a BiLSTM's output h_t at every
     time step, then dropout. lstm: 'bi', 'one-way' (the paper's ablation) or 'off' (h_t is the frame
     itself).
     """
-    def __init__(self, width, d, lstm='bi', dropout=0.1):
+    def __init__(self, width, d, lstm='bi', dropout=0.1, recompute=False):
         super().__init__()
         hidden = d // 2 if lstm == 'bi' else d
         self.ahead = nn.LSTM(width, hidden, batch_first=True) if lstm != 'off' else None
@@ -569,12 +573,15 @@ class Align(nn.Module):
         self.proj = nn.Linear(width if lstm == 'off' else d, d)
         self.norm = nn.LayerNorm(d)
         self.dropout = dropout
+        self.recompute = recompute
 
     def forward(self, x, lengths):
         """ x [B,S,width], lengths [B] -> [B,S,d]. """
-        h = [x if self.ahead is None else self.ahead(x)[0]]  # [B,S,d/2] for 'bi'
+        again = self.recompute
+        h = [x if self.ahead is None else run(self.ahead, x, recompute=again)[0]]  # [B,S,d/2] if 'bi'
         if self.back is not None:
-            h.append(reverse(self.back(reverse(x, lengths))[0], lengths))  # [B,S,d/2]
+            back, _ = run(self.back, reverse(x, lengths), recompute=again)  # [B,S,d/2]
+            h.append(reverse(back, lengths))
         y = self.norm(self.proj(torch.cat(h, -1)))  # [B,S,d]
         return F.dropout(y, self.dropout, self.training)
 
@@ -586,20 +593,20 @@ class DirectedAttention(nn.Module):
     'learned' weighting. (The pooling is not legible in the scan of the paper.) attend=False is
     the ablation "no CMPT adapter": the token is X itself, pooled.
     """
-    def __init__(self, d, n_heads, pool='mean', dropout=0.1, attend=True):
+    def __init__(self, d, n_heads, pool='mean', dropout=0.1, attend=True, recompute=False):
         super().__init__()
         check_heads(n_heads, d, 'cmpta_heads', 'cmpta_width=')
         self.n_heads = n_heads
         self.pool = pool
         self.dropout = dropout
+        self.recompute = recompute
         self.q_proj = nn.Linear(d, d) if attend else None
         self.kv_proj = nn.Linear(d, 2 * d) if attend else None
         self.out_proj = nn.Linear(d, d)
         self.score = nn.Linear(d, 1) if pool == 'learned' else None
 
     def pool_weights(self, x, mask):
-        """ The weight of each step of x [B,L,d] in the pooled token -> [B,L], rows that sum
-        to 1. """
+        """ The weights of the steps of x [B,L,d] in the pooled token, which sum to 1 -> [B,L]. """
         if self.pool == 'learned':
             return self.score(x)[..., 0].masked_fill(~mask, -torch.inf).softmax(-1)
         if self.pool == 'last':
@@ -627,7 +634,7 @@ class DirectedAttention(nn.Module):
         real step per clip -> token [B,d]. """
         if self.q_proj is None:
             return self.out_proj((self.pool_weights(x, x_mask)[:, None] @ x)[:, 0])  # [B,d]
-        p = self.attention_weights(x, x_mask, y, y_mask)  # [B,h,M]
+        p = run(self.attention_weights, x, x_mask, y, y_mask, recompute=self.recompute)  # [B,h,M]
         # only the pooled token is needed, so y is averaged before the projection to values: this
         # projects h vectors per clip instead of M
         W = self.kv_proj.weight.chunk(2)[1].unflatten(0, (self.n_heads, -1))  # [h,d/h,d]
@@ -650,9 +657,11 @@ class CMPTA(nn.Module):
     choices.
     A clip without frames counts as one frame of zeros. Where the corpus lacks a modality, the
     tokens of its directions are replaced by learned ones.
+    recompute: the backward pass computes the LSTMs and the attention again, which saves memory.
     """
     def __init__(self, widths, D, n_pseudo, d, n_heads, n_layers=1, align='bi', align_text=True,
-                 attend=True, pool='mean', dropout=0.1, projection='released', embed_rms=1.0):
+                 attend=True, pool='mean', dropout=0.1, projection='released', embed_rms=1.0,
+                 recompute=False):
         super().__init__()
         if not widths:
             raise ValueError("CMPTA needs audio or vision, and this corpus has neither: "
@@ -667,10 +676,10 @@ class CMPTA(nn.Module):
 
         aligning = {s: align for s in widths} | dict(text=align if align_text else 'off')
         self.align = nn.ModuleDict({
-            s: Align(w, d, aligning[s], dropout)
+            s: Align(w, d, aligning[s], dropout, recompute)
             for s, w in (dict(text=D) | widths).items() if s in used})
         self.directed = nn.ModuleDict({
-            f'{x}_from_{y}': DirectedAttention(d, n_heads, pool, dropout, attend)
+            f'{x}_from_{y}': DirectedAttention(d, n_heads, pool, dropout, attend, recompute)
             for x, y in directions})
         n_learned = n_pseudo - len(directions)
         self.more_tokens = nn.Parameter(torch.randn(n_learned, d)) if n_learned else None
@@ -865,34 +874,3 @@ class GMRA(nn.Module):
         gate = torch.sigmoid(self.gate(torch.cat([h_t, c], -1)))  # [B,T,D]
         x = x + self.drop(gate * c)
         return x + self.drop(self.down(F.gelu(self.up(self.norm(x)))))
-
-
-def calls_of(module, predict, batch):
-    """ The inputs of every call of a module while predict(batch) runs: a list of tuples. """
-    seen = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args))
-    try:
-        predict(batch)
-    finally:
-        handle.remove()
-    return seen
-
-
-def inputs_of(module, predict, batch):
-    """ The first input of a module at its last call while predict(batch) runs. """
-    return calls_of(module, predict, batch)[-1][0]
-
-
-def attention_of_last_layer(encoder, predict, batch):
-    """
-    The attention weights of one clip in a TextEncoder's last layer, the mean over heads (CrossSent's
-    Figures 5 and 6), as System.views returns them.
-    """
-    if not encoder.n_layers:
-        return {}
-    last = encoder.hf.encoder.layer[-1].attention.self
-    x = inputs_of(last.query, predict, batch)[0].float()  # [T,D]
-    q, key = (p(x).view(len(x), encoder.n_heads, -1).transpose(0, 1)
-              for p in (last.query, last.key))  # 2x [h,T,D/h]
-    weights = (q @ key.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)  # [T,T]
-    return {'last layer': (weights, 'text token', 'text token')}

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapters import GMRA, attention_of_last_layer, frames_on_tokens, inputs_of, text_vector
+from adapters import GMRA, frames_on_tokens, text_vector
 from configurator import AtLeast, Share
 from corpora.unpickle import CorpusError
 from lm import EncoderKnobs
@@ -19,7 +19,7 @@ from run.errors import ModelError
 from run.load_lm import specials
 from run.new_lm import load_text_encoder
 from run.texts import texts_as_read
-from system import System, weight_groups
+from system import System, attention_of_last_layer, inputs_of, weight_groups
 
 
 class CrossSent(System):

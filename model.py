@@ -31,8 +31,6 @@ from adapters import (
     MMBlock,
     MSEAdapter,
     augment_embeddings,
-    calls_of,
-    inputs_of,
     masked_mean,
 )
 from baselines.all import BASELINES
@@ -61,7 +59,7 @@ from run.load_lm import (
 )
 from run.new_lm import new_lm
 from run.texts import texts_as_read
-from system import System
+from system import System, calls_of, inputs_of
 
 # --------------------------------------------------------------------------------------------------
 # The two prerequisites of DeepMLF: an LM, and an audiovisual encoder
@@ -826,12 +824,14 @@ class CMPTALM(PseudoTokenLM):
         cmpta_align_text = True          # align the text too (the paper can be read both ways)
         cmpta_attend = True              # False: no CMPT adapter, a token is its pooled modality
         dropout: Share() = 0.1           # in the adapter
+        checkpoint_adapter = False       # recompute the adapter in the backward pass, to save memory
 
     @classmethod
     def make_adapter(cls, k, widths, D, embed_rms):
         return CMPTA(widths, D, k['n_pseudo'], k['cmpta_width'], k['cmpta_heads'],
                      k['cmpta_layers'], k['cmpta_align'], k['cmpta_align_text'], k['cmpta_attend'],
-                     k['cmpta_pool'], k['dropout'], k['pseudo_projection'], embed_rms)
+                     k['cmpta_pool'], k['dropout'], k['pseudo_projection'], embed_rms,
+                     k['checkpoint_adapter'])
 
     def attention(self, batch):
         """ name, such as 'text_from_vision' -> attention weights [B,S] over frames, [B,T] over text. """

@@ -343,3 +343,37 @@ def weight_groups(model, lr_scales=None):
         group['names'].append(name)
         group['params'].append(p)
     return [groups[key] for key in sorted(groups, reverse=True)]
+
+
+# --------------------------------------------------------------------------------------------------
+# What System.views and System.fused read of a running model
+
+def calls_of(module, predict, batch):
+    """ The inputs of every call of a module while predict(batch) runs: a list of tuples. """
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args))
+    try:
+        predict(batch)
+    finally:
+        handle.remove()
+    return seen
+
+
+def inputs_of(module, predict, batch):
+    """ The first input of a module at its last call while predict(batch) runs. """
+    return calls_of(module, predict, batch)[-1][0]
+
+
+def attention_of_last_layer(encoder, predict, batch):
+    """
+    The attention weights of one clip in a TextEncoder's last layer, the mean over heads (CrossSent's
+    Figures 5 and 6), as System.views returns them.
+    """
+    if not encoder.n_layers:
+        return {}
+    last = encoder.hf.encoder.layer[-1].attention.self
+    x = inputs_of(last.query, predict, batch)[0].float()  # [T,D]
+    q, key = (p(x).view(len(x), encoder.n_heads, -1).transpose(0, 1)
+              for p in (last.query, last.key))  # 2x [h,T,D/h]
+    weights = (q @ key.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)  # [T,T]
+    return {'last layer': (weights, 'text token', 'text token')}

@@ -57,7 +57,7 @@ class ALMT(Attentive):
         x = self.proj[m](x)  # [B,L,d]
         x = x + sinusoid(*x.shape[1:], x.device)
         x = torch.cat([self.tokens[m].expand(len(x), -1, -1), x], 1)  # [B,P+L,d]
-        return self.first[m](x, F.pad(mask, (P, 0), value=True))[:, :P]  # [B,P,d]
+        return self.first[m](x, F.pad(mask, (P, 0), value=True), P)  # [B,P,d]
 
     def fuse(self, x, batch):
         B = len(x)

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapters import attention_of_last_layer, inputs_of, last_step, text_vector
+from adapters import last_step, text_vector
 from configurator import AtLeast, Share, class_knobs
 from lm import EncoderKnobs, ModelError
 from losses import OrdinalKnobs, ordinal_loss
@@ -33,7 +33,7 @@ from run.frozen_text import width_of
 from run.load_lm import lm_config, load_tokenizer
 from run.new_lm import load_text_encoder
 from run.texts import texts_as_read
-from system import System, class_prediction, weight_groups
+from system import System, attention_of_last_layer, class_prediction, inputs_of, weight_groups
 
 MODALITIES = ('text', 'audio', 'vision')  # also the order of the numbers in a knob with one per stream
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapters import sinusoid
+from adapters import last_step, sinusoid
 from configurator import AtLeast, Share
 
 
@@ -81,6 +81,16 @@ class CrossStack(nn.Module):
         for layer in self.layers:
             x = layer(x, x if to_itself else y, mask)
         return self.norm(x)
+
+    def last_step(self, x, x_mask, lengths):
+        """ Self-attention of x [B,L,d], x_mask [B,L]: the output at the last real step alone, so the
+        last layer has one query a clip -> [B,d]. """
+        mask = self.attention_mask(x, x_mask)  # [B,1,1,L]
+        x = self.embed(x)  # [B,L,d]
+        for layer in self.layers[:-1]:
+            x = layer(x, x, mask)  # [B,L,d]
+        query = last_step(x, lengths)[:, None]  # [B,1,d]
+        return self.norm(self.layers[-1](query, x, mask))[:, 0]  # [B,d]
 
 
 class Conv(nn.Module):

@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from adapters import LoRA, LoRAFFW, inputs_of, text_vector, weight_of
+from adapters import LoRA, LoRAFFW, text_vector, weight_of
 from configurator import AtLeast, Share
 from lm import LMKnobs
 from losses import OrdinalKnobs, head_loss
 from run.errors import ModelError
 from run.load_lm import load_frozen_lm
-from system import System, class_prediction
+from system import System, class_prediction, inputs_of
 
 
 class LoRALM(System):

@@ -5,7 +5,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adapters import last_step
 from baselines.base import MODALITIES, Attentive
 from baselines.crossmodal import Conv, CrossStack, StackKnobs
 from configurator import Share
@@ -57,7 +56,7 @@ class MulT(Attentive):
             attended = [self.cross[f'{m}_from_{o}'](x[m], x[o], mask[o])
                         for o in x if o != m]  # 2x [B,L,d]
             y = torch.cat(attended, -1)  # [B,L,2d]
-            last.append(last_step(self.memory[m](y, y, mask[m]), batch[m + '_len']))  # [B,2d]
+            last.append(self.memory[m].last_step(y, mask[m], batch[m + '_len']))  # [B,2d]
         y = torch.cat(last, -1)  # [B,6d]
         y = y + self.proj_2(self.dropout(F.relu(self.proj_1(y))))  # [B,6d]
         return dict(pred=self.answer(self.out(y)))

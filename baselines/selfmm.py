@@ -4,7 +4,7 @@ Self-MM and TETFN: a label is generated for each stream in training.
 import torch
 import torch.nn as nn
 
-from adapters import last_step, masked_mean
+from adapters import masked_mean
 from baselines.base import MODALITIES, Attentive, Baseline, Head, Pooled, Recurrent
 from baselines.crossmodal import Conv, CrossStack, StackKnobs
 from configurator import AtLeast, Share
@@ -221,8 +221,7 @@ class TETFN(SelfLabelled, Attentive):
             y[m] = torch.cat([
                 cross[m + '_from_text'](x[m], x['text'], mask['text']),
                 cross[m + '_from_guided'](x[m], guided[other], mask[other])], -1)  # [B,S,2d]
-        last = [last_step(self.memory[m](y[m], y[m], mask[m]), batch[m + '_len'])
-                for m in y]  # 3x [B,2d]
+        last = [self.memory[m].last_step(y[m], mask[m], batch[m + '_len']) for m in y]  # 3x [B,2d]
 
         top = {}
         for m in x:

@@ -24,7 +24,7 @@ from run.json_files import (
     text_of,
 )
 
-FORMAT = 3   # version of the run folder's format; raise it when older folders cannot be read
+FORMAT = 4   # version of the run folder's format; raise it when older folders cannot be read
 
 
 class EvalError(Exception):

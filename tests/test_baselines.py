@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import eval as evaluation
+from adapters import EncoderLayer, last_step
 from baselines.all import BASELINES
 from baselines.almt import ALMT
 from baselines.crossmodal import CrossStack
@@ -542,6 +543,21 @@ def test_cross_stack_equals_mult(case, kind):
         if max(gaps) <= TOLERANCE:
             fitting.append(n_heads)
     assert len(fitting) == 1
+
+
+def test_a_layer_that_is_read_at_some_steps_gives_what_the_whole_layer_gives_there():
+    """ The last step of a CrossStack (MulT, TETFN), and the first n of an EncoderLayer (ALMT). """
+    torch.manual_seed(0)
+    x, lengths = torch.randn(4, 9, 6), torch.tensor([9, 1, 0, 5])
+    mask = torch.arange(9) < lengths[:, None]  # [B,L]
+    for n_layers in (1, 3):
+        stack = CrossStack(6, 3, n_layers, attn_dropout=0.5, res_dropout=0.5).eval()
+        whole = last_step(stack(x, x, mask), lengths)  # [B,d]
+        torch.testing.assert_close(stack.last_step(x, mask, lengths), whole)
+    layer = EncoderLayer(6, 3).eval()
+    mask[2, 0] = True
+    for m in (mask, None):
+        torch.testing.assert_close(layer(x, m, 4), layer(x, m)[:, :4])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -297,6 +297,33 @@ def test_cmpta_uses_every_weight_and_ignores_padding(n_pseudo, knobs):
     )
 
 
+@pytest.mark.parametrize('align', ['bi', 'one-way', 'off'])
+def test_cmpta_recomputed_has_the_same_gradients_and_dropout(align):
+    """ recompute=True gives the gradients bit for bit, and keeps fewer numbers for backward. """
+    batch = dict(audio=torch.randn(3, 40, 5), audio_len=torch.tensor([40, 7, 0]))
+    text, mask = torch.randn(3, 6, 16), torch.arange(6) < torch.tensor([[6], [2], [1]])
+    gradients, kept = {}, {}
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        cmpta = CMPTA(dict(audio=5), 16, 6, d=8, n_heads=2, align=align, dropout=0.3,
+                      recompute=recompute)
+        storages = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = cmpta(batch, text, mask)
+        kept[recompute] = sum(storage.nbytes() for storage in storages.values())
+        out.square().sum().backward()
+        gradients[recompute] = {n: p.grad for n, p in cmpta.named_parameters()}
+    assert kept[True] < kept[False]
+    for name, gradient in gradients[False].items():
+        assert torch.equal(gradient, gradients[True][name]), name
+
+
 def test_learned_tokens_replace_the_directions_of_a_missing_modality():
     cmpta = CMPTA(dict(audio=5), 16, 6, d=8, n_heads=2)
     assert list(cmpta.directed) == ['text_from_audio', 'audio_from_text']

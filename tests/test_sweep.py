@@ -17,7 +17,6 @@ import torch
 import torch.nn as nn
 
 import model
-from adapters import calls_of
 from configurator import class_knobs
 from corpora.toy import make_toy
 from data import Corpus
@@ -25,6 +24,7 @@ from fakes import HERE, TINY, forge, tiny_batch, tiny_deepmlf, train
 from metrics import claim, score_by
 from run.finished import EvalError
 from run.machine import hold_memory
+from system import calls_of
 from tools import bench_against, bench_worker, figures, sweep, sweep_table
 from tools.bench_plain import PlainPseudoTokens
 from tools.figures import tsne
