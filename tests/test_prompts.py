@@ -49,6 +49,7 @@ from run import machine
 from run.finished import read_predictions
 from run.lm_compare import exact_attention
 from run.load_lm import SentencePiece, load_lm
+from tools.bench_plain import PlainPseudoTokens
 
 # -------------------------------------------------------------------------------------------------
 # MSE-Adapter
@@ -322,6 +323,21 @@ def test_cmpta_recomputed_has_the_same_gradients_and_dropout(align):
     assert kept[True] < kept[False]
     for name, gradient in gradients[False].items():
         assert torch.equal(gradient, gradients[True][name]), name
+
+
+@pytest.mark.parametrize('knobs', [
+    dict(base=MSE_KNOBS),
+    dict(base=CMPTA_KNOBS, checkpoint_adapter=False),
+    dict(base=CMPTA_KNOBS, checkpoint_adapter=True),
+])
+def test_the_plain_way_of_the_benchmark_recomputes_nothing(corpora, tokenizers, knobs):
+    model, _, _ = prompted(corpora, tokenizers, 'bpe', 'llama', **knobs)
+    parts = [part for part in model.adapter.modules() if hasattr(part, 'recompute')]
+    assert len(parts) == (7 if knobs['base'] is CMPTA_KNOBS else 0)  # 3 streams, 4 directions
+    for plain in (True, False, True):
+        PlainPseudoTokens.use_plain_parts(model, plain)
+        again = not plain and knobs.get('checkpoint_adapter')
+        assert all(part.recompute == again for part in parts)
 
 
 def test_learned_tokens_replace_the_directions_of_a_missing_modality():

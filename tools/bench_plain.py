@@ -206,6 +206,13 @@ class PlainPseudoTokens(Plain):
             max_new_tokens=model.trie_answer.shape[1], pad_token_id=0, eos_token_id=None)
 
     @staticmethod
+    def use_plain_parts(model, plain):
+        """ The plain CMPTA keeps what checkpoint_adapter=True computes again. """
+        for part in model.adapter.modules():
+            if hasattr(part, 'recompute'):
+                part.recompute = model.k['checkpoint_adapter'] and not plain
+
+    @staticmethod
     def needed_flops(feed, clips):
         """ For readout='score'. The adapter is left out: MSE-Adapter's would add 2 %; CMPTA's
         BiLSTM of width 1024 over 925 frames costs more than a small LM. Tokens before the first
