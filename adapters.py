@@ -110,7 +110,7 @@ class FFW(nn.Module):
         return self.dropout(y)  # [B,L,D]
 
     def second_half(self, *hidden):
-        """ Activation and last linear layer: (up x) or (gate x, up x), [B,L,4D] each -> [B,L,D]. """
+        """ Activation and last layer: (up x) or (gate x, up x), [B,L,4D] each -> [B,L,D]. """
         y = self.act(hidden[0])  # [B,L,4D]
         if self.gate is not None:
             y = y * hidden[1]
@@ -361,7 +361,7 @@ class EncoderLayer(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, mask, n=None):
-        """ x [B,m,d], mask [B,m] or None -> [B,m,d], or with n the first n positions alone. """
+        """ x [B,m,d], mask [B,m] or None -> [B,m,d], or [B,n,d]: the first n positions alone. """
         B, m, d = x.shape
         qkv = self.qkv(self.norm_1(x)).view(B, m, 3, self.n_heads, -1)  # [B,m,3,h,d/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3x [B,h,m,d/h]
@@ -369,7 +369,7 @@ class EncoderLayer(nn.Module):
             mask = mask[:, None, None]  # [B,1,1,m]
         p = self.dropout * self.training
         y = F.scaled_dot_product_attention(q[:, :, :n], k, v, mask, p)  # [B,h,n,d/h]
-        x = x[:, :n] + self.drop(self.out(y.transpose(1, 2).reshape(B, -1, d)))  # [B,n,d]
+        x = x[:, :n] + self.drop(self.out(y.transpose(1, 2).flatten(2)))  # [B,n,d]
 
         y = self.drop(F.gelu(self.up(self.norm_2(x))))  # [B,n,4d]
         return x + self.drop(self.down(y))  # [B,n,d]
@@ -552,9 +552,12 @@ class MSEAdapter(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # CMPTA: pseudo tokens from cross-attention between pairs of modalities
 
-def run(function, *inputs, recompute):
-    """ function(*inputs); recompute: the backward pass computes it again, with the same dropout. """
-    if recompute and torch.is_grad_enabled():
+def recomputed(on, function, *inputs):
+    """
+    function(*inputs). on=True: the backward pass computes it again, with the same dropout. On MPS
+    nothing is computed again, because checkpoint() does not restore the random numbers of MPS.
+    """
+    if on and torch.is_grad_enabled() and inputs[0].device.type != 'mps':
         return checkpoint(function, *inputs, use_reentrant=False)
     return function(*inputs)
 
@@ -577,10 +580,11 @@ class Align(nn.Module):
 
     def forward(self, x, lengths):
         """ x [B,S,width], lengths [B] -> [B,S,d]. """
-        again = self.recompute
-        h = [x if self.ahead is None else run(self.ahead, x, recompute=again)[0]]  # [B,S,d/2] if 'bi'
+        h = [x]  # [B,S,width]
+        if self.ahead is not None:
+            h = [recomputed(self.recompute, self.ahead, x)[0]]  # [B,S,d/2] for 'bi'
         if self.back is not None:
-            back, _ = run(self.back, reverse(x, lengths), recompute=again)  # [B,S,d/2]
+            back, _ = recomputed(self.recompute, self.back, reverse(x, lengths))  # [B,S,d/2]
             h.append(reverse(back, lengths))
         y = self.norm(self.proj(torch.cat(h, -1)))  # [B,S,d]
         return F.dropout(y, self.dropout, self.training)
@@ -634,7 +638,7 @@ class DirectedAttention(nn.Module):
         real step per clip -> token [B,d]. """
         if self.q_proj is None:
             return self.out_proj((self.pool_weights(x, x_mask)[:, None] @ x)[:, 0])  # [B,d]
-        p = run(self.attention_weights, x, x_mask, y, y_mask, recompute=self.recompute)  # [B,h,M]
+        p = recomputed(self.recompute, self.attention_weights, x, x_mask, y, y_mask)  # [B,h,M]
         # only the pooled token is needed, so y is averaged before the projection to values: this
         # projects h vectors per clip instead of M
         W = self.kv_proj.weight.chunk(2)[1].unflatten(0, (self.n_heads, -1))  # [h,d/h,d]

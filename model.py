@@ -824,7 +824,7 @@ class CMPTALM(PseudoTokenLM):
         cmpta_align_text = True          # align the text too (the paper can be read both ways)
         cmpta_attend = True              # False: no CMPT adapter, a token is its pooled modality
         dropout: Share() = 0.1           # in the adapter
-        checkpoint_adapter = False       # recompute the adapter in the backward pass, to save memory
+        checkpoint_adapter = False       # recompute LSTMs and attention in the backward pass
 
     @classmethod
     def make_adapter(cls, k, widths, D, embed_rms):

@@ -82,9 +82,9 @@ class CrossStack(nn.Module):
             x = layer(x, x if to_itself else y, mask)
         return self.norm(x)
 
-    def last_step(self, x, x_mask, lengths):
-        """ Self-attention of x [B,L,d], x_mask [B,L]: the output at the last real step alone, so the
-        last layer has one query a clip -> [B,d]. """
+    def at_last_step(self, x, x_mask, lengths):
+        """ What forward(x, x, x_mask) gives at the last real step: x [B,L,d], x_mask [B,L] ->
+        [B,d]. The last layer has one query a clip. """
         mask = self.attention_mask(x, x_mask)  # [B,1,1,L]
         x = self.embed(x)  # [B,L,d]
         for layer in self.layers[:-1]:

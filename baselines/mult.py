@@ -56,7 +56,7 @@ class MulT(Attentive):
             attended = [self.cross[f'{m}_from_{o}'](x[m], x[o], mask[o])
                         for o in x if o != m]  # 2x [B,L,d]
             y = torch.cat(attended, -1)  # [B,L,2d]
-            last.append(self.memory[m].last_step(y, mask[m], batch[m + '_len']))  # [B,2d]
+            last.append(self.memory[m].at_last_step(y, mask[m], batch[m + '_len']))  # [B,2d]
         y = torch.cat(last, -1)  # [B,6d]
         y = y + self.proj_2(self.dropout(F.relu(self.proj_1(y))))  # [B,6d]
         return dict(pred=self.answer(self.out(y)))

@@ -221,7 +221,7 @@ class TETFN(SelfLabelled, Attentive):
             y[m] = torch.cat([
                 cross[m + '_from_text'](x[m], x['text'], mask['text']),
                 cross[m + '_from_guided'](x[m], guided[other], mask[other])], -1)  # [B,S,2d]
-        last = [self.memory[m].last_step(y[m], mask[m], batch[m + '_len']) for m in y]  # 3x [B,2d]
+        last = [self.memory[m].at_last_step(y[m], mask[m], batch[m + '_len']) for m in y]  # 3x [B,2d]
 
         top = {}
         for m in x:

@@ -553,9 +553,9 @@ def test_a_layer_that_is_read_at_some_steps_gives_what_the_whole_layer_gives_the
     for n_layers in (1, 3):
         stack = CrossStack(6, 3, n_layers, attn_dropout=0.5, res_dropout=0.5).eval()
         whole = last_step(stack(x, x, mask), lengths)  # [B,d]
-        torch.testing.assert_close(stack.last_step(x, mask, lengths), whole)
+        torch.testing.assert_close(stack.at_last_step(x, mask, lengths), whole)
     layer = EncoderLayer(6, 3).eval()
-    mask[2, 0] = True
+    mask[2, 0] = True  # an EncoderLayer needs a real step
     for m in (mask, None):
         torch.testing.assert_close(layer(x, m, 4), layer(x, m)[:, :4])
 

@@ -300,7 +300,7 @@ def test_cmpta_uses_every_weight_and_ignores_padding(n_pseudo, knobs):
 
 @pytest.mark.parametrize('align', ['bi', 'one-way', 'off'])
 def test_cmpta_recomputed_has_the_same_gradients_and_dropout(align):
-    """ recompute=True gives the gradients bit for bit, and keeps fewer numbers for backward. """
+    """ recompute=True gives the gradients bit for bit, and keeps fewer bytes for the backward pass. """
     batch = dict(audio=torch.randn(3, 40, 5), audio_len=torch.tensor([40, 7, 0]))
     text, mask = torch.randn(3, 6, 16), torch.arange(6) < torch.tensor([[6], [2], [1]])
     gradients, kept = {}, {}
@@ -320,7 +320,7 @@ def test_cmpta_recomputed_has_the_same_gradients_and_dropout(align):
         kept[recompute] = sum(storage.nbytes() for storage in storages.values())
         out.square().sum().backward()
         gradients[recompute] = {n: p.grad for n, p in cmpta.named_parameters()}
-    assert kept[True] < kept[False]
+    assert kept[True] < (0.9 if align == 'off' else 0.25) * kept[False]  # LSTMs alone: 0.29
     for name, gradient in gradients[False].items():
         assert torch.equal(gradient, gradients[True][name]), name
 

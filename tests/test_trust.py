@@ -176,7 +176,7 @@ def test_a_model_without_pretrained_weights_freezes_its_av_encoder_too(how):
 
 @pytest.mark.parametrize('dtype', ['auto', 'float32', 'bfloat16'])
 def test_the_benchmark_has_frozen_weights_in_its_dtype(dtype):
-    """ As in train.py: the weights of a frozen LM have the run's dtype, and those of an encoder do not. """
+    """ As in train.py, a frozen LM has weights of the run's dtype, and an encoder float32. """
     wanted = torch.bfloat16 if dtype == 'bfloat16' else torch.float32
     shape = [1, 16, 2, 60]
     lm = text_model(dict(system='deepmlf', dtype=dtype, lm_shape=shape))

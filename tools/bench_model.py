@@ -43,7 +43,7 @@ class RandomFeed(Feed):
 def text_model(k):
     """
     The random text model of the system: a frozen LM with weights in the dtype of the benchmark, or
-    an encoder in float32, as in train.py.
+    an encoder in float32, as in train.py. dtype='auto' is float32 here.
     """
     kind = family(SYSTEMS[k['system']])
     hf = random_lm(kind, *k['lm_shape'])

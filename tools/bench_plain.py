@@ -97,7 +97,7 @@ class PlainDeepMLF(Plain):
         if model.training:
             x = augment_embeddings(x, batch['text_len'], k['text_reg'], k['text_reg_rate'],
                                    k['text_reg_prob'], k['text_reg_draw'])
-        x = torch.cat([x, model.fusion_tokens.expand(B, -1, -1)], 1)  # [B,T+F,D]
+        x = torch.cat([x, model.fusion_tokens.to(x.dtype).expand(B, -1, -1)], 1)  # [B,T+F,D]
         x, rope = lm.place(x, torch.arange(T + n_f).expand(B, -1))
         seen = F.pad(batch['text_mask'], (0, n_f), value=True)[:, None, None]  # [B,1,1,T+F]
         mask = seen & torch.ones(T + n_f, T + n_f, dtype=torch.bool).tril()  # [B,1,T+F,T+F]
