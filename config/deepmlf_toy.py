@@ -1,6 +1,6 @@
 # DeepMLF on the toy corpus: the whole curriculum (LM, AV encoder, DeepMLF) in one command.
 # python train.py
-# hardware: 2 CPU cores (330 GFLOP/s float32 matmul); 90 s, 130-145 s with prerequisites and imports
+# hardware: 2 CPU cores (160 to 330 GFLOP/s float32 matmul); 90-110 s, 130-180 s with prerequisites
 # expected: test MAE 0.429 +- 0.003 (n=3); majority 1.165
 #   best possible MAE: text only 1.059, late fusion 0.810, all modalities 0.368
 # paper: none
