@@ -73,18 +73,16 @@ class CrossStack(nn.Module):
 
     def forward(self, x, y, y_mask):
         """ Attends from x [B,L,d] to y [B,M,d], y_mask [B,M] -> [B,L,d]. """
-        to_itself = y is x
         mask = self.attention_mask(x, y_mask)  # [B,1,1,M]
         x = self.embed(x)  # [B,L,d]
-        if not to_itself:
-            y = self.embed(y)  # [B,M,d]
+        y = self.embed(y)  # [B,M,d]
         for layer in self.layers:
-            x = layer(x, x if to_itself else y, mask)
+            x = layer(x, y, mask)  # [B,L,d]
         return self.norm(x)
 
     def at_last_step(self, x, x_mask, lengths):
-        """ What forward(x, x, x_mask) gives at the last real step: x [B,L,d], x_mask [B,L] ->
-        [B,d]. The last layer has one query a clip. """
+        """ Self-attention, at the last real step: x [B,L,d], x_mask [B,L] -> [B,d]. The last layer
+        has this one query. """
         mask = self.attention_mask(x, x_mask)  # [B,1,1,L]
         x = self.embed(x)  # [B,L,d]
         for layer in self.layers[:-1]:
