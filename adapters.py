@@ -14,6 +14,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+
+def recomputed(on, function, *inputs, dropout=False):
+    """
+    function(*inputs). on: the backward pass computes it again, in place of keeping what it needs.
+    dropout: the function draws dropout, and then draws the same again. On MPS such a function is
+    not computed again, because checkpoint() does not restore the random numbers of MPS.
+    """
+    if not on or not torch.is_grad_enabled():
+        return function(*inputs)
+    if dropout and inputs[0].device.type == 'mps':
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=dropout)
+
+
 # --------------------------------------------------------------------------------------------------
 # LoRA and the FFW of an MM block
 
@@ -106,7 +120,7 @@ class FFW(nn.Module):
             hidden = [self.gate(x), self.up(x)]  # 2x [B,L,4D]
         # the backward pass recomputes the activation: to store it would take a tenth of the memory
         # of a step
-        y = checkpoint(self.second_half, *hidden, use_reentrant=False, preserve_rng_state=False)
+        y = recomputed(True, self.second_half, *hidden)
         return self.dropout(y)  # [B,L,D]
 
     def second_half(self, *hidden):
@@ -362,7 +376,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x, mask, n=None):
         """ x [B,m,d], mask [B,m] or None -> [B,m,d], or [B,n,d]: the first n positions alone. """
-        B, m, d = x.shape
+        B, m, _ = x.shape
         qkv = self.qkv(self.norm_1(x)).view(B, m, 3, self.n_heads, -1)  # [B,m,3,h,d/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3x [B,h,m,d/h]
         if mask is not None:
@@ -552,16 +566,6 @@ class MSEAdapter(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # CMPTA: pseudo tokens from cross-attention between pairs of modalities
 
-def recomputed(on, function, *inputs):
-    """
-    function(*inputs). on=True: the backward pass computes it again, with the same dropout. On MPS
-    nothing is computed again, because checkpoint() does not restore the random numbers of MPS.
-    """
-    if on and torch.is_grad_enabled() and inputs[0].device.type != 'mps':
-        return checkpoint(function, *inputs, use_reentrant=False)
-    return function(*inputs)
-
-
 class Align(nn.Module):
     """
     CMPTA's temporal alignment (eqs. 3-5): LayerNorm(W h_t + b) of a BiLSTM's output h_t at every
@@ -638,7 +642,8 @@ class DirectedAttention(nn.Module):
         real step per clip -> token [B,d]. """
         if self.q_proj is None:
             return self.out_proj((self.pool_weights(x, x_mask)[:, None] @ x)[:, 0])  # [B,d]
-        p = recomputed(self.recompute, self.attention_weights, x, x_mask, y, y_mask)  # [B,h,M]
+        p = recomputed(self.recompute, self.attention_weights, x, x_mask, y, y_mask,
+                       dropout=True)  # [B,h,M]
         # only the pooled token is needed, so y is averaged before the projection to values: this
         # projects h vectors per clip instead of M
         W = self.kv_proj.weight.chunk(2)[1].unflatten(0, (self.n_heads, -1))  # [h,d/h,d]

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from adapters import (
     CMPTA,
@@ -32,6 +31,7 @@ from adapters import (
     MSEAdapter,
     augment_embeddings,
     masked_mean,
+    recomputed,
 )
 from baselines.all import BASELINES
 from baselines.lora_lm import LoRALM
@@ -592,7 +592,6 @@ class PseudoTokenLM(System):
         that token. sees [N,N]: which of them attends to which.
         """
         lm, (B, T, _), N = self.lm, x.shape, y.shape[1]
-        recompute = self.k['checkpoint_lm'] and torch.is_grad_enabled()
         t = torch.arange(T - 1, device=x.device)  # [T-1]
         causal = F.pad(t <= t[:, None], (0, N)).expand(B, T - 1, T - 1 + N)  # for the prompt
         real = (t < n[:, None] - 1)[:, None].expand(B, N, T - 1)
@@ -605,10 +604,7 @@ class PseudoTokenLM(System):
             return lm.block(l, z, rope, mask=mask)[0]
 
         for l in range(lm.n_layers - 1):
-            if recompute:
-                z = checkpoint(block, l, z, use_reentrant=False, preserve_rng_state=False)
-            else:
-                z = block(l, z)
+            z = recomputed(self.k['checkpoint_lm'], block, l, z)  # [B,T-1+N,D]
         # the last layer needs only keys and values of the prompt
         q, k, v = lm.qkv(lm.n_layers - 1, z, rope)
         z = lm.finish(lm.n_layers - 1, z[:, -N:], q[:, :, -N:], k, v, mask[:, :, -N:])  # [B,N,D]

@@ -452,31 +452,36 @@ SMALL_BENCH = ['--shapes=sims', '--bench_clips=4', '--batch_size=2', '--bench_ba
                '--lm_shape=2,32,2,500']
 
 
+@pytest.fixture
+def bench(capsys, monkeypatch):
+    """ A function that runs a small tools/bench.py in one way: config, way, flags -> its globals. """
+    def run(config, way, *flags):
+        argv = ['bench.py', str(config), *SMALL_BENCH, *flags, f'--only={way}']
+        monkeypatch.setattr(sys, 'argv', argv)
+        ran = runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
+        assert float(capsys.readouterr().out) >= 0
+        return ran
+
+    yield run
+    hold_memory(False)
+
+
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason="memory is read from /proc")
 @pytest.mark.parametrize('way', ['ours train', 'plain train', 'plain valid'])
 @pytest.mark.parametrize('config', ['deepmlf_sims', 'mse_simsv2', 'cmpta_simsv2'])
-def test_bench_runs_both_ways_in_bfloat16(config, way, capsys, monkeypatch):
+def test_bench_runs_both_ways_in_bfloat16(config, way, bench):
     """ The frozen weights are bfloat16, and the trained ones float32. """
     layers = ['--mm_layers=[1,2]'] if config == 'deepmlf_sims' else []
-    monkeypatch.setattr(sys, 'argv', [
-        'bench.py', str(HERE / 'config' / f'{config}.py'), *SMALL_BENCH, *layers,
-        '--dtype=bfloat16', f'--only={way}'])
-    runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
-    assert float(capsys.readouterr().out) >= 0
-    hold_memory(False)
+    bench(HERE / 'config' / f'{config}.py', way, *layers, '--dtype=bfloat16')
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason="memory is read from /proc")
 @pytest.mark.parametrize('way', ['ours train', 'plain train', 'plain valid'])
-def test_bench_measures_a_new_system_without_an_edit(way, tmp_path, capsys, monkeypatch):
+def test_bench_measures_a_new_system_without_an_edit(way, tmp_path, bench, monkeypatch):
     monkeypatch.setitem(model.SYSTEMS, 'new_prompt', NewPrompt)
     config = tmp_path / 'new.py'
     config.write_text("system = 'new_prompt'\nprompt = 'toy'\nn_pseudo = 2\n")
-    monkeypatch.setattr(sys, 'argv', ['bench.py', str(config), *SMALL_BENCH, f'--only={way}'])
-    bench = runpy.run_path(str(HERE / 'tools' / 'bench.py'), run_name='__main__')
-    assert bench['plain_way'](NewPrompt) is PlainPseudoTokens
-    assert float(capsys.readouterr().out) >= 0
-    hold_memory(False)
+    assert bench(config, way)['plain_way'](NewPrompt) is PlainPseudoTokens
 
 
 def test_bench_refuses_a_pretraining_stage(monkeypatch):

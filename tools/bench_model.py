@@ -40,16 +40,21 @@ class RandomFeed(Feed):
                 self.text[split].append(hidden.astype('f2'))
 
 
+def torch_dtype(k):
+    """ The dtype of frozen weights and of autocast; dtype='auto' is float32 here. """
+    return torch.bfloat16 if k['dtype'] == 'bfloat16' else torch.float32
+
+
 def text_model(k):
     """
     The random text model of the system: a frozen LM with weights in the dtype of the benchmark, or
-    an encoder in float32, as in train.py. dtype='auto' is float32 here.
+    an encoder in float32, as in train.py.
     """
     kind = family(SYSTEMS[k['system']])
     hf = random_lm(kind, *k['lm_shape'])
     if kind == 'roberta':
         return TextEncoder(hf)
-    return FrozenLM(hf.to(torch.bfloat16 if k['dtype'] == 'bfloat16' else torch.float32))
+    return FrozenLM(hf.to(torch_dtype(k)))
 
 
 def build(k, corpus):

@@ -3,14 +3,13 @@ A system on random clips, run as train.py and eval.py run it, and what tools/ben
 """
 import os
 import time
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 
 from data import epoch_order
 from run.machine import hold_memory
-from tools.bench_model import RandomFeed, build
+from tools.bench_model import RandomFeed, build, torch_dtype
 
 
 class Run:
@@ -39,8 +38,8 @@ class Run:
         return [order[int((i + 0.5) * len(order) / n)] for i in range(n)]
 
     def autocast(self):
-        bfloat16 = self.k['dtype'] == 'bfloat16'
-        return torch.autocast('cpu', torch.bfloat16) if bfloat16 else nullcontext()
+        dtype = torch_dtype(self.k)
+        return torch.autocast('cpu', dtype, enabled=dtype is not torch.float32)
 
     def loss(self, batch):
         out = self.model(batch)

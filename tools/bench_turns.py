@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import SYSTEMS
 from run.machine import hold_memory
+from tools.bench_model import torch_dtype
 from tools.bench_plain import plain_way
 from tools.bench_run import Run, describe, matmul_peak, megabytes_of
 from tools.random_clips import SHAPES, Words, random_corpus
@@ -100,7 +101,7 @@ def by_turns(k, folder):
         return
     print(describe(k, race))
     print("the plain way is our own implementation of the same computation, not a peer's code")
-    fast = matmul_peak(torch.bfloat16 if k['dtype'] == 'bfloat16' else torch.float32)
+    fast = matmul_peak(torch_dtype(k))
     seconds = {way: [] for way in race.ways}
     for i in range(k['repeats'] + 1):
         for way in race.ways:
