@@ -185,7 +185,7 @@ class PlainPseudoTokens(Plain):
         embed, B = model.lm.hf.get_input_embeddings(), len(batch['text'])
         text = embed(batch['text'])  # [B,T,D]
         no_mask = torch.ones(text.shape[:2], dtype=torch.bool)  # [B,T]
-        pseudo = model.adapter(batch, text, no_mask)  # [B,P,D]
+        pseudo = model.adapter(batch, text.float(), no_mask).to(text.dtype)  # [B,P,D]
         before, after = (embed(torch.tensor(ids, dtype=torch.long)).expand(B, -1, -1)
                          for ids in (model.prompt.before, model.prompt.after))  # [B,n,D] each
         return torch.cat([before, pseudo, text, after], 1)  # [B,L,D]
