@@ -19,7 +19,7 @@ import torch.nn as nn
 import model
 from configurator import class_knobs
 from corpora.toy import make_toy
-from data import Corpus
+from data import Corpus, CorpusError
 from fakes import HERE, TINY, forge, tiny_batch, tiny_deepmlf, train
 from metrics import claim, score_by
 from run.finished import EvalError
@@ -306,6 +306,24 @@ def test_a_sweep_skips_finished_runs_and_reports_failures(corpora, tmp_path, cap
     forge(whole, dict(lr=0.5))   # as if the config had been edited since
     with pytest.raises(EvalError, match='was trained with lr=0.5, but the sweep now has lr=0.002'):
         sweep.main(argv)
+
+
+def test_a_sweep_stops_before_its_runs_if_no_corpus_can_be_opened(tmp_path, monkeypatch):
+    """ One of two corpora is enough: the runs on the other one fail by themselves. """
+    monkeypatch.chdir(tmp_path)
+    argv = [str(HERE / 'config' / 'sweeps' / 'deepmlf.py'), '--table=4']
+    with pytest.raises(CorpusError, match='no-such.pkl'):
+        sweep.main([*argv, '--corpus=no-such.pkl'])
+    assert not list((tmp_path / 'out').rglob('*.txt'))
+    make_toy(str(tmp_path / 'here'), (16, 16, 24), seed=5)
+
+    def run(corpus):
+        knobs = dict(corpus=str(tmp_path / corpus), data_dir='data')
+        return SimpleNamespace(wanted=knobs, has=lambda name: False)
+
+    sweep.refuse_absent_corpora([run('absent'), run('here')])
+    with pytest.raises(CorpusError, match='absent'):
+        sweep.refuse_absent_corpora([run('absent')])
 
 
 @pytest.mark.parametrize('flags, sentence', [

@@ -45,7 +45,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
 from configurator import declared_knobs, parse_flags, run_knobs
-from data import CorpusError
+from data import CorpusError, open_corpus
 from model import SYSTEMS
 from run.errors import ModelError
 from run.finished import RUN_KNOBS, EvalError, read_run
@@ -288,6 +288,23 @@ def refuse_unknown_flags(flags, runs):
             parse_flags({k: flags[k]}, runs[0].wanted, systems=SYSTEMS)
 
 
+def refuse_absent_corpora(runs):
+    """
+    Raises CorpusError if none of the corpora of the unfinished runs can be opened. If only some of
+    them can, the other runs fail one by one.
+    """
+    refused = None
+    todo = [run.wanted for run in runs if not run.has('result.json')]
+    for source, data_dir in sorted({(knobs['corpus'], knobs['data_dir']) for knobs in todo}):
+        try:
+            open_corpus(source, data_dir)
+            return
+        except CorpusError as e:
+            refused = refused or e
+    if refused:
+        raise refused
+
+
 def read_flags(argv):
     """ The flags of a command line {name: text}. Raises EvalError. """
     flags = {}
@@ -359,6 +376,7 @@ def main(argv):
         raise EvalError(f"another sweep is running in {folder}: wait for it (--jobs=2 trains two "
                         "runs at a time), or choose another --out.")
     started = time.time()
+    refuse_absent_corpora(runs)
     run_all(runs, jobs)
     rows = {label: best_row(candidates) for label, candidates in trained.items()}
     first = next(iter(rows.values()))
