@@ -594,7 +594,9 @@ class Align(nn.Module):
             if self.back is not None:
                 back, _ = recomputed(self.recompute, self.back, reverse(x, lengths))  # [B,S,d/2]
                 h.append(reverse(back, lengths))
-        y = self.norm(self.proj(torch.cat(h, -1)))  # [B,S,d]
+        y = self.proj(torch.cat(h, -1))  # [B,S,d]
+        # float32: on the CPU, LayerNorm would sum the gradients of its weights over all steps in bf16
+        y = self.norm(y.float()).to(y.dtype)
         return F.dropout(y, self.dropout, self.training)
 
 
