@@ -326,6 +326,18 @@ def test_a_sweep_stops_before_its_runs_if_no_corpus_can_be_opened(tmp_path, monk
         sweep.refuse_absent_corpora([run('absent')])
 
 
+def test_ctrl_c_while_a_sweep_converts_its_corpus_gives_a_sentence(tmp_path, monkeypatch):
+    def interrupted(source, where):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('data.open_corpus', interrupted)
+    config = str(HERE / 'config' / 'sweeps' / 'deepmlf.py')
+    monkeypatch.setattr(sys, 'argv', ['sweep.py', config, '--table=4'])
+    with pytest.raises(SystemExit, match='sweep: stopped before its runs'):
+        runpy.run_path(str(HERE / 'tools' / 'sweep.py'), run_name='__main__')
+
+
 @pytest.mark.parametrize('flags, sentence', [
     (['--table=4', '--seed=1'], 'itself sets'),
     (['--table=4', '--config=config/crosssent_mosi.py'], 'sized for the toy corpus: .*or take 4-mosei'),

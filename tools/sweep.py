@@ -403,3 +403,5 @@ if __name__ == '__main__':
     except OSError as e:
         sys.exit(f"sweep: cannot write {e.filename} ({e.strerror}): "
                  "free some space, or choose another --out.")
+    except KeyboardInterrupt:   # while a corpus is converted; run_all stops its runs itself
+        sys.exit("sweep: stopped before its runs; the same command starts it again.")
