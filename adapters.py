@@ -557,12 +557,10 @@ class MSEAdapter(nn.Module):
 
     def forward(self, batch, text, text_mask):
         """ batch: audio [B,S,d_a], audio_len [B], ..; text [B,T,D], text_mask [B,T] -> [B,P,D]. """
-        # no autocast: these layers are small, and bf16 would round the raw features
-        with torch.autocast(text.device.type, enabled=False):
-            m = self.up(self.fused(self.mixed(batch, text, text_mask)))  # [B,D] or [B,P D]
-            if isinstance(self.out, MatchScale):
-                return self.out(m.view(len(m), self.n_pseudo, -1))  # [B,P,D]
-            return self.out(m[..., None]).transpose(1, 2)  # [B,P,D]
+        m = self.up(self.fused(self.mixed(batch, text, text_mask)))  # [B,D] or [B,P D]
+        if isinstance(self.out, MatchScale):
+            return self.out(m.view(len(m), self.n_pseudo, -1))  # [B,P,D]
+        return self.out(m[..., None]).transpose(1, 2)  # [B,P,D]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -587,16 +585,12 @@ class Align(nn.Module):
     def forward(self, x, lengths):
         """ x [B,S,width], lengths [B] -> [B,S,d]. """
         h = [x]  # [B,S,width]
-        # no autocast: an LSTM adds to its cell at each step, and in bf16 small sums are lost
-        with torch.autocast(x.device.type, enabled=False):
-            if self.ahead is not None:
-                h = [recomputed(self.recompute, self.ahead, x)[0]]  # [B,S,d/2] for 'bi'
-            if self.back is not None:
-                back, _ = recomputed(self.recompute, self.back, reverse(x, lengths))  # [B,S,d/2]
-                h.append(reverse(back, lengths))
-        y = self.proj(torch.cat(h, -1))  # [B,S,d]
-        # float32: on the CPU, LayerNorm would sum the gradients of its weights over all steps in bf16
-        y = self.norm(y.float()).to(y.dtype)
+        if self.ahead is not None:
+            h = [recomputed(self.recompute, self.ahead, x)[0]]  # [B,S,d/2] for 'bi'
+        if self.back is not None:
+            back, _ = recomputed(self.recompute, self.back, reverse(x, lengths))  # [B,S,d/2]
+            h.append(reverse(back, lengths))
+        y = self.norm(self.proj(torch.cat(h, -1)))  # [B,S,d]
         return F.dropout(y, self.dropout, self.training)
 
 

@@ -567,8 +567,9 @@ class PseudoTokenLM(System):
         return torch.cat([x[:, :first], pseudo.to(x.dtype), x[:, first + P:]], 1), n
 
     def pseudo_tokens(self, batch, x):
-        """ The adapter's pseudo tokens [B,P,D] for an embedded prompt x [B,T,D]. """
-        return self.adapter(batch, *self.own_text(x, batch['text_len']))  # [B,P,D]
+        """ The adapter's pseudo tokens [B,P,D] for an embedded prompt x [B,T,D], in float32. """
+        with torch.autocast(x.device.type, enabled=False):
+            return self.adapter(batch, *self.own_text(x, batch['text_len']))  # [B,P,D]
 
     def own_text(self, x, n):
         """

@@ -806,62 +806,6 @@ def test_a_float16_lm_predicts_and_trains_on_the_cpu(corpora, tokenizers):
     )
 
 
-def test_long_sequences_keep_the_gradients_of_aligns_norm_in_bfloat16():
-    """ On the CPU, a LayerNorm that gets bfloat16 loses most of them over 7200 steps. """
-    torch.manual_seed(0)
-    align = Align(5, 64, dropout=0.0)
-    x, n = torch.randn(8, 900, 5), torch.full((8,), 900)
-    weight = 1 + 0.1 * torch.randn(64)
-    gradients = []
-    for on in (False, True):
-        align.zero_grad()
-        with torch.autocast('cpu', torch.bfloat16, enabled=on):
-            y = align(x, n)
-        (y.float() * weight).mean().backward()
-        gradients.append(align.norm.bias.grad.clone())
-    exact, rounded = gradients
-    assert (rounded - exact).norm() < 0.05 * exact.norm()
-
-
-@torch.no_grad()
-def test_autocast_is_for_cmptas_attention_and_for_no_lstm():
-    """
-    Under autocast, CMPTA's projections and attention compute in bfloat16 and its LSTMs in float32.
-    MSE-Adapter gives the bits of float32.
-    """
-    torch.manual_seed(0)
-    widths = dict(audio=5, vision=7)
-    batch = {s: torch.randn(3, 9, width) for s, width in widths.items()}
-    batch |= {s + '_len': torch.tensor([9, 4, 1]) for s in widths}
-    text, mask = torch.randn(3, 5, 16), torch.arange(5) < torch.tensor([[5], [2], [1]])
-    cmpta = CMPTA(widths, 16, 6, d=8, n_heads=2).eval()
-    mse = MSEAdapter(widths, 16, 4, d=8)
-
-    def outputs(adapter):
-        exact = adapter(batch, text, mask)
-        with torch.autocast('cpu', torch.bfloat16):
-            return exact, adapter(batch, text, mask)
-
-    dtypes = {}
-    for name, module in cmpta.named_modules():
-        if isinstance(module, (torch.nn.LSTM, torch.nn.Linear)):
-            module.register_forward_hook(
-                lambda _, args, out, name=name: dtypes.update({name: out[0].dtype})
-            )
-    exact, rounded = outputs(cmpta)
-    assert {n: d for n, d in dtypes.items() if n.endswith(('ahead', 'back'))} == {
-        f'align.{s}.{way}': torch.float32
-        for s in ('text', *widths)
-        for way in ('ahead', 'back')
-    }
-    others = {d for n, d in dtypes.items() if not n.endswith(('ahead', 'back'))}
-    assert others == {torch.bfloat16}
-    assert not torch.equal(rounded.float(), exact)
-    torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.05)
-    exact, rounded = outputs(mse)
-    assert torch.equal(rounded, exact)
-
-
 # -------------------------------------------------------------------------------------------------
 # LMs
 
