@@ -8,7 +8,7 @@ The checks of tools/gpu_check.sh, one section per process:
     python tools/gpu_check.py compile          torch.compile gives the same loss and gradients
     python tools/gpu_check.py resume CONFIG    train.py, killed and resumed, gives the same bits
     python tools/gpu_check.py speed NAME DTYPE   throughput, memory and share of the matmul peak
-    python tools/gpu_check.py compiled NAME    the same batch without and with torch.compile
+    python tools/gpu_check.py compiled NAME    one batch without and with torch.compile, of 4 layers
 
 NAME is a key of LARGE. --rehearse runs a section on the CPU with small models. --scratch=FOLDER is
 the folder for random corpora and runs. Each line is printed when its result is known, and a line
@@ -48,6 +48,7 @@ from tools.random_clips import SHAPES, Words, random_corpus, random_lm
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_LM = (3, 64, 4, 4000)   # layers, width, heads, vocabulary
 SMALL_KNOBS = dict(mm_layers=[1, 3], mm_heads=4, prompt='cn', max_text_len=24)
+COMPILED = dict(n_layers=4, mm_layers=[2, 4])   # to compile 32 layers takes more than a minute
 LARGE = {
     'gpt2-large': dict(
         family='gpt2', shape=(36, 1280, 20, 50257), config='deepmlf_mosei.py', clips='mosei',
@@ -353,14 +354,16 @@ def check_resume(config):
 # --------------------------------------------------------------------------------------------------
 # Speed
 
-def large_training(name, dtype, batch_size, compiled=False):
-    """ The Training of a row of LARGE; in a rehearsal with a small model. """
+def large_training(name, dtype, batch_size, compiled=False, n_layers=None, **knobs):
+    """ The Training of a row of LARGE, in a rehearsal with a small model; n_layers: of the LM. """
     case = LARGE[name]
     shape, batch_size = (SMALL_LM, 4) if REHEARSAL else (case['shape'], batch_size)
+    shape = (n_layers or shape[0], *shape[1:])
     argv = [str(ROOT / 'config' / case['config']), f'--batch_size={batch_size}']
     _, k = run_knobs(argv, *declared_knobs(ROOT / 'train.py'), SYSTEMS)
     if REHEARSAL:
         k |= {key: v for key, v in SMALL_KNOBS.items() if key in k}
+    k |= {key: v for key, v in knobs.items() if key in k}
     largest = max(max(sizes) for sizes in case['rows'].values())
     corpus = corpus_of(case['clips'], 16 if REHEARSAL else N_BATCHES * largest, 'large')
     built = build(k, corpus, case['family'], shape, dtype, DEVICE)
@@ -420,24 +423,21 @@ def measure_speed(name, dtype_name):
             measure_row(name, dtype_name, batch_size, peak)
 
 
-def measure_steps(name, dtype, batch_size, compiled):
-    """ Measures steps on one batch of middle length. """
-    what = f"{name}, {dtype}, batch {batch_size}, {'compiled' if compiled else 'not compiled'}"
-    training = large_training(name, getattr(torch, dtype), batch_size, compiled)
-    index = training.batches[len(training.batches) // 2]
-    first = seconds_of(lambda: training.step(index), DEVICE)
-    say(f"{what}: first step {first:.1f} s")
-    device_time.reset_peak(DEVICE)
-    took = [seconds_of(lambda: training.step(index), DEVICE) for _ in range(8)]
-    say(f"{what}: {1e3 * np.median(took):.0f} ms per step (least {1e3 * min(took):.0f}), peak "
-        f"memory {gigabytes(DEVICE, peak=True):.1f} GB")
-
-
 def measure_compiled(name):
-    dtype, batch_size = 'bfloat16', LARGE[name]['rows']['bfloat16'][0]
+    """ Measures steps on one batch of middle length, with few layers of the LM. """
+    batch_size = LARGE[name]['rows']['bfloat16'][0]
     for compiled in (False, True):
-        with reported(f"{name}, {'compiled' if compiled else 'not compiled'}"):
-            measure_steps(name, dtype, batch_size, compiled)
+        how = 'compiled' if compiled else 'not compiled'
+        what = f"{name}, {COMPILED['n_layers']} layers, bfloat16, batch {batch_size}, {how}"
+        with reported(what):
+            training = large_training(name, torch.bfloat16, batch_size, compiled, **COMPILED)
+            index = training.batches[len(training.batches) // 2]
+            first = seconds_of(lambda: training.step(index), DEVICE)
+            say(f"{what}: first step {first:.1f} s")
+            device_time.reset_peak(DEVICE)
+            took = [seconds_of(lambda: training.step(index), DEVICE) for _ in range(8)]
+            say(f"{what}: {1e3 * np.median(took):.0f} ms per step (least {1e3 * min(took):.0f}), "
+                f"peak memory {gigabytes(DEVICE, peak=True):.1f} GB")
 
 
 SECTIONS = dict(parity=check_parity, training=check_training, compile=check_compile,

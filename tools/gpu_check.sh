@@ -59,9 +59,9 @@ checks() {
     wait
 
     section 60 speed gpt2-large bfloat16
-    section 60 speed llama-7b bfloat16
-    section 80 compiled llama-7b
-    section 80 compiled gpt2-large
+    section 75 speed llama-7b bfloat16
+    section 60 compiled gpt2-large
+    section 60 compiled llama-7b
     section 60 speed gpt2-large float32
     section 60 speed llama-7b float32
     echo "done after $SECONDS s"
