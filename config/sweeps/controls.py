@@ -20,7 +20,7 @@ def _rows(*more):
 
 tables = {
     'deepmlf': dict(
-        title='DeepMLF', note='The row text only is trained without frames.',
+        title='DeepMLF', short=dict(lr=1e-3), note='The row text only is trained without frames.',
         rows=_rows(_random_lm)),
     'mse': dict(
         title='MSE-Adapter', config='config/mse_toy.py', short=dict(epochs=5),

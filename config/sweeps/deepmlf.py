@@ -7,11 +7,11 @@
 # run with the knobs of `short` takes 38 s on 1 CPU core.
 name = 'DeepMLF'
 config = 'config/deepmlf_toy.py'
-short = dict(epochs=4)
+short = dict(epochs=4, lr=1e-3)   # lr of the tables in results/
 _small_lm = dict(lm='lm_toy_small', needs=['config/lm_toy_small.py', 'config/av_toy.py'])
 _large_lm = dict(lm='lm_toy_large', needs=['config/lm_toy_large.py', 'config/av_toy.py'])
-_text = dict(config='config/baseline_late.py', late_streams=['text'], epochs=6)
-_av = dict(config='config/av_toy.py', epochs=6)
+_text = dict(config='config/baseline_late.py', late_streams=['text'], epochs=6, lr=2e-3)
+_av = dict(config='config/av_toy.py', epochs=6, lr=2e-3)
 _lora = dict(mm_ffw='lora', lora_rank=8, lora_alpha=16.0)
 _n_toy, _n_mosei = (1, 2, 4, 8, 12, 16, 20), (12, 1, 4, 8, 16, 20)
 _base = dict(config='config/deepmlf_mosei_base.py')
