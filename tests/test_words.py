@@ -7,7 +7,7 @@ A table of results is marked by a comment above it, which names a table of resul
     <!-- results: toy -->
     | test    | MAE           | corr  |
     |---------|---------------|-------|
-    | DeepMLF | 0.429 ± 0.003 | 0.926 |
+    | DeepMLF | 0.417 ± 0.006 | 0.929 |
 
 The first cell of a row is a row of that table, and each other cell with a number stands under a
 column that HEADERS or results.json knows.
