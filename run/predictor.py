@@ -278,18 +278,19 @@ def prediction(run, out, i):
         found = {'class': class_name(run, pred)}
         labels = run.info['names']
     else:
-        found = dict(score=float(pred)) | interval_of(run, pred, prob)
+        score = float(pred)   # before the interval, whose ends float32 would round
+        found = dict(score=score) | interval_of(run, score, prob)
         labels = run.values
     if prob is not None:
         found['probabilities'] = {label: float(p) for label, p in zip(labels, prob)}
     return found
 
 
-def interval_of(run, pred, prob):
+def interval_of(run, score, prob):
     """ The interval of a score, and what it holds. prob [K], or None without probabilities. """
     if prob is None:
         mae = run.result['test']['mae']
-        return dict(interval=(float(pred - mae), float(pred + mae)),
+        return dict(interval=(score - mae, score + mae),
                     interval_is="the score plus and minus the run's test MAE")
     # prob is over the labels that the prompt allows, in ascending order
     return dict(interval=central_interval(prob, run.values), interval_is='80 % of the probability')
