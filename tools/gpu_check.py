@@ -8,7 +8,7 @@ The checks of tools/gpu_check.sh, one section per process:
     python tools/gpu_check.py compile          torch.compile gives the same loss and gradients
     python tools/gpu_check.py resume CONFIG    train.py, killed and resumed, gives the same bits
     python tools/gpu_check.py speed NAME DTYPE   throughput, memory and share of the matmul peak
-    python tools/gpu_check.py compiled NAME    one batch without and with torch.compile, of 4 layers
+    python tools/gpu_check.py compiled NAME    one batch with few LM layers, without and with compile
 
 NAME is a key of LARGE. --rehearse runs a section on the CPU with small models. --scratch=FOLDER is
 the folder for random corpora and runs. Each line is printed when its result is known, and a line
@@ -355,7 +355,7 @@ def check_resume(config):
 # Speed
 
 def large_training(name, dtype, batch_size, compiled=False, n_layers=None, **knobs):
-    """ The Training of a row of LARGE, in a rehearsal with a small model; n_layers: of the LM. """
+    """ The Training of a row of LARGE, with a small LM in a rehearsal. knobs: changed ones. """
     case = LARGE[name]
     shape, batch_size = (SMALL_LM, 4) if REHEARSAL else (case['shape'], batch_size)
     shape = (n_layers or shape[0], *shape[1:])
