@@ -450,6 +450,13 @@ def masked_mean(x, mask):
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1)  # [B,d]
 
 
+def unpacked(x, rows, B, T):
+    """ x [U,D] at the flat positions rows [U], with zeros elsewhere -> [B,T,D]. """
+    padded = x.new_zeros(B * T, x.shape[-1])  # [BT,D]
+    padded[rows] = x
+    return padded.view(B, T, -1)  # [B,T,D]
+
+
 def text_vector(x, mask, pool):
     """ The 'first' token, the 'last' real one or the 'mean': x [B,T,D], mask [B,T] -> [B,D]. """
     if pool == 'mean':

@@ -124,17 +124,18 @@ class CrossSent(System):
 
     def score(self, batch):
         """ What the head reads from the sentence vectors of a batch -> [B]. """
-        mask = batch['text_mask']  # [B,T]
+        mask, rows = batch['text_mask'], batch['text_rows']  # [B,T], [U]
         frames = None
         if self.gmra is not None:
             frames = frames_on_tokens(batch, self.gmra.proj, self.ends, self.k['resample'])
             if self.k['gmra_codes']:
                 frames = one_hot_codes(frames, self.k['gmra_codes'])
         x = self.encoder.embed(batch['tokens'])  # [B,T,D]
-        for l in range(self.encoder.n_layers):
-            if self.gmra is not None and l + 1 == self.k['gmra_layer']:
-                x = self.gmra(x, frames)
-            x = self.encoder.layer(l, x, mask)
+        before = max(0, self.k['gmra_layer'] - 1)  # layers before GMRA
+        x = self.encoder.layers(x, mask, rows, 0, before)
+        if self.gmra is not None:
+            x = self.gmra(x, frames)  # [B,T,D]
+        x = self.encoder.layers(x, mask, rows, before)
         with torch.autocast(x.device.type, enabled=False):
             y = text_vector(x.float(), mask, self.k['text_pool'])  # [B,D]
             return self.head(y)[:, 0]

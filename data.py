@@ -83,14 +83,14 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
 
     - index [B], label [B] (float32, or int64 for classes);
     - with `tokens`, a list of token ids for each clip of the split: tokens [B,T], text_len [B],
-      text_mask [B,T], and targets [n], the flat positions in tokens whose next token is predicted;
+      text_mask [B,T], text_rows [U], the flat positions in tokens of the real ones, and targets
+      [n], those whose next token is predicted;
     - for each stream m of the corpus: m [B,S,d], m_len [B], m_mask [B,S], standardised by the mean
       and std of train. A stream that is not in `modalities` has length 0 in all clips. With
       `stream_index` [B], streams come from those clips, and text and label from `index`.
     """
     if unknown := set(modalities) - set(STREAMS):
-        raise CorpusError(f"modalities holds {', '.join(map(str, unknown))}; it takes audio and "
-                          "vision.")
+        raise CorpusError(f"modalities takes audio and vision, not {', '.join(map(str, unknown))}.")
     index = np.array(index, np.int64)  # [B]
     batch = dict(index=torch.from_numpy(index), label=torch.from_numpy(corpus.label(split, label)[index]))
     if tokens is not None:
@@ -99,8 +99,9 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
         ids = torch.full(mask.shape, pad_id)  # [B,T]
         ids[mask] = torch.tensor([t for i in index for t in tokens[i]], dtype=torch.long)
         # computed on the CPU: on a GPU, a boolean selection waits until its size is known
-        targets = torch.arange(mask.numel()).view(mask.shape)[:, :-1][mask[:, 1:]]  # [n]
-        batch |= dict(tokens=ids, text_len=length, text_mask=mask, targets=targets)
+        rows = torch.arange(mask.numel()).view(mask.shape)  # [B,T]
+        batch |= dict(tokens=ids, text_len=length, text_mask=mask, text_rows=rows[mask],
+                      targets=rows[:, :-1][mask[:, 1:]])
     for m, d in corpus.widths.items():
         info = corpus.meta['streams'][m]
         if info['standardised'] and not standardise:

@@ -1,7 +1,6 @@
 """
 The frozen LM: a Hugging Face causal LM of a known family, whose layers our own code runs one by
-one. And the encoder that CrossSent fine-tunes, run the same way. run/load_lm.py reads them from
-files.
+one. And the encoder that is fine-tuned, run the same way. run/load_lm.py reads both from files.
 
 The axis letters are those of model.py.
 """
@@ -11,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from adapters import unpacked
 from configurator import AtLeast
 from run.errors import ModelError, first_line
 from run.fingerprints import fingerprint
@@ -581,8 +581,8 @@ def unknown_family(family):
 
 class TextEncoder(nn.Module):
     """
-    A fine-tuned encoder of the BERT or RoBERTa family, run layer by layer, so that a block can come
-    between two layers. Its pooler is left out, because systems here have heads of their own.
+    A fine-tuned encoder of the BERT or RoBERTa family, whose layers run in parts, so that a block
+    can come between two. Its pooler is left out, because systems here have heads of their own.
     """
 
     def __init__(self, hf):
@@ -614,7 +614,7 @@ class TextEncoder(nn.Module):
         tokens = torch.arange(3, 35)[None, :self.max_positions]  # [1,32]
         tokens = 7 * tokens % self.hf.config.vocab_size
         theirs = self.hf(tokens).last_hidden_state  # [1,32,D]
-        ours = self(tokens, tokens >= 0)  # [1,32,D]
+        ours = self(tokens, tokens >= 0, torch.arange(tokens.numel()))  # [1,32,D]
         return float((ours - theirs).abs().max() / theirs.abs().max())
 
     def fits(self, max_text_len):
@@ -627,21 +627,24 @@ class TextEncoder(nn.Module):
         """ tokens [B,T] -> [B,T,D], positions and norm included. """
         return self.hf.embeddings(input_ids=tokens)  # [B,T,D]
 
-    def layer(self, l, x, mask):
-        """ Encoder layer l (from 0): x [B,T,D], mask [B,T] -> [B,T,D]. """
+    def layers(self, x, mask, rows, first=0, end=None):
+        """
+        Encoder layers first to end - 1 (None: all that follow): x [B,T,D], mask [B,T] -> [B,T,D].
+        rows [U]: the flat positions that linear layers and norms compute; others become zeros.
+        """
         B, T, D = x.shape
-        part = self.hf.encoder.layer[l]
-        see = part.attention.self
-        q, k, v = (p(x).view(B, T, self.n_heads, -1).transpose(1, 2)
-                   for p in (see.query, see.key, see.value))  # [B,h,T,D/h]
         dropout = self.dropout * self.training
-        y = F.scaled_dot_product_attention(q, k, v, mask[:, None, None], dropout)  # [B,h,T,D/h]
-        x = part.attention.output(y.transpose(1, 2).reshape(B, T, D), x)  # [B,T,D]
-        return part.output(part.intermediate(x), x)
+        x = x.flatten(0, 1).index_select(0, rows)  # [U,D]
+        for part in self.hf.encoder.layer[first:end]:
+            see = part.attention.self
+            q, k, v = (unpacked(p(x), rows, B, T).view(B, T, self.n_heads, -1).transpose(1, 2)
+                       for p in (see.query, see.key, see.value))  # [B,h,T,D/h]
+            y = F.scaled_dot_product_attention(q, k, v, mask[:, None, None], dropout)  # [B,h,T,D/h]
+            y = y.transpose(1, 2).reshape(B * T, D).index_select(0, rows)  # [U,D]
+            x = part.attention.output(y, x)
+            x = part.output(part.intermediate(x), x)
+        return unpacked(x, rows, B, T)  # [B,T,D]
 
-    def forward(self, tokens, mask):
-        """ Text alone -> the last hidden states [B,T,D]. """
-        x = self.embed(tokens)
-        for l in range(self.n_layers):
-            x = self.layer(l, x, mask)
-        return x
+    def forward(self, tokens, mask, rows):
+        """ Text alone -> the last hidden states [B,T,D]; mask and rows as in layers. """
+        return self.layers(self.embed(tokens), mask, rows)

@@ -9,7 +9,7 @@ Axis letters, the same in every file:
     B clips   T text tokens   S audio or video frames   F fusion tokens
     m slots of the audiovisual sequence Z   P pseudo tokens   K labels that may be answered
     N nodes of their trie   n tokens of an answer   D LM width   d adapter width   V vocabulary
-    h heads   L any sequence
+    h heads   L any sequence   U unpadded text tokens of a batch
 
 batch: tokens [B,T], text_len [B], text_mask [B,T]; audio [B,S,d_a], audio_len [B]; vision ..; label
 [B]; index [B]. FFW: the feed-forward network of a Transformer layer. MM block: DeepMLF's multimodal

@@ -366,13 +366,13 @@ def inputs_of(module, predict, batch):
 
 def attention_of_last_layer(encoder, predict, batch):
     """
-    The attention weights of one clip in a TextEncoder's last layer, the mean over heads (CrossSent's
-    Figures 5 and 6), as System.views returns them.
+    The attention weights of a TextEncoder's last layer for a batch of one clip, the mean over heads
+    (CrossSent's Figures 5 and 6), as System.views returns them.
     """
     if not encoder.n_layers:
         return {}
     last = encoder.hf.encoder.layer[-1].attention.self
-    x = inputs_of(last.query, predict, batch)[0].float()  # [T,D]
+    x = inputs_of(last.query, predict, batch).float()  # [T,D]: the encoder skips padding
     q, key = (p(x).view(len(x), encoder.n_heads, -1).transpose(0, 1)
               for p in (last.query, last.key))  # 2x [h,T,D/h]
     weights = (q @ key.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)  # [T,T]

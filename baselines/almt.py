@@ -26,7 +26,6 @@ class ALMT(Attentive):
         fusion_layers: AtLeast(1) = 4  # layers of the stack from text to the hyper-modality
         almt_tokens: AtLeast(1) = 8    # P, tokens that each stream is compressed into
 
-    text_first = True
     score_loss = staticmethod(mse)
     units = UNITS | dict(task='squared label units')
     scorer = 'out'

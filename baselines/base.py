@@ -119,7 +119,7 @@ class Baseline(System):
         """ Hidden states of the text [B,T,D]. """
         if self.encoder is None:
             return batch['text']
-        return self.encoder(batch['tokens'], batch['text_mask'])
+        return self.encoder(batch['tokens'], batch['text_mask'], batch['text_rows'])
 
     def run(self, batch):
         """ The output of fuse, computed in float32. """

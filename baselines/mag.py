@@ -87,9 +87,7 @@ class MAGBERT(Pooled):
         with_masks = frames_on_tokens(batch, self.mag.values, self.ends, self.k['resample'])
         frames = {m: y for m, (y, _) in with_masks.items()}  # [B,T,d_m] each
         x = self.mag(self.encoder.embed(batch['tokens']), frames)  # [B,T,D]
-        for l in range(self.encoder.n_layers):
-            x = self.encoder.layer(l, x, batch['text_mask'])
-        return x
+        return self.encoder.layers(x, batch['text_mask'], batch['text_rows'])
 
     def fuse(self, x, batch):
         return dict(pred=self.answer(self.head(self.text_vector(x, batch))))

@@ -28,8 +28,6 @@ class MISA(Attentive):
         lr_audio: AtLeast(0) = 1.0      # learning rate of the audio LSTMs, as a multiple of lr
         lr_vision: AtLeast(0) = 1.0     # learning rate of the video LSTMs, as a multiple of lr
 
-    # Not text_first: its similarity loss compares the moments of a batch's vectors, and batches of
-    # texts of one length made it worse on CMU-MOSI (LOG.md, 2026-11-27).
     score_loss = staticmethod(mse)
     units = UNITS | dict(task='squared label units')
     lr_parts = ('encoder', 'audio', 'vision')

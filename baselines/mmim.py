@@ -41,7 +41,6 @@ class MMIM(Pooled):
         mmim_cpc: AtLeast(0) = 0.1       # alpha, weight of CPC
         mmim_bound: AtLeast(0) = 0.1     # beta, weight of the bound between text and audio, video
 
-    text_first = True
     scorer = 'out'
     one_process = True  # because the entropy is estimated from clips of the last batch
 

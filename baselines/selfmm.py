@@ -149,8 +149,6 @@ class SelfMM(SelfLabelled, Pooled):
         sub_widths: AtLeast(1) = [128, 16, 128]  # text (not used), audio, vision: LSTM widths
         sub_dropouts: Share() = [0.2, 0.2, 0.2]  # text (not used), audio, vision: dropouts
 
-    text_first = True
-
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
         _, d_a, d_v = k['sub_widths']
@@ -179,8 +177,6 @@ class TETFN(SelfLabelled, Attentive):
 
     class Knobs(SelfLabelled.Knobs, Attentive.Knobs, StackKnobs):
         sub_widths: AtLeast(1) = [128, 16, 128]  # text (not used), audio, vision: LSTM widths
-
-    text_first = True
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)

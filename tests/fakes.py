@@ -189,6 +189,7 @@ def tiny_batch(seed=0):
         tokens=torch.randint(3, 60, (3, 9), generator=g),
         text_len=lengths['tokens'],
         text_mask=real['tokens'],
+        text_rows=torch.tensor([*range(9), *range(9, 13), 18]),
         targets=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11]),
         label=torch.randn(3, generator=g),
         index=torch.arange(3),
@@ -202,6 +203,7 @@ def tiny_batch(seed=0):
 def clip_alone(batch, i):
     """ Clip i of tiny_batch as a batch of one without padding. An empty stream keeps one row. """
     one = {k: t[i : i + 1] for k, t in batch.items()}
+    one['text_rows'] = torch.arange(int(batch['text_len'][i]))
     cut = {'tokens': 'text_len', 'text_mask': 'text_len'}
     for stream in ('audio', 'vision'):
         cut |= {stream: f'{stream}_len', f'{stream}_mask': f'{stream}_len'}

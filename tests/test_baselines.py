@@ -91,7 +91,8 @@ def tiny_baseline(cls, corpus=None, **knobs):
 
 def alone(batch, i):
     """ Clip i of a batch as a batch of one, without padding. """
-    one = {name: t[i:i + 1] for name, t in batch.items() if name != 'targets'}
+    one = {name: t[i:i + 1] for name, t in batch.items() if name not in ('targets', 'text_rows')}
+    one['text_rows'] = torch.arange(batch['text_len'][i])
     streams = (('tokens', 'text'), ('audio', 'audio'), ('vision', 'vision'), ('text', 'text'))
     for name, stream in streams:
         n = max(1, int(batch[stream + '_len'][i]))
@@ -196,9 +197,13 @@ def test_frozen_hidden_states_predict_the_same_as_the_encoder(cls):
     state = tuned.state_dict()
     frozen.load_state_dict({n: t for n, t in state.items() if not n.startswith('encoder.')})
     with torch.no_grad():
-        batch['text'] = tuned.encoder(batch['tokens'], batch['text_mask'])
+        batch['text'] = tuned.encoder(batch['tokens'], batch['text_mask'], batch['text_rows'])
         torch.testing.assert_close(frozen.predict(batch)['pred'], tuned.predict(batch)['pred'])
-    assert tuned.views(batch, tuned.predict) and frozen.views(batch, frozen.predict) == {}
+    one = alone(batch, 0)
+    weights = tuned.views(one, tuned.predict)['last layer'][0]  # [T,T]
+    assert weights.shape == 2 * one['tokens'].shape[1:]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
+    assert frozen.views(one, frozen.predict) == {}
 
 
 @pytest.mark.parametrize('cls', [c for c in NAMES if c is not Late])

@@ -1420,6 +1420,8 @@ def test_get_batch_pads_masks_and_standardises(tmp_path):
     assert b['tokens'].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 9, 9]]
     assert b['text_len'].tolist() == [5, 3]
     assert b['text_mask'].tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    assert b['text_rows'].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert b['targets'].tolist() == [0, 1, 2, 3, 5, 6]
     assert b['index'].tolist() == [3, 0]
     assert b['audio'].shape == (2, 4, 5) and b['audio_len'].tolist() == [4, 1]
     assert b['audio_mask'].tolist() == [[True] * 4, [True] + [False] * 3]

@@ -31,8 +31,9 @@ def random_batch(k, model, B, device):
     """ B random clips of the largest lengths. """
     S_a, d_a, S_v, d_v, _ = SHAPES[k['shapes']]
     tokens = plain_way(SYSTEMS[k['system']]).tokens(k, model, B)  # [B,T]
+    T = tokens.shape[1]
     batch = dict(tokens=tokens.to(device))  # [B,T]
-    T = batch['tokens'].shape[1]
+    batch['text_rows'] = torch.arange(B * T, device=device)  # [BT]
     for m, S, d in (('audio', S_a, d_a), ('vision', S_v, d_v)):
         batch[m] = torch.randn(B, S, d, device=device)  # [B,S,d]
     for m, n in (('text', T), ('audio', S_a), ('vision', S_v)):

@@ -29,9 +29,10 @@ class Plain:
         B, T = len(tokens), max(k['max_text_len'], tokens.shape[1])
         more = T - tokens.shape[1]
         mask = F.pad(mask, (0, more), value=False)  # [B,T]
-        places = torch.arange(B * T).view(B, T)[:, :-1]  # [B,T-1]
-        targets = places[mask[:, 1:]]  # [n]
-        padded = dict(tokens=F.pad(tokens, (0, more)), text_mask=mask, targets=targets)
+        rows = torch.arange(B * T)  # [BT], padding included
+        targets = rows.view(B, T)[:, :-1][mask[:, 1:]]  # [n]
+        padded = dict(tokens=F.pad(tokens, (0, more)), text_mask=mask, text_rows=rows,
+                      targets=targets)
         if 'text' in batch:
             padded['text'] = F.pad(batch['text'], (0, 0, 0, more))  # [B,T,D]
         return padded
