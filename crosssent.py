@@ -43,7 +43,7 @@ class CrossSent(System):
         lr_encoder: AtLeast(0) = 1.0  # factor of the learning rate for the encoder's own weights
         dropout: Share() = 0.1        # in the GMRA and the head
 
-    text_first = True
+    text_first = True  # GMRA computes the padding of texts
     score_loss = staticmethod(mse)
     units = UNITS | dict(task='squared label units')
 

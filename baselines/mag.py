@@ -52,7 +52,7 @@ class MAGBERT(Pooled):
         resample: Literal['linear', 'mean', 'words'] = 'linear'  # of frames onto text tokens
         mag_beta: AtLeast(0) = 1.0  # largest norm of the shift, as a multiple of the text's norm
 
-    text_first = True
+    text_first = True  # MAG computes the padding of texts
     scorer = 'head'
 
     def __init__(self, encoder, D, facts, k, ends):
