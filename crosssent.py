@@ -131,11 +131,11 @@ class CrossSent(System):
             if self.k['gmra_codes']:
                 frames = one_hot_codes(frames, self.k['gmra_codes'])
         x = self.encoder.embed(batch['tokens'])  # [B,T,D]
-        before = max(0, self.k['gmra_layer'] - 1)  # layers before GMRA
-        x = self.encoder.layers(x, mask, rows, 0, before)
+        n_before = 0  # encoder layers before GMRA
         if self.gmra is not None:
-            x = self.gmra(x, frames)  # [B,T,D]
-        x = self.encoder.layers(x, mask, rows, before)
+            n_before = self.k['gmra_layer'] - 1
+            x = self.gmra(self.encoder.layers(x, mask, rows, 0, n_before), frames)  # [B,T,D]
+        x = self.encoder.layers(x, mask, rows, n_before)
         with torch.autocast(x.device.type, enabled=False):
             y = text_vector(x.float(), mask, self.k['text_pool'])  # [B,D]
             return self.head(y)[:, 0]

@@ -83,8 +83,8 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
 
     - index [B], label [B] (float32, or int64 for classes);
     - with `tokens`, a list of token ids for each clip of the split: tokens [B,T], text_len [B],
-      text_mask [B,T], text_rows [U], the flat positions in tokens of the real ones, and targets
-      [n], those whose next token is predicted;
+      text_mask [B,T]; text_rows [U], the flat positions of the real tokens; and targets [n],
+      those whose next token is predicted;
     - for each stream m of the corpus: m [B,S,d], m_len [B], m_mask [B,S], standardised by the mean
       and std of train. A stream that is not in `modalities` has length 0 in all clips. With
       `stream_index` [B], streams come from those clips, and text and label from `index`.

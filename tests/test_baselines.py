@@ -91,7 +91,7 @@ def tiny_baseline(cls, corpus=None, **knobs):
 
 def alone(batch, i):
     """ Clip i of a batch as a batch of one, without padding. """
-    one = {name: t[i:i + 1] for name, t in batch.items() if name not in ('targets', 'text_rows')}
+    one = {name: t[i:i + 1] for name, t in batch.items() if name != 'targets'}
     one['text_rows'] = torch.arange(batch['text_len'][i])
     streams = (('tokens', 'text'), ('audio', 'audio'), ('vision', 'vision'), ('text', 'text'))
     for name, stream in streams:
