@@ -42,6 +42,20 @@ def _unimodal(corpus, texts, audio, video):
     ]
 
 
+def _comparison(corpus, printed):
+    """ The rows of Tables 3 and 5 for one corpus; printed: the paper's number for each. """
+    names = dict(lfdnn='LF-DNN', tfn='TFN', mag='MAG-BERT', mult='MulT', misa='MISA', tetfn='TETFN',
+                 selfmm='Self-MM', almt='ALMT')
+    changes = {name: dict(config=f'config/baseline_{x}.py', dataset=corpus)
+               for x, name in names.items()}
+    return [(name, changes.get(name, {}), n) for name, n in zip(['DeepMLF', *changes], printed)]
+
+
+_mosi = '.692 .945 .971 .761 .927 .772 .725 .724 .746'.split()
+_mosei = '.499 .558 .573 .539 .564 .549 .544 .532 .539'.split()
+_sims = '.353 .446 .437 .492 .453 .447 .419 .425 .433'.split()
+_note_5 = ('Paper: MAE. It quotes LF-DNN, TFN and MAG-BERT from the paper of M-SENA, and ran the '
+           'others in the framework of M-SENA.')
 _note_3 = ('Paper: MOSEI, best at 12 and worse beyond, for each LM; the values are in a picture. '
            'Each LM has a table of its own: its rows are compared with its own first row.')
 _note_2 = ('Paper: Acc2. Each text model is frozen, and a head reads the last token of a causal LM, '
@@ -78,6 +92,19 @@ tables = {
             ('BERT', 'bert-base-chinese', 'mean', '.774'),
             ('GPT-2', 'uer/gpt2-chinese-cluecorpussmall', 'last', '.767'),
         ], '.662', '.745')),
+    '3': dict(
+        toy=True, full=True, title='Tables 3 and 5, comparison',
+        note=f'{_note_5} MOSI / MOSEI / SIMS.',
+        rows=_comparison('toy', map(' / '.join, zip(_mosi, _mosei, _sims)))),
+    '3-mosi': dict(
+        config='config/deepmlf_mosi.py', title='Table 3, comparison, MOSI', note=_note_5,
+        rows=_comparison('mosi', _mosi)),
+    '3-mosei': dict(
+        config='config/deepmlf_mosei.py', title='Table 3, comparison, MOSEI', note=_note_5,
+        rows=_comparison('mosei', _mosei)),
+    '5-sims': dict(
+        config='config/deepmlf_sims.py', title='Table 5, comparison, CH-SIMS', note=_note_5,
+        rows=_comparison('sims', _sims)),
     '4': dict(
         toy=True, title='Table 4, size of the LM', neighbours=True,
         note='Paper: MOSEI, MAE with GPT-2-base, medium and large. Here the LMs are GPTs of width '
