@@ -3,7 +3,8 @@
 # Without a file with one frame per word: --corpus=unaligned_50.pkl --resample=linear
 # hardware: one A100 in the paper
 # expected: not run: neither the corpus nor the LM is available here
-# paper: Acc2 (Non0) 87.72, F1 87.71, Acc7 54.7, MAE 0.513, Corr 0.804 (one seed)
+# paper: Acc2 (Non0) 87.72, F1 87.71, Acc7 54.7, MAE 0.513, Corr 0.805 (in
+#   its ablations 0.804; one seed)
 # The paper's hyperparameters are in images that cannot be read, so the values here are ours. The
 # paper selects the checkpoint with the lowest validation MSE; select = 'r2' selects the same one.
 # Warm-up: the paper says "a linear warmup schedule"; here a cosine follows it. The paper states no

@@ -1,6 +1,6 @@
 # DeepMLF on CMU-MOSEI with GPT-2-large: the paper's main run (Tables 1, 3 and 4).
 # python train.py config/deepmlf_mosei.py --corpus=unaligned_50.pkl
-# hardware: one RTX 3090 (24 GB) in the paper
+# hardware: one RTX 3090 (the paper prints 22 GB)
 # expected: not run: neither the corpus nor the LM is available here
 # paper: Acc2 87.15, F1 87.10, MAE 0.499, Corr 0.804, Acc5 57.70, Acc7 55.88 (mean of >= 5 seeds)
 # Batch: the paper says 32 and states no accumulation. The release accumulates 8 batches of 32, and so

@@ -1,6 +1,6 @@
 # DeepMLF on CMU-MOSEI with GPT-2 (Tables 4 and 7); settings from the released base config.
 # python train.py config/deepmlf_mosei_base.py --corpus=unaligned_50.pkl
-# hardware: one RTX 3090 (24 GB) in the paper
+# hardware: one RTX 3090 (the paper prints 22 GB)
 # expected: not run: neither the corpus nor the LM is available here
 # paper: Acc2 85.83, F1 85.74, MAE 0.529, Corr 0.773, Acc5 56.61, Acc7 54.65 (mean of >= 5 seeds)
 # Batch: the paper says 32 and states no accumulation. The release accumulates 8 batches of 32, and so

@@ -1,6 +1,6 @@
 # DeepMLF on CMU-MOSI with SmolLM2-1.7B, and LoRA in the FFW of the MM blocks (Tables 1 and 3).
 # python train.py config/deepmlf_mosi.py --corpus=unaligned_50.pkl
-# hardware: one RTX 3090 (24 GB) in the paper
+# hardware: one RTX 3090 (the paper prints 22 GB)
 # expected: not run: neither the corpus nor the LM is available here
 # paper: Acc2 85.60, F1 85.58, MAE 0.692, Corr 0.811, Acc5 53.18, Acc7 46.27 (mean of >= 5 seeds)
 # The released config also enables Self-MM's pseudo-labels. They are left out here, because the

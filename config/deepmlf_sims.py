@@ -1,6 +1,6 @@
 # DeepMLF on CH-SIMS with a Chinese GPT-2 (Tables 1 and 5).
 # python train.py config/deepmlf_sims.py --corpus=unaligned_39.pkl
-# hardware: one RTX 3090 (24 GB) in the paper
+# hardware: one RTX 3090 (the paper prints 22 GB)
 # expected: not run: neither the corpus nor the LM is available here
 # paper: Acc2 82.75, F1 83.15, MAE 0.353, Corr 0.729 (mean of >= 5 seeds)
 # n_fusion is 20 in the release and in the paper's text, and 16 in its Table 1. The features are

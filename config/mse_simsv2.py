@@ -8,7 +8,7 @@
 # hardware: one RTX 4090 (24 GB) in the paper
 # expected: not run: neither the corpus nor the LM is available here
 # paper: the authors' logs, 5 seeds: Qwen-1.8B MAE 0.311, Corr 0.678; ChatGLM3-6B MAE 0.294, Corr
-#   0.714; Llama-2-7B MAE 0.368, Corr 0.583 (third party)
+#   0.714; a third party, 5 seeds: Llama-2-7B MAE 0.368, Corr 0.583
 # The prompt's wording is ours: --prompt=FILE.json brings another. The score is the expected value
 # over all labels; the authors decode greedily: --readout=generate.
 system = 'mse'
