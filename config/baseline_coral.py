@@ -28,7 +28,7 @@ mosei = dict(
     warmup_epochs=1.0, patience=4, lr=3e-4, lr_encoder=0.1, select='r2', resample='words')
 sims = dict(
     corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, epochs=20,
-    lr=5e-4, lr_encoder=0.1, select='r2')
+    lr=5e-4, lr_encoder=0.1, select='r2', max_text_len=39)
 minilm = dict(
     corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', text_pool='mean',
     resample='none', batch_size=32, epochs=8, lr=1e-3, lr_encoder=0.1, dropout=0.3, gmra_layer=6,

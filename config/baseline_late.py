@@ -28,7 +28,7 @@ mosei = dict(
     lr_encoder=0.1)
 sims = dict(
     corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-4,
-    lr_encoder=0.1)
+    lr_encoder=0.1, max_text_len=39)
 simsv2 = dict(
     corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=32, lr=5e-4, lr_encoder=0.1)
 minilm = dict(

@@ -33,7 +33,7 @@ mosei = dict(
     lr_encoder=0.05)
 sims = dict(
     corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=32, lr=1e-3,
-    lr_encoder=0.05)
+    lr_encoder=0.05, max_text_len=39)
 simsv2 = dict(
     corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=32, lr=1e-3,
     lr_encoder=0.05)
