@@ -7,8 +7,7 @@ Configuration as in nanoGPT: the knobs (settings) of a script are its own global
 
 Config files and flags override the defaults. Of two config files or flags that set the same knob,
 the one that is later on the command line counts. An unknown name, a wrong type, a value outside the
-knob's range or a malformed flag stops the run with one sentence. Otherwise a run with a mistyped
-knob could train for hours and be reported as an ablation. int -> float is the only silent
+knob's range or a malformed flag stops the run with one sentence. int -> float is the only silent
 conversion. --help prints every knob.
 
 A knob is a global without a leading underscore whose value is a bool, int, float, str, None or a
@@ -362,11 +361,12 @@ def parse_flags(flags, known, where="on the command line", systems=None):
     return {key: _check(key, value, known[key], where) for key, value in values.items()}
 
 
-def _print_help(defaults, comments):
-    """ Print every knob as a flag that can be pasted into a shell, with its comment. """
-    for k, v in defaults.items():
+def _print_help(config, comments, annotations):
+    """ Print every knob as a flag for a shell, with its comment and the values that it may have. """
+    for k, v in config.items():
         text = ','.join(map(str, v)) or '[]' if type(v) in (list, tuple) else str(v)
-        print(f"{f'--{k}={shlex.quote(text)}':<32} {comments.get(k, '')}".rstrip())
+        choices = list(get_args(annotations.get(k))) or ''
+        print(f"{f'--{k}={shlex.quote(text)}':<32} {comments.get(k, '')} {choices}".rstrip())
 
 
 def _layers(argv, known):
@@ -435,13 +435,13 @@ def configure(g, argv=None, echo=True, systems=None):
     declared, annotations = declared_knobs(path) if path and Path(path).is_file() else ({}, {})
     if systems:   # this script imports before its knobs: imported constants are not knobs
         common = {k: v for k, v in common.items() if k in declared}
-    asks_for_help = '-h' in argv or '--help' in argv
     known, config = run_knobs(argv, common, annotations, systems)
-    if asks_for_help:
+    if '-h' in argv or '--help' in argv:
         comments = _comments(path)
         if systems:
             comments |= class_comments(systems[config['system']])
-        _print_help(known, comments)
+            annotations = annotations | class_annotations(systems[config['system']])
+        _print_help(config, comments, annotations)
         sys.exit(0)
     for k, v in config.items():
         if echo and v != known[k]:

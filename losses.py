@@ -32,7 +32,7 @@ class OrdinalKnobs:
     mpr_slope: AtLeast(0) = 0.5    # beta: the margin's growth per unit of label difference
     eioi_band: AtLeast(0) = 0.25   # epsilon: half the width of the band around the label
     eioi_power: AtLeast(1) = 1.0   # power of the error outside the band
-    ramp_epochs: AtLeast(0) = 5.0  # epochs in which both weights rise from 0 (a cosine)
+    ramp_epochs: AtLeast(0) = 5.0  # epochs in which these weights rise from 0 (a cosine)
     level_step: AtLeast(0) = 0.0   # CORAL as the task loss: label units between levels; 0: no CORAL
 
 

@@ -138,7 +138,8 @@ def distance_to_bounds(name, best, reached, ceilings):
     closed = (late - reached) / (late - full)
     if closed > 0:
         return (f"{name} ({best} {reached:.3f}) closes {100 * closed:.0f} % of the gap between the "
-                f"late-fusion bound ({late:.3f}) and the best possible {best} ({full:.3f}).")
+                f"late-fusion bound ({late:.3f}) and the best possible {best} ({full:.3f}). "
+                "tools/adding.py tests whether that is more than chance.")
     return (f"{name} ({best} {reached:.3f}) does not pass the late-fusion bound ({late:.3f}), so "
             "this run does not show that it fuses the modalities.")
 

@@ -193,7 +193,7 @@ def run_all(runs, jobs):
     took = [read_run(r.folder)['seconds'] for r in runs if r not in todo]
     active, done = [], len(took)
     print(f"{len(runs)} runs, {done} of them already finished; {jobs} at a time")
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = os.environ.get('OMP_NUM_THREADS') or max(1, (os.cpu_count() or 1) // jobs)
 
     def progress(r, event):
         """ Prints what happened to a run, and when the sweep ends if a run has finished. """
