@@ -92,6 +92,8 @@ def new_lm(texts, k, folder, again=False, as_data=False):
         embd_pdrop=k['dropout'],
         attn_pdrop=k['dropout'],
     )
+    if not again:
+        config.save_pretrained(folder)   # a resumed run reads it to load the tokenizer
     return GPT2LMHeadModel(config), tokenizer
 
 

@@ -212,6 +212,16 @@ def test_the_average_is_a_mean_at_first_and_exponential_later():
     assert float(p) == 9
 
 
+def test_a_killed_lm_resumes_bitwise(corpora, tmp_path):
+    """ Its folder hf has the weights at the end only; a resume reads the tokenizer from it. """
+    flags = ['config/lm_toy.py', f'--data_dir={corpora}', *TINY, '--lm_vocab=60', '--save_interval=2']
+    train(*flags, f'--out_dir={tmp_path}/whole')
+    with killed_in_batch(6):
+        train(*flags, f'--out_dir={tmp_path}/killed')
+    train(*flags, f'--out_dir={tmp_path}/killed', '--resume=True')
+    same_run(tmp_path / 'whole', tmp_path / 'killed')
+
+
 def test_a_killed_run_with_averaged_weights_resumes_bitwise(corpora, tmp_path):
     flags = ['config/av_toy.py', f'--data_dir={corpora}', *TINY, '--average_epochs=0.5',
              '--save_interval=2', '--epochs=2']
