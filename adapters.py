@@ -212,7 +212,7 @@ class MMBlock(nn.Module):
     norm_2 and, with ffw_init='lm', the full FFW start as copies of the LM block's. So does post_2, the
     norm behind the FFW that some families have.
 
-    norms: the LM block's norms before and behind its FFW, nn.Identity where it has none.
+    norms: the LM block's norms before and behind its FFW; nn.Identity, or Times, where it has none.
     norm_offset: 1 if they multiply by 1 + weight, else 0.
     """
     def __init__(self, D, d, norms, lm_ffw, n_heads, query='fusion', gate='sigmoid',

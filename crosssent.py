@@ -43,7 +43,7 @@ class CrossSent(System):
         lr_encoder: AtLeast(0) = 1.0  # factor of the learning rate for the encoder's own weights
         dropout: Share() = 0.1        # in the GMRA and the head
 
-    text_first = True  # GMRA computes the padding of texts
+    text_first = True  # GMRA computes padding, so clips with texts of similar length share a batch
     score_loss = staticmethod(mse)
     units = UNITS | dict(task='squared label units')
 
@@ -55,9 +55,6 @@ class CrossSent(System):
             raise ModelError(f"gmra_layer={k['gmra_layer']} must be from 1 to {encoder.n_layers}, "
                              "the layers of this encoder, or 0 for no GMRA.")
         encoder.fits(k['max_text_len'])
-        if k['gmra_concat'] == 'features' and k['resample'] == 'none':
-            raise ModelError("gmra_concat='features' joins audio and video along features, so "
-                             "both must be resampled to the text's tokens: take another resample.")
         self.ends = [len(tokens) for tokens in specials(tokenizer)]
         self.gmra = None
         if k['gmra_layer'] and widths:
@@ -70,6 +67,9 @@ class CrossSent(System):
     @classmethod
     def check(cls, k):
         errors = super().check(k)
+        if len(cls.streams(k)) > 1 and k['gmra_concat'] == 'features' and k['resample'] == 'none':
+            errors += ["gmra_concat='features' joins audio and video along features, so both must "
+                       "be resampled to the text's tokens: take another resample"]
         if k['gmra_codes'] and k['standardise']:
             errors += ["gmra_codes reads codes as they are stored: --standardise=False"]
         if k['gmra_codes'] and k['resample'] in ('linear', 'mean'):
@@ -111,8 +111,8 @@ class CrossSent(System):
         return dict.fromkeys(widths, k['gmra_codes'])
 
     @classmethod
-    def modalities_read(cls, k):
-        return super().modalities_read(k) if k['gmra_layer'] else ['text']
+    def streams(cls, k):
+        return super().streams(k) if k['gmra_layer'] else ()
 
     @classmethod
     def makes_files(cls, k):

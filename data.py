@@ -104,9 +104,6 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
                       targets=rows[:, :-1][mask[:, 1:]])
     for m, d in corpus.widths.items():
         info = corpus.meta['streams'][m]
-        if info['standardised'] and not standardise:
-            raise CorpusError(f"{corpus.folder} holds {m} only standardised, and standardise is "
-                              "False; convert the source with --dtype=float32.")
         stream_clips = index if stream_index is None else stream_index  # [B]
         end = None if m in modalities else 0
         x = [corpus.frames(split, m, i)[:end] for i in stream_clips]  # B of [S_b,d]
@@ -124,13 +121,14 @@ class Feed:
     """
     A corpus as one run reads it: texts are tokenised once, batches come on a device, and each clip
     has a cost, so that clips of similar length share a batch. k: the run's knobs; model: its
-    System; tokenizer: None if it reads no text; as_data: see lm_config. The model's prompt, if it
+    System; tokenizer: None if it reads no text; as_data: see System.build; first_word: the frame of
+    the first word (resample='words'), None to find it in the train split. The model's prompt, if it
     has one, is put around each text, with places for the pseudo tokens. With frozen features,
     batch['text'] holds hidden states of a frozen LM, [B,T,D]. Public attributes: info (the label's
     entry in meta.json), n_clips (after train_fraction), notes, truncated {split: the note on its
     truncated texts}. Raises CorpusError, ModelError.
     """
-    def __init__(self, corpus, k, tokenizer, device, model, as_data=False):
+    def __init__(self, corpus, k, tokenizer, device, model, as_data=False, first_word=None):
         self.corpus, self.k, self.device, self.model, self.prompt = corpus, k, device, model, model.prompt
         corpus.label('train', k['label'])
         self.info = corpus.labels[k['label']]
@@ -138,14 +136,18 @@ class Feed:
         model.refuse_other_corpus(k, corpus)
         for split in corpus.n_clips:
             self._check_labels(split)
-        self.streams = model.streams(k)
+        self.streams = [m for m in model.streams(k) if m in corpus.widths]
+        for m in self.streams:
+            if corpus.meta['streams'][m]['standardised'] and not k['standardise']:
+                raise CorpusError(f"{corpus.folder} holds {m} only standardised, and standardise is "
+                                  "False; convert the source with --dtype=float32.")
         self.clips = {split: np.arange(n) for split, n in corpus.n_clips.items()}   # of the corpus
         if k['train_fraction'] < 1:
             self.clips['train'] = self._train_subset(k['train_fraction'], k['seed'])
         self.n_clips = {split: len(clips) for split, clips in self.clips.items()}
         self.stream_clips = self._shuffled_clips(k['seed']) if k['shuffle_streams'] else {}
         self.tokens, self.words, self.text, self.truncated = {}, {}, {}, {}  # by split
-        self.first_word = 0   # the frame of the first word (resample='words')
+        self.first_word = first_word
         self.notes, self.lm_fingerprint = [], None
         rounding = 0.0
         if self.prompt:
@@ -207,7 +209,7 @@ class Feed:
 
     def _words(self, tokenizer, split, texts):
         """ For each clip, the frame of the word that each token begins in; -1 for no word. """
-        if split == 'train':
+        if split == 'train' and self.first_word is None:
             found = {m: self._frames_before_words(m, texts) for m in self.streams}
             starts = {m: n for m, n in found.items() if n is not None}
             self.notes += [f"no clip has both words and {m} frames, so no token gets {m}"

@@ -52,7 +52,8 @@ def evaluate(model, feed, split, autocast=nullcontext, **how):
     Evaluate a model on a whole split -> (metrics, predictions by name in the split's order).
 
     Each metric is computed once, in float32, on the predictions for all clips; it is not a mean
-    over batches. A model without predictions (an LM) gives {'loss': mean over clips} and {}. `how`
+    over batches. A model without predictions (an LM) gives {'loss': ..} and {}: the loss of each
+    batch, a mean over its tokens, averaged with the numbers of clips as weights. `how`
     goes to model.predict. Raises ValueError if a prediction is NaN or inf.
     """
     was_training = model.training
@@ -171,11 +172,10 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
     if 'trust_remote_code' in k:
         k['trust_remote_code'] = trust_remote_code
     about['knobs'] = k
-    dtype = getattr(torch, about['dtype'])
+    dtype, as_data = getattr(torch, about['dtype']), not trust_remote_code
     tensors, _ = load_checkpoint(os.path.join(folder, 'best.safetensors'))
     try:
         corpus = Clips(facts) if without_corpus else open_own_corpus(folder, facts)
-        as_data = not trust_remote_code
         model, tokenizer = build_model(folder, k, corpus, dtype, tensors, as_data)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
         reason = ' '.join(str(e).split())[:160]
@@ -192,7 +192,9 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
         return torch.autocast(device, dtype, enabled=dtype is not torch.float32)
 
     def make_feed(corpus, k):
-        feed = Feed(corpus, k, tokenizer, device, model, as_data=not trust_remote_code)
+        # a user's clips do not show which frame is that of the first word
+        first_word = about.get('first_word') if isinstance(corpus, Clips) else None
+        feed = Feed(corpus, k, tokenizer, device, model, as_data, first_word)
         if feed.lm_fingerprint and feed.lm_fingerprint != about['lm_fingerprint']:
             raise EvalError(other_lm_message(folder, k))
         return feed
@@ -228,15 +230,15 @@ def open_own_corpus(folder, facts):
     corpus = Corpus(facts['folder'])
     if not is_same_corpus(facts, corpus_facts(corpus)):
         raise EvalError(f"{corpus.folder} was made from another source file, or by another "
-                        f"conversion of it, than {folder} was trained on: convert the latter "
-                        "again, with the same flags.")
+                        f"conversion of it, than {folder} was trained on: convert the original "
+                        "source again, with the same flags.")
     print(f"  {folder} names the corpus folder {corpus.folder}, which is read as data")
     return corpus
 
 
 def build_model(folder, k, corpus, dtype, tensors, as_data):
     """
-    A run's model, without the tensors of its checkpoint yet, and its tokenizer. as_data: lm_config.
+    A run's model, without the tensors of its checkpoint yet, and its tokenizer. as_data: see System.build.
     """
     own_lm = os.path.join(folder, 'lm')
     for own in (own_lm, os.path.join(folder, 'hf')):
@@ -268,12 +270,13 @@ def check_fingerprints(folder, k, about, model, tokenizer):
                         "computes other outputs, so its configuration was changed: restore it.")
     recorded = about.get('tokenizer_fingerprint')
     if recorded and tokenizer and tokenizer_fingerprint(tokenizer) != recorded:
-        raise EvalError(f"the tokenizer of the LM {k.get('lm', folder)} is not the one that "
-                        f"{folder} was trained with: restore the latter.")
+        raise EvalError(f"the tokenizer of the LM {k.get('lm', folder)} differs from the one that "
+                        f"{folder} was trained with: put the original back.")
 
 
 def other_lm_message(folder, k):
-    return f"the LM {k['lm']} is not the one that {folder} was trained with: restore the latter."
+    return (f"the LM {k['lm']} has other weights than the one that {folder} was trained with: put "
+            "the original back.")
 
 
 def load_run_and_feed(folder, **allowed):

@@ -257,9 +257,8 @@ class Rows:
 
 class FrozenLM(nn.Module):
     """
-    A Hugging Face causal LM of a known family, frozen: no gradient, no dropout (train() leaves it
-    in eval mode: the release trains through GPT-2's own dropout), and no change of a bit by any
-    amount of training.
+    A Hugging Face causal LM of a known family, frozen: it gets no gradient, it is always in eval
+    mode (the release trains with GPT-2's own dropout), and training changes none of its bits.
 
     We call its layers' parts ourselves, one layer at a time, with keys and values as plain
     arguments, so that a caller can put blocks between layers and run a few extra tokens over a
@@ -300,7 +299,7 @@ class FrozenLM(nn.Module):
         self.embed_multiplies = hasattr(self.parts['embed'], 'embed_scale')
 
     def value(self, trait, default=None):
-        """ What a trait of the row is for this LM: itself, or the config's entry of that name. """
+        """ The row's entry `trait`; a string names an entry of the LM's config, whose value it is. """
         value = self.row.get(trait, default)
         return getattr(self.hf.config, value, default) if isinstance(value, str) else value
 
@@ -315,7 +314,7 @@ class FrozenLM(nn.Module):
         self.parts['layers'] = list(get(row['layers']))
         self.layer_parts, factor = [], self.value('residual_scale', 1.0)
         for layer in self.parts['layers']:
-            # Hugging Face writes GPT-2's GELU as eight passes over memory; this is it in one
+            # Hugging Face's version of GPT-2's GELU makes eight passes over memory, this one makes one
             if type(submodule(layer, row['act'])).__name__ == 'NewGELUActivation':
                 layer.set_submodule(row['act'], nn.GELU('tanh'))
             parts = {name: submodule(layer, row.get(name)) for name in OTHER_PARTS}
@@ -341,7 +340,7 @@ class FrozenLM(nn.Module):
         return fingerprint(self.hf)
 
     def part(self, l, name):
-        """ Layer l's part of this name in its row; None, or nn.Identity for a norm, where it has none. """
+        """ Layer l's part `name`; where it has none, nn.Identity or Times for a norm, else None. """
         return self.layer_parts[l][name]
 
     def ffw(self, l):
@@ -358,13 +357,13 @@ class FrozenLM(nn.Module):
         if missing or self.row.get('gate') and gate is None:
             raise ModelError(f"layer {l + 1} of this LM (family {self.family!r}) has no feed-forward "
                              f"network that an MM block could start from ({missing or ['gate']} not "
-                             "found; experts are none): take another LM for DeepMLF.")
+                             "found; experts are not supported): take another LM for DeepMLF.")
         return gate, up, down, act
 
     def norms_of_ffw(self, l):
         """
         The modules before and behind layer l's FFW, for a block that starts as a copy of it. They
-        are nn.Identity where the family has none.
+        are nn.Identity, or Times behind the FFW, where the family has none.
         """
         return self.part(l, 'norm_2'), self.part(l, 'post_2')
 
@@ -430,20 +429,20 @@ class FrozenLM(nn.Module):
         (B, L, _), row, part = y.shape, self.row, self.layer_parts[l]
         q_norm, k_norm = part['q_norm'], part['k_norm']
         norm_on = row.get('qk_norm') if q_norm is not None else None
-        y = [project(y) for project in part['qkv']]  # 3x [B,L,h D/h], or packed
+        y = [project(y) for project in part['qkv']]  # [B,L,h D/h], 2x [B,L,h_kv D/h], or packed
         if row.get('packed') == 'parts':
             n, n_kv = self.n_heads * self.head_width, self.n_kv_heads * self.head_width
-            y = y[0].split([n, n_kv, n_kv], -1)  # 3x [B,L,h D/h]
+            y = y[0].split([n, n_kv, n_kv], -1)  # [B,L,h D/h], 2x [B,L,h_kv D/h]
         if row.get('packed') == 'heads':
             y = y[0].view(B, L, self.n_heads, -1).chunk(3, -1)  # 3x [B,L,h,D/h]
         if self.clip is not None:
             y = [v.clamp(-self.clip, self.clip) for v in y]
         if norm_on == 'all':
             y = [q_norm(y[0]), k_norm(y[1]), y[2]]
-        q, k, v = (v.reshape(B, L, -1, self.head_width) for v in y)  # 3x [B,L,h,D/h]
+        q, k, v = (v.reshape(B, L, -1, self.head_width) for v in y)  # [B,L,h or h_kv,D/h]
         if norm_on == 'head':
             q, k = q_norm(q), k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,h,L,D/h]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B,h or h_kv,L,D/h]
         if norm_on == 'split':
             q, k = q_norm(q), k_norm(k)
         return q, k, v

@@ -225,8 +225,9 @@ class RankLevels(nn.Module):
     consistent: at the optimum b_1 >= b_2 >= .. (Theorem 1). The loss is the binary cross-entropy of
     all tasks, with equal weights. It is their mean; the paper has the sum, which grows with K.
 
-    b_k starts at -t_k, so that the first predictions are the scores. (The release starts at 0, its
-    later package between 1 and 0: with many levels and few steps, b would hardly get apart.)
+    b_k starts at -t_k, so that the first predictions are the scores. (The release starts all b_k at
+    0, and the authors' later package spaces them from 1 to 0. With many levels and few steps they
+    would hardly separate.)
     """
     def __init__(self, low, high, step):
         """ low, high: the lowest and the highest level; step: between levels, in label units. """

@@ -270,7 +270,7 @@ class DeepMLF(System):
     @classmethod
     def check(cls, k):
         errors = super().check(k)
-        if k['text_reg'] != 'noise' and k['text_reg_rate'] > 1:
+        if k['text_reg'] in ('seqaug', 'dropout') and k['text_reg_rate'] > 1:
             errors += [f"text_reg_rate={k['text_reg_rate']} must be in [0, 1]"]
         if k['lm_depth'] and k['weight_lm']:
             errors += ["lm_depth leaves out the LM's last layers, without which it predicts no "
@@ -848,7 +848,7 @@ class CMPTALM(PseudoTokenLM):
             n = int(batch[source + '_len'][0])
             n = self.own_len(n) if source == 'text' else n
             column = 'text token' if source == 'text' else f'{source} frame'
-            if weights:
+            if weights and n:
                 stacked = torch.stack(list(weights.values()))[:, :n]  # [rows,n]
                 views[f'over {source}'] = stacked, list(weights), column
         return views

@@ -201,7 +201,7 @@ average = WeightAverage(named, average_epochs * steps_per_epoch)
 def lr_at(step):
     """
     The learning rate of a step: linear warm-up, then a cosine to lr_min at the end of `epochs`,
-    whatever max_steps is. (DeepMLF's released code restarts the cosine there, with no end.)
+    whatever max_steps is. (DeepMLF's release then starts again at the full rate and does not stop.)
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
@@ -209,7 +209,7 @@ def lr_at(step):
     return lr_min + 0.5 * (lr - lr_min) * (1 + math.cos(math.pi * done))
 
 
-about = describe_run(name, config, clips, model, tokenizer, device, dtype, lm_fingerprint)
+about = describe_run(name, config, feed, model, tokenizer, device, dtype, lm_fingerprint)
 
 # ---------------------------------------------------------------------------------------------------------
 # The state of the run, saved in `last`. A resumed run gives the same bits: the order of the clips

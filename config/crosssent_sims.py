@@ -15,6 +15,7 @@ system = 'crosssent'
 corpus = 'SIMS/Processed/unaligned_39.pkl'
 lm = 'bert-base-chinese'
 text_pool = 'first'
+max_text_len = 39
 batch_size = 32
 epochs = 20
 warmup_epochs = 2.0

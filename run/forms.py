@@ -7,9 +7,19 @@ from typing import Literal
 from configurator import AtLeast
 from run.errors import ModelError
 from run.folder import load_info
-from run.json_files import NUMBER, Each, Maybe, check_form, check_numbers, check_texts, shorten
+from run.json_files import (
+    NUMBER,
+    Each,
+    Maybe,
+    check_form,
+    check_numbers,
+    check_printable,
+    check_texts,
+    shorten,
+)
 
 COUNT = AtLeast(0)
+MOST_LEVELS = 1000   # classes of a label, or the width of its range; metrics have tables of both axes
 METRICS = Each(NUMBER)   # name -> value; the correlation of a constant is NaN
 STREAM = dict(width=AtLeast(1), mean=[NUMBER], std=[AtLeast(0)], standardised=bool)
 LABEL = dict(kind=Literal['regression', 'classes'])
@@ -21,8 +31,8 @@ FACTS = dict(   # clips.corpus_facts
 ABOUT = dict(   # record.describe_run
     name=str, command=str, knobs=dict, commit=str, dirty=bool, corpus=FACTS,
     device=Literal['cuda', 'mps', 'cpu'], dtype=Literal['float32', 'bfloat16', 'float16'],
-    threads=AtLeast(1), matmul_gflops=COUNT, lm_fingerprint=Maybe(str), lm_answer=Maybe([NUMBER]),
-    tokenizer_fingerprint=Maybe(str))
+    threads=AtLeast(1), matmul_gflops=COUNT, first_word=Maybe(AtLeast(0)),
+    lm_fingerprint=Maybe(str), lm_answer=Maybe([NUMBER]), tokenizer_fingerprint=Maybe(str))
 STATE = dict(   # of the loop in train.py
     step=int, best=Maybe(NUMBER), best_step=int, stale=int, seconds=COUNT, done=bool)
 RESULT = dict(   # result.json, as train.py writes it
@@ -41,6 +51,7 @@ def check_about(about):
     """ Raises ValueError if describe_run's dict is damaged. Its knobs are not checked. """
     check_numbers(about)
     check_texts(about)
+    check_printable(about)
     check_form(about, ABOUT)
     facts = about['corpus']
     if set(facts['streams']) != set(facts['widths']):
@@ -67,10 +78,15 @@ def check_label(info):
         check_form(info, dict(names=[str]))
         if len(set(info['names'])) != max(1, len(info['names'])):
             raise ValueError(f"has no class names, or one twice: {shorten(info['names'])}")
+        if len(info['names']) > MOST_LEVELS:
+            raise ValueError(f"has {len(info['names'])} classes, and at most {MOST_LEVELS} can be read")
         return
     check_form(info, dict(range=[NUMBER]))
     if len(info['range']) != 2 or not -inf < info['range'][0] < info['range'][1] < inf:
         raise ValueError(f"has the wrong range {shorten(info['range'])}")
+    if info['range'][1] - info['range'][0] > MOST_LEVELS:
+        raise ValueError(f"has the range {shorten(info['range'])}, and scores can span at most "
+                         f"{MOST_LEVELS}: divide them by a constant")
 
 
 def check_log_line(line):

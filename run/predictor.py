@@ -354,14 +354,14 @@ def describe_predictions(run, clips):
     """
     Predict clips with a run, with all modalities and without each of them in turn -> (text,
     predictions [N], their Feed). The text has the score or class of each clip, an interval or
-    probabilities if the system gives them, and the change without each modality.
+    probabilities if the system gives them, and the change without each modality that it has.
     """
     feed, whole, without = predict_without_each(run, clips)
     lines = []
     for i, clip in enumerate(clips):
         lines.append(f"{clip['id']}: {prediction_text(run, whole, i)}")
-        for m, other in without.items():
-            lines.append(f"  without {m}: {change_text(run, whole, other, i)}")
+        for m in [m for m in without if len(clip[m])]:
+            lines.append(f"  without {m}: {change_text(run, whole, without[m], i)}")
     return '\n'.join(lines), whole['pred'], feed
 
 

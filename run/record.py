@@ -34,7 +34,7 @@ from run.forms import check_log_line, read_header
 from run.json_files import parsed
 
 
-def describe_run(name, knobs, corpus, model, tokenizer, device, dtype, lm_fingerprint):
+def describe_run(name, knobs, feed, model, tokenizer, device, dtype, lm_fingerprint):
     """ The description of a run that config.json, every checkpoint and result.json hold. """
     return dict(
         format=FORMAT, name=name, command=shlex.join(['python', 'train.py', *sys.argv[1:]]),
@@ -43,8 +43,8 @@ def describe_run(name, knobs, corpus, model, tokenizer, device, dtype, lm_finger
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       numpy=np.__version__, transformers=transformers.__version__),
         device=device, dtype=dtype, threads=torch.get_num_threads(), processes=ranks.N_RANKS,
-        matmul_gflops=round(matmul_rate(), 1), corpus=corpus_facts(corpus),
-        lm_fingerprint=lm_fingerprint,
+        matmul_gflops=round(matmul_rate(), 1), corpus=corpus_facts(feed.corpus),
+        first_word=feed.first_word, lm_fingerprint=lm_fingerprint,
         lm_answer=sample_logits(model.lm) if model.lm else None,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if tokenizer else None)
 

@@ -27,6 +27,7 @@ from fakes import (
     TINY,
     TinyTokenizer,
     clip_alone,
+    command,
     killed_in_batch,
     knobs_of_system,
     make_corpus,
@@ -42,6 +43,7 @@ from fakes import (
 from lm import TextEncoder
 from losses import OrdinalKnobs, RankLevels, eioi_loss, mpr_loss, ordinal_loss
 from model import SYSTEMS, AVModel, CrossSent
+from run.clips import Clips
 from run.errors import ModelError
 
 CROSS_KNOBS = knobs_of_system(
@@ -97,7 +99,6 @@ def test_other_models_and_impossible_knobs_are_refused():
     for knobs, sentence in (
         (dict(gmra_layer=4), 'from 1 to 3'),
         (dict(max_text_len=41), 'past the 40 positions'),
-        (dict(gmra_concat='features', resample='none'), "take another resample"),
     ):
         with pytest.raises(ModelError, match=sentence):
             tiny_crosssent(**knobs)
@@ -249,6 +250,40 @@ def test_an_aligned_file_may_begin_with_a_zero_frame(first, tmp_path, capsys):
     assert 'the first frame of a clip is zero and stands before' in capsys.readouterr().out
     run, feed = evaluation.load_run_and_feed(str(tmp_path / 'run'), data_dir=str(tmp_path / 'data'))
     assert {w for clip in feed.words['test'] for w in clip} == {-1, 1, 2, 3, 4}
+    # a user's clip that lacks its last frame does not show where its first word is
+    own = Clips(run.facts, [dict(id='own', text='the film was good', audio=np.ones((4, 5), 'f4'),
+                                 vision=np.ones((4, 3), 'f4'))])
+    assert run.feed(own, run.knobs).first_word == 1
+
+
+def test_words_may_have_frames_of_one_stream_alone(tmp_path):
+    def absent(split, x):
+        return None
+
+    words_run(tmp_path, audio_lengths=lambda s, x: [4] * len(x), vision=absent, vision_lengths=absent)
+
+
+def test_text_alone_reads_no_frames():
+    k = CROSS_KNOBS | dict(gmra_concat='features', resample='none')
+    assert 'take another resample' in CrossSent.check(k)[0]
+    assert CrossSent.check(k | dict(modalities=['audio'])) == []   # nothing is joined
+    alone = k | dict(gmra_layer=0)
+    assert CrossSent.check(alone) == []
+    assert CrossSent.streams(alone) == () and CrossSent.modalities_read(alone) == ['text']
+
+
+def test_raw_frames_of_a_standardised_corpus_are_refused_before_training(tmp_path, monkeypatch):
+    save_tiny_bert(tmp_path)
+    make_corpus(tmp_path, 'half')
+    with monkeypatch.context() as m:
+        m.chdir(tmp_path)
+        command('data.py', 'half.pkl', '--name=half', '--dtype=float16')
+    flags = ['config/crosssent_mosi.py', f'--corpus={tmp_path}/data/half', f'--lm={tmp_path}/bert',
+             '--device=cpu', '--max_steps=1', '--max_text_len=30', '--resample=linear',
+             '--standardise=False']
+    with pytest.raises(SystemExit, match='holds audio only standardised, and standardise is False'):
+        train(*flags, f'--out_dir={tmp_path}/run')
+    train(*flags, f'--out_dir={tmp_path}/text', '--gmra_layer=0')   # reads no frames
 
 
 def test_frames_without_words_are_reported(tmp_path, capsys):
@@ -549,7 +584,8 @@ def test_byte_level_tokens_get_the_number_of_their_word(corpora):
         trainers.BpeTrainer(vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
-    feed = type('F', (), dict(streams=(), k=dict(max_text_len=50), corpus=None, notes=[]))
+    entries = dict(streams=(), first_word=None, k=dict(max_text_len=50), corpus=None, notes=[])
+    feed = type('F', (), entries)
     text = 'the  film was goods'
     words = Feed._words(feed, tokenizer, 'train', [text])[0]
     pieces = tokenizer.convert_ids_to_tokens(tokenizer([text])['input_ids'][0])

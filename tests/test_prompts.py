@@ -29,6 +29,7 @@ from fakes import (
     HERE,
     MSE_KNOBS,
     LetterTokenizer,
+    command,
     fingerprint,
     killed_in_batch,
     make_corpus,
@@ -1154,6 +1155,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, rated_lm, corpora):
         run_prompted(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2')
     run_prompted(rated_lm, corpora, f'killed_{config}', config, '--save_interval=2', '--resume=True')
     same_run(rated_lm / f'whole_{config}', rated_lm / f'killed_{config}')
+
+
+def test_a_clip_without_frames_is_predicted_and_drawn(rated_lm, corpora, tmp_path, monkeypatch, capsys):
+    run_prompted(rated_lm, corpora, 'cmpta_words', 'cmpta_toy')
+    monkeypatch.chdir(tmp_path)
+    command('eval.py', rated_lm / 'cmpta_words', '--text=good film')
+    out = capsys.readouterr().out
+    assert 'without text' in out and 'without audio' not in out
 
 
 def test_a_resumed_run_keeps_the_dtype_of_its_checkpoint(rated_lm, corpora):

@@ -203,7 +203,7 @@ def test_a_full_disk_does_not_lose_the_prediction_of_a_clip(copied, capsys):
     with pytest.raises(SystemExit, match='run.png cannot be read or written|text.png cannot be'):
         with files_of_at_most(3000):
             command('eval.py', copied, '--text=i loved it')
-    assert 'without audio' in capsys.readouterr().out
+    assert 'without text' in capsys.readouterr().out
     assert not list(copied.parent.rglob('*.new'))
 
 
