@@ -12,6 +12,7 @@ must be:
 """
 import json
 import os
+import re
 import zlib
 from typing import get_origin
 
@@ -21,6 +22,8 @@ from run.folder import open_regular
 NUMBER = (int, float)
 LARGEST = 2 ** 63   # integers from here on do not fit NumPy's int64
 LARGEST_KNOB = 20_000   # bytes of a JSON file that becomes the value of a knob
+# a control character other than a tab and a line's end, as json.dumps writes it
+CONTROL = re.compile(r'(?<!\\)(?:\\\\)*\\(?:u00[01]|[bf])|[\x7f-\x9f]')
 
 
 class Each:
@@ -185,6 +188,12 @@ def check_texts(value):
         raise ValueError("holds a text that is no valid Unicode") from None
     except RecursionError:
         raise ValueError("holds too many nested lists") from None
+
+
+def check_printable(value):
+    """ Raises ValueError if a JSON value holds a control character: it could steer a terminal. """
+    if CONTROL.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("holds a text with a control character")
 
 
 def shorten(value, n=60):

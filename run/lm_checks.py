@@ -3,6 +3,7 @@ What is refused before an LM is loaded: adapters, special files, links that lead
 and requests to run code.
 """
 import json
+import math
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ CODE_KEYS = ('auto_map', 'custom_generate', 'quantization_config', 'compression_
              'sudachi_kwargs', 'jumanpp_kwargs')
 # transformers calls from_pretrained of whatever class of its own a tokenizer_class names
 TOKENIZER_NAME = re.compile(r'(?!Auto|TransfoXL|Rag)\w*(Tokenizer|TokenizerFast|Backend)')
+LARGEST_GROWTH = 1000   # of a text by the replacements of a tokenizer
 
 
 def read_lm_json(path):
@@ -37,6 +39,58 @@ def read_lm_json(path):
     except (OSError, ValueError, RecursionError) as e:
         raise ModelError(f"{path} is not readable as JSON ({str(e)[:120]}): get that file "
                          "again.") from None
+
+
+def refuse_larger_model(auto, name, config):
+    """
+    Raises ModelError if the config.json in the folder `name` describes a model that is many times
+    larger than its safetensors files: transformers makes all weights before it compares shapes.
+    """
+    import torch
+    from safetensors import safe_open
+    shapes = []
+    for file in sorted(os.listdir(name)):
+        if file.endswith('.safetensors'):
+            with safe_open(os.path.join(name, file), 'pt') as f:
+                shapes += [f.get_slice(key).get_shape() for key in f.keys()]
+    too_large = getattr(config, 'num_hidden_layers', 0) > len(shapes)
+    if not too_large:
+        with torch.device('meta'):
+            model = auto.from_config(config)
+        in_files = sum(math.prod(shape) for shape in shapes)
+        # packed weights are up to eight to a number
+        too_large = sum(p.numel() for p in model.parameters()) > 10 * in_files
+    if shapes and too_large:
+        raise ModelError(f"config.json of the LM {name!r} describes a model that is many times larger "
+                         "than its weight files: get the config.json that belongs to them.")
+
+
+def replacements(part):
+    """ The steps of type Replace within a part of tokenizer.json. """
+    if isinstance(part, dict):
+        if part.get('type') == 'Replace':
+            yield part
+        part = list(part.values())
+    if isinstance(part, list):
+        for inner in part:
+            yield from replacements(inner)
+
+
+def refuse_growing_texts(path):
+    """
+    Raises ModelError if the replacements of a tokenizer.json may make a text LARGEST_GROWTH times
+    longer: a few dozens of them, each of which doubles the text, would fill the memory.
+    """
+    if not os.path.isfile(path):
+        return
+    tokenizer, growth = read_lm_json(path), 1.0
+    for step in replacements([tokenizer.get('normalizer'), tokenizer.get('decoder')]):
+        old, new = step.get('pattern'), step.get('content')
+        shortest = len(str(old['String'])) if isinstance(old, dict) and 'String' in old else 1
+        growth *= max(1.0, len(str(new)) / max(1, shortest))
+        if growth > LARGEST_GROWTH:
+            raise ModelError(f"the replacements in {path} could make a text more than "
+                             f"{LARGEST_GROWTH} times longer: get that file again.")
 
 
 def is_code_request(key, value):

@@ -17,8 +17,10 @@ from run.lm_checks import (
     read_lm_json,
     refuse_folder,
     refuse_gguf,
+    refuse_growing_texts,
     refuse_hub_adapter,
     refuse_hub_code,
+    refuse_larger_model,
     refuse_variants,
     refuse_what_is_no_lm,
 )
@@ -58,9 +60,10 @@ def loading(name):
     """
     try:
         yield
-    except ModelError:
+    except (ModelError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as e:  # of any kind: the LM may have brought code of its own
+    # of any kind: the LM may have brought code of its own, and a panic of tokenizers is no Exception
+    except BaseException as e:
         reason = first_line(e)
         if 'trust_remote_code' in str(e):
             reason = f"it asks to run its author's code: {ALLOW_CODE}"
@@ -180,6 +183,7 @@ def load_tokenizer(name, remote=False, as_data=False):
     with loading(name):
         if model_alone:
             return SentencePiece(name)
+        refuse_growing_texts(os.path.join(name, 'tokenizer.json'))
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=remote and not as_data)
     # without tokenizer files, transformers 5 makes an empty tokenizer of the family's class
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -291,6 +295,8 @@ def load_weights(auto, name, config, remote=False, as_data=False, unused=(), ins
     if not local:
         refuse_hub_adapter(name, config)
     with loading(name), quiet():
+        if local and not remote and not more.get('gguf_file'):
+            refuse_larger_model(auto, name, config)
         # a tensor of another shape is an error of ours below, which says both shapes
         model, report = auto.from_pretrained(
             name,

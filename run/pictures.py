@@ -25,6 +25,7 @@ STYLE = {
     'legend.frameon': False, 'savefig.dpi': 200, 'lines.linewidth': 1.2}
 ON_LINES = dict(frameon=True, framealpha=0.8, edgecolor='none')   # a legend that covers lines
 LETTERS_PER_INCH = 17   # of text at 8 points
+MOST_NAMED = 40         # classes whose names and counts can be read in a confusion matrix
 
 # Loss terms that are measured in one unit share a panel: y label -> names of terms. Any other term
 # gets a panel of its own.
@@ -227,28 +228,32 @@ def learning_curve(path, runs):
 # Confusion matrix
 
 def drawable(names):
-    """ The names of classes for a picture. Its font has no Chinese letters: those get numbers. """
-    return [name if name.isascii() else str(i) for i, name in enumerate(names)]
+    """ The names of classes for a picture, without formulas. Its font has no Chinese letters: those
+    get numbers. """
+    return [name.replace('$', r'\$') if name.isascii() else str(i) for i, name in enumerate(names)]
 
 
 def confusion_picture(path, pred, label, names, title):
     """
     A picture at `path` of the counts of true classes against predicted classes, coloured by the
-    share of the true class. pred, label [N]: numbers of classes in `names`.
+    share of the true class. pred, label [N]: numbers of classes in `names`. Names and counts are
+    written for at most MOST_NAMED classes.
     """
     counts = confusion(pred, label, len(names))  # [K,K]
     n_true = np.bincount(np.asarray(label, int), minlength=len(names))  # [K]
     share = counts / np.maximum(n_true, 1)[:, None]  # [K,K]
     ticks = drawable(names)
     with style():
-        size = 0.45 * len(names)
+        named = len(names) <= MOST_NAMED
+        size = 0.45 * min(len(names), MOST_NAMED)
         fig, ((ax,),) = canvas(high=1.3 + size, wide=1.9 + size)
         picture = ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
-        for i, j in np.ndindex(counts.shape):
+        for i, j in np.ndindex(counts.shape) if named else ():
             color = 'white' if share[i, j] > 0.6 else 'black'
             ax.text(j, i, counts[i, j], ha='center', va='center', fontsize=7, color=color)
-        ax.set_xticks(range(len(names)), ticks, rotation=45, ha='right')
-        ax.set_yticks(range(len(names)), ticks)
+        if named:
+            ax.set_xticks(range(len(names)), ticks, rotation=45, ha='right')
+            ax.set_yticks(range(len(names)), ticks)
         ax.set(xlabel='predicted class', ylabel='true class')
         fig.colorbar(picture, label='share of the true class', shrink=0.8)
         set_title(fig, title)

@@ -30,6 +30,8 @@ from run.json_files import (
 from run.pictures import calibration_picture, draw_confusion, drawn, learning_curve
 from run.report_html import html_report
 
+LARGEST_PICTURE = 10_000_000   # bytes
+
 
 def prediction_lines(corpus, predictions):
     """ The text of test.jsonl: a line for each test clip with its id, label and predictions. """
@@ -218,7 +220,7 @@ def print_and_save(folder, r, corpus, predictions, trained=False):
 def own_curve(folder):
     """ The PNG of the learning curve in a run's folder, or None. """
     path = os.path.join(folder, 'curve.png')
-    if not is_regular(path):
+    if not is_regular(path) or os.path.getsize(path) > LARGEST_PICTURE:
         return None
     with open_regular(path, 'rb') as f:
         return f.read()
@@ -254,7 +256,7 @@ def report(folder, r, corpus, predictions, curve):
     facts[0] = ('Command', f'`{facts[0][1]}`')
     listed = '\n'.join(f'- {key}: {v}' for key, v in facts)
     # report.md is last: train.py takes a run that has it for finished
-    files['report.md'] = f"""# {name}
+    text = f"""# {name}
 
 {listed}
 
@@ -264,4 +266,5 @@ def report(folder, r, corpus, predictions, curve):
 
 {linked}
 """
+    files['report.md'] = text.replace('<', '&lt;')   # no name in it becomes HTML
     return table, files

@@ -186,6 +186,15 @@ def test_pictures_are_inside_the_page_at_their_own_width():
     assert len(widths) == 2 and all(200 < wide < 600 for wide in widths)
 
 
+@pytest.mark.parametrize('names', [['$\\frac$', '$', 'c'], [f'class {i}' for i in range(300)]])
+def test_a_confusion_matrix_may_have_many_classes_and_names_that_are_no_formulas(names):
+    info = dict(kind='classes', names=names)
+    predictions = dict(pred=np.arange(50) % 3, label=np.arange(50) // 3 % 3)
+    png = drawn(draw_confusion, run_of(info, predictions), predictions)
+    width, height = np.frombuffer(png[16:24], '>u4')
+    assert width < 5000 and height < 5000
+
+
 def test_the_runs_own_row_is_bold_below_what_it_is_compared_with():
     rows = [['majority', '1', '1.2'], ['a_run', '2', '.4']]
     compared = ['test', 'mae', 'best possible mae'], rows

@@ -258,11 +258,11 @@ def test_another_corpus_another_lm_and_another_tokenizer_are_refused(copied, rec
     pieces[5][0], pieces[6][0] = pieces[6][0], pieces[5][0]
     whole = path.read_bytes()
     path.write_text(json.dumps(tokenizer))
-    with pytest.raises(SystemExit, match='the tokenizer of the LM .* is not the one'):
+    with pytest.raises(SystemExit, match='the tokenizer of the LM .* differs from the one'):
         command('eval.py', received, clip)
     path.write_bytes(whole)
     forge(received, lm_fingerprint='f' * 16)
-    with pytest.raises(SystemExit, match='the LM .* is not the one'):
+    with pytest.raises(SystemExit, match='the LM .* has other weights than the one'):
         command('eval.py', received, clip)
 
 
@@ -607,6 +607,9 @@ def test_a_run_may_be_resumed_elsewhere_after_its_best_step(what, copied, corpor
     [
         lambda a: a.update(device=[]),
         lambda a: a.update(name=3),
+        lambda a: a.update(name='\x1b]0;title\x07'),
+        lambda a: a['corpus']['labels']['label'].update(range=[-1e8, 1e8]),
+        lambda a: a['corpus']['labels']['emotion'].update(names=[str(i) for i in range(2000)]),
         lambda a: a['corpus'].update(sha256=None),
         lambda a: a['corpus'].update(streams={}),
         lambda a: a['corpus'].update(widths=3),
@@ -648,6 +651,23 @@ def test_results_of_wrong_types_stop_with_a_sentence(key, value, copied, receive
         with pytest.raises(SystemExit) as stopped:
             command('eval.py', copied, *flags)
         assert str(stopped.value).startswith('eval: ') and 'damaged' in str(stopped.value)
+
+
+@pytest.mark.parametrize('knob', ['vocab_size', 'n_positions', 'n_inner', 'n_layer'])
+def test_an_lm_that_is_much_larger_than_its_files_is_refused_before_it_is_made(knob, received):
+    path = received / 'lm' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {knob: 10 ** 8}))
+    with no_longer_than(60), pytest.raises(SystemExit, match='many times larger than its weight files'):
+        command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
+
+
+def test_a_tokenizer_whose_replacements_multiply_is_refused(received):
+    path = received / 'lm' / 'tokenizer.json'
+    twice = dict(type='Replace', pattern=dict(String='e'), content='ee')
+    steps = dict(type='Sequence', normalizers=[twice] * 40)
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(normalizer=steps)))
+    with pytest.raises(SystemExit, match='could make a text more than 1000 times longer'):
+        command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
 
 
 @pytest.mark.parametrize('knob, value', [('activation_function', 'relu'), ('scale_attn_weights', False)])
