@@ -218,7 +218,7 @@ about = describe_run(name, config, feed, model, tokenizer, device, dtype, lm_fin
 state = dict(step=0, best=None, best_step=0, stale=0, seconds=0.0, done=False)
 if resume:
     try:
-        state, saved = resume_from(last_path, about, model, named, optimizer, average)
+        state, saved = resume_from(last_path, about, model, named, optimizer, average, n_steps)
     except ModelError as e:
         stop(str(e))
     state['done'] = state['stale'] >= patience

@@ -3,6 +3,7 @@ Writes a run's folder while it trains: config.json, log.jsonl and checkpoints. O
 only rank 0 writes.
 """
 import json
+import math
 import os
 import platform
 import shlex
@@ -31,7 +32,7 @@ from run.folder import (
     write_text,
 )
 from run.forms import check_log_line, read_header
-from run.json_files import parsed
+from run.json_files import parsed, shorten
 
 
 def describe_run(name, knobs, feed, model, tokenizer, device, dtype, lm_fingerprint):
@@ -122,23 +123,57 @@ def lock_run(folder, stop):
     return held
 
 
-def resume_from(path, about, model, named, optimizer, average):
+def refuse_other_moments(path, saved, named, average):
+    """
+    Raises ModelError unless the tensors of a `last` checkpoint that are not the model's are those
+    that this run would have saved. A fused optimizer step checks no shape: with moments smaller
+    than their weight it reads and writes memory behind them.
+    saved: name -> tensor; named: name -> trainable weight.
+    """
+    wanted = {f'average.{name}': mean for name, mean in average.mean.items()}
+    for name, p in named.items():
+        wanted[f'optimizer.{name}.step'] = torch.zeros((), dtype=torch.float32)
+        wanted |= {f'optimizer.{name}.{key}': p for key in ('exp_avg', 'exp_avg_sq')}
+    found = {k: v for k, v in saved.items() if not k.startswith('model.')}
+    for name in sorted(set(wanted) | set(found)):
+        is_step = name.startswith('optimizer.') and name.endswith('.step')
+        if name not in found:
+            wrong = "lacks"
+        elif name not in wanted:
+            wrong = "should not have"
+        elif (found[name].shape, found[name].dtype) != (wanted[name].shape, wanted[name].dtype):
+            v, p = found[name], wanted[name]
+            wrong = f"has a {v.dtype} {list(v.shape)} and not a {p.dtype} {list(p.shape)} as"
+        elif is_step and not 0 <= float(found[name]) < math.inf:
+            wrong = f"has {float(found[name])} as"
+        else:
+            continue
+        raise ModelError(f"{path} is damaged or of another run (it {wrong} {shorten(name, 100)}): "
+                         "restore a copy, or train the run again with --fresh=True.")
+
+
+def resume_from(path, about, model, named, optimizer, average, n_steps):
     """
     Load a `last` checkpoint into the model, the optimizer and the average of the weights. named:
-    name -> trainable weight. Returns the run's state and describe_run's dict from the checkpoint.
-    In `about`, the knobs get the spelling of the checkpoint's. Raises ModelError if the checkpoint
-    is damaged or of another run than `about`.
+    name -> trainable weight. n_steps: of the whole run. Returns the run's state and describe_run's
+    dict from the checkpoint. In `about`, the knobs get the spelling of the checkpoint's. Raises
+    ModelError if the checkpoint is damaged or of another run than `about`.
     """
     info = read_header(path)
     saved, _ = load_checkpoint(path)
     folder = os.path.dirname(path)
     refuse_other_run(folder, info['about'], about)
+    step = info['state']['step']   # n_steps follows from the knobs and the corpus, which are equal
+    if not 0 <= step <= n_steps:
+        raise ModelError(f"{path} is damaged (it is of step {step}, and the run has {n_steps}): "
+                         "restore a copy, or train the run again with --fresh=True.")
+    refuse_other_moments(path, saved, named, average)
     former = {k: v for k, v in info['about']['knobs'].items() if k not in RUN_KNOBS}
     about['knobs'] = about['knobs'] | former   # they may be other paths of the same files
     own = {k.removeprefix('model.'): v for k, v in saved.items() if k.startswith('model.')}
     load_tensors(model, own, folder)
     for name, p in named.items():
-        moments = {k: saved.get(f'optimizer.{name}.{k}') for k in ('step', 'exp_avg', 'exp_avg_sq')}
+        moments = {k: saved[f'optimizer.{name}.{k}'] for k in ('step', 'exp_avg', 'exp_avg_sq')}
         optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
     for name, mean in average.mean.items():
         mean.copy_(saved[f'average.{name}'])

@@ -7,6 +7,7 @@ Damaged files of a run, full disks, and knobs of a model that would fill the mem
 import errno
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +16,14 @@ import torch
 
 import eval as evaluation
 from configurator import AtLeast
-from fakes import command, deepmlf, files_of_at_most, forge, tiny_bert, train
+from fakes import TINY, command, deepmlf, files_of_at_most, forge, tiny_bert, train
+from run.average import WeightAverage
+from run.errors import ModelError
 from run.finished import EvalError
-from run.folder import replacing
+from run.folder import load_checkpoint, replacing, save_checkpoint
 from run.frozen_text import frozen_text
 from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json
+from run.record import refuse_other_moments
 from tools.figures import clip_number
 
 
@@ -185,6 +189,85 @@ def test_knobs_of_a_model_far_larger_than_its_checkpoint_are_refused(knob, copie
     forge(copied, {knob: 60_000_000})
     with pytest.raises(SystemExit, match='many times larger than its checkpoint'):
         command('eval.py', copied)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints from which a run is resumed
+
+
+def resume_changed(corpora, curriculum, tmp_path, change):
+    """
+    Resume a copy of the run av_toy whose `last` checkpoint is of step 5 and was changed by
+    change(tensors, info). Its checksum is right.
+    """
+    shutil.copytree(curriculum / 'av_toy', tmp_path / 'run')
+    for file in ('result.json', 'report.md'):
+        (tmp_path / 'run' / file).unlink()
+    path = str(tmp_path / 'run' / 'last.safetensors')
+    tensors, info = load_checkpoint(path)
+    info['state'] |= dict(step=5, done=False)
+    change(tensors, info)
+    save_checkpoint(path, tensors, info)
+    train('config/av_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', *TINY, '--resume=True')
+
+
+@pytest.mark.parametrize('step', [-5, 12, 2**62])
+def test_a_checkpoint_of_a_step_that_the_run_does_not_have_is_refused(
+    step, corpora, curriculum, tmp_path
+):
+    """The step of a run that is finished, 11, is one that it has."""
+    with pytest.raises(SystemExit, match=f'damaged .it is of step {step}, and the run has 11.:'):
+        resume_changed(corpora, curriculum, tmp_path, lambda t, info: info['state'].update(step=step))
+
+
+def test_moments_of_another_shape_than_their_weights_are_refused(corpora, curriculum, tmp_path):
+    """Fused AdamW would read and write the memory behind them."""
+
+    def shrink(tensors, info):
+        for name in tensors:
+            if name.endswith('.exp_avg'):
+                tensors[name] = torch.zeros(1)
+
+    wrong = r'it has a torch.float32 \[1\] and not a torch.float32 \[30\] as .*bias.exp_avg.*--fresh=True'
+    with pytest.raises(SystemExit, match=wrong):
+        resume_changed(corpora, curriculum, tmp_path, shrink)
+
+
+AVERAGE, STEP, MOMENT, SQUARE = 'average.w', *(f'optimizer.w.{k}' for k in ('step', 'exp_avg', 'exp_avg_sq'))
+
+
+@pytest.mark.parametrize(
+    'change, wrong',
+    [
+        (dict(), ''),
+        ({STEP: torch.tensor(0.0)}, ''),
+        ({MOMENT: None}, 'lacks .*exp_avg'),
+        ({STEP: None}, 'lacks .*step'),
+        ({AVERAGE: None}, 'lacks .average.w'),
+        ({SQUARE: torch.zeros(6)}, r'float32 \[6\] and not a torch.float32 \[2, 3\] as .*exp_avg_sq'),
+        ({AVERAGE: torch.zeros(3, 2)}, r'\[3, 2\] and not a torch.float32 \[2, 3\] as .average.w'),
+        ({MOMENT: torch.zeros(2, 3).double()}, 'float64 .* and not a torch.float32'),
+        ({SQUARE: torch.zeros(2, 3).long()}, 'int64 .* and not a torch.float32'),
+        ({STEP: torch.zeros(3)}, r'float32 \[3\] and not a torch.float32 \[\]'),
+        ({STEP: torch.tensor(3)}, 'int64'),
+        ({STEP: torch.tensor(-1.0)}, 'has -1.0 as .*step'),
+        ({STEP: torch.tensor(float('nan'))}, 'has nan as'),
+        ({STEP: torch.tensor(float('inf'))}, 'has inf as'),
+        ({'optimizer.v.step': torch.tensor(1.0)}, 'should not have .optimizer.v.step'),
+        ({'other\n': torch.tensor(1.0)}, r'should not have .other\\n'),
+    ],
+)
+def test_only_the_tensors_of_this_runs_optimizer_and_average_are_loaded(change, wrong):
+    """They are those that AdamW and WeightAverage have after a step."""
+    w = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer, average = torch.optim.AdamW([w], fused=True), WeightAverage(dict(w=w), 5)
+    w.grad = torch.ones(2, 3)
+    optimizer.step()
+    saved = {f'optimizer.w.{k}': v for k, v in optimizer.state[w].items()}
+    saved |= {AVERAGE: average.mean['w'], 'model.w': w} | change
+    saved = {k: v for k, v in saved.items() if v is not None}
+    with pytest.raises(ModelError, match=f'^last is damaged .*{wrong}') if wrong else nullcontext():
+        refuse_other_moments('last', saved, dict(w=w), average)
 
 
 # --------------------------------------------------------------------------------------------------
