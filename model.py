@@ -48,7 +48,7 @@ from losses import (
     ordinal_loss,
 )
 from prompts import Prompt, PromptKnobs, prompt_errors, prompt_name, rated_texts
-from run.folder import is_regular, load_checkpoint, load_tensors, make_plain_folder
+from run.folder import is_regular, load_checkpoint, load_tensors, save_hugging_face
 from run.lm_compare import known_lm
 from run.load_lm import (
     cut_to_depth,
@@ -117,8 +117,7 @@ class LanguageModel(System):
 
     def save_for_others(self, folder):
         """ Saves the LM as a Hugging Face folder, which other runs load. """
-        make_plain_folder(os.path.join(folder, 'hf'))
-        self.hf.save_pretrained(os.path.join(folder, 'hf'))
+        save_hugging_face(self.hf, os.path.join(folder, 'hf'))
 
 
 class AVKnobs:

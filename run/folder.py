@@ -9,7 +9,9 @@ the complete old file or the complete new one.
 import errno
 import json
 import os
+import re
 import secrets
+import shutil
 import stat
 import zlib
 from contextlib import contextmanager
@@ -148,12 +150,26 @@ def make_plain_folder(path):
 
 def remove_leftovers(folder):
     """
-    Remove the temporary files of writers that were killed. Call it only while no other process
-    writes into the folder.
+    Remove the temporary files of writers that were killed: ours, and those of the safetensors
+    package (.tmpAbC123). Call it only while no other process writes into the folder.
     """
     for entry in os.scandir(folder):
-        if entry.name.endswith('.new'):
+        is_leftover = re.fullmatch(r'.*\.new|\.tmp[0-9A-Za-z]{6}', entry.name)
+        if is_leftover and not entry.is_dir(follow_symlinks=False):
             os.remove(entry.path)
+
+
+def save_hugging_face(model, folder):
+    """
+    Save a model of transformers as a folder inside a run's folder. transformers lets the
+    safetensors package write the weights; see write_tensors. Raises OSError.
+    """
+    make_plain_folder(folder)
+    remove_leftovers(folder)
+    model.save_pretrained(folder)
+    for entry in os.scandir(folder):
+        if entry.name.endswith('.safetensors'):
+            shutil.copymode(os.path.join(folder, 'config.json'), entry.path)
 
 
 def lock(folder):
@@ -175,26 +191,60 @@ def lock(folder):
 # -------------------------------------------------------------------------------------------------
 # Checkpoints
 
+# How a safetensors file names the dtypes of the tensors that we save
+DTYPES = {
+    torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16',
+    torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8',
+    torch.uint8: 'U8', torch.bool: 'BOOL'}
+
+
 def save_checkpoint(path, tensors, info):
     """
     Write tensors as one safetensors file at `path`, with `info` (JSON) and a checksum in its
     header. A .json file beside it shows info to people. Written by `replacing`, so `path` is the
     complete old file or the complete new one at any moment. Raises ModelError if the disk is full.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    if odd := [name for name, v in tensors.items() if v.dtype not in DTYPES]:
+        raise ModelError(f"could not save {path}: {odd[0]!r} is of {tensors[odd[0]].dtype}, which "
+                         "no checkpoint of nanoMSA holds; convert it to float32.")
     try:
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         info_text = json.dumps(info)
         with replacing(path) as new:
             header = {'info': info_text, 'crc32': checksum(tensors, info_text)}
-            save_file(tensors, new, header)
-            with open(new, 'rb') as f:
-                os.fsync(f.fileno())
+            write_tensors(new, tensors, header)
         write_text(path.removesuffix('.safetensors') + '.json', json.dumps(info, indent=1))
-    except (OSError, SafetensorError) as e:
-        raise ModelError(f"could not save {path} ({e}): the previous checkpoint is untouched, so "
-                         "free disk space and continue with --resume=True.") from None
+    except OSError as e:
+        raise ModelError(f"could not save {path} ({e.strerror or e}): the previous checkpoint is "
+                         "untouched, so free disk space and continue with --resume=True.") from None
+
+
+def write_tensors(path, tensors, metadata):
+    """
+    Write tensors, contiguous and on the CPU, as a safetensors file: 8 bytes with the length of the
+    header, the header, which is JSON, and the bytes of all tensors. The safetensors package would
+    first write a file of its own beside `path`, which it leaves there if it is killed and which
+    nobody but its owner may read.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))   # aligned
+    header, end = {'__metadata__': metadata}, 0
+    for name in order:
+        v = tensors[name]
+        begin, end = end, end + v.nbytes
+        header[name] = dict(dtype=DTYPES[v.dtype], shape=list(v.shape), data_offsets=[begin, end])
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    with open(path, 'wb') as f:
+        f.write(len(text).to_bytes(8, 'little') + text)
+        for name in order:
+            f.write(bytes_of(tensors[name]))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def bytes_of(tensor):
+    """ The bytes of a contiguous tensor on the CPU: an array [n bytes] over the same memory. """
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 def checksum(tensors, info_text):
@@ -205,18 +255,17 @@ def checksum(tensors, info_text):
     """
     crc = zlib.crc32(info_text.encode())
     for name in sorted(tensors):
-        raw = tensors[name].reshape(-1).view(torch.uint8).numpy()
-        crc = zlib.crc32(raw, zlib.crc32(name.encode(), crc))
+        crc = zlib.crc32(bytes_of(tensors[name]), zlib.crc32(name.encode(), crc))
     return f'{crc:08x}'
 
 
 def load_checkpoint(path):
     """ (tensors, info) of a checkpoint. Raises ModelError if it is missing or damaged. """
     with _opened_checkpoint(path) as f:
-        tensors, info = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+        tensors, info = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
         if info.get('crc32') != checksum(tensors, info['info']):
             raise ValueError("its checksum is wrong")
-        return tensors, json.loads(info['info'])
+        return tensors, _info_in(info)
 
 
 def load_info(path):
@@ -224,7 +273,14 @@ def load_info(path):
     The info of a checkpoint, without its tensors. Raises ModelError as load_checkpoint does.
     """
     with _opened_checkpoint(path) as f:
-        return json.loads(f.metadata()['info'])
+        return _info_in(f.metadata())
+
+
+def _info_in(metadata):
+    try:
+        return json.loads(metadata['info'])
+    except RecursionError:
+        raise ValueError("its header holds too many nested lists") from None
 
 
 @contextmanager

@@ -6,13 +6,16 @@ Damaged files of a run, full disks, and knobs of a model that would fill the mem
 
 import errno
 import json
+import os
 import shutil
+import stat
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import eval as evaluation
 from configurator import AtLeast
@@ -20,7 +23,14 @@ from fakes import TINY, command, deepmlf, files_of_at_most, forge, tiny_bert, tr
 from run.average import WeightAverage
 from run.errors import ModelError
 from run.finished import EvalError
-from run.folder import load_checkpoint, replacing, save_checkpoint
+from run.folder import (
+    load_checkpoint,
+    remove_leftovers,
+    replacing,
+    save_checkpoint,
+    save_hugging_face,
+    write_tensors,
+)
 from run.frozen_text import frozen_text
 from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json
 from run.record import refuse_other_moments
@@ -270,8 +280,82 @@ def test_only_the_tensors_of_this_runs_optimizer_and_average_are_loaded(change, 
         refuse_other_moments('last', saved, dict(w=w), average)
 
 
+def test_a_header_of_deeply_nested_lists_is_refused_on_resume(corpora, curriculum, tmp_path):
+    (tmp_path / 'run').mkdir()
+    path = tmp_path / 'run' / 'last.safetensors'
+    write_tensors(path, {}, dict(info='[' * 200_000))
+    run = ['config/av_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/run', *TINY]
+    with pytest.raises(SystemExit, match='last.safetensors is damaged .*too many nested lists.*restore'):
+        train(*run, '--resume=True')
+
+
 # --------------------------------------------------------------------------------------------------
 # Disks
+
+
+def test_a_checkpoint_is_written_through_one_temporary_file(tmp_path, monkeypatch):
+    """So a killed run leaves nothing that remove_leftovers does not find."""
+    seen = []
+    monkeypatch.setattr(os, 'fsync', lambda file: seen.append(os.listdir(tmp_path)))
+    save_checkpoint(str(tmp_path / 'last.safetensors'), dict(a=torch.zeros(3)), {})
+    ((name,),) = seen
+    assert name.startswith('last.safetensors.') and name.endswith('.new')
+    (tmp_path / name).touch()
+    (tmp_path / '.tmpAbC123').touch()   # of the safetensors package, which wrote former checkpoints
+    (tmp_path / '.template').touch()
+    remove_leftovers(tmp_path)
+    names = ['.template', 'last.json', 'last.safetensors']
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_a_written_checkpoint_is_read_by_the_safetensors_package(tmp_path):
+    tensors = {
+        'scalar': torch.tensor(3.0),
+        'empty': torch.zeros(0, 4),
+        'flags': torch.tensor([True, False, True]),
+        'half': torch.randn(3, 5).bfloat16(),
+        'numbers': torch.arange(7),
+        'transposed': torch.randn(4, 3).t(),
+        'of a "name"\n': torch.zeros(1, dtype=torch.uint8),
+    }
+    path = str(tmp_path / 'a.safetensors')
+    save_checkpoint(path, tensors, dict(step=3))
+    read, info = load_checkpoint(path)
+    assert info == dict(step=3)
+    for found in (read, load_file(path)):
+        assert found.keys() == tensors.keys()
+        for name, v in tensors.items():
+            assert found[name].dtype == v.dtype and torch.equal(found[name], v), name
+    with pytest.raises(ModelError, match='could not save .*: .x. is of torch.complex64'):
+        save_checkpoint(path, dict(x=torch.zeros(1, dtype=torch.complex64)), {})
+
+
+@pytest.mark.parametrize('umask, mode', [(0o022, 0o644), (0o007, 0o660)])
+def test_checkpoints_and_the_weights_of_an_lm_have_the_usual_mode(umask, mode, tmp_path):
+    """As all files of a run, so that those who may read the folder can read the run."""
+    before = os.umask(umask)
+    try:
+        save_checkpoint(str(tmp_path / 'last.safetensors'), dict(a=torch.zeros(3)), {})
+        (tmp_path / 'hf').mkdir()
+        (tmp_path / 'hf' / '.tmpAbC123').touch()
+        save_hugging_face(tiny_bert(), str(tmp_path / 'hf'))
+    finally:
+        os.umask(before)
+    files = [p for p in tmp_path.rglob('*') if p.is_file()]
+    names = {'last.safetensors', 'last.json', 'model.safetensors', 'config.json'}
+    assert {p.name for p in files} == names
+    assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {mode}
+
+
+def test_an_incomplete_checkpoint_is_removed(tmp_path):
+    path = tmp_path / 'last.safetensors'
+    save_checkpoint(str(path), dict(a=torch.zeros(3)), {})
+    whole = path.read_bytes()
+    with pytest.raises(ModelError, match='could not save .*File too large.: the previous checkpoint'):
+        with files_of_at_most(3000):
+            save_checkpoint(str(path), dict(a=torch.zeros(3000)), {})
+    assert path.read_bytes() == whole
+    assert sorted(os.listdir(tmp_path)) == ['last.json', 'last.safetensors']
 
 
 def test_a_full_disk_does_not_lose_the_scores(copied, capsys):
