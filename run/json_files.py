@@ -11,6 +11,7 @@ must be:
     Maybe(str)                such a value or None; as an entry of a dict, it may be missing
 """
 import json
+import math
 import os
 import re
 import zlib
@@ -21,6 +22,7 @@ from run.folder import open_regular
 
 NUMBER = (int, float)
 LARGEST = 2 ** 63   # integers from here on do not fit NumPy's int64
+LARGEST_FILE = 2 ** 26   # bytes of a JSON file; meta.json has 50 for each feature of a stream
 LARGEST_KNOB = 20_000   # bytes of a JSON file that becomes the value of a knob
 # a control character other than a tab and a line's end, as json.dumps writes it
 CONTROL = re.compile(r'(?<!\\)(?:\\\\)*\\(?:u00[01]|[bf])|[\x7f-\x9f]')
@@ -43,7 +45,7 @@ def read_json(path, form=dict, follow=False):
     The value in a JSON file. Raises ValueError with a phrase about the file, such as "is empty".
     follow: see open_regular.
     """
-    return parsed(text_of(path, follow), form)
+    return parsed(text_of(path, follow, LARGEST_FILE), form)
 
 
 def json_text(path):
@@ -61,15 +63,22 @@ def read_json_lines(path, check=None, follow=False):
     return parsed_lines(text_of(path, follow), check)
 
 
-def text_of(path, follow=False):
-    """ The text of a file. Raises ValueError with a phrase about the file. follow: see open_regular. """
+def text_of(path, follow=False, most=math.inf):
+    """
+    The text of a file of at most `most` bytes. Raises ValueError with a phrase about the file.
+    follow: see open_regular.
+    """
     try:
         with open_regular(path, follow=follow) as f:
+            if os.fstat(f.fileno()).st_size > most:
+                raise ValueError(f"has more than {most:,} bytes")
             return f.read()
     except FileNotFoundError:
         raise ValueError("is missing") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"is not UTF-8 text (byte {e.start})") from None
+    except MemoryError:
+        raise ValueError("is larger than this machine's memory") from None
     except OSError as e:
         raise ValueError(f"cannot be read ({e.strerror})") from None
 

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 from configurator import AtLeast
+from data import CorpusError, open_corpus
 from fakes import TINY, command, deepmlf, files_of_at_most, forge, tiny_bert, train
+from run import json_files
 from run.average import WeightAverage
 from run.errors import ModelError
 from run.finished import EvalError
@@ -32,7 +34,7 @@ from run.folder import (
     write_tensors,
 )
 from run.frozen_text import frozen_text
-from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json
+from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json, read_json_lines
 from run.record import refuse_other_moments
 from tools.figures import clip_number
 
@@ -68,6 +70,30 @@ def test_a_damaged_json_file_is_described(content, phrase, tmp_path):
     (tmp_path / 'x.json').write_bytes(content)
     with pytest.raises(ValueError, match=phrase):
         read_json(tmp_path / 'x.json')
+
+
+@pytest.mark.parametrize('name', ['meta.json', 'result.json'])
+def test_a_json_file_of_a_gigabyte_is_not_read(name, corpora, copied):
+    """It is sparse, so it needs no place on the disk."""
+    most = 'has more than 67,108,864 bytes'
+    folder = copied
+    if name == 'meta.json':
+        folder = shutil.copytree(corpora / 'toy', copied.parent / 'toy')
+    os.truncate(folder / name, 2**30)
+    if name == 'meta.json':
+        with pytest.raises(CorpusError, match=most):
+            open_corpus(str(folder), '')
+    else:
+        with pytest.raises(SystemExit, match=f'result.json is damaged .{most}.: restore a copy'):
+            command('eval.py', folder)
+
+
+def test_lines_are_read_from_a_file_of_any_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_files, 'LARGEST_FILE', 20)
+    (tmp_path / 'x.jsonl').write_text('{"a": 1}\n' * 9)
+    assert read_json_lines(tmp_path / 'x.jsonl') == [dict(a=1)] * 9
+    with pytest.raises(ValueError, match='has more than 20 bytes'):
+        read_json(tmp_path / 'x.jsonl')
 
 
 @pytest.mark.parametrize(
