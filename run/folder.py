@@ -164,9 +164,13 @@ def save_hugging_face(model, folder):
     Save a model of transformers as a folder inside a run's folder. transformers lets the
     safetensors package write the weights; see write_tensors. Raises OSError.
     """
+    from safetensors import SafetensorError
     make_plain_folder(folder)
     remove_leftovers(folder)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as e:   # a full disk
+        raise OSError(str(e)) from None
     for entry in os.scandir(folder):
         if entry.name.endswith('.safetensors'):
             shutil.copymode(os.path.join(folder, 'config.json'), entry.path)

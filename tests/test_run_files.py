@@ -373,6 +373,13 @@ def test_checkpoints_and_the_weights_of_an_lm_have_the_usual_mode(umask, mode, t
     assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {mode}
 
 
+def test_an_lm_on_a_full_disk_is_an_error_of_the_disk(tmp_path):
+    """That of the safetensors package is no OSError."""
+    with pytest.raises(OSError, match='File too large'), files_of_at_most(5000):
+        save_hugging_face(tiny_bert(), str(tmp_path / 'hf'))
+    assert not list((tmp_path / 'hf').glob('.tmp*'))
+
+
 def test_an_incomplete_checkpoint_is_removed(tmp_path):
     path = tmp_path / 'last.safetensors'
     save_checkpoint(str(path), dict(a=torch.zeros(3)), {})
