@@ -88,7 +88,8 @@ class Corpus:
         for m, d in self.widths.items():
             with self._reading(f'{split}/{m}_start.npy') as path:
                 start = np.array(open_array(path, (n + 1,), 'i'), np.int64)  # [N+1]
-                if start[0] != 0 or (np.diff(start) < 0).any():
+                # compared, not subtracted: a difference of two int64 may overflow
+                if start[0] != 0 or (start[1:] < start[:-1]).any():
                     raise ValueError("has starts of clips that are not in ascending order")
                 self._start[split, m] = start
             with self._reading(f'{split}/{m}.npy') as path:
