@@ -5,6 +5,7 @@ Axis letters: N clips of a split, S frames of a clip, d features of a frame.
 """
 import hashlib
 import json
+import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ class Corpus:
     {split: the objects of text.jsonl}. All files of all splits are opened and checked at once, so
     that no run stops at one later; the frames are memory maps. whole=True reads each file to its
     end and compares its checksum, which otherwise happens only if its time has changed. Raises
-    CorpusError for a file that is missing, is damaged or does not fit the others.
+    CorpusError for a file that is missing, is damaged, does not fit the others or lies elsewhere.
     """
     def __init__(self, folder, whole=False):
         self.folder = str(folder)
@@ -54,8 +55,14 @@ class Corpus:
     @contextmanager
     def _reading(self, file):
         """ Yields the path of a file. Errors of reading it in the block become a CorpusError. """
+        path = Path(self.folder) / file
+        # the folder itself may be a link, which the user made; links in it may be a stranger's
+        top = os.path.realpath(self.folder)
+        if not Path(os.path.realpath(path)).is_relative_to(top):
+            raise CorpusError(f"{path} is or lies behind a link that leads out of the corpus folder: "
+                              "put the file itself in its place.")
         try:
-            yield Path(self.folder) / file
+            yield path
         except ValueError as e:   # a phrase about the file
             reason = str(e)
         except Exception as e:    # damaged bytes raise errors of many classes

@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 
+from run.folder import open_regular
 from run.json_files import sealed
 
 PIECE = 1 << 16     # bytes of a piece of the sample
@@ -34,10 +35,10 @@ def file_entry(path):
 
 def check_file(path, entry, whole=False):
     """
-    Compare a regular file with its entry. The sample is always compared, and the whole file if its time is
-    another one or whole=True. Raises ValueError if it differs, and OSError.
+    Compare a regular file with its entry. The sample is always compared, and the whole file if its
+    time is another one or whole=True. Raises ValueError if it differs, and OSError.
     """
-    with open(path, 'rb') as f:
+    with open_regular(path, 'rb', follow=True) as f:
         stat = os.fstat(f.fileno())
         if stat.st_size != entry['bytes']:
             raise ValueError(f"has {stat.st_size} bytes and not {entry['bytes']}, so it {CHANGED}")
@@ -45,14 +46,19 @@ def check_file(path, entry, whole=False):
         same = sample_crc(f, stat.st_size) == entry['sample']
         if same and (touched or whole):
             same = whole_crc(f) == entry['crc32']
-    if not same:
-        raise ValueError(CHANGED)
-    if touched:
-        # a copied folder has new times; with the old ones, the next start compares samples alone
-        try:
-            os.utime(path, ns=(stat.st_atime_ns, entry['mtime_ns']))
-        except OSError:
-            pass   # another user's folder, or a read-only disk: the file is read again next time
+        if not same:
+            raise ValueError(CHANGED)
+        if touched and not os.path.islink(path):
+            # a copied folder has new times; with the old ones, the next start compares samples alone
+            _set_time(f, path, stat.st_atime_ns, entry['mtime_ns'])
+
+
+def _set_time(f, path, *times):
+    """ Gives an open file times, in ns. By its descriptor: the path may have become a link. """
+    try:
+        os.utime(f.fileno() if os.utime in os.supports_fd else path, ns=times)
+    except (OSError, OverflowError):
+        pass   # another user's folder, a read-only disk, or no time: the file is read again next time
 
 
 def whole_crc(f):

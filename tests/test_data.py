@@ -558,6 +558,35 @@ def without_checksums(folder):
     path.write_text(json.dumps(meta))
 
 
+@pytest.mark.parametrize('name', ['meta.json', 'train/text.jsonl', 'test/audio.npy', 'valid'])
+def test_a_link_that_leads_out_of_a_corpus_folder_is_refused(name, tmp_path):
+    """ It is not read, and gets no other time, though its checksum is right. """
+    folder = Path(converted(msena(), tmp_path).folder)
+    outside = tmp_path / 'outside'
+    os.rename(folder / name, outside)
+    (folder / name).symlink_to(outside)
+    os.utime(outside, ns=(10**18, 10**18))
+    for whole in (False, True):
+        with pytest.raises(CorpusError, match=f'{name}.* a link that leads out of the corpus folder'):
+            data.Corpus(folder, whole=whole)
+    assert outside.stat().st_mtime_ns == 10**18
+    (folder / name).unlink()
+    (folder / name).symlink_to(f'{folder}2')   # beside it, and absent
+    with pytest.raises(CorpusError, match='a link that leads out'):
+        data.Corpus(folder)
+
+
+def test_links_to_and_in_a_corpus_folder_are_followed(tmp_path):
+    folder = Path(converted(msena(), tmp_path).folder)
+    path = folder / 'train' / 'text.jsonl'
+    os.rename(path, folder / 'texts')
+    path.symlink_to('../texts')
+    os.utime(folder / 'texts', ns=(10**18, 10**18))
+    (tmp_path / 'linked').symlink_to(folder)
+    assert data.Corpus(tmp_path / 'linked', whole=True).n_clips == data.Corpus(folder).n_clips
+    assert (folder / 'texts').stat().st_mtime_ns == 10**18   # no time is set through a link
+
+
 def change_byte(path, at, keep_time):
     stat = path.stat()
     raw = bytearray(path.read_bytes())
