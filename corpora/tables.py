@@ -326,7 +326,7 @@ def _streams(table, summary, ids, base):
             keys = {key: table.column(key, m) for key in re.findall(r'\{(.*?)\}', flag)}
             cells = [re.sub(r'\{(.*?)\}', lambda key: row[keys[key[1]]], flag)
                      for row in table.rows]
-            root = ''
+            root, own = '', os.path.dirname(flag.partition('{')[0])   # own: the user typed it
         else:
             column = table.find(m, STREAM_NAMES[m])
             if column is None:
@@ -335,10 +335,20 @@ def _streams(table, summary, ids, base):
             if not flag and not any(c.strip().lower().endswith(ENDS) for c in cells):
                 del table.read[column]   # such as the paths of .mp4 files
                 continue
-            root = base
+            root = own = base
         paths = [None if _is_missing(c) else os.path.join(root, c.strip()) for c in cells]
         streams[m] = frame_files(paths, ids, m, table.path, summary.files.append)
+        _note_outside(m, paths, own, summary.notes)
     return streams
+
+
+def _note_outside(m, paths, folder, notes):
+    """ Notes how many files of frames lie outside a folder: a stranger's table may name any file. """
+    top = os.path.realpath(folder)
+    outside = [p for p in paths if p and not Path(os.path.realpath(p)).is_relative_to(top)]
+    if outside:
+        notes.append(f"{len(outside)} files of {m} frames are not in {ascii(folder or '.')[1:-1]}, "
+                     f"first {ascii(outside[0])[1:-1]}")
 
 
 def read_tables(paths, scratch, files, summary):

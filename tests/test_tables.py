@@ -327,6 +327,27 @@ def test_a_flag_makes_the_paths_of_frames_from_columns(tmp_path):
     assert np.array_equal(corpus.frames('train', 'audio', 1), frames_of(1))
 
 
+def test_files_of_frames_outside_the_folder_are_read_and_counted(tmp_path):
+    rows = table_with_audio(tmp_path / 'mine')
+    source = write_table(tmp_path / 'mine' / 'mine.csv', rows)
+    assert 'are not in' not in describe(convert(source, tmp_path / 'inside'))
+    (tmp_path / 'other').mkdir()
+    for i, path in enumerate(('3.npy', '4.npy', '5.npy')):
+        os.rename(tmp_path / 'mine' / 'frames' / path, tmp_path / 'other' / path)
+        rows[3 + i]['audio'] = str(tmp_path / 'other' / path) if i else f'../other/{path}'
+    (tmp_path / 'mine' / 'frames' / '5.npy').symlink_to(tmp_path / 'other' / '5.npy')
+    rows[5]['audio'] = 'frames/5.npy'
+    source = write_table(tmp_path / 'mine' / 'mine.csv', rows)
+    note = f"3 files of audio frames are not in {tmp_path / 'mine'}, first "
+    assert note in describe(convert(source, tmp_path / 'outside'))
+    # a flag is the user's own, and its folder need not be the table's
+    os.rename(tmp_path / 'mine' / 'frames', tmp_path / 'frames')
+    for i, row in enumerate(rows):
+        np.save(tmp_path / 'frames' / f"{row['clip_id']}.npy", frames_of(i))
+    flag = str(tmp_path / 'frames' / '{clip_id}.npy')
+    assert 'are not in' not in describe(convert(source, tmp_path / 'flag', audio=flag))
+
+
 def test_bad_files_of_frames_are_refused_with_the_clip(tmp_path):
     rows = table_with_audio(tmp_path)
     source = write_table(tmp_path / 'mine.csv', rows)
