@@ -4,6 +4,7 @@ Lazy payloads and arrays: they stay in the pickle until their values are needed.
 import codecs
 import io
 import math
+import os
 import re
 import tempfile
 
@@ -105,6 +106,36 @@ class Dtype:
             self.np = self.np.newbyteorder('>')
 
 
+class Scratch:
+    """
+    A file without a name that holds the decoded copies of a pickle's arrays, one behind the other:
+    with a file for each of thousands of arrays, a process would run out of handles.
+    """
+    __slots__ = ('folder', 'file', 'n_users')
+
+    def __init__(self, folder=None):
+        self.folder = folder
+        self.file = None
+        self.n_users = 0
+
+    def add(self, pieces):
+        """ Writes a copy -> (file, its offset, its bytes). """
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(dir=self.folder)
+        offset = self.file.seek(0, os.SEEK_END)
+        for piece in pieces:
+            self.file.write(piece)
+        self.file.flush()
+        self.n_users += 1
+        return self.file, offset, self.file.tell() - offset
+
+    def release(self):
+        """ Gives the disk back when as many copies were released as were added. """
+        self.n_users -= 1
+        if not self.n_users:
+            self.file.truncate(0)
+
+
 class LazyArray:
     """ An array that stays in the file. It has a shape and a dtype, and rows(i, j) reads it. """
     __slots__ = ('shape', 'dtype', 'fortran', 'payload', 'scratch', '_where', '_map')
@@ -157,13 +188,11 @@ class LazyArray:
         elif p.codec is None:
             self._where = p.file, p.offset
         else:
-            copy = tempfile.TemporaryFile(dir=self.scratch)
-            for piece in p.chunks():
-                copy.write(piece)
-            if copy.tell() != math.prod(self.shape) * self.dtype.itemsize:
+            copy, offset, n_bytes = self.scratch.add(p.chunks())
+            self._where = copy, offset
+            if n_bytes != math.prod(self.shape) * self.dtype.itemsize:
+                self.close()
                 raise ValueError(f"the data does not fill an array of shape {self.shape}")
-            copy.flush()
-            self._where = copy, 0
         return self._where
 
     def rows(self, i, j):
@@ -180,6 +209,8 @@ class LazyArray:
                 out[k] = self.payload[i * n + k]
             return out.reshape(j - i, *rest)
         f, offset = self._open()
+        if self.fortran and (i, j) == (0, self.shape[0]):  # without a map, which takes a handle
+            return np.array(self._read(f, offset, self.shape[::-1]).T, order='C')
         if self.fortran:  # the values of a row are spread over the array, so map all of it
             if self._map is None:
                 if isinstance(f, io.BytesIO):
@@ -188,11 +219,15 @@ class LazyArray:
                     flat = np.memmap(f, self.dtype, 'r', offset, (math.prod(self.shape),))
                 self._map = flat.reshape(self.shape, order='F')
             return np.array(self._map[i:j], order='C')
-        raw = np.empty((j - i) * n * self.dtype.itemsize, np.uint8)
-        f.seek(offset + i * n * self.dtype.itemsize)
+        return self._read(f, offset + i * n * self.dtype.itemsize, (j - i, *rest))
+
+    def _read(self, f, offset, shape):
+        """ An array of this shape, in C order, that begins at `offset` of a file. """
+        raw = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        f.seek(offset)
         if f.readinto(raw) != len(raw):
             raise EOFError
-        return raw.view(self.dtype).reshape(j - i, *rest)
+        return raw.view(self.dtype).reshape(shape)
 
     def all(self):
         """ The whole array. """
@@ -206,5 +241,7 @@ class LazyArray:
         return one.rows(0, 1).reshape(())
 
     def close(self):
-        """ Forgets the open file and the map. This deletes a scratch copy. """
+        """ Forgets the file, the map and a decoded copy. """
+        if self._where and self.scratch and self._where[0] is self.scratch.file:
+            self.scratch.release()
         self._where = self._map = None

@@ -15,7 +15,7 @@ import sys
 from contextlib import contextmanager
 
 from corpora.kinds import line_ends_were_changed, other_kind
-from corpora.lazy import Dtype, Lazy, LazyArray, Py2Str, Refused, Unread, decode
+from corpora.lazy import Dtype, Lazy, LazyArray, Py2Str, Refused, Scratch, Unread, decode
 from corpora.limits import MiB
 
 LAZY_BYTES = 4096  # a payload longer than this stays in the file
@@ -178,7 +178,7 @@ class Unpickler(pickle._Unpickler):
         super().__init__(f, encoding='latin1')
         self.f = f
         self.skip = skip
-        self.scratch = scratch
+        self.scratch = Scratch(scratch)
         self.size = os.fstat(f.fileno()).st_size
         # every object of a real corpus takes bytes of its own in the file
         self.memory_left = self.most_memory = 24 * self.size + 64 * MiB

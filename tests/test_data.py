@@ -1157,6 +1157,45 @@ def list_clips(
     return str(folder)
 
 
+@pytest.mark.parametrize('order', 'CF')
+@pytest.mark.parametrize('protocol', [2, 4])
+def test_many_clips_of_a_list_need_no_more_handles(protocol, order, tmp_path):
+    """ Arrays of protocol 2 are decoded into a file, and those in Fortran order were mapped. """
+    resource = pytest.importorskip('resource')
+    n, folder = 60, tmp_path / 'MANY'
+    folder.mkdir()
+    for split in SPLITS:
+        clips = []
+        for i in range(n):
+            x = np.random.default_rng(i).uniform(1, 2, (60 + i, 20)).astype(np.float32)
+            x[-1] = 0   # its length is not stated, so each array is opened before it is written
+            clips.append(dict(label='joy', features=dict(text='a', audio=np.array(x, order=order))))
+        (folder / f'MANY_{split}.pkl').write_bytes(pickle.dumps(clips, protocol))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 20, hard))
+    try:
+        corpus = open_corpus(str(folder), tmp_path / 'data')
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for i in (0, n - 1):
+        x = np.random.default_rng(i).uniform(1, 2, (60 + i, 20)).astype(np.float32)
+        assert np.array_equal(corpus.frames('test', 'audio', i)[:-1], x[:-1])
+
+
+def test_decoded_copies_give_their_disk_back(tmp_path):
+    arrays = [rng.normal(size=(50 + i, 40)) for i in range(3)]
+    with open(save(arrays, tmp_path / 'x.pkl', 2), 'rb') as f:
+        lazy = read_pickle(f, str(tmp_path))
+        for _ in range(2):   # a closed array may be read again
+            for a, one in zip(arrays, lazy):
+                assert np.array_equal(one.rows(7, 20), a[7:20]) and np.array_equal(one.all(), a)
+            scratch = lazy[0].scratch.file
+            assert os.fstat(scratch.fileno()).st_size == sum(a.nbytes for a in arrays)
+            for one in lazy:
+                one.close()
+            assert os.fstat(scratch.fileno()).st_size == 0
+
+
 def test_missing_values_of_a_list_get_a_default(tmp_path):
     """ Clips without an id, speaker, dialogue, audio or length: None, NaN or a missing key. """
 
