@@ -10,9 +10,11 @@ import os
 
 import numpy as np
 
-from corpora.lazy import LazyArray
-from corpora.limits import most_bytes, opened_npz
+from corpora.lazy import LazyArray, Refused
+from corpora.limits import opened_npz
+from corpora.names import printed
 from corpora.rows import number_of
+from corpora.torch_files import Tensor, opened_torch
 from corpora.unpickle import CorpusError
 
 ENDS = ('.npy', '.npz', '.csv', '.tsv', '.pt', '.pth')
@@ -100,22 +102,19 @@ class FrameFile(LazyArray):
 
     def _from_torch(self):
         """ A tensor, or a dict of tensors that has one, or one of the stream's name. """
-        import torch
-        value = torch.load(self.path, map_location='cpu', weights_only=True)  # runs no code
-        if type(value) is dict:
-            tensors = {k: v for k, v in value.items() if isinstance(v, torch.Tensor)}
-            if len(tensors) != 1 and self.stream not in tensors:
-                raise CorpusError(f"{self.where} holds the tensors "
-                                  f"{', '.join(map(str, tensors)) or 'none'}; it must hold one "
-                                  f"tensor, or one that is called {self.stream}.")
-            value = tensors.get(self.stream, next(iter(tensors.values())))
-        if not isinstance(value, torch.Tensor):
-            raise CorpusError(f"{self.where} holds a {type(value).__name__}, not a tensor; save "
-                              "the frames of a clip as one tensor [frames, features].")
-        value = value.detach()
-        if 4 * value.numel() > most_bytes(os.path.getsize(self.path)):   # a view of few numbers
-            raise ValueError("a tensor that is far larger than its file")
-        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        with open(self.path, 'rb') as f, opened_torch(f) as file:
+            value = file.value
+            if type(value) is dict:
+                tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)}
+                if len(tensors) != 1 and self.stream not in tensors:
+                    raise CorpusError(f"{self.where} holds the tensors "
+                                      f"{', '.join(map(printed, tensors)) or 'none'}; it must hold "
+                                      f"one tensor, or one that is called {self.stream}.")
+                value = tensors.get(self.stream, next(iter(tensors.values())))
+            if not isinstance(value, Tensor):
+                raise CorpusError(f"{self.where} holds a {type(value).__name__}, not a tensor; save "
+                                  "the frames of a clip as one tensor [frames, features].")
+            return file.array(value)
 
     def rows(self, i, j):
         """ Rows i:j, [j-i, ..]. The file is read and closed. """
@@ -147,8 +146,8 @@ class _Reading:
             return
         if 'allow_pickle' in str(error) or 'Python objects' in str(error):
             what = "holds Python objects, which are not read"
-        elif 'weights_only' in str(error) or 'Weights only' in str(error):
-            what = "holds more than tensors, which is not read because loading it could run code"
+        elif isinstance(error, Refused):
+            what = f"was refused: it {error}"
         else:
             reason = ' '.join(ascii(str(error))[1:-1].split())[:100]
             what = f"could not be read ({type(error).__name__}: {reason})"

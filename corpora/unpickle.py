@@ -169,17 +169,19 @@ for module in ('builtins', '__builtin__'):  # Python 3 and 2
 class Unpickler(pickle._Unpickler):
     """
     The standard library's unpickler in Python, without access to anything outside the pickle: a
-    global is looked up only in ALLOWED_GLOBALS, REDUCE calls only functions in it, and BUILD fills
+    global is looked up only in `allowed`, REDUCE calls only functions in it, and BUILD fills
     only a Dtype or a LazyArray. With skip, any other global becomes an Unread: it is not imported,
-    a call of it is not made, and its state is dropped.
+    a call of it is not made, and its state is dropped. f: an open binary file, read from its start.
     """
+    allowed = ALLOWED_GLOBALS
 
     def __init__(self, f, scratch=None, skip=False):
         super().__init__(f, encoding='latin1')
         self.f = f
         self.skip = skip
         self.scratch = Scratch(scratch)
-        self.size = os.fstat(f.fileno()).st_size
+        self.size = f.seek(0, os.SEEK_END)
+        f.seek(0)
         # every object of a real corpus takes bytes of its own in the file
         self.memory_left = self.most_memory = 24 * self.size + 64 * MiB
         self._file_readline = self._line
@@ -198,8 +200,8 @@ class Unpickler(pickle._Unpickler):
         return line
 
     def find_class(self, module, name):
-        if (module, name) in ALLOWED_GLOBALS:
-            return ALLOWED_GLOBALS[module, name]
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
         what = ascii(f'{module}.{name}')[1:-1][:120]
         if self.skip:
             return Unread(what)

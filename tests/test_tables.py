@@ -26,6 +26,7 @@ import eval as evaluation
 from corpora.convert import convert
 from corpora.describe import describe
 from corpora.tables import seconds_of, split_by_video
+from corpora.torch_files import opened_torch
 from corpora.unpickle import CorpusError
 from data import open_corpus
 from fakes import HERE, msena, save
@@ -406,6 +407,92 @@ def test_a_file_of_frames_runs_no_code(end, tmp_path):
     source = write_table(tmp_path / 'mine.csv', rows)
     assert_refused(source, tmp_path, 'v2$_$0000', f'evil{end}', 'array of float32')
     assert not os.path.exists(canary)
+
+
+TENSORS = dict(
+    float=torch.randn(3, 4), double=torch.randn(3, 4).double(), half=torch.randn(3, 4).half(),
+    bfloat16=torch.randn(3, 4).bfloat16(), long=torch.tensor([[2**40, -1]]), bool=torch.eye(3) > 0,
+    byte=torch.arange(6).byte().view(2, 3), transposed=torch.randn(4, 3).t(),
+    view=torch.randn(9, 4)[2:8:2, 1:], expanded=torch.randn(1, 4).expand(3, 4), empty=torch.zeros(0, 4),
+    one_value=torch.tensor(3.0), parameter=torch.nn.Parameter(torch.randn(2, 2)))
+
+
+def test_tensors_are_read_as_torch_reads_them(tmp_path):
+    torch.save(dict(TENSORS, other='x' * 9000, shape=TENSORS['view'].shape), tmp_path / 'x.pt')
+    with open(tmp_path / 'x.pt', 'rb') as f, opened_torch(f) as file:
+        for name, tensor in TENSORS.items():
+            wanted = tensor.detach().float() if name == 'bfloat16' else tensor.detach()
+            read = file.array(file.value[name])
+            assert read.dtype == wanted.numpy().dtype and np.array_equal(read, wanted.numpy()), name
+        assert file.value['shape'] == (3, 3)
+
+
+def test_a_tensor_of_a_big_endian_machine_is_read(tmp_path):
+    torch.save(torch.arange(3), tmp_path / 'x.pt')
+    big = {'byteorder': b'big', 'data/0': np.arange(3, dtype='>i8').tobytes()}
+    edit_archive(tmp_path / 'x.pt', lambda name, raw: big.get(name, raw))
+    with open(tmp_path / 'x.pt', 'rb') as f, opened_torch(f) as file:
+        assert np.array_equal(file.array(file.value), np.arange(3))
+
+
+def edit_archive(path, edit, **how):
+    """ Write a .pt file again, with the entry edit(name, bytes) in place of each. """
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, 'w', **how) as archive:
+        for name, raw in entries.items():
+            archive.writestr(name, edit(name.partition('/')[2], raw))
+
+
+def with_pickle(path, opcodes):
+    edit_archive(path, lambda name, raw: opcodes if name == 'data.pkl' else raw)
+
+
+ASKS_2_GB = b'J' + (2**31 - 1).to_bytes(4, 'little') + b'\x85R.'
+
+
+def legacy(path):
+    """ The format of torch before 1.6: several pickles, here of one bytearray. """
+    heads = (0x1950A86A20F9469CFC6C, 1001, dict(protocol_version=1001, little_endian=True))
+    raw = b''.join(pickle.dumps(head, 2) for head in heads)
+    path.write_bytes(raw + b'\x80\x02cbuiltins\nbytearray\n' + ASKS_2_GB + pickle.dumps([], 2))
+
+
+def longer(path):
+    """ The pickle states more values than the storage has: 40 in place of 8. """
+    edit_archive(path, lambda name, raw: raw.replace(b'K\x08', b'K\x28'))
+
+
+def ends_behind(path):
+    """ The tensor [2, 4] of a storage of 8 values begins at its value 1. """
+    edit_archive(path, lambda name, raw: raw.replace(b'QK\x00K\x02K\x04', b'QK\x01K\x02K\x04'))
+
+
+TORCH_BOMBS = [
+    (legacy, 'is no zip archive, which torch.save has written since torch 1.6'),
+    (lambda path: with_pickle(path, b'\x80\x02cbuiltins\nbytearray\n' + ASKS_2_GB),
+     'names builtins.bytearray'),
+    (lambda path: with_pickle(path, b'\x80\x02ctorch\nTensor\n' + ASKS_2_GB), 'names torch.Tensor'),
+    (lambda path: with_pickle(path, b'\x80\x02ctorch\nFloatStorage\n' + ASKS_2_GB), 'StorageType'),
+    (lambda path: with_pickle(path, b'\x80\x02c_codecs\nencode\n.'), 'names _codecs.encode'),
+    (lambda path: edit_archive(path, lambda name, raw: raw, compression=zipfile.ZIP_DEFLATED),
+     'is a compressed archive'),
+    (lambda path: torch.save(torch.zeros(1, 1).expand(5000, 5000), path), 'far larger than its file'),
+    (longer, 'a storage is not complete'),
+    (ends_behind, 'a tensor ends behind its storage'),
+    (lambda path: path.write_bytes(zipped(readme='x')), 'but not of torch.save'),
+    (lambda path: path.write_bytes(path.read_bytes()[:-30]), 'could not be read (BadZipFile'),
+]
+
+
+@pytest.mark.parametrize('bomb, words', TORCH_BOMBS)
+def test_a_tensor_takes_no_more_than_its_file_holds(bomb, words, tmp_path):
+    rows = table_with_audio(tmp_path)
+    torch.save(torch.zeros(2, 4), tmp_path / 'frames' / 'bomb.pt')
+    bomb(tmp_path / 'frames' / 'bomb.pt')
+    rows[4]['audio'] = 'frames/bomb.pt'
+    source = write_table(tmp_path / 'mine.csv', rows)
+    assert_refused(source, tmp_path, 'v2$_$0000', 'bomb.pt', words)
 
 
 def test_thousands_of_files_need_no_more_handles(tmp_path):
