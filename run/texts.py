@@ -1,13 +1,16 @@
 """
 The texts of a corpus, as a run reads them, and their tokens.
 """
+from collections import deque
 from contextlib import contextmanager
 
 import numpy as np
 
+from corpora.limits import most_bytes
 from run.errors import ModelError
 
 LONGEST_TOKEN = 1000   # characters: longer texts are cut to this for each token of max_text_len
+PIECE = 1 << 20        # characters of the texts that are tokenised at a time
 
 
 def lowercase_if_all_caps(texts, corpus):
@@ -23,22 +26,34 @@ def texts_as_read(corpus, system, k, split):
     The texts of a split as a run reads them. system: a System class; k: the run's knobs. A text of
     10 MB is not tokenised as a whole for the sake of its first 50 tokens.
     """
-    texts = [t[:LONGEST_TOKEN * k['max_text_len']] for t in system.texts(k, corpus, split)]
+    longest = LONGEST_TOKEN * k['max_text_len']
+    texts = [t[:longest] for t in system.texts(k, corpus, split)]
     if k['lowercase'] == 'auto':
         texts = lowercase_if_all_caps(texts, corpus)
-    return with_context(texts, corpus.turns(split), k['context']) if k.get('context') else texts
+    if k.get('context'):
+        texts = with_context(texts, corpus.turns(split), k['context'], longest)
+    return texts
 
 
-def with_context(texts, turns, n):
+def with_context(texts, turns, n, longest):
     """
     Each text behind the last n texts of its dialogue: a line each, which names the speaker. turns:
-    (dialogue, speaker or None) of each text.
+    (dialogue, speaker or None) of each text. longest: characters that are kept, the last ones,
+    because the tokenizer keeps the end. Raises ModelError if all together are far longer than the
+    texts: each text of a dialogue is repeated up to n times.
     """
     out, dialogues = [], {}
+    most = left = most_bytes(sum(map(len, texts)))
     for text, (dialogue, speaker) in zip(texts, turns):
-        lines = dialogues.setdefault(dialogue, [])
+        lines = dialogues.setdefault(dialogue, deque())
         lines.append(f'{speaker}: {text}' if speaker else text)
-        out.append('\n'.join(lines[-n - 1:]))
+        while len(lines) > n + 1 or sum(map(len, lines)) - len(lines[0]) >= longest:
+            lines.popleft()   # it is before the characters that are kept
+        out.append('\n'.join(lines)[-longest:])
+        left -= len(out[-1])
+        if left < 0:
+            raise ModelError(f"With context={n} the texts of a split have more than {most:,} "
+                             "characters, which is far more than the corpus has: lower this knob.")
     return out
 
 
@@ -66,21 +81,42 @@ def tokenize(tokenizer, texts, max_len, special=True, keep='start'):
     without tokens becomes one end-of-text token, because models read the last token. Raises
     ModelError if max_len is too small.
     """
-    ids = tokenizer(list(texts), add_special_tokens=special)['input_ids']
-    long = [i for i, t in enumerate(ids) if len(t) > max_len]
-    if long:   # truncated by the tokenizer, which keeps a final [SEP] for the text head
-        with truncating(tokenizer, keep):
-            cut = tokenizer([texts[i] for i in long], add_special_tokens=special, truncation=True,
-                            max_length=max_len)
-        for i, t in zip(long, cut['input_ids']):
-            ids[i] = t
-        longest = max(map(len, cut['input_ids']))
-        if longest > max_len:   # transformers truncates nothing if the special tokens have no room
-            raise ModelError(f"max_text_len={max_len} has no room for the special tokens of this "
-                             f"tokenizer, which makes {longest} tokens of a text; raise this knob.")
+    ids, n_long = [], 0
+    for piece in _pieces(texts):
+        own = tokenizer(piece, add_special_tokens=special)['input_ids']
+        long = [i for i, t in enumerate(own) if len(t) > max_len]
+        n_long += len(long)
+        if long:   # truncated by the tokenizer, which keeps a final [SEP] for the text head
+            with truncating(tokenizer, keep):
+                cut = tokenizer([piece[i] for i in long], add_special_tokens=special,
+                                truncation=True, max_length=max_len)['input_ids']
+            for i, t in zip(long, cut):
+                own[i] = t
+            longest = max(map(len, cut))
+            if longest > max_len:   # transformers truncates nothing where special tokens lack room
+                raise ModelError(f"max_text_len={max_len} has no room for the special tokens of "
+                                 f"this tokenizer, which makes {longest} tokens of a text; raise "
+                                 "this knob.")
+        ids += own
     known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     filler = next((t for t in known if t is not None and t >= 0), 0)
-    return [list(t) or [filler] for t in ids], sum(not t for t in ids), len(long)
+    return [list(t) or [filler] for t in ids], sum(not t for t in ids), n_long
+
+
+def _pieces(texts):
+    """
+    Lists of texts that are tokenised at a time. A tokenizer keeps about 100 bytes for each token
+    until it returns, also for those that are cut.
+    """
+    piece, n = [], 0
+    for text in texts:
+        if piece and n + len(text) > PIECE:
+            yield piece
+            piece, n = [], 0
+        piece.append(text)
+        n += len(text)
+    if piece:
+        yield piece
 
 
 def word_of_tokens(text, spans):

@@ -29,7 +29,7 @@ from run.average import WeightAverage
 from run.clips import Clips
 from run.errors import ModelError
 from run.load_lm import cut_to_depth
-from run.texts import with_context
+from run.texts import tokenize, with_context
 from tools import probe
 
 SCORE = dict(kind='regression', range=[-3, 3])
@@ -181,8 +181,32 @@ def test_prompt_tuning_sees_no_stream_and_trains_its_tokens(tokenizers, corpora)
 
 def test_context_puts_earlier_lines_of_the_dialogue_before_a_text():
     turns = [('a', 'Joey'), ('a', 'Ross'), ('b', 'Rachel'), ('a', 'Joey')]
-    assert with_context(['One.', 'Two.', 'Three.', 'Four.'], turns, 1) == [
-        'Joey: One.', 'Joey: One.\nRoss: Two.', 'Rachel: Three.', 'Ross: Two.\nJoey: Four.']
+    texts = ['One.', 'Two.', 'Three.', 'Four.']
+    found = ['Joey: One.', 'Joey: One.\nRoss: Two.', 'Rachel: Three.', 'Ross: Two.\nJoey: Four.']
+    assert with_context(texts, turns, 1, 1000) == found
+    for longest in range(1, 40):
+        assert with_context(texts, turns, 1, longest) == [text[-longest:] for text in found]
+        everything = with_context(texts, turns, 3, 1000)
+        assert with_context(texts, turns, 3, longest) == [text[-longest:] for text in everything]
+
+
+@pytest.mark.parametrize('text, n', [('x' * 1000, 2000), ('', 20_000)])
+def test_a_long_dialogue_takes_no_memory_that_grows_with_its_square(text, n):
+    turns = [('a', 'Joey')] * n
+    with pytest.raises(ModelError, match=f'With context={n} the texts .* lower this knob'):
+        with_context([text] * n, turns, n, 128_000)
+    assert len(with_context([text] * n, turns, 10, 128_000)) == n
+
+
+@pytest.mark.parametrize('keep', ['start', 'end'])
+def test_tokens_do_not_depend_on_the_pieces_in_which_texts_are_tokenised(keep, tokenizers, monkeypatch):
+    tokenizer = tokenizers['bpe']
+    texts = [f'the film {i} was superb ' * (i % 5) for i in range(40)]
+    whole = tokenize(tokenizer, texts, 9, keep=keep)
+    assert whole[1] == 8 and whole[2] > 8
+    monkeypatch.setattr('run.texts.PIECE', 100)
+    assert tokenize(tokenizer, texts, 9, keep=keep) == whole
+    assert tokenize(tokenizer, [], 9) == ([], 0, 0)
 
 
 def test_a_corpus_without_dialogues_has_no_context(corpora, curriculum):
@@ -194,7 +218,7 @@ def test_a_corpus_without_dialogues_has_no_context(corpora, curriculum):
 def test_the_text_of_a_clip_is_read_as_it_is():
     clips = Clips(dict(streams={}, upper_case=False, widths={}, labels={}, name='', folder='',
                        sha256='', clips={}), [dict(id='1', text='A: Hi.\nB: No.')])
-    assert with_context(clips.text('test'), clips.turns('test'), 3) == ['A: Hi.\nB: No.']
+    assert with_context(clips.text('test'), clips.turns('test'), 3, 1000) == ['A: Hi.\nB: No.']
 
 
 # --------------------------------------------------------------------------------------------------
