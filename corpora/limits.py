@@ -3,6 +3,7 @@ What a source may cost: a small file must not fill the memory or the disk (docs/
 """
 import math
 import os
+import zipfile
 from contextlib import contextmanager
 
 import numpy as np
@@ -28,7 +29,11 @@ def opened_npz(f):
     """
     n_bytes = os.fstat(f.fileno()).st_size
     with np.load(f, allow_pickle=False) as arrays:
-        unpacked = sum(entry.file_size for entry in arrays.zip.infolist())
+        entries = arrays.zip.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
+        # zipfile unpacks these as a whole, whatever size the entry states
+        if any(e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for e in entries):
+            raise ValueError("it is compressed by a method that NumPy does not write")
         if unpacked > most_bytes(n_bytes):
             raise ValueError(f"it has {unpacked} bytes of arrays in {n_bytes} bytes of file")
         yield arrays

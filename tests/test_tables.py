@@ -495,6 +495,20 @@ def test_a_tensor_takes_no_more_than_its_file_holds(bomb, words, tmp_path):
     assert_refused(source, tmp_path, 'v2$_$0000', 'bomb.pt', words)
 
 
+@pytest.mark.parametrize('method', [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_a_npz_of_another_compression_is_refused(method, tmp_path):
+    """ A piece of 256 KiB of it may unpack to 1.8 GB, whatever size the archive states. """
+    rows = table_with_audio(tmp_path, ('.npz',))
+    source = write_table(tmp_path / 'mine.csv', rows)
+    path = tmp_path / 'frames' / '4.npz'
+    np.savez_compressed(path, audio=frames_of(4))
+    convert(source, tmp_path / 'deflated')
+    with np.load(path) as arrays, zipfile.ZipFile(tmp_path / 'packed.npz', 'w', method) as archive:
+        archive.writestr('audio.npy', arrays.zip.read('audio.npy'))
+    os.replace(tmp_path / 'packed.npz', path)
+    assert_refused(source, tmp_path, 'v2$_$0000', '4.npz', 'a method that NumPy does not write')
+
+
 def test_thousands_of_files_need_no_more_handles(tmp_path):
     resource = pytest.importorskip('resource')
     (tmp_path / 'frames').mkdir()
