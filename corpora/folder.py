@@ -59,8 +59,8 @@ class Corpus:
         # the folder itself may be a link, which the user made; links in it may be a stranger's
         top = os.path.realpath(self.folder)
         if not Path(os.path.realpath(path)).is_relative_to(top):
-            raise CorpusError(f"{path} is or lies behind a link that leads out of the corpus folder: "
-                              "put the file itself in its place.")
+            raise CorpusError(f"{path} is or lies behind a link that leads out of the corpus "
+                              "folder: put the file itself in its place.")
         try:
             yield path
         except ValueError as e:   # a phrase about the file

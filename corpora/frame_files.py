@@ -112,8 +112,8 @@ class FrameFile(LazyArray):
                                       f"one tensor, or one that is called {self.stream}.")
                 value = tensors.get(self.stream, next(iter(tensors.values())))
             if not isinstance(value, Tensor):
-                raise CorpusError(f"{self.where} holds a {type(value).__name__}, not a tensor; save "
-                                  "the frames of a clip as one tensor [frames, features].")
+                raise CorpusError(f"{self.where} holds a {type(value).__name__}, not a tensor; "
+                                  "save the frames of a clip as one tensor [frames, features].")
             return file.array(value)
 
     def rows(self, i, j):

@@ -49,7 +49,7 @@ def check_file(path, entry, whole=False):
         if not same:
             raise ValueError(CHANGED)
         if touched and not os.path.islink(path):
-            # a copied folder has new times; with the old ones, the next start compares samples alone
+            # a copied folder has new times; with the old ones, the next start compares samples
             _set_time(f, path, stat.st_atime_ns, entry['mtime_ns'])
 
 
@@ -58,7 +58,7 @@ def _set_time(f, path, *times):
     try:
         os.utime(f.fileno() if os.utime in os.supports_fd else path, ns=times)
     except (OSError, OverflowError):
-        pass   # another user's folder, a read-only disk, or no time: the file is read again next time
+        pass   # another user's folder, a read-only disk, or no time: it is read again next time
 
 
 def whole_crc(f):

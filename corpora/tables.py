@@ -343,7 +343,7 @@ def _streams(table, summary, ids, base):
 
 
 def _note_outside(m, paths, folder, notes):
-    """ Notes how many files of frames lie outside a folder: a stranger's table may name any file. """
+    """ Notes how many files of frames lie outside a folder: a table may name any file. """
     top = os.path.realpath(folder)
     outside = [p for p in paths if p and not Path(os.path.realpath(p)).is_relative_to(top)]
     if outside:

@@ -567,7 +567,7 @@ def test_a_link_that_leads_out_of_a_corpus_folder_is_refused(name, tmp_path):
     (folder / name).symlink_to(outside)
     os.utime(outside, ns=(10**18, 10**18))
     for whole in (False, True):
-        with pytest.raises(CorpusError, match=f'{name}.* a link that leads out of the corpus folder'):
+        with pytest.raises(CorpusError, match=f'{name}.* a link that leads out of the corpus'):
             data.Corpus(folder, whole=whole)
     assert outside.stat().st_mtime_ns == 10**18
     (folder / name).unlink()

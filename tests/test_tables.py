@@ -413,8 +413,8 @@ TENSORS = dict(
     float=torch.randn(3, 4), double=torch.randn(3, 4).double(), half=torch.randn(3, 4).half(),
     bfloat16=torch.randn(3, 4).bfloat16(), long=torch.tensor([[2**40, -1]]), bool=torch.eye(3) > 0,
     byte=torch.arange(6).byte().view(2, 3), transposed=torch.randn(4, 3).t(),
-    view=torch.randn(9, 4)[2:8:2, 1:], expanded=torch.randn(1, 4).expand(3, 4), empty=torch.zeros(0, 4),
-    one_value=torch.tensor(3.0), parameter=torch.nn.Parameter(torch.randn(2, 2)))
+    view=torch.randn(9, 4)[2:8:2, 1:], expanded=torch.randn(1, 4).expand(3, 4),
+    empty=torch.zeros(0, 4), one_value=torch.tensor(3.0), parameter=torch.nn.Parameter(torch.randn(2, 2)))
 
 
 def test_tensors_are_read_as_torch_reads_them(tmp_path):
@@ -477,7 +477,8 @@ TORCH_BOMBS = [
     (lambda path: with_pickle(path, b'\x80\x02c_codecs\nencode\n.'), 'names _codecs.encode'),
     (lambda path: edit_archive(path, lambda name, raw: raw, compression=zipfile.ZIP_DEFLATED),
      'is a compressed archive'),
-    (lambda path: torch.save(torch.zeros(1, 1).expand(5000, 5000), path), 'far larger than its file'),
+    (lambda path: torch.save(torch.zeros(1, 1).expand(5000, 5000), path),
+     'far larger than its file'),
     (longer, 'a storage is not complete'),
     (ends_behind, 'a tensor ends behind its storage'),
     (lambda path: path.write_bytes(zipped(readme='x')), 'but not of torch.save'),

@@ -199,7 +199,7 @@ def test_a_long_dialogue_takes_no_memory_that_grows_with_its_square(text, n):
 
 
 @pytest.mark.parametrize('keep', ['start', 'end'])
-def test_tokens_do_not_depend_on_the_pieces_in_which_texts_are_tokenised(keep, tokenizers, monkeypatch):
+def test_tokens_do_not_depend_on_the_pieces_of_the_texts(keep, tokenizers, monkeypatch):
     tokenizer = tokenizers['bpe']
     texts = [f'the film {i} was superb ' * (i % 5) for i in range(40)]
     whole = tokenize(tokenizer, texts, 9, keep=keep)
