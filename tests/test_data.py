@@ -481,8 +481,6 @@ def test_float16_is_standardised_and_an_overflow_is_refused(tmp_path):
     want = (tree['train']['audio'][3, :4] - info['mean']) / info['std']
     assert info['standardised'] and corpus.frames('train', 'audio', 3).dtype == np.float16
     assert np.allclose(get_batch(corpus, 'train', [3])['audio'][0], want, atol=2e-3)
-    with pytest.raises(CorpusError, match='float32'):
-        get_batch(corpus, 'train', [3], standardise=False)
     tree['test']['audio'][1, 0, 0] = 1e6
     (tmp_path / 'b').mkdir()
     assert_refused(tree, tmp_path / 'b', 'audio', 'standardised', '65504', dtype='float16')
