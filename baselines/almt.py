@@ -16,10 +16,10 @@ class ALMT(Attentive):
     """
     ALMT (Zhang et al. 2023). A Transformer layer compresses each stream into almt_tokens tokens,
     and two more layers give the text in three scales. A hyper-modality starts as learned tokens;
-    for each scale the text attends to audio and to video, and both results are added to it. Then
-    the text, with a learned token in front, attends to the hyper-modality, and that token gives the
-    score. Loss: MSE. Padding is masked (the release reads it), and positions are sinusoids (in the
-    release: learned, for one fixed length).
+    for each scale the text attends to audio and to video, and both results are added to its
+    LayerNorm. Then the text, with a learned token in front, attends to the hyper-modality, and that
+    token gives the score. Loss: MSE. Padding is masked (the release reads it), and positions are
+    sinusoids (in the release: learned, for one fixed length).
     """
 
     class Knobs(Attentive.Knobs):
@@ -44,6 +44,7 @@ class ALMT(Attentive):
         self.first = nn.ModuleDict({m: layer() for m in widths})
         self.scales = nn.ModuleList(layer() for _ in range(2))
         self.hyper_tokens = nn.Parameter(torch.ones(P, d))
+        self.hyper_norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(3))
         self.learn = nn.ModuleList(
             nn.ModuleDict({m: GuidedAttention(d, h) for m in ('audio', 'vision')}) for _ in range(3))
         self.first_tokens = nn.Parameter(0.02 * torch.randn(1, d))
@@ -67,8 +68,9 @@ class ALMT(Attentive):
             scales.append(layer(scales[-1], None))  # [B,P,d]
 
         hyper = self.hyper_tokens.expand(B, -1, -1)  # [B,P,d]
-        for attend, text in zip(self.learn, scales):
-            hyper = hyper + attend['audio'](text, y['audio']) + attend['vision'](text, y['vision'])
+        for norm, attend, text in zip(self.hyper_norms, self.learn, scales):
+            taken = attend['audio'](text, y['audio']) + attend['vision'](text, y['vision'])
+            hyper = norm(hyper) + taken  # [B,P,d]
         text = torch.cat([self.first_tokens.expand(B, 1, -1), scales[-1]], 1)  # [B,1+P,d]
         real = torch.ones_like(hyper[..., 0], dtype=torch.bool)  # [B,P]
         fused = self.fusion(text, hyper, real)  # [B,1+P,d]
@@ -77,7 +79,7 @@ class ALMT(Attentive):
 
 class GuidedAttention(nn.Module):
     """ ALMT's multi-head attention from x to y, with a LayerNorm on each. There is no residual
-    connection, because ALMT adds the result to the hyper-modality. """
+    connection, because ALMT adds the result to the normed hyper-modality. """
     def __init__(self, d, n_heads):
         super().__init__()
         self.n_heads = n_heads
