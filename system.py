@@ -62,7 +62,7 @@ class System(nn.Module):
         read or trained.
         """
         errors = ordinal_errors(k) if 'weight_mpr' in k else []
-        if not k['max_steps']:
+        if k['max_steps'] == 0:
             errors += ["max_steps=0 trains nothing: give a number of steps, or -1 for no limit"]
         if k['select'] not in SELECTABLE:
             errors += [f"select={k['select']!r} is none of {', '.join(SELECTABLE)}"]
