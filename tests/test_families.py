@@ -84,7 +84,7 @@ def test_deepmlf_trains_on_every_family(family):
 
 
 def test_experts_have_no_ffw_for_an_mm_block():
-    with pytest.raises(ModelError, match='layer 2 of this LM .*qwen3_moe.* experts are none'):
+    with pytest.raises(ModelError, match='layer 2 of this LM .*qwen3_moe.* experts are not supported'):
         tiny_deepmlf('qwen3_moe', mm_layers=[2])
 
 

@@ -94,7 +94,7 @@ def test_edits_and_commands_of_the_page_work(copy):
     assert 'rmse' in run(copy, f'{sys.executable} eval.py out/huber && cat out/huber/report.md')
     assert (copy / 'out' / 'concat_toy' / 'figures' / 'truth.png').stat().st_size > 5000
     assert 'huber' in (copy / 'out' / 'huber' / 'log.jsonl').read_text()
-    assert '1 train, 1 valid, 1 test' in printed['python data.py mine.txt --name=mine']
+    assert '1 train, 1 valid, 1 test' in printed['python data.py mine.txt --name=mine_txt']
     difference = re.search(r"'float32': ([\d.e-]+)", printed['python difference.py'])[1]
     assert float(difference) < 1e-5
     # its checkpoints can be saved

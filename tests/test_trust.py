@@ -666,7 +666,7 @@ def test_eval_draws_a_random_lm_again_and_refuses_another_lm(corpora, curriculum
     assert read_result(curriculum / 'random_lm')['test'] == before['test']
     shutil.copytree(curriculum / 'whole', curriculum / 'other_lm')
     forge(curriculum / 'other_lm', lm_fingerprint='f' * 16)
-    with pytest.raises(evaluation.EvalError, match='is not the one that'):
+    with pytest.raises(evaluation.EvalError, match='has other weights than the one that'):
         evaluation.evaluate_again(str(curriculum / 'other_lm'))
 
 
