@@ -53,8 +53,8 @@ def evaluate(model, feed, split, autocast=nullcontext, **how):
 
     Each metric is computed once, in float32, on the predictions for all clips; it is not a mean
     over batches. A model without predictions (an LM) gives {'loss': ..} and {}: the loss of each
-    batch, a mean over its tokens, averaged with the numbers of clips as weights. `how`
-    goes to model.predict. Raises ValueError if a prediction is NaN or inf.
+    batch, a mean over its tokens, averaged with the numbers of clips as weights. `how` goes to
+    model.predict. Raises ValueError if a prediction is NaN or inf.
     """
     was_training = model.training
     model.eval()
@@ -238,7 +238,8 @@ def open_own_corpus(folder, facts):
 
 def build_model(folder, k, corpus, dtype, tensors, as_data):
     """
-    A run's model, without the tensors of its checkpoint yet, and its tokenizer. as_data: see System.build.
+    A run's model, without the tensors of its checkpoint yet, and its tokenizer. as_data: see
+    System.build.
     """
     own_lm = os.path.join(folder, 'lm')
     for own in (own_lm, os.path.join(folder, 'hf')):

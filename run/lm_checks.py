@@ -53,6 +53,9 @@ def refuse_larger_model(auto, name, config):
         if file.endswith('.safetensors'):
             with safe_open(os.path.join(name, file), 'pt') as f:
                 shapes += [f.get_slice(key).get_shape() for key in f.keys()]
+    if not shapes:
+        return
+    # counted first, because a million layers take long to make even without weights
     too_large = getattr(config, 'num_hidden_layers', 0) > len(shapes)
     if not too_large:
         with torch.device('meta'):
@@ -60,7 +63,7 @@ def refuse_larger_model(auto, name, config):
         in_files = sum(math.prod(shape) for shape in shapes)
         # packed weights are up to eight to a number
         too_large = sum(p.numel() for p in model.parameters()) > 10 * in_files
-    if shapes and too_large:
+    if too_large:
         raise ModelError(f"config.json of the LM {name!r} describes a model that is many times larger "
                          "than its weight files: get the config.json that belongs to them.")
 

@@ -360,8 +360,9 @@ def describe_predictions(run, clips):
     lines = []
     for i, clip in enumerate(clips):
         lines.append(f"{clip['id']}: {prediction_text(run, whole, i)}")
-        for m in [m for m in without if len(clip[m])]:
-            lines.append(f"  without {m}: {change_text(run, whole, without[m], i)}")
+        for m, other in without.items():
+            if len(clip[m]):
+                lines.append(f"  without {m}: {change_text(run, whole, other, i)}")
     return '\n'.join(lines), whole['pred'], feed
 
 
