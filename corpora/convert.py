@@ -54,6 +54,7 @@ from corpora.seal import write_meta
 from corpora.sources import check_splits
 from corpora.streams import standardise_to_float16, write_stream
 from corpora.unpickle import CorpusError, errors_as_corpus_error
+from run.errors import CONTROL
 
 # the classes of known corpora, in their order
 KNOWN_CLASSES = [
@@ -192,6 +193,7 @@ def _write_labels(splits, out, label_range, notes):
             # only the classes of train; KNOWN_CLASSES decides nothing but their order
             known = next((k for k in KNOWN_CLASSES if seen <= set(k)), sorted(seen))
             names = [c for c in known if c in seen]
+            _check_class_names(name, names)
             number = {c: i for i, c in enumerate(names)}
             entries[name] = dict(kind='classes', names=names)
         else:
@@ -216,6 +218,13 @@ def _write_labels(splits, out, label_range, notes):
                 y = np.where(np.isfinite(y), y, np.nan).astype(np.float32)  # [N]
             np.save(out / split / f'{name}.npy', y)
     return entries
+
+
+def _check_class_names(name, names):
+    for c in names:
+        if CONTROL.search(c):
+            raise CorpusError(f"The class {c!r} of {name} holds a control character; correct the "
+                              "source.")
 
 
 def _clips_without(name, splits):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from corpora.kinds import line_ends_were_changed, other_kind
 from corpora.lazy import Dtype, Lazy, LazyArray, Py2Str, Refused, Scratch, Unread, decode
 from corpora.limits import MiB
+from run.errors import UserError
 
 LAZY_BYTES = 4096  # a payload longer than this stays in the file
 # Bytes of memory that an opcode of one byte takes, in CPython on 64 bits: its object, and its place
@@ -26,11 +27,8 @@ COSTS = dict(
     MEMOIZE=100)
 
 
-class CorpusError(Exception):
-    """
-    An error in a corpus or its source. The message is one sentence for the user: what is wrong,
-    where, and what to do.
-    """
+class CorpusError(UserError):
+    """ An error in a corpus or its source. """
 
 
 @contextmanager

@@ -76,6 +76,7 @@ def check_label(info):
     """ Raises ValueError if the description of a label has neither a range nor names. """
     if info['kind'] == 'classes':
         check_form(info, dict(names=[str]))
+        check_printable(info['names'])
         if len(set(info['names'])) != max(1, len(info['names'])):
             raise ValueError(f"has no class names, or one twice: {shorten(info['names'])}")
         if len(info['names']) > MOST_LEVELS:

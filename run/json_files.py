@@ -13,19 +13,17 @@ must be:
 import json
 import math
 import os
-import re
 import zlib
 from typing import get_origin
 
 from configurator import value_errors
+from run.errors import CONTROL
 from run.folder import open_regular
 
 NUMBER = (int, float)
 LARGEST = 2 ** 63   # integers from here on do not fit NumPy's int64
 LARGEST_FILE = 2 ** 26   # bytes of a JSON file; meta.json has 50 for each feature of a stream
 LARGEST_KNOB = 20_000   # bytes of a JSON file that becomes the value of a knob
-# a control character other than a tab and a line's end, as json.dumps writes it
-CONTROL = re.compile(r'(?<!\\)(?:\\\\)*\\(?:u00[01]|[bf])|[\x7f-\x9f]')
 
 
 class Each:
@@ -201,8 +199,15 @@ def check_texts(value):
 
 def check_printable(value):
     """ Raises ValueError if a JSON value holds a control character: it could steer a terminal. """
-    if CONTROL.search(json.dumps(value, ensure_ascii=False)):
-        raise ValueError("holds a text with a control character")
+    todo = [value]
+    while todo:
+        inner = todo.pop()
+        if isinstance(inner, str) and CONTROL.search(inner):
+            raise ValueError(f"holds a text with a control character: {shorten(inner)}")
+        if isinstance(inner, dict):
+            todo += [*inner, *inner.values()]
+        elif isinstance(inner, list):
+            todo += inner
 
 
 def shorten(value, n=60):

@@ -474,6 +474,15 @@ def test_a_class_that_train_lacks_is_refused(tmp_path):
         convert(source, str(tmp_path / 'out'))
 
 
+def test_control_characters_do_not_reach_the_terminal(tmp_path):
+    """ A class name with one is refused, and an error prints that of a clip's name escaped. """
+    source = folder_of_lists(tmp_path / 'TINY', ['b', 'a\x1b[2J', 'b'])
+    with pytest.raises(CorpusError, match='holds a control character') as refused:
+        convert(source, str(tmp_path / 'out'))
+    assert '\x1b' not in str(refused.value)
+    assert str(CorpusError('The clip \x1b[2J has\tno text.')) == r'The clip \x1b[2J has' '\tno text.'
+
+
 def test_float16_is_standardised_and_an_overflow_is_refused(tmp_path):
     tree = msena(n=(70, 3, 2))
     corpus = converted(tree, tmp_path, dtype='float16')

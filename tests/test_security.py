@@ -608,6 +608,7 @@ def test_a_run_may_be_resumed_elsewhere_after_its_best_step(what, copied, corpor
         lambda a: a.update(device=[]),
         lambda a: a.update(name=3),
         lambda a: a.update(name='\x1b]0;title\x07'),
+        lambda a: a['corpus']['labels']['emotion'].update(names=['sad', '\x1b[2J']),
         lambda a: a['corpus']['labels']['label'].update(range=[-1e8, 1e8]),
         lambda a: a['corpus']['labels']['emotion'].update(names=[str(i) for i in range(2000)]),
         lambda a: a['corpus'].update(sha256=None),
