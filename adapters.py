@@ -14,12 +14,61 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+# --------------------------------------------------------------------------------------------------
+# Functions that several blocks use
+
+def check_heads(n_heads, d, heads, width):
+    """ Raises ValueError if n_heads does not divide the width d; heads, width: text of the message. """
+    if d % n_heads:
+        raise ValueError(f"{heads}={n_heads} does not divide {width}{d}: set it to a divisor.")
+
+
+def split_heads(x, h):
+    """ [B,L,d] -> [B,h,L,d/h]. """
+    return x.unflatten(2, (h, -1)).transpose(1, 2)
+
+
+def masked_mean(x, mask):
+    """ The mean over real positions; zeros where there is none. x [B,L,d], mask [B,L] -> [B,d]. """
+    weight = mask[..., None].to(x.dtype)  # [B,L,1]
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)  # [B,d]
+
+
+def unpacked(x, rows, B, T):
+    """ x [U,D] at the flat positions rows [U], with zeros elsewhere -> [B,T,D]. """
+    padded = x.new_zeros(B * T, x.shape[-1])  # [BT,D]
+    padded[rows] = x
+    return padded.view(B, T, -1)  # [B,T,D]
+
+
+def last_step(x, lengths):
+    """ The last real step of each clip, or step 0 where it has none or S = 1: [B,S,..] -> [B,..]. """
+    last = (lengths - 1).clamp(0, x.shape[1] - 1)  # [B]
+    return x[torch.arange(len(x), device=x.device), last]
+
+
+def text_vector(x, mask, pool):
+    """ The 'first' token, the 'last' real one or the 'mean': x [B,T,D], mask [B,T] -> [B,D]. """
+    if pool == 'mean':
+        return masked_mean(x, mask)  # [B,D]
+    return x[:, 0] if pool == 'first' else last_step(x, mask.sum(1))  # [B,D]
+
+
+def reverse(x, lengths):
+    """ x [B,S,d] with the real steps of each clip in reverse order and its padding in place, for an
+    LSTM that reads backwards. """
+    s = torch.arange(x.shape[1], device=x.device)  # [S]
+    n = lengths[:, None]  # [B,1]
+    source = torch.where(s < n, n - 1 - s, s)[..., None]  # [B,S,1]
+    return x.gather(1, source.expand_as(x))  # [B,S,d]
+
 
 def recomputed(on, function, *inputs, dropout=False):
     """
-    function(*inputs). on: the backward pass computes it again, in place of keeping what it needs.
-    dropout: the function draws dropout, and then draws the same again. On MPS such a function is
-    not computed again, because checkpoint() does not restore the random numbers of MPS.
+    function(*inputs). on=True: activation checkpointing. The backward pass calls the function again
+    instead of storing its activations. dropout=True: the function draws dropout, and its second
+    call draws the same. On MPS such a function is not computed again, because checkpoint() does not
+    restore the random numbers of MPS.
     """
     if not on or not torch.is_grad_enabled():
         return function(*inputs)
@@ -30,12 +79,6 @@ def recomputed(on, function, *inputs, dropout=False):
 
 # --------------------------------------------------------------------------------------------------
 # LoRA and the FFW of an MM block
-
-def check_heads(n_heads, d, heads, width):
-    """ Raises ValueError if n_heads does not divide the width d; heads, width: the knobs' names. """
-    if d % n_heads:
-        raise ValueError(f"{heads}={n_heads} does not divide {width}{d}: set it to a divisor.")
-
 
 class LoRA(nn.Module):
     """
@@ -228,7 +271,7 @@ class MMBlock(nn.Module):
             nn.init.constant_(self.norm_1.weight, 1.0 - norm_offset)
         if getattr(self.norm_1, 'bias', None) is not None:
             nn.init.zeros_(self.norm_1.bias)
-        # before the weights below: gradient norms are summed in this order
+        # created before gca and ffw: the order of the weights sets the rounding of the gradient norm
         self.norm_2 = before if ffw != 'none' else None
         self.post_2 = behind if ffw != 'none' else None
         self.gca = CrossAttention(D, d, n_heads, dropout)
@@ -340,12 +383,12 @@ def pool_frames(x, lengths, n_slots, m):
     j = torch.arange(m, device=x.device)  # [m]
     n, k = lengths[:, None], n_slots[:, None]  # [B,1] each
     first = j * n // k  # [B,m]
-    last = ((j + 1) * n + k - 1) // k  # [B,m]
+    end = ((j + 1) * n + k - 1) // k  # [B,m], behind the last frame
 
     s = torch.arange(x.shape[1], device=x.device)  # [S]
-    inside = (s >= first[..., None]) & (s < last[..., None])  # [B,m,S]
+    inside = (s >= first[..., None]) & (s < end[..., None])  # [B,m,S]
     inside = inside & (j < k)[..., None]  # [B,m,S]
-    weight = inside.to(x.dtype) / (last - first).clamp(min=1)[..., None]  # [B,m,S]
+    weight = inside.to(x.dtype) / (end - first).clamp(min=1)[..., None]  # [B,m,S]
     return weight @ x  # [B,m,d]
 
 
@@ -444,42 +487,8 @@ class AVEncoder(nn.Module):
             return self.norm(self.fusion(torch.cat(z, -1))), mask  # [B,m,d], [B,m]
 
 
-def masked_mean(x, mask):
-    """ The mean over real positions; zeros where there is none. x [B,L,d], mask [B,L] -> [B,d]. """
-    weight = mask[..., None].to(x.dtype)  # [B,L,1]
-    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)  # [B,d]
-
-
-def unpacked(x, rows, B, T):
-    """ x [U,D] at the flat positions rows [U], with zeros elsewhere -> [B,T,D]. """
-    padded = x.new_zeros(B * T, x.shape[-1])  # [BT,D]
-    padded[rows] = x
-    return padded.view(B, T, -1)  # [B,T,D]
-
-
-def text_vector(x, mask, pool):
-    """ The 'first' token, the 'last' real one or the 'mean': x [B,T,D], mask [B,T] -> [B,D]. """
-    if pool == 'mean':
-        return masked_mean(x, mask)  # [B,D]
-    return x[:, 0] if pool == 'first' else last_step(x, mask.sum(1))  # [B,D]
-
-
 # --------------------------------------------------------------------------------------------------
 # MSE-Adapter: pseudo tokens from one vector per modality
-
-def reverse(x, lengths):
-    """ x [B,S,d] with the real steps of each clip in reverse order and its padding in place, for an
-    LSTM that reads backwards. """
-    s = torch.arange(x.shape[1], device=x.device)  # [S]
-    n = lengths[:, None]  # [B,1]
-    source = torch.where(s < n, n - 1 - s, s)[..., None]  # [B,S,1]
-    return x.gather(1, source.expand_as(x))  # [B,S,d]
-
-
-def last_step(x, lengths):
-    """ The last real step of each clip, or step 0 where it has none: x [B,S,d] -> [B,d]. """
-    return x[torch.arange(len(x), device=x.device), lengths.clamp(min=1) - 1]
-
 
 class MatchScale(nn.Module):
     """ Scales each pseudo token to the root mean square of the LM's token embeddings, times a
@@ -628,17 +637,13 @@ class DirectedAttention(nn.Module):
             return F.one_hot(mask.sum(1) - 1, x.shape[1]).to(x.dtype)
         return mask.to(x.dtype) / mask.sum(1, keepdim=True)
 
-    def split_heads(self, x):
-        """ [B,L,d] -> [B,h,L,d/h]. """
-        return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
-
     def attention_weights(self, x, x_mask, y, y_mask):
         """ The weight of each step of y [B,M,d] in the pooled token of x [B,L,d], for each head ->
         [B,h,M]. Rows sum to 1, except for dropout. """
         W = self.kv_proj.weight.chunk(2)[0]  # [d,d]
         b = self.kv_proj.bias.chunk(2)[0]  # [d]
-        q = self.split_heads(self.q_proj(x))  # [B,h,L,d/h]
-        k = self.split_heads(F.linear(y, W, b))  # [B,h,M,d/h]
+        q = split_heads(self.q_proj(x), self.n_heads)  # [B,h,L,d/h]
+        k = split_heads(F.linear(y, W, b), self.n_heads)  # [B,h,M,d/h]
         logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)  # [B,h,L,M]
         p = logits.masked_fill_(~y_mask[:, None, None], -torch.inf).softmax(-1)  # [B,h,L,M]
         weights = self.pool_weights(x, x_mask)[:, None, None]  # [B,1,1,L]
@@ -816,8 +821,9 @@ def frames_on_tokens(batch, streams, ends, resample):
 
 class GMRA(nn.Module):
     """
-    CrossSent's Gated Multimodal Residual Adapter (Liu et al. 2026, eqs. 1-10). It runs once, before
-    one layer of an encoder:
+    CrossSent's Gated Multimodal Residual Adapter (Liu et al. 2026, section 3.2). Its equations are
+    images that we could not read, so these follow the paper's words. It runs once, before one layer
+    of an encoder:
 
         C = MHA(query H_t, keys and values [H_a ; H_v])          H_m: linear maps to width d
         g = sigmoid(W_g [H_t ; C])                               a gate for each token and feature
@@ -839,7 +845,7 @@ class GMRA(nn.Module):
         self.concat = concat
         self.dropout = dropout
         self.proj = nn.ModuleDict({
-            s: nn.Linear(w, d, bias=False) for s, w in widths.items()})  # eq. 1
+            s: nn.Linear(w, d, bias=False) for s, w in widths.items()})
         self.norms = nn.ModuleDict({s: nn.LayerNorm(d) for s in widths})
         self.text_proj = nn.Linear(D, d)
         self.text_norm = nn.LayerNorm(d)
@@ -860,10 +866,6 @@ class GMRA(nn.Module):
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def split_heads(self, x):
-        """ [B,L,d] -> [B,h,L,d/h]. """
-        return x.view(x.shape[0], x.shape[1], self.n_heads, -1).transpose(1, 2)
-
     def forward(self, x, frames):
         """ x [B,T,D] enters an encoder layer; frames: stream -> (frames [B,L,d_s], mask [B,L]) ->
         [B,T,D]. """
@@ -878,9 +880,9 @@ class GMRA(nn.Module):
             h_av = torch.cat(h, 1)  # [B,2L,d]
             mask = torch.cat(masks, 1)  # [B,2L]
 
-        q = self.split_heads(self.q_proj(h_t))  # [B,h,T,d/h]
-        k = self.split_heads(self.k_proj(h_av))  # [B,h,2L,d/h]
-        v = self.split_heads(self.v_proj(h_av))  # [B,h,2L,d/h]
+        q = split_heads(self.q_proj(h_t), self.n_heads)  # [B,h,T,d/h]
+        k = split_heads(self.k_proj(h_av), self.n_heads)  # [B,h,2L,d/h]
+        v = split_heads(self.v_proj(h_av), self.n_heads)  # [B,h,2L,d/h]
         # a clip without real frames attends to its zeros, because softmax over nothing is NaN
         seen = mask | ~mask.any(1, keepdim=True)  # [B,2L]
         p = self.dropout * self.training

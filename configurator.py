@@ -362,7 +362,7 @@ def parse_flags(flags, known, where="on the command line", systems=None):
 
 
 def _print_help(config, comments, annotations):
-    """ Print every knob as a flag for a shell, with its comment and the values that it may have. """
+    """ Print every knob as a flag for a shell, with its comment and, of a Literal, its choices. """
     for k, v in config.items():
         text = ','.join(map(str, v)) or '[]' if type(v) in (list, tuple) else str(v)
         choices = list(get_args(annotations.get(k))) or ''

@@ -14,19 +14,19 @@ from adapters import GMRA, frames_on_tokens, text_vector
 from configurator import AtLeast, Share
 from corpora.unpickle import CorpusError
 from lm import EncoderKnobs
-from losses import UNITS, OrdinalKnobs, mse, ordinal_loss
+from losses import UNITS, OrdinalKnobs, head_loss, mse
 from run.errors import ModelError
 from run.load_lm import specials
 from run.new_lm import load_text_encoder
 from run.texts import texts_as_read
-from system import System, attention_of_last_layer, inputs_of, weight_groups
+from system import System, attention_of_last_layer, input_of, weight_groups
 
 
 class CrossSent(System):
     """
     CrossSent (Liu et al. 2026): a Gated Multimodal Residual Adapter (GMRA) adds audio and video to
     the hidden states of a fine-tuned encoder before layer gmra_layer. A head of two linear layers
-    reads one score from the sentence vector. Loss: MSE, or CORAL, and the ordinal regularisers
+    reads one score from the sentence vector. Loss: MSE and the ordinal regularisers, or CORAL
     (losses.py).
     """
 
@@ -54,7 +54,7 @@ class CrossSent(System):
         if not 0 <= k['gmra_layer'] <= encoder.n_layers:
             raise ModelError(f"gmra_layer={k['gmra_layer']} must be from 1 to {encoder.n_layers}, "
                              "the layers of this encoder, or 0 for no GMRA.")
-        encoder.fits(k['max_text_len'])
+        encoder.refuse_longer(k['max_text_len'])
         self.ends = [len(tokens) for tokens in specials(tokenizer)]
         self.gmra = None
         if k['gmra_layer'] and widths:
@@ -144,10 +144,7 @@ class CrossSent(System):
         return dict(pred=self.predicted_score(self.score(batch)))  # [B]
 
     def forward(self, batch):
-        y, label = self.score(batch), batch['label']  # [B], [B]
-        terms, ordinal = ordinal_loss(y, label, self.k, batch)
-        terms['task'] = self.task_loss(y, label)
-        return dict(loss=terms['task'] + ordinal, terms=terms)
+        return head_loss(self.score(batch)[:, None], 'regression', self.k, batch, self.task_loss)
 
     def param_groups(self):
         """ As System.param_groups, with the factor lr_encoder for the encoder's own weights. """
@@ -157,7 +154,7 @@ class CrossSent(System):
         return attention_of_last_layer(self.encoder, predict, batch)
 
     def fused(self, batch, predict):
-        return inputs_of(self.head, predict, batch)
+        return input_of(self.head, predict, batch)
 
 
 def one_hot_codes(frames, n):

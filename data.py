@@ -85,8 +85,8 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
     - with `tokens`, a list of token ids for each clip of the split: tokens [B,T], text_len [B],
       text_mask [B,T]; text_rows [U], the flat positions of the real tokens; and targets [n],
       those whose next token is predicted;
-    - for each stream m of the corpus: m [B,S,d], m_len [B], m_mask [B,S], standardised by the mean
-      and std of train. A stream that is not in `modalities` has length 0 in all clips. With
+    - for each stream of the corpus, such as audio: audio [B,S,d], audio_len [B], audio_mask [B,S],
+      standardised by the mean and std of train. A stream that is not in `modalities` has length 0 in all clips. With
       `stream_index` [B], streams come from those clips, and text and label from `index`.
     """
     if unknown := set(modalities) - set(STREAMS):
@@ -291,7 +291,7 @@ class Feed:
             words = [self.words[split][i] for i in index]
             batch['word'] = torch.tensor([w + [-1] * (T - len(w)) for w in words])  # [B,T]
         if self.text:
-            hidden = np.concatenate([self.text[split][i] for i in index])  # [n,D]
+            hidden = np.concatenate([self.text[split][i] for i in index])  # [U,D]
             batch['text'] = torch.zeros(*batch['tokens'].shape, hidden.shape[1])  # [B,T,D]
             batch['text'][batch['text_mask']] = torch.from_numpy(hidden.astype(np.float32))
         if self.device != 'cuda':
@@ -320,9 +320,8 @@ class Feed:
             cost += [len(t) for t in self.tokens[split]]
         if self.model.text_first and (split == 'train' or not self.model.evaluates_by_frames):
             cost *= 10_000   # one token outweighs any frame cost below 10,000
-        for m in self.corpus.widths:
-            if m in self.streams:
-                cost += self.model.frame_cost(self.k, self.corpus.lengths(split, m))
+        for m in self.streams:
+            cost += self.model.frame_cost(self.k, self.corpus.lengths(split, m))
         return cost[self.clips[split]]
 
 

@@ -6,7 +6,7 @@ Evaluates finished runs from their folders.
     python eval.py out/RUN --corpus=OTHER             test on another corpus (--modalities too)
     python eval.py out/RUN --modalities=text,vision   test without audio; text is always read
     python eval.py out/RUN --clip=mine.npz            predict your own clips (see run/clips.py)
-    python eval.py out/RUN --text="I loved it"        predict these words; with --clip, its words
+    python eval.py out/RUN --text="I loved it"        predict this text; with --clip: as its text
     python eval.py out/RUN --export=FOLDER            copy the run for others, without its corpus
     .. --trust_remote_code=True    with any command: the LM's authors may run their code here
     .. --data_dir=FOLDER           with any command: folder of converted corpora ('data')
@@ -295,7 +295,8 @@ def evaluate_again(folder, **allowed):
     test.jsonl, result.json and the reports, return the table. Raises EvalError, ModelError,
     CorpusError.
     """
-    r, run = read_run(folder), load_run(folder, **allowed)
+    r = read_run(folder)   # not run.result, in which load_run changes knobs
+    run = load_run(folder, **allowed)
     r['test'], predictions = run.test(run.corpus, run.knobs)
     try:
         return print_and_save(folder, r, run.corpus, predictions)

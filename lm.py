@@ -1,6 +1,6 @@
 """
 The frozen LM: a Hugging Face causal LM of a known family, whose layers our own code runs one by
-one. And the encoder that is fine-tuned, run the same way. run/load_lm.py reads both from files.
+one. TextEncoder runs a fine-tuned encoder in the same way. run/load_lm.py reads both from files.
 
 The axis letters are those of model.py.
 """
@@ -32,11 +32,11 @@ class LMKnobs(TextModelKnobs):
 
 class NewModelKnobs:
     """ A language model or encoder made from nothing. """
-    lm_vocab: AtLeast(1) = 256      # sentencepiece tokens, at most
-    lm_width: AtLeast(1) = 64       # D
-    lm_layers: AtLeast(1) = 4       # layers
-    lm_heads: AtLeast(1) = 4        # attention heads
-    lm_positions: AtLeast(1) = 128  # longest input, tokens
+    lm_vocab: AtLeast(1) = 256      # of a new model: sentencepiece tokens, at most
+    lm_width: AtLeast(1) = 64       # of a new model: D, width
+    lm_layers: AtLeast(1) = 4       # of a new model: layers
+    lm_heads: AtLeast(1) = 4        # of a new model: attention heads
+    lm_positions: AtLeast(1) = 128  # of a new model: longest input, tokens
 
 
 class EncoderKnobs(TextModelKnobs, NewModelKnobs):
@@ -616,7 +616,7 @@ class TextEncoder(nn.Module):
         ours = self(tokens, tokens >= 0, torch.arange(tokens.numel()))  # [1,32,D]
         return float((ours - theirs).abs().max() / theirs.abs().max())
 
-    def fits(self, max_text_len):
+    def refuse_longer(self, max_text_len):
         """ Raises ModelError where a text may be longer than the encoder has positions. """
         if max_text_len > self.max_positions:
             raise ModelError(f"max_text_len={max_text_len} is past the {self.max_positions} "

@@ -5,7 +5,7 @@ DeepMLF, MSE-Adapter and CMPTA use a frozen LM. CrossSent is in crosssent.py. Th
 audiovisual encoder can also be trained by themselves. Each is one class with the contract of
 system.py. The baselines are in baselines/.
 
-Axis letters, the same in every file:
+Axis letters of the systems (a file that gives a letter another meaning says so):
     B clips   T text tokens   S audio or video frames   F fusion tokens
     m slots of the audiovisual sequence Z   P pseudo tokens   K labels that may be answered
     N nodes of their trie   n tokens of an answer   D LM width   d adapter width   V vocabulary
@@ -30,14 +30,16 @@ from adapters import (
     MMBlock,
     MSEAdapter,
     augment_embeddings,
+    last_step,
     masked_mean,
     recomputed,
+    text_vector,
 )
 from baselines.all import BASELINES
 from baselines.lora_lm import LoRALM
 from configurator import AtLeast, Share
 from crosssent import CrossSent
-from lm import LMKnobs, ModelError, NewModelKnobs
+from lm import LMKnobs, NewModelKnobs
 from losses import (
     NEED_A_SCORE,
     OrdinalKnobs,
@@ -48,6 +50,7 @@ from losses import (
     ordinal_loss,
 )
 from prompts import Prompt, PromptKnobs, prompt_errors, prompt_name, rated_texts
+from run.errors import ModelError
 from run.folder import is_regular, load_checkpoint, load_tensors, save_hugging_face
 from run.lm_compare import known_lm
 from run.load_lm import (
@@ -59,7 +62,7 @@ from run.load_lm import (
 )
 from run.new_lm import new_lm
 from run.texts import texts_as_read
-from system import System, calls_of, inputs_of
+from system import System, calls_of, input_of
 
 # --------------------------------------------------------------------------------------------------
 # The two prerequisites of DeepMLF: an LM, and an audiovisual encoder
@@ -176,22 +179,14 @@ class AVModel(System):
         return dict(pred=self.predicted_score(self.score(batch)))  # [B]
 
     def forward(self, batch):
-        y, label = self.score(batch), batch['label']  # [B], [B]
-        task = self.task_loss(y, label)
-        ordinal_terms, ordinal = ordinal_loss(y, label, self.k, batch)
-        return dict(loss=task + ordinal, terms={'task': task} | ordinal_terms)
+        return head_loss(self.score(batch)[:, None], 'regression', self.k, batch, self.task_loss)
 
     def fused(self, batch, predict):
-        return inputs_of(self.head, predict, batch)
+        return input_of(self.head, predict, batch)
 
 
 # --------------------------------------------------------------------------------------------------
 # DeepMLF
-
-def last_real(x, n):
-    """ The last of the n [B] real tokens of x [B,T,..] -> [B,1,..]; with T = 1, the only one. """
-    return x[torch.arange(len(x), device=x.device), (n - 1).clamp(max=x.shape[1] - 1)][:, None]
-
 
 class DeepMLF(System):
     """
@@ -214,7 +209,7 @@ class DeepMLF(System):
         fusion_position: Literal['after', 'fixed'] = 'after'  # behind text, or behind max_text_len
         mm_layers = [8, 15, 22, 29, 36]  # LM layers, from 1, with an MM block behind
         mm_query: Literal['fusion', 'text+fusion', 'text'] = 'fusion'  # queries for Z (Table 10)
-        mm_gate: Literal['sigmoid', 'tanh', 'none'] = 'sigmoid'  # start: .5, 0, always 1 (Table 13)
+        mm_gate: Literal['sigmoid', 'tanh', 'none'] = 'sigmoid'  # starts at .5, 0; is 1 (Table 13)
         mm_ffw: Literal['full', 'lora', 'none'] = 'full'  # own FFW, LoRA on the LM's FFW, no FFW
         mm_ffw_init: Literal['lm', 'random'] = 'lm'  # start of the own FFW: LM's weights, random
         mm_heads: AtLeast(1) = 16     # cross-attention heads
@@ -367,9 +362,9 @@ class DeepMLF(System):
         """
         text_len = batch['text_len']
         q, k, v = self.lm.qkv(l, x, rope)  # [B,h,T,D/h], 2x [B,h_kv,T,D/h]
-        q = last_real(q.transpose(1, 2), text_len).transpose(1, 2)  # [B,h,1,D/h]
+        q = last_step(q.transpose(1, 2), text_len)[:, :, None]  # [B,h,1,D/h]
         sees = batch['text_mask'][:, None, None]  # [B,1,1,T]
-        return self.lm.finish(l, last_real(x, text_len), q, k, v, sees), (k, v)
+        return self.lm.finish(l, last_step(x, text_len)[:, None], q, k, v, sees), (k, v)
 
     def heads(self, x_t, x_f, z, z_mask, batch):
         """
@@ -378,10 +373,7 @@ class DeepMLF(System):
         """
         with torch.autocast(z.device.type, enabled=False):
             z_mean = masked_mean(z, z_mask)  # [B,d]
-            if self.k['text_pool'] == 'mean':
-                x_text = masked_mean(x_t.float(), batch['text_mask'])  # [B,D]
-            else:
-                x_text = last_real(x_t, batch['text_len'])[:, 0].float()  # [B,D]
+            x_text = text_vector(x_t.float(), batch['text_mask'], self.k['text_pool'])  # [B,D]
             x_mean = x_f.float().mean(1)  # [B,D]
             out = dict(pred=self.task_head(torch.cat([z_mean, x_text, x_mean], -1)))  # [B,1] each
             for head, x in (('av', z_mean), ('text', x_text), ('fusion', x_mean)):
@@ -436,7 +428,7 @@ class DeepMLF(System):
         return views
 
     def fused(self, batch, predict):
-        return inputs_of(self.task_head, predict, batch)
+        return input_of(self.task_head, predict, batch)
 
     @classmethod
     def readings(cls, k, predictions):
@@ -572,11 +564,11 @@ class PseudoTokenLM(System):
 
     def own_text(self, x, n):
         """
-        The clip's own text within an embedded prompt x [B,T,D] of n [B] tokens -> text [B,T,D] in
-        float32, mask [B,T].
+        The clip's own text within an embedded prompt x [B,T,D] of n [B] tokens -> text [B,L,D] in
+        float32, mask [B,L]; L is at most max_text_len.
         """
         first, size = len(self.prompt.before) + self.k['n_pseudo'], self.k['max_text_len']
-        text = x[:, first:first + size].float()  # [B,T,D]
+        text = x[:, first:first + size].float()  # [B,L,D]
         return text, torch.arange(text.shape[1], device=x.device) < self.own_len(n)[:, None]
 
     def own_len(self, n):
@@ -727,7 +719,7 @@ class PseudoTokenLM(System):
 
     def fused(self, batch, predict):
         if self.k['readout'] == 'head':
-            return inputs_of(self.head, predict, batch)
+            return input_of(self.head, predict, batch)
         return self.pseudo_tokens(batch, self.lm.embed(batch['tokens'])).flatten(1)  # [B,P D]
 
 

@@ -361,7 +361,7 @@ def calls_of(module, predict, batch):
     return seen
 
 
-def inputs_of(module, predict, batch):
+def input_of(module, predict, batch):
     """ The first input of a module at its last call while predict(batch) runs. """
     return calls_of(module, predict, batch)[-1][0]
 
@@ -374,7 +374,7 @@ def attention_of_last_layer(encoder, predict, batch):
     if not encoder.n_layers:
         return {}
     last = encoder.hf.encoder.layer[-1].attention.self
-    x = inputs_of(last.query, predict, batch).float()  # [T,D]: the encoder skips padding
+    x = input_of(last.query, predict, batch).float()  # [T,D]: the encoder skips padding
     q, key = (p(x).view(len(x), encoder.n_heads, -1).transpose(0, 1)
               for p in (last.query, last.key))  # 2x [h,T,D/h]
     weights = (q @ key.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1).mean(0)  # [T,T]

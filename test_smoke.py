@@ -43,7 +43,7 @@ from fakes import (
     tiny_deepmlf,
     tiny_lm,
 )
-from lm import FrozenLM, ModelError
+from lm import FrozenLM
 from losses import (
     UNITS,
     deepmlf_loss,
@@ -54,6 +54,7 @@ from losses import (
     units_note,
 )
 from model import SYSTEMS, AVModel
+from run.errors import ModelError
 from run.load_lm import load_lm
 from system import System
 

@@ -53,7 +53,7 @@ from system import checked_loss
 system = 'deepmlf'            # a name in SYSTEMS (model.py)
 dataset = ''                  # in a config with settings for several data sets: the one to use
 needs = []                    # prerequisite configs; unfinished ones are trained first
-corpus = 'toy'                # 'toy', a corpus folder, an M-SENA .pkl, a folder of NAME_train.pkl
+corpus = 'toy'                # 'toy', a corpus folder, an M-SENA .pkl, list pickles, or a table
 data_dir = 'data'             # folder of the converted corpora
 label = 'label'               # the label of the corpus to predict: a score, or classes ('emotion')
 train_fraction: Share(with_one=True, with_zero=False) = 1.0   # train on this share of each class
@@ -75,7 +75,7 @@ shard_lm: Literal['off', 'node', 'all'] = 'off'   # torchrun: shard the frozen L
 max_steps = -1                # most optimizer steps, also of each prerequisite; -1: no limit
 log_interval: AtLeast(1) = 10   # optimizer steps between log lines
 save_interval: AtLeast(0) = 0   # optimizer steps between saves of `last`; 0: at validations only
-# Optimization (DeepMLF section 5.5 and its released code, but clip and weight_decay, which are ours)
+# Optimization: DeepMLF section 5.5 and its released code. Ours: clip by norm, decay of matrices only
 batch_size: AtLeast(1) = 32   # clips in a micro-batch
 accumulate: AtLeast(1) = 8    # micro-batches per optimizer step; 32 x 8 is that of the release
 epochs: AtLeast(1) = 20       # most epochs; also the length of the cosine schedule
@@ -89,7 +89,7 @@ beta_1: Share() = 0.9         # AdamW
 beta_2: Share() = 0.95        # AdamW
 adam_eps: AtLeast(0) = 1e-8   # AdamW
 clip: AtLeast(0) = 1.0        # largest gradient norm, after accumulation; 0: no clipping
-average_epochs: AtLeast(0) = 0.0   # validate and test the mean weights of about so many epochs
+average_epochs: AtLeast(0) = 0.0   # validate and test the mean weights of about this many epochs
 # ---------------------------------------------------------------------------------------------------------
 _here = os.path.dirname(os.path.abspath(__file__))
 _argv = sys.argv[1:]
@@ -147,7 +147,7 @@ try:
     prerequisites = make_prerequisites(config, os.path.join(_here, 'train.py'), SYSTEMS, suffix)
     device, dtype = ranks.agreed(choose_device(device, dtype, System.float32_bytes, config))
     with ranks.first():
-        clips = open_corpus(corpus, data_dir)
+        clips = open_corpus(corpus, data_dir)   # a Corpus; the knob corpus is its name
     refuse_other_corpus(prerequisites, clips)
     clips.label('train', label)   # raises at a wrong name before the model is loaded
     torch.manual_seed(seed)
@@ -201,7 +201,7 @@ average = WeightAverage(named, average_epochs * steps_per_epoch)
 def lr_at(step):
     """
     The learning rate of a step: linear warm-up, then a cosine to lr_min at the end of `epochs`,
-    whatever max_steps is. (DeepMLF's release then starts again at the full rate and does not stop.)
+    whatever max_steps is. (DeepMLF's release then restarts at the full rate, until it stops early.)
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps

@@ -27,13 +27,14 @@ import torch.nn.functional as F
 
 from adapters import last_step, text_vector
 from configurator import AtLeast, Share, class_knobs
-from lm import EncoderKnobs, ModelError
+from lm import EncoderKnobs
 from losses import OrdinalKnobs, ordinal_loss
+from run.errors import ModelError
 from run.frozen_text import width_of
 from run.load_lm import lm_config, load_tokenizer
 from run.new_lm import load_text_encoder
 from run.texts import texts_as_read
-from system import System, attention_of_last_layer, class_prediction, inputs_of, weight_groups
+from system import System, attention_of_last_layer, class_prediction, input_of, weight_groups
 
 MODALITIES = ('text', 'audio', 'vision')  # also the order of the numbers in a knob with one per stream
 
@@ -73,7 +74,7 @@ class Baseline(System):
                 f"corpus has no {missing[0]}: choose another corpus, or list the streams that it "
                 "has in the knob late_streams of the late-fusion system.")
         if encoder is not None:
-            encoder.fits(k['max_text_len'])
+            encoder.refuse_longer(k['max_text_len'])
         self.encoder = encoder
         self.k = k
 
@@ -171,7 +172,7 @@ class Baseline(System):
     def fused(self, batch, predict):
         if self.scorer is None:
             return None
-        return inputs_of(self.get_submodule(self.scorer), predict, batch)
+        return input_of(self.get_submodule(self.scorer), predict, batch)
 
 
 class Pooled(Baseline):

@@ -17,7 +17,7 @@ from lm import LMKnobs
 from losses import OrdinalKnobs, head_loss
 from run.errors import ModelError
 from run.load_lm import load_frozen_lm
-from system import System, class_prediction, inputs_of
+from system import System, class_prediction, input_of
 
 
 class LoRALM(System):
@@ -118,4 +118,4 @@ class LoRALM(System):
         return head_loss(self.scores(batch), self.kind, self.k, batch, self.task_loss)
 
     def fused(self, batch, predict):
-        return inputs_of(self.head, predict, batch)
+        return input_of(self.head, predict, batch)

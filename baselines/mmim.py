@@ -23,9 +23,9 @@ class MMIM(Pooled):
     (Entropy). Between z and each stream, the bound is contrastive predictive coding (CPC): v_m must
     fit the vector predicted from its own z better than those of the other clips of the batch.
 
-    Each batch makes two updates. q is trained to maximise its likelihood, with v_t and v_m fixed;
-    all other weights are trained by the loss, with q fixed. Both gradients are taken at the same
-    weights. (In the release, q is trained in a pass over the train split before each epoch.)
+    One optimizer step trains both parts, each by its own term: q by its likelihood, with v_t and
+    v_m fixed, and all other weights by the rest of the loss, with q fixed. (In the release, q is
+    trained in a pass over the train split before each epoch.)
 
     Sources: the paper's abstract and its release (github.com/declare-lab/Multimodal-Infomax); we
     could not read the paper's equations. As in the release, log q lacks the variance's own term.

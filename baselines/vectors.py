@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from adapters import masked_mean
 from baselines.base import MODALITIES, Baseline, Head, Pooled, Recurrent
 from configurator import AtLeast, Share
-from lm import ModelError
+from run.errors import ModelError
 
 
 class SubNetKnobs:

@@ -1,6 +1,6 @@
 """
-Converts a source, one pickle or a folder of pickles, into a corpus folder. Training reads only
-corpus folders.
+Converts a source (a pickle, a table, or a folder of three) into a corpus folder. Training reads
+only corpus folders.
 
     python data.py unaligned_50.pkl --name=mosei    a pickle of M-SENA or MMSA (MOSI, MOSEI,
                                                     CH-SIMS, CH-SIMS v2), converted into data/mosei

@@ -21,7 +21,7 @@ SECONDS = 1.5   # for the hub's answer
 
 
 def absent_corpus(source):
-    """ What is wrong with a corpus that is no file or folder, or None. """
+    """ Why a corpus can neither be opened nor converted, without a full stop; None if it can. """
     if source == 'toy' or os.path.exists(os.path.join(source, 'meta.json')):
         return None
     try:

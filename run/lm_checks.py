@@ -1,6 +1,6 @@
 """
-What is refused before an LM is loaded: adapters, special files, links that lead out of a folder,
-and requests to run code.
+Checks of an LM before it is loaded. Each refuse_ function raises ModelError for what it names:
+adapters, GGUF files, special files, links that lead out of a folder, oversized models, code.
 """
 import json
 import math
@@ -235,8 +235,8 @@ def merge_command(name, adapter):
 
 def refuse_adapter(name, config_path, found='adapter_config.json'):
     """
-    Raises ModelError with the command that merges it: an adapter that is there would be applied or
-    ignored by whether peft is installed. config_path: its adapter_config.json, or None.
+    Raises ModelError with the command that merges the adapter. transformers would apply it if peft
+    is installed, and ignore it otherwise. config_path: its adapter_config.json, or None.
     """
     if config_path is None:
         raise ModelError(f"the LM {name!r} has an adapter beside its weights ({found}) without an "
@@ -323,7 +323,7 @@ def refuse_encoder_decoder(config, name):
 
 
 def refuse_gguf(name):
-    """ Raises ModelError with the commands that dequantise it: --lm= names a GGUF file or folder. """
+    """ Raises ModelError, with commands that dequantise it, where --lm= is a GGUF file or its folder. """
     files = [name] if str(name).endswith('.gguf') else []
     if os.path.isdir(name) and not any(os.path.exists(os.path.join(name, f)) for f in WEIGHTS):
         files = sorted(f for f in os.listdir(name) if f.endswith('.gguf'))
@@ -355,7 +355,7 @@ def refuse_variants(c):
 
 def token_limit(c):
     """
-    (how many tokens an LM takes here by its config, what sets this limit): its positions, or less
+    (the most tokens that an LM takes here, what sets this limit), by its config: positions, or less
     where layers see a window of the text, or where rotary angles change with the length.
     """
     limits = [(c.max_position_embeddings, 'positions of this LM')]

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 
-from lm import FAMILIES, FrozenLM, ModelError, unknown_family
-from run.errors import first_line
+from lm import FAMILIES, FrozenLM, unknown_family
+from run.errors import ModelError, first_line
 from run.fingerprints import fixed_tokens
 from run.folder import write_text
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from lm import FAMILIES, ModelError, TextEncoder, unknown_family
-from run.errors import first_line
+from lm import FAMILIES, TextEncoder, unknown_family
+from run.errors import ModelError, first_line
 from run.lm_checks import (
     ALLOW_CODE,
     SAFE_WEIGHTS,
@@ -31,8 +31,8 @@ from run.lm_compare import compare_once, known_lm
 
 def silence_transformers():
     """
-    Turn off the progress bars of transformers. And turn off its background request to the hub to
-    convert an LM's weights to safetensors.
+    Turn off the progress bars of transformers, and its background request to the hub to convert an
+    LM's weights to safetensors.
     """
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -295,7 +295,7 @@ def load_weights(auto, name, config, remote=False, as_data=False, unused=(), ins
     if not local:
         refuse_hub_adapter(name, config)
     with loading(name), quiet():
-        if local and not remote and not more.get('gguf_file'):
+        if local and not remote:
             refuse_larger_model(auto, name, config)
         # a tensor of another shape is an error of ours below, which says both shapes
         model, report = auto.from_pretrained(
@@ -357,8 +357,8 @@ def with_rows(tokenizer, hf):
 def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=False, data_dir=None):
     """
     A pretrained causal LM and its tokenizer, by Hugging Face name or by folder (a run of
-    system='lm' is one too). random_init keeps the shape and throws the weights away, for the
-    control that every reader asks for. The LM is compared with transformers' own forward
+    system='lm' is one too). random_init: an LM of the same shape with random weights, as a control.
+    The LM is compared with transformers' own forward
     (run/lm_compare.py), once for each `data_dir`. Raises ModelError where neither the hub, nor the
     local cache, nor a folder has it.
     """

@@ -4,7 +4,8 @@ LMs, encoders and tokenizers made from nothing, and the text encoder that the kn
 import io
 import os
 
-from lm import ModelError, TextEncoder
+from lm import TextEncoder
+from run.errors import ModelError
 from run.folder import make_plain_folder
 from run.load_lm import load_encoder, load_tokenizer, silence_transformers
 

@@ -36,8 +36,8 @@ LOSS_PANELS = {
     'cross-entropy, nats per token': {'lm', 'label'},
     'ordinal losses, label units': {'mpr', 'eioi'}}
 # The bounds of a corpus (corpora/toy.py, toy_ceilings), as a learning curve names them.
-BOUND_NAMES = dict(text='text alone at best', av='audio + video at best',
-                   late='late fusion at best', full='everything at best')
+BOUND_NAMES = dict(text='best possible: text', av='best possible: audio + video',
+                   late='late-fusion bound', full='upper bound')
 
 
 def pyplot():

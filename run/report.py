@@ -92,10 +92,10 @@ def prerequisite_runs(folder, about):
 def comparison(folder, r, predictions):
     """
     The report's table of test metrics and the notes under it: header, rows, sentences. Its rows:
-    those of comparison_rows (text only: DeepMLF's text head, which sees no audio or video, or the
-    frozen LM without pseudo tokens; audio+video only: the AV encoder's own run, or DeepMLF's AV
-    head), the late-fusion bound if the corpus has bounds and the run reads all modalities, and the
-    run itself.
+    those of comparison_rows, the late-fusion bound if the corpus has bounds and the run reads all
+    modalities, and the run itself. Of comparison_rows, 'text only (y_t)' is DeepMLF's text head,
+    'the LM alone (text)' the frozen LM without pseudo tokens, 'audio+video only' the AV encoder's
+    own run, and 'audio+video only (y_av)' DeepMLF's AV head.
     """
     k, name = r['about']['knobs'], r['about']['name']
     own_bound = SYSTEMS[k['system']].bound(k)

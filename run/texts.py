@@ -23,8 +23,8 @@ def lowercase_if_all_caps(texts, corpus):
 
 def texts_as_read(corpus, system, k, split):
     """
-    The texts of a split as a run reads them. system: a System class; k: the run's knobs. A text of
-    10 MB is not tokenised as a whole for the sake of its first 50 tokens.
+    The texts of a split as a run reads them. system: a System class; k: the run's knobs. Each text
+    is cut to LONGEST_TOKEN characters per token of max_text_len, before it is tokenised.
     """
     longest = LONGEST_TOKEN * k['max_text_len']
     texts = [t[:longest] for t in system.texts(k, corpus, split)]

@@ -43,9 +43,10 @@ from fakes import (
     tiny_lm,
     train,
 )
-from lm import EncoderKnobs, ModelError, TextEncoder
+from lm import EncoderKnobs, TextEncoder
 from losses import OrdinalKnobs
 from model import SYSTEMS
+from run.errors import ModelError
 from run.frozen_text import frozen_text, width_of
 
 SCRIPT = HERE / 'train.py'

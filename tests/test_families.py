@@ -16,7 +16,8 @@ import run.lm_compare as lm_compare
 from adapters import MMBlock
 from data import tokenize
 from fakes import EVERY_LM, tiny_batch, tiny_deepmlf, tiny_lm
-from lm import FAMILIES, FrozenLM, ModelError
+from lm import FAMILIES, FrozenLM
+from run.errors import ModelError
 from run.frozen_text import frozen_text
 from run.lm_compare import compare, compare_once, known_lm
 from run.load_lm import load_lm, tokenizer_notes

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 
 from data import Feed, open_corpus, tokenize
 from fakes import HERE, KNOBS, MSE_KNOBS, knobs_of_system, tiny_lm
-from lm import FrozenLM, ModelError
+from lm import FrozenLM
 from model import CrossSent, DeepMLF, MSEAdapterLM
 from prompts import PROMPTS, Prompt, rated_texts
+from run.errors import ModelError
 from run.fingerprints import fingerprint
 from run.frozen_text import frozen_text
 from run.load_lm import (
@@ -480,7 +481,7 @@ def test_an_adapter_is_refused_without_peft_too(tmp_path):
         "find = u.find_spec\n"
         "u.find_spec = lambda n, *a: None if n == 'peft' else find(n, *a)\n"
         "sys.modules['peft'] = None\n"
-        "from lm import ModelError\n"
+        "from run.errors import ModelError\n"
         "from run.load_lm import load_lm\n"
         f"try: load_lm({folder!r})\n"
         "except ModelError as e: print(e)"
@@ -762,7 +763,7 @@ def test_a_hub_name_is_read_from_the_cache_as_data(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
         "import json\n"
-        "from lm import ModelError\n"
+        "from run.errors import ModelError\n"
         "from run.load_lm import load_lm\n"
         "said = {}\n"
         "for name in ('plain', 'adapter', 'code', 'bin', 'alone', 'nothing'):\n"

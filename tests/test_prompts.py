@@ -42,11 +42,12 @@ from fakes import (
     train,
     without_checksums,
 )
-from lm import FrozenLM, ModelError
+from lm import FrozenLM
 from losses import label_loss
 from model import CMPTALM
 from prompts import Prompt
 from run import machine
+from run.errors import ModelError
 from run.finished import read_predictions
 from run.lm_compare import exact_attention
 from run.load_lm import SentencePiece, load_lm
