@@ -198,7 +198,7 @@ def _load_settings(path, known, variant=None):
         _no_config(path)
     try:
         found = runpy.run_path(str(path))
-        body = ast.parse(path.read_text(encoding='utf-8')).body
+        body = ast.parse(path.read_text(encoding='utf-8-sig')).body
     except (Exception, SystemExit) as e:
         why = f"{type(e).__name__}: {' '.join(str(e).split())}"
         _stop(f"{path} does not run ({why}); correct it first")
@@ -240,7 +240,7 @@ def declared_knobs(path):
     the first name with a leading underscore.
     """
     knobs, annotations = {}, {}
-    for node in ast.parse(Path(path).read_text(encoding='utf-8')).body:
+    for node in ast.parse(Path(path).read_text(encoding='utf-8-sig')).body:
         if not isinstance(node, (ast.Assign, ast.AnnAssign)):
             continue
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target

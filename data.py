@@ -336,3 +336,5 @@ if __name__ == '__main__':
             conversion.command_line(sys.argv[1:])
     except CorpusError as e:
         sys.exit(f"data.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: interrupted; the unfinished corpus folder was removed.")

@@ -316,11 +316,16 @@ def evaluate_without(folder, modalities, **allowed):
     is the text alone. Returns a table. Raises EvalError, ModelError, CorpusError.
     """
     run = load_run(folder, **allowed)
-    r, k = run.result, knobs_with(run, modalities)
-    metrics, _ = run.test(run.corpus, k)
-    keys = [key for key in r['test'] if key in metrics]
-    rows = [['as trained'] + cells(r['test'], keys), [what_is_read(run, k)] + cells(metrics, keys)]
-    return markdown_table([f"{r['about']['name']}, test"] + keys, rows)
+    return beside_trained(run, run.corpus, knobs_with(run, modalities))
+
+
+def beside_trained(run, corpus, k):
+    """ A table of the run's test metrics as trained, and on its corpus with the knobs k. """
+    trained = run.result['test']
+    metrics, _ = run.test(corpus, k)
+    keys = [key for key in trained if key in metrics]
+    rows = [['as trained'] + cells(trained, keys), [what_is_read(run, k)] + cells(metrics, keys)]
+    return markdown_table([f"{run.result['about']['name']}, test"] + keys, rows)
 
 
 def evaluate_on(folder, source, modalities=None, **allowed):
@@ -330,9 +335,12 @@ def evaluate_on(folder, source, modalities=None, **allowed):
     text alone; streams of other widths are other features and must be left out. Features are
     standardised with the run's own mean and std. Raises EvalError, ModelError, CorpusError.
     """
-    run = load_run(folder, **allowed)
-    home, k = run.corpus, knobs_with(run, modalities)
-    other = transferred(run, open_corpus(source, k['data_dir']), k['modalities'])
+    run = load_run(folder, without_corpus=True, **allowed)
+    k = knobs_with(run, modalities)
+    other = open_corpus(source, k['data_dir'])
+    if is_same_corpus(run.facts, corpus_facts(other)):   # the run's own corpus, in another folder
+        return beside_trained(run, other, k)
+    home, other = run.own_corpus(), transferred(run, other, k['modalities'])
     here, _ = run.test(home, k)
     there, _ = run.test(other, k)
     keys = [key for key in here if key in there]

@@ -35,7 +35,6 @@ frame.
 import codecs
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -43,10 +42,9 @@ import socket
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from corpora import sources, tables
 from corpora.describe import describe
+from corpora.labels import write_labels
 from corpora.limits import most_bytes
 from corpora.names import N_NAMED, SPLIT_FIELDS, SPLITS, Summary
 from corpora.padding import find_padding
@@ -54,15 +52,6 @@ from corpora.seal import write_meta
 from corpora.sources import check_splits
 from corpora.streams import standardise_to_float16, write_stream
 from corpora.unpickle import CorpusError, errors_as_corpus_error
-from run.errors import CONTROL
-
-# the classes of known corpora, in their order
-KNOWN_CLASSES = [
-    ['neutral', 'surprise', 'fear', 'sadness', 'joy', 'disgust', 'anger'],  # MELD
-    ['愤怒', '厌恶', '恐惧', '高兴', '平静', '悲伤', '惊奇'],  # CHERMA
-    ['hap', 'sad', 'neu', 'ang', 'exc', 'fru'],  # IEMOCAP
-]
-
 
 # MOSI: VIDEO$_$CLIP, MOSEI: VIDEO[CLIP]
 VIDEO_OF_ID = re.compile(r'(.+?)(?:\$_\$.*|\[\d+\])', re.DOTALL)
@@ -148,7 +137,9 @@ def staging(folder):
 
 
 def _alive(pid):
-    """ True if a process with this id runs on this machine. """
+    """ True if a process with this id runs on this machine, or if that is unknown (Windows). """
+    if os.name == 'nt':   # os.kill(pid, 0) would send Ctrl-C
+        return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -166,75 +157,6 @@ def _progress_bar(n_bytes):
         return lambda n: None
     small = n_bytes < 200e6
     return tqdm(total=n_bytes, unit='B', unit_scale=True, disable=small, mininterval=1).update
-
-
-def _write_labels(splits, out, label_range, notes):
-    """
-    Writes NAME.npy of all labels and splits: float32 [N] for a score, int64 [N] for classes. A
-    missing value is NaN or -1; training on that label refuses it. Returns the entry `labels` of
-    meta.json. Raises CorpusError if each label has missing values, for a score outside the range,
-    or a class that train does not have.
-    """
-    entries = {}
-    train = splits['train']['labels']
-    lacking = {name: _clips_without(name, splits) for name in train}
-    for name in train:
-        if len(lacking[name]) == sum(len(s['id']) for s in splits.values()) and len(train) > 1:
-            notes.append(f"the label {name} is missing in all clips, so it was left out")
-            continue
-        if lacking[name]:
-            if all(lacking.values()):
-                raise CorpusError(f"{lacking[name][0]}; correct the source or remove the clip.")
-            notes.append(f"{len(lacking[name])} clips have no {name}, so a run with "
-                         f"--label={name} is refused")
-        classes = isinstance(train[name][0], str)
-        if classes:
-            seen = set(train[name]) - {''}
-            # only the classes of train; KNOWN_CLASSES decides nothing but their order
-            known = next((k for k in KNOWN_CLASSES if seen <= set(k)), sorted(seen))
-            names = [c for c in known if c in seen]
-            _check_class_names(name, names)
-            number = {c: i for i, c in enumerate(names)}
-            entries[name] = dict(kind='classes', names=names)
-        else:
-            scores = np.concatenate([s['labels'][name] for s in splits.values()])  # [sum of N]
-            top = np.abs(scores[np.isfinite(scores)]).max(initial=0)
-            low, high = label_range or ((-1, 1) if top <= 1 else (-3, 3))
-            entries[name] = dict(kind='regression', range=[low, high])
-        for split, s in splits.items():
-            y = s['labels'][name]  # [N]
-            for clip, v in zip(s['id'], y):
-                where = f"The {name} of clip {clip} in the split {split} is {v}"
-                if classes and v not in number and v:
-                    raise CorpusError(f"{where}, but train has only {', '.join(names)}; "
-                                      "correct the source.")
-                if not classes and (v < low or v > high) and math.isfinite(v):
-                    raise CorpusError(f"{where}, outside [{low}, {high}]; if the label is right, "
-                                      "convert the source with python data.py SOURCE "
-                                      "--label_range=LOW,HIGH.")
-            if classes:
-                y = np.array([number[v] if v else -1 for v in y])  # [N]
-            else:
-                y = np.where(np.isfinite(y), y, np.nan).astype(np.float32)  # [N]
-            np.save(out / split / f'{name}.npy', y)
-    return entries
-
-
-def _check_class_names(name, names):
-    for c in names:
-        if CONTROL.search(c):
-            raise CorpusError(f"The class {c!r} of {name} holds a control character; correct the "
-                              "source.")
-
-
-def _clips_without(name, splits):
-    """ A sentence on each clip without a finite score or a class. """
-    found = []
-    for split, s in splits.items():
-        for clip, v in zip(s['id'], s['labels'][name]):
-            if v == '' or type(v) is not str and not math.isfinite(v):
-                found.append(f"The {name} of clip {clip} in the split {split} is {v or 'missing'}")
-    return found
 
 
 def _note_crossing_videos(splits, notes):
@@ -314,7 +236,7 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
         check_splits(splits, source)
         for split in SPLITS:
             (out / split).mkdir()
-        labels = _write_labels(splits, out, label_range, summary.notes)
+        labels = write_labels(splits, out, label_range, summary.notes)
         _note_crossing_videos(splits, summary.notes)
         text = _write_texts(splits, out)
         found = find_padding(splits, source, padding, summary)

@@ -77,15 +77,18 @@ def _repair_controls(text, summary):
     return repaired
 
 
-def clip_text(x, where, summary):
-    """ A clip's text as a str that any tokenizer takes. Raises CorpusError if it is not a text. """
+def clip_text(x, where, summary, is_id=False):
+    """
+    A clip's text, or its id, as a str that any tokenizer takes. Raises CorpusError if it is not a
+    text.
+    """
     if type(x) is LazyArray and math.prod(x.shape):
         x = x.all().ravel().tolist() if x.shape else x.all().item()
     if type(x) in (int, float):
         x = str(int(x) if x == int(x) else x)  # some ids are numbers
     nested = type(x) in (tuple, list) and any(type(part) in (tuple, list) for part in x)
-    if type(x) in (tuple, list) and x and not nested:  # (video, clip), as an id
-        x = '$_$'.join(clip_text(part, where, summary) for part in x)
+    if is_id and type(x) in (tuple, list) and x and not nested:  # (video, clip)
+        x = '$_$'.join(clip_text(part, where, summary, is_id) for part in x)
     if type(x) is Lazy:
         x = x.value()
     if type(x) is Py2Str:
@@ -106,10 +109,10 @@ def clip_text(x, where, summary):
     return x
 
 
-def _texts(column, n, where, summary, ids=None, default=None):
+def _texts(column, n, where, summary, ids=None, default=None, is_id=False):
     """
     A column of n texts as a list of str. default(i): the text in place of a missing one; without it
-    a missing text is refused.
+    a missing text is refused. is_id: see clip_text.
     """
     values = column_of(column, n, where)
     summary.spend_text(values, where)
@@ -119,7 +122,7 @@ def _texts(column, n, where, summary, ids=None, default=None):
             texts.append(default(i))
         else:
             name = f" (clip {printed(ids[i])})" if ids else ''
-            texts.append(clip_text(value, f"Entry {i} of {where}{name}", summary))
+            texts.append(clip_text(value, f"Entry {i} of {where}{name}", summary, is_id))
     return texts
 
 
@@ -133,7 +136,7 @@ def _optional_texts(field, column, split, n, where, summary, ids=None):
 
     if type(column) is LazyArray and len(column.shape) == 2 and column.shape[0] == n:
         column = column.all().tolist()  # an id is a row
-    return _texts(column, n, where, summary, ids, default)
+    return _texts(column, n, where, summary, ids, default, is_id=field != 'text')
 
 
 def _keys(x):

@@ -5,11 +5,10 @@ a clip, and may name files with its frames (corpora/frame_files.py).
     python data.py mine.csv --split=80/10/10        one table, split by video
     python data.py folder --name=meld               a folder with one table for each split
 """
-import hashlib
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +28,14 @@ from corpora.names import (
 )
 from corpora.rows import number_of, read_table_rows
 from corpora.sources import clip_text
+from corpora.splits import ratio_of, split_by_video
 from corpora.unpickle import CorpusError
 
 TABLE_ENDS = ('.csv', '.tsv', '.jsonl')
 FLAGS = ('text', 'label', 'classes', 'split', 'id', 'video', 'speaker', 'dialogue', 'audio',
          'vision', 'start', 'end')
 MISSING = ('', 'nan', 'none', 'null', 'na', 'n/a')   # in lower case, a cell without a value
+NO_CLASS = ('', 'nan')   # the same for classes, of which one may be called none
 SCORE_NAMES = {name: role for role, names in label_names().items() for name in names.split()}
 CLASS_NAMES = ('emotion', 'emotions', 'emotion_label', 'annotation', 'annotations')
 EMOTION_NAMES = (*CLASS_NAMES[:3], 'label', 'labels')   # of a column of classes: 'emotion' in ours
@@ -76,8 +77,8 @@ def table_files(folder):
     return {s: found[s][0] for s in SPLITS} if found else {}
 
 
-def _is_missing(cell):
-    return cell.strip().lower() in MISSING
+def _is_missing(cell, missing=MISSING):
+    return cell.strip().lower() in missing
 
 
 # -------------------------------------------------------------------------------------------------
@@ -191,7 +192,8 @@ def _labels(table, summary):
             summary.notes.append(f"the column {printed(column)} is empty and was not read")
         elif column in class_columns or 2 * numbers < len(there):
             name = table.read[column] = _label_name(column, True, labels)
-            labels[name] = ['' if _is_missing(c) else t.strip()
+            _refuse_decimal_commas(table, column, there)
+            labels[name] = ['' if _is_missing(c, NO_CLASS) else t.strip()
                             for c, t in zip(cells, table.texts(column, summary))]
         else:
             name = table.read[column] = _label_name(column, False, labels)
@@ -199,6 +201,12 @@ def _labels(table, summary):
     if not labels:
         raise CorpusError(f"The label columns of {table.path} are empty; correct the table.")
     return labels
+
+
+def _refuse_decimal_commas(table, column, cells):
+    if all(re.fullmatch(r'\s*[-+]?\d+,\d+\s*', c) for c in cells):
+        raise CorpusError(f"The column {column!r} of {table.path} has scores with decimal commas, "
+                          f"such as {printed(cells[0])!r}; write them with points.")
 
 
 def _label_name(column, classes, labels):
@@ -252,40 +260,6 @@ def _durations(table, summary):
 # -------------------------------------------------------------------------------------------------
 # Splits
 
-def ratio_of(flag):
-    """ (train, valid, test) shares of '80/10/10'; None if the flag is a column's name. """
-    if not flag or not re.fullmatch(r'[\d.]+(/[\d.]+){2}', flag):
-        return None
-    shares = [number_of(s) or 0 for s in flag.split('/')]
-    if min(shares) <= 0:
-        raise CorpusError(f"--split={flag} must give each of train, valid and test a share above "
-                          "0, for example --split=80/10/10.")
-    return [s / sum(shares) for s in shares]
-
-
-def split_by_video(videos, shares):
-    """
-    A split for each clip, so that the clips of a video are in one split. videos [N]: the video of
-    each clip. The order of the videos is that of a hash of their names, so the result depends on
-    nothing else. Raises CorpusError for fewer than three videos.
-    """
-    sizes = Counter(videos)
-    ends = np.cumsum(shares) * len(videos)  # [3], clips
-    if len(sizes) < len(SPLITS):
-        raise CorpusError(f"There are {len(sizes)} videos and three splits; a split needs a video "
-                          "of its own, so put the splits into a column.")
-    order = sorted(sizes, key=lambda v: hashlib.sha256(v.encode()).digest())
-    chosen, done, at = {}, 0, 0
-    for i, video in enumerate(order):
-        later = len(SPLITS) - 1 - at   # splits that still have no video
-        full = done + sizes[video] / 2 > ends[at]
-        if later and at in chosen.values() and (full or len(order) - i == later):
-            at += 1
-        chosen[video] = at
-        done += sizes[video]
-    return [SPLITS[chosen[v]] for v in videos]
-
-
 def _splits_of(table, summary, videos, paths):
     """ The split of each row. """
     flag = table.flags.get('split')
@@ -317,15 +291,13 @@ def _splits_of(table, summary, videos, paths):
 # -------------------------------------------------------------------------------------------------
 # The reader
 
-def _streams(table, summary, ids, base):
+def _streams(table, summary, ids, split_of, base):
     """ {stream: a FrameFile or None for each row}. base: the folder of relative paths. """
     streams = {}
     for m in STREAMS:
         flag = table.flags.get(m)
         if flag and '{' in flag:   # a path with columns in braces
-            keys = {key: table.column(key, m) for key in re.findall(r'\{(.*?)\}', flag)}
-            cells = [re.sub(r'\{(.*?)\}', lambda key: row[keys[key[1]]], flag)
-                     for row in table.rows]
+            cells = _paths_of_template(flag, table, m, split_of)
             root, own = '', os.path.dirname(flag.partition('{')[0])   # own: the user typed it
         else:
             column = table.find(m, STREAM_NAMES[m])
@@ -337,9 +309,37 @@ def _streams(table, summary, ids, base):
                 continue
             root = own = base
         paths = [None if _is_missing(c) else os.path.join(root, c.strip()) for c in cells]
+        _refuse_shared_files(m, paths, split_of, table.path)
         streams[m] = frame_files(paths, ids, m, table.path, summary.files.append)
         _note_outside(m, paths, own, summary.notes)
     return streams
+
+
+def _paths_of_template(template, table, m, split_of):
+    """
+    The path of each row from one with columns in braces. {split} is the row's split (train, valid
+    or test) where no column has this name.
+    """
+    keys = re.findall(r'\{(.*?)\}', template)
+    columns = {key: table.column(key, m) for key in keys if key != 'split' or key in table.columns}
+    paths = []
+    for row, split in zip(table.rows, split_of):
+        values = {'split': split} | {key: row[column] for key, column in columns.items()}
+        paths.append(re.sub(r'\{(.*?)\}', lambda key: values[key[1]], template))
+    return paths
+
+
+def _refuse_shared_files(m, paths, split_of, where):
+    """
+    Raises CorpusError if clips of two splits name one file. MELD numbers its dialogues anew in each
+    split, so a path of dialogue and utterance alone names another split's clip.
+    """
+    first = {}
+    for path, split in zip(paths, split_of):
+        if path is not None and first.setdefault(path, split) != split:
+            raise CorpusError(f"Clips of the splits {first[path]} and {split} of {where} name one "
+                              f"file of {m} frames, {ascii(path)[1:-1]}; correct the table, or put "
+                              f"the split into the path, as in --{m}=FOLDER/{{split}}/{{id}}.npy.")
 
 
 def _note_outside(m, paths, folder, notes):
@@ -380,18 +380,32 @@ def read_tables(paths, scratch, files, summary):
         column = table.find(role)
         if column:
             values[role] = table.texts(column, summary)
+    if 'dialogue' in values:
+        _note_dialogues(values['dialogue'], videos, split_of, summary.notes)
     seconds = _durations(table, summary)
     if seconds:
         values['duration'] = seconds
     labels = _labels(table, summary)
     base = os.path.dirname(table.files[0])
-    streams = _streams(table, summary, ids, base)
+    streams = _streams(table, summary, ids, split_of, base)
     summary.note_fields(dict.fromkeys(table.columns, ''), {}, {})
     for column, role in table.read.items():
         del summary.unread[printed(column)]
         if column != role:
             summary.renamed[printed(column)] = role
     return {s: _one_split(s, split_of, values, labels, streams, table) for s in SPLITS}
+
+
+def _note_dialogues(dialogues, videos, split_of, notes):
+    """ Notes dialogues with clips of several videos: their numbers may start again in each. """
+    videos_of = defaultdict(set)
+    for split, dialogue, video in zip(split_of, dialogues, videos):
+        videos_of[split, dialogue].add(video)
+    several = [dialogue for (_, dialogue), names in videos_of.items() if len(names) > 1]
+    if several:
+        notes.append(f"{len(several)} dialogues have clips of several videos, first "
+                     f"{printed(several[0])}: if these are several dialogues, give each a name of "
+                     "its own")
 
 
 def _one_split(split, split_of, values, labels, streams, table):
@@ -405,8 +419,12 @@ def _one_split(split, split_of, values, labels, streams, table):
     s['aligned_text'] = []
     s['labels'] = {name: y[at] if isinstance(y, np.ndarray) else [y[i] for i in at]
                    for name, y in labels.items()}
-    s['streams'] = {m: Frames([a[i] for i in at], None, len(at), f"{m} of the split {split} in "
-                              f"{table.path}") for m, a in streams.items()}
+    s['streams'] = {}
+    for m, files in streams.items():
+        frames = Frames([files[i] for i in at], None, len(at), f"{m} of the split {split} in "
+                        f"{table.path}")
+        frames.ragged = not frames.flat   # a file ends where its clip ends, so nothing is padding
+        s['streams'][m] = frames
     return s
 
 

@@ -150,7 +150,7 @@ def is_same_corpus(facts, others):
 def read_clip_rows(path):
     """ The clips of a .npz or .jsonl file as a list of dicts, unchecked. Raises ClipError. """
     try:
-        if path.endswith('.npz'):
+        if path.lower().endswith('.npz'):
             with open_regular(path, 'rb', follow=True) as f, opened_npz(f) as npz:
                 refuse_other_keys(npz.files, path)   # before an array is unpacked
                 row = {key: npz[key] for key in npz.files}
@@ -158,9 +158,10 @@ def read_clip_rows(path):
                 if key in row and row[key].ndim == 0:
                     row[key] = row[key].item()
             return [row]
-        if path.endswith('.jsonl'):
+        if path.lower().endswith('.jsonl'):
             with open_regular(path, follow=True) as f:
-                return [json.loads(line) for line in f if line.strip()]
+                lines = f.read().removeprefix('\ufeff').split('\n')   # without a byte order mark
+            return [json.loads(line) for line in lines if line.strip()]
     except ClipError:
         raise
     except Exception as e:   # damaged bytes raise errors of many classes

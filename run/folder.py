@@ -179,16 +179,18 @@ def save_hugging_face(model, folder):
 def lock(folder):
     """
     Lock a folder -> the open lock file, or None if another process holds the lock. The system frees
-    the lock when this process ends in any way. On Windows there is no lock, and every process gets
-    the file. Raises OSError if the lock file is a link or no regular file.
+    the lock when this process ends in any way. On Windows, and on a file system without locks,
+    every process gets the file. Raises OSError if the lock file is a link or no regular file.
     """
     file = open_regular(os.path.join(folder, '.lock'), 'r+')
     if not fcntl:
         return file
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):   # the two errors of a lock that is held
         return None
+    except OSError:   # the file system has no locks, such as some of a cluster
+        pass
     return file
 
 

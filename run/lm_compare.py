@@ -203,6 +203,9 @@ def compare_once(lm, name, folder):
     print(f"LM {name}: our forward is that of transformers{layers}; largest difference of the "
           f"logits {result['float32']:.1g} of the largest in float32{low}")
     if path is not None:
-        os.makedirs(folder, exist_ok=True)
         found = dict(lm=str(name), dtype=dtype, versions=versions()) | result
-        write_text(path, json.dumps(found) + '\n')
+        try:
+            os.makedirs(folder, exist_ok=True)
+            write_text(path, json.dumps(found) + '\n')
+        except OSError:   # a read-only or full disk; the next run compares again
+            pass

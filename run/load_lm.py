@@ -317,6 +317,10 @@ def load_weights(auto, name, config, remote=False, as_data=False, unused=(), ins
                          f"adapter that was not merged ({', '.join(inside[:3])}), and without them "
                          "it is another model: load it with peft, call merge_and_unload, and save "
                          "that.")
+    leftover = sorted(report['unexpected_keys'])
+    if leftover and not unused:   # the files of an encoder may have a head too
+        print(f"  {len(leftover)} weights in the files of the LM {name} are not in the model of its "
+              f"config.json and are not used, first {ascii(leftover[0])}")
     total = len(dict(model.named_parameters(remove_duplicate=False)))
     if other:
         raise ModelError(f"{len(other)} of the {total} weights of the LM {name!r} have another "

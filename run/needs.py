@@ -117,12 +117,13 @@ def wanted_knobs(k, config, script, systems):
 
 def check_finished(folder, wanted):
     """
-    Print that a finished prerequisite is used. Raises EvalError if its knobs are not `wanted`.
+    Print that a finished prerequisite is used. Raises EvalError if its knobs are not `wanted`; its
+    corpus is checked by refuse_other_corpus.
     """
     result = read_run(folder)
     knobs, best = result['about']['knobs'], result['state']['best']
     other = [knob for knob, v in wanted.items()
-             if knob not in RUN_KNOBS and not is_same_value(knobs.get(knob), v)]
+             if knob not in (*RUN_KNOBS, 'corpus') and not is_same_value(knobs.get(knob), v)]
     if other:
         raise EvalError(f"{folder} was trained with {other[0]}={knobs.get(other[0])!r}, but this "
                         f"run needs {wanted[other[0]]!r}: remove that folder, or give an --out_dir "

@@ -41,7 +41,7 @@ def size_limit(folder, tensors, lm, hub_lm_bytes):
     """
     n_numbers = sum(v.numel() for v in tensors.values())
     for home, _, names in os.walk(lm):
-        n_numbers += sum(os.lstat(os.path.join(home, name)).st_size for name in names)
+        n_numbers += sum(os.path.getsize(os.path.join(home, name)) for name in names)
     if lm and not os.path.isdir(lm):
         n_numbers += hub_lm_bytes()
     return SizeLimit(SLACK + FACTOR * n_numbers, folder)

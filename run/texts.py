@@ -75,11 +75,11 @@ def truncating(tokenizer, keep='start'):
 
 def tokenize(tokenizer, texts, max_len, special=True, keep='start'):
     """
-    Returns the token ids of each text (lists of at most max_len), the number of texts without
-    tokens, and that of truncated texts, of which the start or the end is kept. special=True adds
-    the tokenizer's own special tokens, such as <s>; False is for a text inside a prompt. A text
-    without tokens becomes one end-of-text token, because models read the last token. Raises
-    ModelError if max_len is too small.
+    Returns the token ids of each text (lists of at most max_len), the number of empty texts, and
+    that of truncated texts, of which the start or the end is kept. special=True adds the
+    tokenizer's own special tokens, such as <s>; False is for a text inside a prompt. A text without
+    tokens becomes one end-of-text token, because models read the last token. Raises ModelError if
+    max_len is too small.
     """
     ids, n_long = [], 0
     for piece in _pieces(texts):
@@ -100,7 +100,8 @@ def tokenize(tokenizer, texts, max_len, special=True, keep='start'):
         ids += own
     known = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     filler = next((t for t in known if t is not None and t >= 0), 0)
-    return [list(t) or [filler] for t in ids], sum(not t for t in ids), n_long
+    n_empty = sum(not t or not text.strip() for t, text in zip(ids, texts))
+    return [list(t) or [filler] for t in ids], n_empty, n_long
 
 
 def _pieces(texts):

@@ -483,6 +483,21 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path):
     assert str(CorpusError('The clip \x1b[2J has\tno text.')) == r'The clip \x1b[2J has' '\tno text.'
 
 
+def test_a_class_has_one_unicode_form(tmp_path):
+    source = folder_of_lists(tmp_path / 'TINY', ['joi\u00e9', 'joie\u0301', 'sad'])
+    corpus = open_corpus(source, tmp_path / 'data')
+    assert corpus.meta['labels']['emotion']['names'] == ['joi\u00e9', 'sad']
+
+
+def test_a_text_of_words_is_refused(tmp_path):
+    """ The parts of an id are joined by $_$, which would be wrong between words. """
+    tree = msena()
+    for s in tree.values():
+        s['raw_text'] = [['I', 'loved', 'it'] for _ in s['raw_text']]
+    with pytest.raises(CorpusError, match='is a list, not a text'):
+        converted(tree, tmp_path)
+
+
 def test_float16_is_standardised_and_an_overflow_is_refused(tmp_path):
     tree = msena(n=(70, 3, 2))
     corpus = converted(tree, tmp_path, dtype='float16')

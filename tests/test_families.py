@@ -156,6 +156,11 @@ def test_an_lm_is_compared_once_for_each_dtype(tmp_path, capsys, monkeypatch):
         compare_once(lm, 'an LM', folder)
     assert capsys.readouterr().out == ''
 
+    (tmp_path / 'file').touch()   # a folder that cannot be written: the LM is compared each time
+    for _ in range(2):
+        compare_once(lm, 'an LM', str(tmp_path / 'file' / 'lm_checks'))
+        assert 'largest difference' in capsys.readouterr().out
+
     lm.hf.bfloat16()
     compare_once(lm, 'an LM', folder)
     assert 'in bfloat16' in capsys.readouterr().out

@@ -259,6 +259,17 @@ def test_a_config_that_was_edited_stops_the_run(tmp_path):
         load_lm(folder)
 
 
+def test_weights_that_the_config_leaves_out_are_counted(tmp_path, capsys):
+    """ The config.json of a smaller LM, of which no weight is missing. """
+    folder, _ = saved(tmp_path / 'deep')
+    load_lm(folder)
+    assert 'are not used' not in capsys.readouterr().out
+    edit_json(folder, num_hidden_layers=1)
+    load_lm(folder)
+    assert re.search(r"9 weights in the files of the LM .* are not used, first 'model.layers.1.",
+                     capsys.readouterr().out)
+
+
 def test_one_tensor_of_another_shape_stops_the_run(tmp_path):
     folder, _ = saved(tmp_path / 'lm')
     name = 'model.layers.1.mlp.up_proj.weight'

@@ -19,7 +19,7 @@ from corpora.toy import make_toy
 from corpora.unpickle import CorpusError
 from data import get_batch, open_corpus
 from eval import evaluate_on, evaluate_without, load, load_run
-from fakes import ENV, HERE, TINY, command, train
+from fakes import ENV, HERE, TINY, command, forge, train
 from run.clips import ClipError, Clips, Transferred, read_clips
 from run.finished import EvalError, read_predictions
 from run.folder import find_folder
@@ -229,7 +229,20 @@ def test_a_table_lists_the_modalities_that_a_run_reads(curriculum, corpora):
     assert rows(evaluate_without(whole, ['audio']))[2:] == ['as trained', 'text, audio']
     assert rows(evaluate_without(av, ['vision']))[2:] == ['as trained', 'vision']
     assert rows(evaluate_without(av, []))[2:] == ['as trained', 'nothing']
-    assert rows(evaluate_on(av, str(corpora / 'toy')))[0] == 'av_toy (audio, vision) on'
+    assert rows(evaluate_on(av, str(corpora / 'toy')))[0] == 'av_toy, test'
+
+
+def test_a_run_is_evaluated_on_its_corpus_in_another_folder(curriculum, tmp_path):
+    """ The folder that the run names is not there. """
+    run = tmp_path / 'av'
+    shutil.copytree(curriculum / 'av_toy', run)
+    about = json.loads((run / 'result.json').read_text())['about']
+    shutil.copytree(about['corpus']['folder'], tmp_path / 'moved')
+    forge(run, corpus=about['corpus'] | dict(folder=str(tmp_path / 'gone')))
+    with pytest.raises(EvalError, match='gone .* is not here'):
+        evaluate_without(str(run), ['audio'])
+    trained, again = evaluate_on(str(run), str(tmp_path / 'moved')).splitlines()[2:]
+    assert trained.split('|')[2:] == again.split('|')[2:]
 
 
 def test_a_run_without_standardise_reads_the_text_of_another_corpus_alone(deepmlf, corpora):

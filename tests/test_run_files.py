@@ -27,6 +27,7 @@ from run.errors import ModelError
 from run.finished import EvalError
 from run.folder import (
     load_checkpoint,
+    lock,
     remove_leftovers,
     replacing,
     save_checkpoint,
@@ -36,6 +37,7 @@ from run.folder import (
 from run.frozen_text import frozen_text
 from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json, read_json_lines
 from run.record import refuse_other_moments
+from run.size_limit import FACTOR, SLACK, size_limit
 from tools.figures import clip_number
 
 
@@ -378,6 +380,24 @@ def test_an_lm_on_a_full_disk_is_an_error_of_the_disk(tmp_path):
     with pytest.raises(OSError, match='File too large'), files_of_at_most(5000):
         save_hugging_face(tiny_bert(), str(tmp_path / 'hf'))
     assert not list((tmp_path / 'hf').glob('.tmp*'))
+
+
+@pytest.mark.parametrize('error, free', [(errno.EAGAIN, False), (errno.ENOSYS, True)])
+def test_a_file_system_without_locks_blocks_no_run(error, free, tmp_path, monkeypatch):
+    def lockf(file, kind):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr('run.folder.fcntl.lockf', lockf)
+    assert (lock(str(tmp_path)) is not None) == free
+
+
+def test_the_size_of_an_lm_is_that_of_the_files_that_links_name(tmp_path):
+    """ A snapshot of the hub's cache has only links. """
+    (tmp_path / 'snapshot').mkdir()
+    (tmp_path / 'blob').write_bytes(bytes(3_000_000))
+    os.symlink(tmp_path / 'blob', tmp_path / 'snapshot' / 'model.safetensors')
+    limit = size_limit('run', {}, str(tmp_path / 'snapshot'), None)
+    assert limit.left == SLACK + FACTOR * 3_000_000
 
 
 def test_an_incomplete_checkpoint_is_removed(tmp_path):

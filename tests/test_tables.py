@@ -25,7 +25,8 @@ import data
 import eval as evaluation
 from corpora.convert import convert
 from corpora.describe import describe
-from corpora.tables import seconds_of, split_by_video
+from corpora.splits import split_by_video
+from corpora.tables import seconds_of
 from corpora.torch_files import opened_torch
 from corpora.unpickle import CorpusError
 from data import open_corpus
@@ -328,6 +329,61 @@ def test_a_flag_makes_the_paths_of_frames_from_columns(tmp_path):
     assert np.array_equal(corpus.frames('train', 'audio', 1), frames_of(1))
 
 
+def test_the_split_may_be_a_part_of_the_path_of_frames(tmp_path):
+    """ Three tables number their clips anew, as MELD's do. """
+    for n, split in enumerate(SPLITS):
+        (tmp_path / 'frames' / split).mkdir(parents=True)
+        rows = [dict(id=i, text=f'clip {i}', label=0.5 * i) for i in range(3)]
+        write_table(tmp_path / f'{split}.csv', rows)
+        for i in range(3):
+            np.save(tmp_path / 'frames' / split / f'{i}.npy', frames_of(3 * n + i))
+    one_for_all = str(tmp_path / 'frames' / 'train' / '{id}.npy')
+    assert_refused(tmp_path, tmp_path, 'Clips of the splits train and valid',
+                   'name one file of audio frames', audio=one_for_all)
+    corpus = converted(tmp_path, tmp_path, audio=str(tmp_path / 'frames/{split}/{id}.npy'))
+    for n, split in enumerate(SPLITS):
+        assert np.array_equal(corpus.frames(split, 'audio', 2), frames_of(3 * n + 2))
+
+
+def test_zero_frames_at_the_end_of_a_file_are_frames(tmp_path):
+    """ Also where all files have the same number of frames, as a padded array would. """
+    rows = table_with_audio(tmp_path)
+    for i in range(len(rows)):
+        x = np.ones((9, 3))
+        x[7:] = 0
+        np.save(tmp_path / 'frames' / f'{i}.npy', x)
+    corpus = converted(write_table(tmp_path / 'mine.csv', rows), tmp_path)
+    assert corpus.lengths('train', 'audio').tolist() == [9] * 4
+
+
+def test_a_quote_that_joins_rows_of_a_tsv_is_refused(tmp_path):
+    lines = ['id\ttext\tlabel\tsplit', '1\t"I told him\t-2\ttrain', '2\tto leave\t1\ttrain',
+             '3\tnow."\t2\ttrain', '4\tok\t0\tvalid', '5\tok\t0\ttest']
+    (tmp_path / 'mine.tsv').write_text('\n'.join(lines))
+    assert_refused(tmp_path / 'mine.tsv', tmp_path, 'A cell from line 2', 'holds a tab')
+
+
+def test_dialogues_of_several_videos_are_noted(tmp_path):
+    rows = [row | dict(dialogue_id=i % 2) for i, row in enumerate(clips())]
+    summary = describe(convert(write_table(tmp_path / 'a.csv', rows), tmp_path / 'several'))
+    assert '6 dialogues have clips of several videos, first 0' in summary
+    rows = [row | dict(dialogue_id=row['video_id']) for row in clips()]
+    assert 'dialogues have' not in describe(
+        convert(write_table(tmp_path / 'b.csv', rows), tmp_path / 'one'))
+
+
+def test_a_class_may_be_called_none(tmp_path):
+    rows = [row | dict(annotation=['none', 'happy'][i % 2]) for i, row in enumerate(clips())]
+    corpus = converted(write_table(tmp_path / 'mine.csv', rows), tmp_path)
+    assert corpus.labels['annotation']['names'] == ['happy', 'none']
+
+
+def test_decimal_commas_are_no_classes(tmp_path):
+    rows = [row | dict(label=str(row['label']).replace('.', ',')) for row in clips()]
+    source = write_table(tmp_path / 'mine.csv', rows, ';')
+    assert_refused(source, tmp_path, "'label'", 'decimal commas', 'write them with points')
+
+
 def test_files_of_frames_outside_the_folder_are_read_and_counted(tmp_path):
     rows = table_with_audio(tmp_path / 'mine')
     source = write_table(tmp_path / 'mine' / 'mine.csv', rows)
@@ -344,8 +400,9 @@ def test_files_of_frames_outside_the_folder_are_read_and_counted(tmp_path):
     # a flag is the user's own, and its folder need not be the table's
     os.rename(tmp_path / 'mine' / 'frames', tmp_path / 'frames')
     for i, row in enumerate(rows):
-        np.save(tmp_path / 'frames' / f"{row['clip_id']}.npy", frames_of(i))
-    flag = str(tmp_path / 'frames' / '{clip_id}.npy')
+        name = f"{row['video_id']}_{row['clip_id']}.npy"
+        np.save(tmp_path / 'frames' / name, frames_of(i))
+    flag = str(tmp_path / 'frames' / '{video_id}_{clip_id}.npy')
     assert 'are not in' not in describe(convert(source, tmp_path / 'flag', audio=flag))
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 import data
 import eval as evaluation
 from configurator import declared_knobs, run_knobs
+from corpora.toy import make_toy
 from fakes import (
     ENV,
     HERE,
@@ -538,6 +539,17 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_knobs(corpora, curr
         train(*deepmlf(corpora, curriculum, 'whole'))
     with pytest.raises(SystemExit, match='was trained with n_fusion=8, not 5'):
         train(*deepmlf(corpora, curriculum, 'whole', '--resume=True', '--n_fusion=5'))
+
+
+def test_a_run_resumes_with_its_corpus_in_another_folder(corpora, curriculum, tmp_path, capsys):
+    shutil.copytree(corpora / 'toy', tmp_path / 'moved')
+    flags = deepmlf(corpora, curriculum, 'whole', '--resume=True')
+    with pytest.raises(SystemExit) as done:
+        train(*flags, f'--corpus={tmp_path}/moved')
+    assert not done.value.code and 'already finished' in capsys.readouterr().out
+    make_toy(str(tmp_path / 'other'), n_clips=(60, 16, 24), seed=5)
+    with pytest.raises(SystemExit, match="was trained with corpus='toy', not '.*other'"):
+        train(*flags, f'--corpus={tmp_path}/other')
 
 
 def test_a_checkpoint_with_a_flipped_bit_or_cut_short_is_refused(curriculum, tmp_path):
