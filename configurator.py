@@ -155,7 +155,7 @@ def _refuse_unknown(key, known, where, systems=None):
         return
     owners = [name for name, cls in (systems or {}).items() if key in class_knobs(cls)]
     if owners:
-        _stop(f"{key} {where} is a knob of {', '.join(owners)}, not of this run's system")
+        _stop(f"{key} {where} is a knob of {', '.join(owners)}, not of this run's system: leave it out")
     all_knobs = set(known).union(*(class_knobs(cls) for cls in (systems or {}).values()))
     near = _knobs_meant(key, known) or difflib.get_close_matches(key, sorted(all_knobs), n=1)
     hint = f", did you mean {' or '.join(map(repr, near))}?" if near else (
@@ -379,7 +379,7 @@ def _layers(argv, known):
         if not arg.startswith('-'):
             layers.append((False, f"in {Path(arg)}", _load_settings(arg, known, variant)))
         elif not eq or not arg.startswith('--'):
-            _stop(f"flags look like --key=value, got {arg!r}")
+            _stop(f"flags look like --key=value, got {arg!r}: write {arg}=VALUE")
         else:
             layers.append((True, "on the command line", {key: text}))
     return layers

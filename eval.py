@@ -403,10 +403,10 @@ def main(argv):
     alone = {'clip', 'text'} if {'clip', 'text'} & set(flags) else {'export'} & set(flags)
     unknown = set(flags) - (alone or {'corpus', 'modalities'})
     if unknown or flags and len(folders) > 1:
-        raise EvalError("the flags for one run are --corpus=OTHER, --modalities=text,audio,vision, "
-                        "and alone --clip=FILE, --text=WORDS (or both) or --export=FOLDER; "
-                        "--trust_remote_code=True and --data_dir=FOLDER go with every command "
-                        "(python eval.py --help).")
+        raise EvalError(f"--{min(unknown or flags)} cannot be given here: the flags for one run are "
+                        "--corpus=OTHER, --modalities=text,audio,vision, and alone --clip=FILE, "
+                        "--text=WORDS (or both) or --export=FOLDER; --trust_remote_code=True and "
+                        "--data_dir=FOLDER go with every command (python eval.py --help).")
     only = flags['modalities'].split(',') if 'modalities' in flags else None
     if set(only or ()) - {'text', 'audio', 'vision'}:
         raise EvalError(f"--modalities={flags['modalities']} must list text, audio or vision.")

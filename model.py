@@ -435,8 +435,9 @@ class DeepMLF(System):
         rows = {}
         if 'text' in predictions and k['mm_query'] == 'fusion':
             rows['text only (y_t)'] = 'text', 'text'
-        if 'av' in predictions:
-            rows['audio+video only (y_av)'] = 'av', '' if k['shuffle_streams'] else 'av'
+        streams = [dict(vision='video').get(m, m) for m in cls.streams(k)]
+        if 'av' in predictions and streams and not k['shuffle_streams']:
+            rows[f"{'+'.join(streams)} only (y_av)"] = 'av', 'av'
         return rows
 
 
@@ -713,7 +714,7 @@ class PseudoTokenLM(System):
 
     @classmethod
     def controls(cls, k):
-        if k['readout'] == 'head':
+        if k['readout'] == 'head' or not k['clip_words']:
             return {}
         return {'the LM alone (text)': (dict(adapter=False), cls.bound(k, unread=['audio', 'vision']))}
 

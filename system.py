@@ -62,6 +62,9 @@ class System(nn.Module):
         read or trained.
         """
         errors = ordinal_errors(k) if 'weight_mpr' in k else []
+        if k['lr_min'] > k['lr']:
+            errors += [f"lr_min={k['lr_min']} is above the peak learning rate lr={k['lr']}: lower "
+                       "lr_min"]
         if k['max_steps'] == 0:
             errors += ["max_steps=0 trains nothing: give a number of steps, or -1 for no limit"]
         if k['select'] not in SELECTABLE:
@@ -118,7 +121,7 @@ class System(nn.Module):
         afterwards.
         as_data=True: an untrusted folder names the LM, so no code that comes with the LM is run.
         """
-        raise NotImplementedError(f"{cls.__name__} has no build")
+        raise ModelError(f"{cls.__name__} has no build: define it (docs/fork.md).")
 
     @classmethod
     def assemble(cls, k, facts, text_model, tokenizer):
@@ -126,7 +129,8 @@ class System(nn.Module):
         The model on a text model that is already loaded: a FrozenLM, a TextEncoder or None. build
         calls it after loading; the benchmark calls it with a random text model.
         """
-        raise NotImplementedError(f"{cls.__name__} has no assemble, which the benchmark asks for")
+        raise ModelError(f"{cls.__name__} has no assemble, which the benchmark needs: define it "
+                         "(docs/fork.md).")
 
     def with_levels(self, info):
         """
@@ -192,7 +196,11 @@ class System(nn.Module):
         Sentences for the start of a run about knobs that have less effect than they suggest. labels
         [N]: of the train split; last_epoch: number of the run's last epoch, from 0.
         """
-        return ordinal_notes(k, labels, last_epoch) if 'weight_mpr' in k else []
+        notes = ordinal_notes(k, labels, last_epoch) if 'weight_mpr' in k else []
+        if k['warmup_epochs'] > last_epoch + 1:
+            notes += [f"warmup_epochs={k['warmup_epochs']:g} ends after the last epoch: the learning "
+                      f"rate never gets to lr={k['lr']:g}"]
+        return notes
 
     @classmethod
     def frame_cost(cls, k, n_frames):

@@ -37,6 +37,7 @@ from fakes import (
     PARENT,
     clip_alone,
     command,
+    knobs_of_system,
     random_flags,
     script_knobs,
     tiny_batch,
@@ -248,6 +249,40 @@ def test_training_names_the_unit_of_each_loss_term():
     assert 'diff in a scale of its own; task in squared label units' in units_note(
         ['task', 'diff'], SYSTEMS['misa'].units, score
     )
+
+
+def test_a_learning_rate_that_rises_after_warm_up_is_refused():
+    k = knobs_of_system(SYSTEMS['av'], system='av', lr=1e-6, lr_min=1e-5)
+    assert SYSTEMS['av'].check(k) == [
+        "lr_min=1e-05 is above the peak learning rate lr=1e-06: lower lr_min"]
+    assert SYSTEMS['av'].check(k | dict(lr=1e-5)) == []
+
+
+def test_a_warm_up_that_outlasts_the_run_is_said():
+    k = knobs_of_system(SYSTEMS['av'], system='av', warmup_epochs=3.0, lr=0.01)
+    labels = np.array([-3.0, 3.0])
+    (note,) = SYSTEMS['av'].run_notes(k, labels, last_epoch=1)
+    assert note == (
+        'warmup_epochs=3 ends after the last epoch: the learning rate never gets to lr=0.01')
+    assert SYSTEMS['av'].run_notes(k, labels, last_epoch=2) == []
+
+
+@pytest.mark.parametrize('changes, row', [
+    (dict(), 'audio+video only (y_av)'),
+    (dict(modalities=['audio']), 'audio only (y_av)'),
+    (dict(modalities=[]), None),
+    (dict(shuffle_streams=True), None),
+])
+def test_the_row_of_the_av_head_names_the_streams_that_it_reads(changes, row):
+    k = knobs_of_system(SYSTEMS['deepmlf'], system='deepmlf') | changes
+    rows = SYSTEMS['deepmlf'].readings(k, dict(av=[], text=[]))
+    assert list(rows) == ['text only (y_t)'] + [row] * (row is not None)
+
+
+def test_an_lm_that_reads_no_words_is_no_control():
+    k = knobs_of_system(SYSTEMS['mse'], system='mse')
+    assert list(SYSTEMS['mse'].controls(k)) == ['the LM alone (text)']
+    assert SYSTEMS['mse'].controls(k | dict(clip_words=False)) == {}
 
 
 def test_training_says_that_the_regularisers_are_off_in_the_first_epoch():
@@ -766,11 +801,11 @@ def test_a_run_has_the_common_knobs_and_those_of_its_system():
 
 
 def test_a_knob_of_another_system_names_its_owner(tmp_path):
-    sentence = "turns on the command line is a knob of other, not of this run's system"
+    sentence = "turns on the command line is a knob of other, not of this run's system: leave it out"
     assert refusal('--turns=4') == f"config: {sentence}"
     assert 'a knob of wide, deep, not of' in refusal('--system=other', '--width=4')
     path = config_file(tmp_path, "turns = 4")
-    assert refusal(path) == f"config: turns in {path} is a knob of other, not of this run's system"
+    assert refusal(path) == f"config: turns in {path} is a knob of other, not of this run's system: leave it out"
     assert "unknown key 'turn' on the command line, did you mean 'turns'?" in refusal('--turn=4')
     with pytest.raises(
         SystemExit, match="mse_width on the command line is a knob of mse, not of this run's system"

@@ -70,6 +70,8 @@ def _kind_of_text(head):
     if re.match(rb'\s*\{\s*"', line):
         return ("is JSON; a file with one object a line is read as a table if its name ends in "
                 ".jsonl")
+    if re.match(rb'[#<!/]', line):   # no pickle begins so
+        return "is a text file; give a pickle, or a table (.csv, .tsv, .jsonl)"
     names = re.split(rb'[,;\t]', line)
     if len(names) >= 2 and all(re.fullmatch(rb'"?[\w .-]*"?', n) for n in names):
         columns = ', '.join(n.decode('ascii', 'replace').strip('"') for n in names[:6])

@@ -167,7 +167,8 @@ def read_clip_rows(path):
     except Exception as e:   # damaged bytes raise errors of many classes
         reason = ' '.join(str(getattr(e, 'strerror', None) or e or type(e).__name__).split())[:200]
         raise ClipError(f"{one_line(path)} cannot be read ({one_line(reason)}): check the path, and "
-                        "write it again as in run/clips.py.") from None
+                        "write it again (run/clips.py says how): np.savez(FILE, text=.., audio=.., "
+                        "vision=..), or a line of JSON for each clip.") from None
     raise ClipError(f"{one_line(path)} is neither a .npz nor a .jsonl file: save the clip as one of "
                     "these.")
 

@@ -35,6 +35,8 @@ class EvalError(Exception):
 # other values of these.
 RUN_KNOBS = frozenset('''needs out_dir data_dir device dtype resume fresh log_interval save_interval
     patience shard_lm deterministic'''.split())
+# Those of them that change results, so that runs that differ in them are no seeds of one experiment
+RESULT_KNOBS = frozenset(['dtype', 'patience'])
 
 # The bounds of a corpus, in the report's order: what an optimal predictor with these inputs reaches
 MAJORITY, TEXT, AV, LATE_FUSION, FULL = BOUNDS = 'majority text av late full'.split()
@@ -76,9 +78,12 @@ def read_run(folder):
             raise EvalError(f"{folder} is of the system {name!r}, which is not in SYSTEMS: check "
                             "out the version that has it.")
         known, allowed = known_knobs(os.path.join(ROOT, 'train.py'), SYSTEMS, name)
-        if missing := sorted(set(known) - set(about['knobs'])):
-            raise EvalError(f"{folder} was written by another version, which had no knob "
-                            f"{missing[0]}: check out {about['commit']} to read it.")
+        for what, knobs in (('no', set(known) - set(about['knobs'])),
+                            ('the', set(about['knobs']) - set(known))):
+            if knobs:
+                raise EvalError(f"{folder} was written by another version, which had {what} knob "
+                                f"{min(knobs)}: check out {about['commit']} to read it, or train "
+                                "it again with --fresh=True.")
         check_knobs(about['knobs'], known, allowed, f"in {folder}")
         errors = SYSTEMS[name].check(about['knobs'])
         check_seal(written)
@@ -140,8 +145,14 @@ def read_run_json(folder, file):
         home = os.path.dirname(folder) or '.'
         others = sorted(os.listdir(home)) if os.path.isdir(home) else []
         near = difflib.get_close_matches(os.path.basename(folder), others, n=1)
+        near = [name for name in others if name.startswith(os.path.basename(folder))][:1] or near
         hint = f": did you mean {os.path.join(home, near[0])}?" if near else "."
+        if os.path.exists(folder):
+            raise EvalError(f"{folder} is a file: give the folder of a run.")
         raise EvalError(f"there is no folder {folder}{hint}")
+    if not os.path.lexists(path) and not os.path.lexists(os.path.join(folder, 'config.json')):
+        raise EvalError(f"{folder} is no folder of a run (no {file} and no config.json): give one "
+                        "that train.py wrote, such as out/NAME.")
     if not os.path.lexists(path):
         raise EvalError(f"{folder} holds no finished run (no {file}): train it to the end, with "
                         "--resume=True if it was interrupted.")
@@ -217,18 +228,20 @@ def log_and_crc(folder, written=None):
 
 def experiment_of(r):
     """
-    (name, knobs as text) of a run, equal for runs that differ in the seed and in RUN_KNOBS alone.
-    The names of prerequisite runs hold the seed too; it is cut out of them.
+    (name, knobs as text) of a run, equal for runs that differ in the seed alone and in RUN_KNOBS
+    that change no result. dtype='auto' counts as the dtype that the run took. The names of
+    prerequisite runs hold the seed too; it is cut out of them.
     """
     knobs = {}
-    for knob, v in r['about']['knobs'].items():
-        if knob not in RUN_KNOBS | {'seed'}:
+    free = RUN_KNOBS - RESULT_KNOBS | {'seed'}
+    for knob, v in (r['about']['knobs'] | dict(dtype=r['about']['dtype'])).items():
+        if knob not in free:
             knobs[knob] = re.sub(r'-seed\d+', '', str(v))
     return r['about']['name'], json.dumps(knobs, sort_keys=True)
 
 
 def check_same_experiment(folders):
-    """ Raises EvalError unless these runs differ in the seed, and perhaps in RUN_KNOBS. """
+    """ Raises EvalError unless these runs are seeds of one experiment (experiment_of). """
     results = [read_run(folder) for folder in folders]
     if len({experiment_of(r) for r in results}) > 1:
         raise EvalError("these runs differ in more than the seed: give runs of one experiment.")

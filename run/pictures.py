@@ -114,7 +114,8 @@ def draw_band(ax, x, runs, label=None, color=None):
     """
     n = min(map(len, runs))
     y = np.array([run[:n] for run in runs])  # [runs,n]
-    line, = ax.plot(x[:n], y.mean(0), label=label, color=color)
+    marker = 'o' if n == 1 else None   # a line of one point is invisible
+    line, = ax.plot(x[:n], y.mean(0), label=label, color=color, marker=marker, ms=4)
     if len(y) == 1:
         return
     mean, std = y.mean(0), y.std(0, ddof=1)  # [n] each

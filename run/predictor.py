@@ -291,7 +291,8 @@ def interval_of(run, score, prob):
     if prob is None:
         mae = run.result['test']['mae']
         return dict(interval=(score - mae, score + mae),
-                    interval_is="the score plus and minus the run's test MAE")
+                    interval_is="the score plus and minus the run's test MAE, which is that of "
+                                "complete clips")
     # prob is over the labels that the prompt allows, in ascending order
     return dict(interval=central_interval(prob, run.values), interval_is='80 % of the probability')
 

@@ -84,7 +84,8 @@ def prerequisite_runs(folder, about):
         except (EvalError, ModelError):   # the knob names no run, or the run is not there
             continue
         cls = SYSTEMS[r['about']['knobs']['system']]
-        if cls.predicts and is_same_corpus(r['about']['corpus'], about['corpus']):
+        same_label = r['about']['knobs'].get('label') == k['label']
+        if cls.predicts and same_label and is_same_corpus(r['about']['corpus'], about['corpus']):
             runs[PART.get(cls.bound(r['about']['knobs']), r['about']['name'])] = r
     return runs
 
@@ -140,8 +141,8 @@ def distance_to_bounds(name, best, reached, ceilings):
     closed = (late - reached) / (late - full)
     if closed > 0:
         return (f"{name} ({best} {reached:.3f}) closes {100 * closed:.0f} % of the gap between the "
-                f"late-fusion bound ({late:.3f}) and the best possible {best} ({full:.3f}). "
-                "tools/adding.py tests whether that is more than chance.")
+                f"late-fusion bound ({late:.3f}) and the best possible {best} ({full:.3f})."
+                + (" tools/adding.py tests whether that is more than chance." * (best == 'mae')))
     return (f"{name} ({best} {reached:.3f}) does not pass the late-fusion bound ({late:.3f}), so "
             "this run does not show that it fuses the modalities.")
 

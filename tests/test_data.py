@@ -1629,6 +1629,47 @@ def test_the_late_fusion_bound_equals_that_of_a_linear_programme():
     assert toy.toy_ceilings()['late']['mae'] == pytest.approx(exact, abs=1e-6)
 
 
+def test_the_late_fusion_bound_of_the_emotions_equals_that_of_a_mixed_integer_programme():
+    """
+    z[t, av, c] = 1 where the rule answers c, so f_c(t) + g_c(av) is the highest sum by 1 or more.
+    Scores lie within 50; without a limit of 50 the bound is the same.
+    """
+    optimize = pytest.importorskip('scipy.optimize')
+    rows = toy.toy_table()
+    t, av, c = (rows[:, i].astype(int) for i in (0, 1, 3))  # [n] each
+    count = np.zeros((5, 9, 5))
+    np.add.at(count, (t, av, c), 1)
+    n_scores, n_all = (5 + 9) * 5, (5 + 9) * 5 + count.size
+    high, limits, lows = 50, [], []
+    for i, j, k in np.ndindex(count.shape):
+        z = n_scores + np.ravel_multi_index((i, j, k), count.shape)
+        for other in set(range(5)) - {k}:
+            row = np.zeros(n_all)
+            row[[5 * i + k, 25 + 5 * j + k]] += 1
+            row[[5 * i + other, 25 + 5 * j + other]] -= 1
+            row[z] = -(4 * high + 1)
+            limits.append(row)
+            lows.append(1 - (4 * high + 1))
+    for i, j in np.ndindex(count.shape[:2]):
+        row = np.zeros(n_all)
+        first = n_scores + np.ravel_multi_index((i, j, 0), count.shape)
+        row[first:first + 5] = 1
+        limits.append(row)
+        lows.append(1)
+    is_z = np.arange(n_all) >= n_scores
+    best = optimize.milp(
+        np.r_[np.zeros(n_scores), -count.ravel()],
+        integrality=is_z,
+        bounds=optimize.Bounds(np.where(is_z, 0, -high), np.where(is_z, 1, high)),
+        constraints=[
+            optimize.LinearConstraint(np.array(limits), lows),
+            optimize.LinearConstraint(np.array(limits[-45:]), -np.inf, 1),
+        ],
+    )
+    assert best.status == 0
+    assert toy.toy_ceilings()['late']['acc'] == pytest.approx(-best.fun / len(rows), abs=1e-9)
+
+
 def test_the_toy_corpus_is_seeded_and_converted_as_an_msena_file(tmp_path):
     a, b = (
         toy.make_toy(str(tmp_path / name), n_clips=(50, 10, 10)) or data.Corpus(tmp_path / name)

@@ -23,6 +23,7 @@ from fakes import ENV, HERE, command, forge, same_run, train
 from losses import l1, mse
 from model import SYSTEMS
 from run.errors import ModelError
+from run.finished import experiment_of
 from run.folder import lock
 from system import System, checked_loss, checked_prediction
 
@@ -365,6 +366,45 @@ def test_two_runs_of_one_seed_are_no_two_seeds(curriculum, tmp_path):
         for pair in ([whole, again], [whole, whole]):
             with pytest.raises(SystemExit, match=same):
                 command(script, *pair)
+
+
+def test_runs_of_another_patience_or_dtype_are_another_experiment(curriculum):
+    r = evaluation.read_run(str(curriculum / 'av_toy'))
+    for changes, same in ((dict(log_interval=7), True), (dict(dtype='float32'), True),
+                          (dict(patience=7), False), (dict(label='emotion'), False)):
+        other = r | dict(about=r['about'] | dict(knobs=r['about']['knobs'] | changes))
+        assert (experiment_of(other) == experiment_of(r)) == same, changes
+    other = r | dict(about=r['about'] | dict(dtype='bfloat16'))
+    assert experiment_of(other) != experiment_of(r)
+
+
+def test_a_folder_that_is_no_run_is_said_to_be_none(curriculum, tmp_path):
+    (tmp_path / 'docs').mkdir()
+    whole = str(curriculum / 'whole')
+    for argv, sentence in (
+            ([tmp_path / 'docs'], 'docs is no folder of a run'),
+            ([f'{whole}/best.safetensors'], 'best.safetensors is a file: give the folder of a run'),
+            ([f'{curriculum}/who'], r'no folder .*/who: did you mean .*/whole\?'),
+            ([whole, '--split=dev'], '--split cannot be given here'),
+            ([whole, f'{curriculum}/av_toy', '--corpus=toy'], '--corpus cannot be given here')):
+        with pytest.raises(SystemExit, match=sentence):
+            command('eval.py', *argv)
+    with pytest.raises(SystemExit, match='lm_toy was not tested on the scores of the toy corpus'):
+        command('tools/adding.py', curriculum / 'lm_toy')
+
+
+def test_what_damage_costs_has_one_sign(curriculum, monkeypatch, capsys):
+    """ A higher MAE and a lower F1 are both a loss. """
+    from tools import damage
+    monkeypatch.setattr(damage, 'check_same_experiment', lambda folders: None)
+    for info, by, worse in ((dict(kind='regression', range=[-3, 3]), 'mae', 2.0),
+                            (dict(kind='classes', names=['a', 'b']), 'wf1', 0.0)):
+        about = dict(name='a_run')
+        monkeypatch.setattr(damage, 'read_run', lambda folder, i=info: dict(about=about, info=i))
+        found = {damage.WHOLE: {by: 1.0}, 'broken': {by: worse}}
+        monkeypatch.setattr(damage, 'damaged', lambda folder, f=found: f)
+        damage.main(['a'])
+        assert '| +1.000' in capsys.readouterr().out
 
 
 def test_a_comparison_prints_a_dash_for_a_metric_that_a_run_lacks(curriculum, tmp_path):

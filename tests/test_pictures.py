@@ -13,6 +13,7 @@ import torch
 
 from fakes import LetterTokenizer
 from run import pictures
+from run.finished import EvalError
 from tools import architecture, figures
 
 CEILINGS = dict(majority=1.167, text=1.059, av=1.038, late=0.81, full=0.368)
@@ -32,8 +33,9 @@ def log(shift=0.0):
     lines = []
     for epoch in (1, 2):
         gates = {'2': [0.5, 0.5 + shift], '4': [0.4, 0.6]}
-        lines.append(dict(epoch=epoch, train={k: v / epoch for k, v in terms.items()}, gates=gates))
-        lines.append(dict(epoch=epoch, valid=dict(mae=1 / epoch + shift), best=True))
+        at = dict(step=10 * epoch, epoch=epoch)
+        lines.append(dict(**at, train={k: v / epoch for k, v in terms.items()}, gates=gates))
+        lines.append(dict(**at, valid=dict(mae=1 / epoch + shift), best=True))
     return lines
 
 
@@ -62,6 +64,19 @@ def test_a_learning_curve_is_titled_by_run_system_corpus_and_seed(drawn):
     assert all(ax.get_xlabel() == 'epoch' and ax.get_ylabel() for ax in fig.axes)
     assert fig.axes[-1].get_legend().get_texts()[0].get_text() == 'mean and std of n = 2'
     assert fig.axes[-1].collections   # the band
+
+
+def test_a_curve_of_one_point_is_visible(drawn):
+    fig = curve(drawn, (result(), log()[:2]))
+    assert all(line.get_marker() == 'o' for ax in fig.axes[:-1] for line in ax.lines)
+    assert all(line.get_marker() == 'None' for line in curve(drawn, (result(), log())).axes[0].lines)
+
+
+def test_runs_that_logged_at_other_steps_have_no_mean():
+    lines = [e for e in log() if 'train' in e]
+    figures.refuse_other_steps([lines, lines[:1]])
+    with pytest.raises(EvalError, match='logged at different steps'):
+        figures.refuse_other_steps([lines, lines[1:]])
 
 
 def test_loss_terms_share_a_panel_only_where_they_have_one_unit(drawn):
@@ -111,6 +126,17 @@ def test_a_sweep_over_numbers_is_a_line_with_error_bars(drawn, tmp_path):
     (container,) = ax.containers
     assert list(container.lines[0].get_xdata()) == [1, 8, 20] and container.has_yerr
     assert ax.get_xlabel() == 'n_f' and ax.get_ylabel() == 'test mae (lower is better)'
+
+
+def test_a_sweep_of_one_seed_has_no_error_bars(drawn, tmp_path):
+    path = tmp_path / 'one.json'
+    rows = [dict(label=label, test=[dict(mae=1.0)]) for label in ('whole', '5 tokens')]
+    path.write_text(json.dumps(dict(title='A table', rows=rows)))
+    figures.draw_sweep(str(path))
+    assert drawn[-1].get_suptitle() == 'A table\none seed'
+    for container in drawn[-1].axes[0].containers:
+        for bars in getattr(container, 'lines', ((), (), ()))[2]:
+            assert not any(len(segment) for segment in bars.get_segments())
 
 
 def test_a_sweep_over_names_is_bars_with_error_bars(drawn, tmp_path):

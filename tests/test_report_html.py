@@ -16,6 +16,7 @@ from data import Corpus
 from fakes import command, knobs_of_system
 from metrics import bootstrap, regression_metrics, task_metrics
 from model import SYSTEMS, PromptTuning
+from run import report
 from run.pictures import answer_values, calibration_picture, draw_confusion, drawn
 from run.report import comparison
 from run.report_html import html_report, metric_table, probability_text, worst_clips
@@ -224,6 +225,20 @@ def test_a_run_is_compared_with_the_bound_of_what_it_reads(cls, changes, best, l
     assert rows[-1][0] == 'a_run' and rows[-1][-1] == best
     assert ('late-fusion bound' in [row[0] for row in rows]) == late
     assert any('late-fusion bound' in note for note in notes) == late
+
+
+def test_a_prerequisite_of_another_label_has_no_row(monkeypatch):
+    def read_run(folder):
+        k = knobs_of_system(SYSTEMS['av'], system='av', label=folder)
+        return dict(about=dict(name='an_av', knobs=k, corpus='toy'))
+
+    monkeypatch.setattr(report, 'find_folder', lambda name, *places: name)
+    monkeypatch.setattr(report, 'read_run', read_run)
+    monkeypatch.setattr(report, 'is_same_corpus', lambda a, b: True)
+    k = knobs_of_system(SYSTEMS['deepmlf'], system='deepmlf', av_init='run', out_dir='out', label='label')
+    for trained_on, rows in (('label', ['audio+video only']), ('label_A', [])):
+        about = dict(name='a_run', corpus='toy', knobs=k | dict(av_from=trained_on, lm=trained_on))
+        assert list(report.prerequisite_runs('out', about)) == rows
 
 
 # --------------------------------------------------------------------------------------------------

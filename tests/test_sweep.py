@@ -246,10 +246,10 @@ def test_a_flag_is_passed_to_the_rows_whose_system_has_the_knob():
 TINY_SWEEP = """
 name = 'Tiny'
 config = 'config/crosssent_toy.py'
-short = dict(max_steps=2)
+short = dict(max_steps=2, epochs=3)
 tables = {'1': dict(title='one', note='', rows=[
     ('whole', {}, '.5'),
-    ('layer 9', dict(gmra_layer=9), ''),
+    ('layer 9', dict(gmra_layer=9, epochs=2), ''),
     ('no video at test', dict(at_test=dict(modalities=['audio'])), '')]),
   '2': dict(title='two', paired=False, columns=('jump2',), rows=[
     ('whole', {}, '.5'),
@@ -272,6 +272,7 @@ def test_a_sweep_skips_finished_runs_and_reports_failures(corpora, tmp_path, cap
     written = (out / 'tiny-1.md').read_text()
     for part in ('| whole', '| no video at test', 'failed', 'layer 9 failed: '):
         assert part in written
+    assert 'each run has `--max_steps=2 ' in written and '--epochs' not in written.split('|')[0]
     saved = json.loads((out / 'tiny-1.json').read_text())['rows']
     assert [len(r['test']) for r in saved] == [2, 0, 2]
     assert saved[0]['test'][0] != saved[2]['test'][0] and saved[0]['paper'] == '.5'
@@ -342,6 +343,7 @@ def test_ctrl_c_while_a_sweep_converts_its_corpus_gives_a_sentence(tmp_path, mon
     (['--table=4', '--seed=1'], 'itself sets'),
     (['--table=4', '--config=config/crosssent_mosi.py'], 'sized for the toy corpus: .*or take 4-mosei'),
     (['--table=figure3', '--n_fusion=8'], 'changes n_fusion itself: leave --n_fusion out'),
+    (['--tabel=4'], '--tabel needs a table: give --table=N, one of 2, 2-mosi'),
     (['--table=77'], "has no table '77': choose one of 2, 2-mosi"),
     (['--table=4', '-seeds=3'], '-seeds=3 is no flag: write --seeds=VALUE'),
     (['--table=4', '--seeds=x'], 'whole numbers'),

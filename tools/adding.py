@@ -32,22 +32,24 @@ def adding(folders):
 
     errors = []
     for folder in folders:
-        p = read_predictions(folder)[1]
-        on_toy = read_run(folder)['about']['corpus']['name'] == 'toy'
-        if not on_toy or 'pred' not in p or not np.array_equal(p['label'], y):
+        r = read_run(folder)
+        reads_scores = r['about']['corpus']['name'] == 'toy' and 'mae' in r['test']
+        p = read_predictions(folder)[1] if reads_scores else {}
+        if 'pred' not in p or not np.array_equal(p['label'], y):
             raise EvalError(f"{folder} was not tested on the scores of the toy corpus: choose a "
                             "run that was.")
         errors.append(np.abs(p['pred'] - y))  # [N]
     gap = np.mean(errors, 0) - bound  # [N]
     mean, error = gap.mean(), gap.std(ddof=1) / len(gap) ** 0.5
     verdict = "better" if mean < -2 * error else "not better"
-    return (f"mae {np.mean(errors):.3f} (n={len(folders)}), late-fusion bound {bound.mean():.3f}, "
+    return (f"mae {np.mean(errors):.3f} (n={len(folders)}), late-fusion bound on these "
+            f"clips {bound.mean():.3f}, "
             f"difference {mean:+.3f} +- {error:.3f} (one standard error): "
             f"{verdict} than late fusion can be")
 
 
 if __name__ == '__main__':
-    folders = [a.rstrip('/') for a in sys.argv[1:]]
+    folders = [a.rstrip('/') for a in sys.argv[1:] if a not in ('-h', '--help')]
     try:
         print(adding(folders) if folders else __doc__)
     except (EvalError, ModelError) as e:

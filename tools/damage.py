@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 
 from data import STREAMS, CorpusError, epoch_order
 from eval import load_run_and_feed, take_permissions
-from metrics import SHOWN, markdown_table, mean_std_n, score_by, task_metrics
+from metrics import BETTER, SHOWN, markdown_table, mean_std_n, score_by, task_metrics
 from run.errors import ModelError
 from run.finished import EvalError, check_same_experiment, read_run
 
@@ -144,6 +144,7 @@ def main(argv):
     rows = []
     for name in runs[0]:
         lost = np.mean([run[name][by] - run[WHOLE][by] for run in runs])
+        lost = lost if BETTER[by] == 'lower' else -lost
         means = [mean_std_n([run[name][k] for run in runs]) for k in keys]
         rows.append([name, *means, f"{lost:+.3f}"])
     print(markdown_table([f"{first['about']['name']}, test", *keys, f'{by} lost'], rows))

@@ -75,7 +75,17 @@ def draw_file(out, name, draw, *arguments):
 def curves(folders, out):
     """ Draws the learning curve of a run, or of several that differ in the seed. """
     runs = [(read_run(folder), read_log(folder)) for folder in folders]
+    for kind in ('train', 'valid'):
+        refuse_other_steps([[e for e in log if kind in e] for _, log in runs])
     draw_file(out, 'curves', learning_curve, runs)
+
+
+def refuse_other_steps(logs):
+    """ Raises EvalError if runs logged at other steps, as their mean would be of no step. """
+    n = min(map(len, logs))
+    if any([e['step'] for e in log[:n]] != [e['step'] for e in logs[0][:n]] for log in logs):
+        raise EvalError("these runs logged at different steps: draw runs of one --log_interval, and "
+                        "one number of processes.")
 
 
 def title_of(folders):
@@ -95,6 +105,7 @@ def gates(folders, out):
     logs = [[e for e in read_log(folder) if e.get('gates')] for folder in folders]
     if not all(logs):
         return
+    refuse_other_steps(logs)
     epochs, blocks = [e['epoch'] for e in logs[0]], logs[0][0]['gates']
     names = gate_names(len(next(iter(blocks.values()))))
     values = [v for log in logs for e in log for block in e['gates'].values() for v in block]
@@ -144,7 +155,8 @@ def draw_sweep(path):
                         "the sweep again, which trains only what is missing.") from None
     y = [[metrics[by] for metrics in r['test']] for r in rows]
     means = [np.mean(values) for values in y]
-    stds = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in y]
+    # a single value has no deviation, and no error bar is drawn for NaN
+    stds = [np.std(values, ddof=1) if len(values) > 1 else np.nan for values in y]
     labels = [r['label'] for r in rows]
     ns = sorted(set(map(len, y)))
     n = f"n = {ns[0]}" if len(ns) == 1 else f"n = {ns[0]} to {ns[-1]}"
@@ -166,7 +178,7 @@ def draw_sweep(path):
         ax.set_yticks(at, labels, parse_math=False)
         ax.invert_yaxis()
         ax.set(xlabel=score)
-    set_title(fig, f"{sweep['title']}\nmean and std, {n}")
+    set_title(fig, f"{sweep['title']}\n{'one seed' if ns == [1] else f'mean and std, {n}'}")
     save(fig, os.path.dirname(path) or '.', Path(path).stem)
 
 

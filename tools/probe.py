@@ -234,7 +234,8 @@ def probe(k, runs=()):
             f'MLP, {place}': [mlp(x, task.y, task.kind, task.loss, s)['test'] for s in SEEDS]}
     measured = task.metrics(out['test'], 'test')
     keys = [key for key in SHOWN + ['macro_f1'] if key in measured]
-    keys += [key for key in measured if key.startswith('f1_') and key not in keys]   # of each class
+    if task.kind == 'classes':
+        keys += [key for key in measured if key.startswith('f1_')]   # of each class
     rows = []
     for name, found in outs.items():
         scores = [task.metrics(o, 'test') for o in found]

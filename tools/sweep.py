@@ -48,7 +48,7 @@ from configurator import declared_knobs, parse_flags, run_knobs
 from data import CorpusError, open_corpus
 from model import SYSTEMS
 from run.errors import ModelError
-from run.finished import RUN_KNOBS, EvalError, read_run
+from run.finished import RESULT_KNOBS, RUN_KNOBS, EvalError, read_run
 from run.folder import lock
 from tools.sweep_table import at_test, best_row, write_table
 
@@ -57,7 +57,7 @@ FLAGS = dict(table='', seeds='5', jobs='', config='', out='out/sweeps')
 # knobs that the sweep itself sets for each run
 OWN = {'seed', 'out_dir', 'resume', 'fresh', 'needs'}
 # knobs in which a finished run may differ from the one that is asked for
-FREE = RUN_KNOBS | OWN
+FREE = RUN_KNOBS - RESULT_KNOBS | OWN
 # the knobs of every run, whatever its system
 COMMON, ANNOTATIONS = declared_knobs(os.path.join(ROOT, 'train.py'))
 
@@ -331,6 +331,9 @@ def main(argv):
     sweep = read_sweep(files[0])
     tables = sweep['tables']
     if own['table'] not in tables:
+        if flags:
+            raise EvalError(f"--{next(iter(flags))} needs a table: give --table=N, one of "
+                            f"{', '.join(tables)}.")
         if own['table']:
             raise EvalError(f"{files[0]} has no table {own['table']!r}: "
                             f"choose one of {', '.join(tables)}.")
@@ -387,8 +390,10 @@ def main(argv):
     if source != 'toy':
         name.insert(1, corpus)
     where = os.path.join(own['out'], '-'.join(name))
+    of_rows = {k for _, changes, _ in t['rows'] for k in changes}
+    common = {k: v for k, v in short.items() if k not in of_rows} | flags
     heading = dict(title=f"{sweep['name']}, {t['title']}", command=argv, note=t.get('note', ''),
-                   common=' '.join(as_flags(short | flags)))
+                   common=' '.join(as_flags(common)))
     options = ('neighbours', 'relative', 'columns', 'paired')
     heading['options'] = {key: (sweep | t)[key] for key in options if key in sweep | t}
     page = write_table([rows[label] for label, *_ in t['rows']], paper, heading, where)
