@@ -259,8 +259,8 @@ class MMBlock(nn.Module):
     norm_offset: 1 if they multiply by 1 + weight, else 0.
     """
     def __init__(self, D, d, norms, lm_ffw, n_heads, query='fusion', gate='sigmoid',
-                 ffw='full', ffw_init='lm', lora_rank=512, lora_alpha=8192, lora_dropout=0.05,
-                 dropout=0.1, norm_offset=0):
+                 ffw='full', ffw_init='lm', lora_rank=None, lora_alpha=None, lora_dropout=0.0,
+                 dropout=0.0, norm_offset=0):
         super().__init__()
         self.query = query
         self.gate = gate
@@ -405,7 +405,7 @@ def sinusoid(n, d, device=None):
 class EncoderLayer(nn.Module):
     """ A pre-norm Transformer encoder layer (DeepMLF eqs. 1-2): self-attention, then a GELU FFW of
     width 4d. """
-    def __init__(self, d, n_heads, dropout=0.1):
+    def __init__(self, d, n_heads, dropout=0.0):
         super().__init__()
         self.n_heads = n_heads
         self.dropout = dropout
@@ -444,7 +444,7 @@ class AVEncoder(nn.Module):
     in the release and not in the paper: without it, the output of a pre-norm stack has no fixed
     scale.
     """
-    def __init__(self, widths, d, n_layers, n_heads, av_len=50, dropout=0.1, seqaug_rate=0.2):
+    def __init__(self, widths, d, n_layers, n_heads, av_len, dropout=0.0, seqaug_rate=0.0):
         super().__init__()
         if not widths:
             raise ValueError("the AV encoder needs audio or vision, and this corpus has neither: "
@@ -531,8 +531,8 @@ class MSEAdapter(nn.Module):
     encoder.
     Ablations: tgm=False adds t and the v_s instead. msf=False skips Multi-Scale-Fusion.
     """
-    def __init__(self, widths, D, n_pseudo, d, lstm_widths=dict(audio=64, vision=32),
-                 scales=(8, 32, 16), projection='released', embed_rms=1.0, tgm=True, msf=True):
+    def __init__(self, widths, D, n_pseudo, d, lstm_widths, scales, projection='released',
+                 embed_rms=1.0, tgm=True, msf=True):
         super().__init__()
         if not widths:
             raise ValueError("MSE-Adapter needs audio or vision, and this corpus has neither: "
@@ -588,7 +588,7 @@ class Align(nn.Module):
     time step, then dropout. lstm: 'bi', 'one-way' (the paper's ablation) or 'off' (h_t is the frame
     itself).
     """
-    def __init__(self, width, d, lstm='bi', dropout=0.1, recompute=False):
+    def __init__(self, width, d, lstm='bi', dropout=0.0, recompute=False):
         super().__init__()
         hidden = d // 2 if lstm == 'bi' else d
         self.ahead = nn.LSTM(width, hidden, batch_first=True) if lstm != 'off' else None
@@ -617,7 +617,7 @@ class DirectedAttention(nn.Module):
     'learned' weighting. (The pooling is not legible in the scan of the paper.) attend=False is
     the ablation "no CMPT adapter": the token is X itself, pooled.
     """
-    def __init__(self, d, n_heads, pool='mean', dropout=0.1, attend=True, recompute=False):
+    def __init__(self, d, n_heads, pool='mean', dropout=0.0, attend=True, recompute=False):
         super().__init__()
         check_heads(n_heads, d, 'cmpta_heads', 'cmpta_width=')
         self.n_heads = n_heads
@@ -680,8 +680,8 @@ class CMPTA(nn.Module):
     tokens of its directions are replaced by learned ones.
     recompute: the backward pass computes the LSTMs and the attention again, which saves memory.
     """
-    def __init__(self, widths, D, n_pseudo, d, n_heads, n_layers=1, align='bi', align_text=True,
-                 attend=True, pool='mean', dropout=0.1, projection='released', embed_rms=1.0,
+    def __init__(self, widths, D, n_pseudo, d, n_heads, n_layers, align='bi', align_text=True,
+                 attend=True, pool='mean', dropout=0.0, projection='released', embed_rms=1.0,
                  recompute=False):
         super().__init__()
         if not widths:
@@ -837,8 +837,8 @@ class GMRA(nn.Module):
     not to H_t.
     With d = D = 768, mult=4 and 17 features per stream it has 8.89 M weights, as in Table 4.
     """
-    def __init__(self, widths, D, d, n_heads, mult=4.0, concat='sequence', start='identity',
-                 dropout=0.1):
+    def __init__(self, widths, D, d, n_heads, mult, concat='sequence', start='identity',
+                 dropout=0.0):
         super().__init__()
         check_heads(n_heads, d, 'gmra_heads', 'gmra_width=')
         self.n_heads = n_heads

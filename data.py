@@ -86,8 +86,9 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
       text_mask [B,T]; text_rows [U], the flat positions of the real tokens; and targets [n],
       those whose next token is predicted;
     - for each stream of the corpus, such as audio: audio [B,S,d], audio_len [B], audio_mask [B,S],
-      standardised by the mean and std of train. A stream that is not in `modalities` has length 0 in all clips. With
-      `stream_index` [B], streams come from those clips, and text and label from `index`.
+      standardised by the mean and std of train. A stream that is not in `modalities` has length 0
+      in all clips. With `stream_index` [B], streams come from those clips, and text and label from
+      `index`.
     """
     if unknown := set(modalities) - set(STREAMS):
         raise CorpusError(f"modalities takes audio and vision, not {', '.join(map(str, unknown))}.")

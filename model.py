@@ -282,7 +282,7 @@ class DeepMLF(System):
         with torch.device('meta'):
             try:
                 lm = cut_to_depth(known_lm(hf), k['lm_depth'])
-                cls(lm, AVEncoder({'audio': 1}, k['av_width'], 1, k['av_heads']), k)
+                cls(lm, build_av_encoder(k | dict(av_layers=1), {'audio': 1}), k)
             except ValueError as e:
                 raise ModelError(str(e)) from None
 

@@ -96,13 +96,13 @@ def test_mm_ffw_starts_as_the_lms_own(family, ffw):
     """
     lm = FrozenLM(tiny_lm(family))
     block = MMBlock(
-        32, 12, lm.norms_of_ffw(1), lm.ffw(1), 4, ffw=ffw, dropout=0.0, lora_dropout=0.0
+        32, 12, lm.norms_of_ffw(1), lm.ffw(1), 4, ffw=ffw, lora_rank=8, lora_alpha=16
     )
     x = torch.randn(2, 5, 32)
     wanted = lm.part(1, 'ffw')(lm.part(1, 'norm_2')(x))
     ours = block.ffw(block.norm_2(x), lm.ffw(1))
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
-    fresh = MMBlock(32, 12, lm.norms_of_ffw(1), lm.ffw(1), 4, ffw_init='random', dropout=0.0)
+    fresh = MMBlock(32, 12, lm.norms_of_ffw(1), lm.ffw(1), 4, ffw_init='random')
     assert not torch.allclose(fresh.ffw(fresh.norm_2(x), lm.ffw(1)), wanted, atol=1e-2)
 
 
@@ -112,7 +112,7 @@ def test_gates_start_at_a_half_at_zero_or_at_one():
     x_t, x_f = torch.randn(2, 5, 32), torch.randn(2, 4, 32)
 
     def block(gate):
-        return MMBlock(32, 12, lm.norms_of_ffw(1), lm.ffw(1), 4, gate=gate, dropout=0.0)
+        return MMBlock(32, 12, lm.norms_of_ffw(1), lm.ffw(1), 4, gate=gate)
 
     assert [g.item() for g in block('sigmoid').gates()] == [0.5, 0.5]
     new_t, new_f = block('tanh')(x_t, x_f, z, m, lm.ffw(1))

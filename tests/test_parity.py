@@ -388,7 +388,7 @@ def test_smollm2_mm_block_has_lora_weights_only_in_its_ffw():
                 )
             )
         )
-        block = MMBlock(2048, 30, lm.norms_of_ffw(0), lm.ffw(0), 16, ffw='lora')
+        block = MMBlock(2048, 30, lm.norms_of_ffw(0), lm.ffw(0), 16, ffw='lora', lora_rank=512, lora_alpha=8192)
     n = sum(p.numel() for p in block.parameters())
     assert n == 2 * 2048 + 2 * 2048**2 + 30 * 4096 + 3 * 512 * (2048 + 8192) + 2
     assert round(n / 1e6, 2) == 24.24
@@ -400,7 +400,7 @@ def test_av_encoder_has_the_releases_size():
     not used. Ours has the last LayerNorm (60) instead.
     """
     for (d_a, d_v), params in {(5, 20): 69_751, (74, 35): 72_271}.items():
-        encoder = AVEncoder(dict(audio=d_a, vision=d_v), 30, 3, 6)
+        encoder = AVEncoder(dict(audio=d_a, vision=d_v), 30, 3, 6, av_len=50)
         assert sum(p.numel() for p in encoder.parameters()) == params - 31 + 60
 
 

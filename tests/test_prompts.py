@@ -57,6 +57,9 @@ from tools.bench_plain import PlainPseudoTokens
 # MSE-Adapter
 
 
+LSTMS, SCALES = dict(audio=64, vision=32), (8, 32, 16)   # the defaults of MSE-Adapter's knobs
+
+
 @pytest.mark.parametrize(
     'D, audio, vision, P, n',
     [
@@ -81,7 +84,8 @@ def test_mse_adapter_has_as_many_weights_as_the_authors_logged(D, audio, vision,
             D,
             P,
             256,
-            lstm_widths=dict(audio=audio[1], vision=vision[1]),
+            dict(audio=audio[1], vision=vision[1]),
+            SCALES,
         )
     assert sum(p.numel() for p in adapter.parameters()) == n
 
@@ -90,7 +94,7 @@ def released_mse(z):
     """
     Our adapter with the weights in ../shared/golden/mse_adapter.npz, which the released code gave.
     """
-    adapter = MSEAdapter(dict(audio=5, vision=7), 64, 4, d=8, lstm_widths=dict(audio=6, vision=4))
+    adapter = MSEAdapter(dict(audio=5, vision=7), 64, 4, 8, dict(audio=6, vision=4), SCALES)
     theirs = {}
     for s in ('audio', 'vision'):
         for ours, key in (
@@ -169,12 +173,12 @@ def test_released_pseudo_tokens_have_rank_two_and_full_ones_full_rank():
     text, mask = torch.randn(2, 5, 64), torch.ones(2, 5, dtype=torch.bool)
 
     def rank(projection):
-        adapter = MSEAdapter(dict(audio=5, vision=7), 64, 6, 16, projection=projection)
+        adapter = MSEAdapter(dict(audio=5, vision=7), 64, 6, 16, LSTMS, SCALES, projection)
         tokens = adapter(batch, text, mask).detach()  # [B,P,D]
         return torch.linalg.matrix_rank(tokens, tol=1e-5).tolist()
 
     assert rank('released') == [2, 2] and rank('full') == [6, 6]
-    full = MSEAdapter(dict(audio=5, vision=7), 64, 6, 16, projection='full', embed_rms=0.02)
+    full = MSEAdapter(dict(audio=5, vision=7), 64, 6, 16, LSTMS, SCALES, 'full', embed_rms=0.02)
     rms = full(batch, text, mask).pow(2).mean(-1).sqrt()  # [B,P]
     torch.testing.assert_close(rms, torch.full((2, 6), 0.02), rtol=1e-3, atol=0)
 
@@ -258,7 +262,7 @@ def test_cmpta_uses_every_weight_and_ignores_padding(n_pseudo, knobs):
     the padding changes nothing.
     """
     torch.manual_seed(0)
-    cmpta = CMPTA(dict(audio=5, vision=7), 16, n_pseudo, d=8, n_heads=2, dropout=0.0, **knobs)
+    cmpta = CMPTA(dict(audio=5, vision=7), 16, n_pseudo, d=8, n_heads=2, n_layers=1, **knobs)
     batch = dict(
         audio=torch.randn(3, 9, 5),
         audio_len=torch.tensor([9, 4, 0]),
@@ -308,7 +312,7 @@ def test_cmpta_recomputed_has_the_same_gradients_and_dropout(align):
     gradients, kept = {}, {}
     for recompute in (False, True):
         torch.manual_seed(0)
-        cmpta = CMPTA(dict(audio=5), 16, 6, d=8, n_heads=2, align=align, dropout=0.3,
+        cmpta = CMPTA(dict(audio=5), 16, 6, d=8, n_heads=2, n_layers=1, align=align, dropout=0.3,
                       recompute=recompute)
         storages = {}
 
@@ -343,10 +347,10 @@ def test_the_plain_way_of_the_benchmark_recomputes_nothing(corpora, tokenizers, 
 
 
 def test_learned_tokens_replace_the_directions_of_a_missing_modality():
-    cmpta = CMPTA(dict(audio=5), 16, 6, d=8, n_heads=2)
+    cmpta = CMPTA(dict(audio=5), 16, 6, d=8, n_heads=2, n_layers=1)
     assert list(cmpta.directed) == ['text_from_audio', 'audio_from_text']
     assert cmpta.more_tokens.shape == (4, 8)
-    assert list(MSEAdapter(dict(vision=5), 16, 4, 8).lstm) == ['vision']
+    assert list(MSEAdapter(dict(vision=5), 16, 4, 8, LSTMS, SCALES).lstm) == ['vision']
 
 
 # -------------------------------------------------------------------------------------------------
