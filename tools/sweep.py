@@ -390,14 +390,20 @@ def main(argv):
     if source != 'toy':
         name.insert(1, corpus)
     where = os.path.join(own['out'], '-'.join(name))
-    of_rows = {k for _, changes, _ in t['rows'] for k in changes}
-    common = {k: v for k, v in short.items() if k not in of_rows} | flags
-    heading = dict(title=f"{sweep['name']}, {t['title']}", command=argv, note=t.get('note', ''),
-                   common=' '.join(as_flags(common)))
-    options = ('neighbours', 'relative', 'columns', 'paired')
-    heading['options'] = {key: (sweep | t)[key] for key in options if key in sweep | t}
+    heading = heading_of(sweep, t, argv, short, flags)
     page = write_table([rows[label] for label, *_ in t['rows']], paper, heading, where)
     print(f"\n{page}\n{where}.md, {(time.time() - started) / 60:.1f} min")
+
+
+def heading_of(sweep, t, argv, short, flags):
+    """ What write_table prints of a sweep's table t. common: the flags that no row changes. """
+    of_rows = {k for _, changes, _ in t['rows'] for k in changes}
+    common = {k: v for k, v in short.items() if k not in of_rows} | flags
+    options = ('neighbours', 'relative', 'columns', 'paired')
+    return dict(
+        title=f"{sweep['name']}, {t['title']}", command=argv, note=t.get('note', ''),
+        common=' '.join(as_flags(common)),
+        options={key: (sweep | t)[key] for key in options if key in sweep | t})
 
 
 if __name__ == '__main__':
