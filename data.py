@@ -338,4 +338,4 @@ if __name__ == '__main__':
     except CorpusError as e:
         sys.exit(f"data.py: {e}")
     except KeyboardInterrupt:
-        sys.exit("data.py: interrupted; the unfinished corpus folder was removed.")
+        sys.exit("data.py: interrupted; no unfinished folder is left.")

@@ -26,7 +26,7 @@ from data import Corpus, CorpusError, Feed, epoch_order, open_corpus
 from metrics import SHOWN, check_finite, claim, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run import ranks
-from run.clips import ClipError, Clips, corpus_facts, export, is_same_corpus
+from run.clips import ClipError, Clips, corpus_facts, export, holds_corpus, is_same_corpus
 from run.errors import ModelError
 from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
 from run.finished import (
@@ -297,6 +297,7 @@ def evaluate_again(folder, **allowed):
     """
     r = read_run(folder)   # not run.result, in which load_run changes knobs
     run = load_run(folder, **allowed)
+    r['ceilings'] = run.corpus.meta.get('ceilings')
     r['test'], predictions = run.test(run.corpus, run.knobs)
     try:
         return print_and_save(folder, r, run.corpus, predictions)
@@ -338,11 +339,10 @@ def evaluate_on(folder, source, modalities=None, **allowed):
     run = load_run(folder, without_corpus=True, **allowed)
     k = knobs_with(run, modalities)
     other = open_corpus(source, k['data_dir'])
-    if is_same_corpus(run.facts, corpus_facts(other)):   # the run's own corpus, in another folder
+    if holds_corpus(run.facts, other.folder):   # the run's own corpus, in another folder
         return beside_trained(run, other, k)
     home, other = run.own_corpus(), transferred(run, other, k['modalities'])
-    here, _ = run.test(home, k)
-    there, _ = run.test(other, k)
+    (here, _), (there, _) = run.test(home, k), run.test(other, k)
     keys = [key for key in here if key in there]
     rows = [[home.name] + cells(here, keys), [f'{other.name}, zero-shot'] + cells(there, keys)]
     header = f"{run.result['about']['name']} ({what_is_read(run, k)}) on"

@@ -506,7 +506,7 @@ class PseudoTokenLM(System):
         [B,P,D]. widths: stream -> width; D: the LM's width; embed_rms: the root mean square of the
         LM's embeddings.
         """
-        raise NotImplementedError(f"{cls.__name__} has no make_adapter")
+        raise ModelError(f"{cls.__name__} has no make_adapter: define it (docs/fork.md).")
 
     @classmethod
     def check(cls, k):

@@ -62,9 +62,6 @@ class System(nn.Module):
         read or trained.
         """
         errors = ordinal_errors(k) if 'weight_mpr' in k else []
-        if k['lr_min'] > k['lr']:
-            errors += [f"lr_min={k['lr_min']} is above the peak learning rate lr={k['lr']}: lower "
-                       "lr_min"]
         if k['max_steps'] == 0:
             errors += ["max_steps=0 trains nothing: give a number of steps, or -1 for no limit"]
         if k['select'] not in SELECTABLE:
@@ -197,6 +194,9 @@ class System(nn.Module):
         [N]: of the train split; last_epoch: number of the run's last epoch, from 0.
         """
         notes = ordinal_notes(k, labels, last_epoch) if 'weight_mpr' in k else []
+        if k['lr_min'] > k['lr']:
+            notes += [f"lr_min={k['lr_min']:g} is above lr={k['lr']:g}, so the learning rate rises "
+                      "after warm-up"]
         if k['warmup_epochs'] > last_epoch + 1:
             notes += [f"warmup_epochs={k['warmup_epochs']:g} ends after the last epoch: the learning "
                       f"rate never gets to lr={k['lr']:g}"]

@@ -251,11 +251,12 @@ def test_training_names_the_unit_of_each_loss_term():
     )
 
 
-def test_a_learning_rate_that_rises_after_warm_up_is_refused():
+def test_a_learning_rate_that_rises_after_warm_up_is_said():
     k = knobs_of_system(SYSTEMS['av'], system='av', lr=1e-6, lr_min=1e-5)
-    assert SYSTEMS['av'].check(k) == [
-        "lr_min=1e-05 is above the peak learning rate lr=1e-06: lower lr_min"]
-    assert SYSTEMS['av'].check(k | dict(lr=1e-5)) == []
+    labels = np.array([-3.0, 3.0])
+    assert SYSTEMS['av'].run_notes(k, labels, last_epoch=9) == [
+        'lr_min=1e-05 is above lr=1e-06, so the learning rate rises after warm-up']
+    assert SYSTEMS['av'].run_notes(k | dict(lr=1e-5), labels, last_epoch=9) == []
 
 
 def test_a_warm_up_that_outlasts_the_run_is_said():

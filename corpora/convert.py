@@ -50,7 +50,7 @@ from corpora.names import N_NAMED, SPLIT_FIELDS, SPLITS, Summary
 from corpora.padding import find_padding
 from corpora.seal import write_meta
 from corpora.sources import check_splits
-from corpora.streams import standardise_to_float16, write_stream
+from corpora.streams import frame_rates, standardise_to_float16, write_stream
 from corpora.unpickle import CorpusError, errors_as_corpus_error
 
 # MOSI: VIDEO$_$CLIP, MOSEI: VIDEO[CLIP]
@@ -226,7 +226,7 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
         raise CorpusError(f"{folder} already exists; remove it, or give another --name.")
     with staging(folder) as out, ExitStack() as files, errors_as_corpus_error(source):
         n_bytes = sum(os.path.getsize(p) for p in paths.values())
-        summary = Summary(encoding, table, label_column, most_bytes(n_bytes))
+        summary = Summary(encoding, table, label_column, most_bytes(n_bytes), padding)
         splits = READERS[layout](paths, out.parent, files, summary)
         read = [*paths.values(), *summary.files]
         stats = [os.stat(p) for p in read]
@@ -244,7 +244,7 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
         progress = _progress_bar(n_bytes + sum(f.n_bytes for f in frames))
         streams = {m: write_stream(m, splits, out, progress, found[m]) for m in found}
         if 'duration' in splits['train']:
-            for m, rate in tables.frame_rates(splits, streams, out).items():
+            for m, rate in frame_rates(splits, streams, out).items():
                 streams[m]['frames_per_second'] = rate
         if dtype == 'float16':
             streams = {m: standardise_to_float16(m, info, out) for m, info in streams.items()}

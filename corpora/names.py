@@ -126,6 +126,7 @@ class Summary:
     Notes of a conversion for meta.json. encoding: the codec that the user gave, or None. table: the
     columns that the user gave, {flag of corpora/tables.py: column}. label_column: the column of
     scores that have several for each clip, or None. most_text: the bytes that all texts may have.
+    padding: the side that the user gave, or None.
 
     renamed {key: field}: the keys that were read under another name.
     unread {key: dict(shape, count)}: the keys that were not read.
@@ -135,11 +136,13 @@ class Summary:
     files: the paths of further files that were read, whose content belongs to the source.
     """
 
-    def __init__(self, encoding=None, table=None, label_column=None, most_text=math.inf):
+    def __init__(self, encoding=None, table=None, label_column=None, most_text=math.inf,
+                 padding=None):
         self.encoding = encoding
         self.table = table or {}
         self.label_column = label_column
         self.most_text = most_text
+        self.padding = padding
         self.notes = []
         self.files = []
         self.renamed = {}

@@ -65,10 +65,10 @@ def _csv_rows(path, text):
                 raise CorpusError(f"Line {first} of {path} has {len(cells)} cells for "
                                   f"{len(columns)} columns; put quotes around a cell that holds "
                                   f"{delimiter!r}.")
-            elif delimiter == '\t' and any('\t' in c for c in cells):
-                raise CorpusError(f"A cell from line {first} of {path} on holds a tab, so a quote "
-                                  "at the start of one text may have joined cells; double each "
-                                  "quote inside a cell, and put quotes around the cell.")
+            elif delimiter == '\t' and any('\t' in c and '\n' in c for c in cells):
+                raise CorpusError(f"A cell from line {first} of {path} on holds a tab and a line "
+                                  "break, so a quote at the start of a text has joined rows; "
+                                  "double that quote and put the text in quotes.")
             else:
                 rows.append(dict(zip(columns, cells)))
                 lines.append(first)

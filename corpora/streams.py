@@ -162,3 +162,20 @@ def standardise_to_float16(name, info, out):
         raise CorpusError(f"A standardised value of the {name} stream is {largest:.6g}, beyond "
                           "65504, the largest float16; convert with --dtype=float32.")
     return info | dict(dtype='float16', standardised=True)
+
+
+def frame_rates(splits, streams, out):
+    """
+    {stream: frames per second}, from the durations of the clips and the lengths in the folder
+    `out`. A stream in which fewer than nine in ten clips are within 10 % of the median is left out.
+    """
+    found = {}
+    for m in streams:
+        rates = []
+        for split, s in splits.items():
+            lengths = np.diff(np.load(out / split / f'{m}_start.npy'))  # [N]
+            rates += [n / t for n, t in zip(lengths, s['duration']) if n and t]
+        median = float(np.median(rates)) if rates else 0.0
+        if rates and np.mean([abs(r - median) <= 0.1 * median for r in rates]) >= 0.9:
+            found[m] = round(median, 3)
+    return found

@@ -35,7 +35,7 @@ TABLE_ENDS = ('.csv', '.tsv', '.jsonl')
 FLAGS = ('text', 'label', 'classes', 'split', 'id', 'video', 'speaker', 'dialogue', 'audio',
          'vision', 'start', 'end')
 MISSING = ('', 'nan', 'none', 'null', 'na', 'n/a')   # in lower case, a cell without a value
-NO_CLASS = ('', 'nan')   # the same for classes, of which one may be called none
+NO_CLASS = tuple(m for m in MISSING if m != 'none')   # for classes, of which one may be none
 SCORE_NAMES = {name: role for role, names in label_names().items() for name in names.split()}
 CLASS_NAMES = ('emotion', 'emotions', 'emotion_label', 'annotation', 'annotations')
 EMOTION_NAMES = (*CLASS_NAMES[:3], 'label', 'labels')   # of a column of classes: 'emotion' in ours
@@ -188,11 +188,14 @@ def _labels(table, summary):
         cells = table.cells(column)
         there = [c for c in cells if not _is_missing(c)]
         numbers = sum(number_of(c) is not None for c in there)
-        if not there:
+        are_words = 2 * numbers < len(there)
+        are_classes = are_words or column in class_columns
+        if all(_is_missing(c, NO_CLASS if are_classes else MISSING) for c in cells):
             summary.notes.append(f"the column {printed(column)} is empty and was not read")
-        elif column in class_columns or 2 * numbers < len(there):
+        elif are_classes:
+            if column in score_columns:
+                _refuse_decimal_commas(table, column, there)
             name = table.read[column] = _label_name(column, True, labels)
-            _refuse_decimal_commas(table, column, there)
             labels[name] = ['' if _is_missing(c, NO_CLASS) else t.strip()
                             for c, t in zip(cells, table.texts(column, summary))]
         else:
@@ -204,9 +207,10 @@ def _labels(table, summary):
 
 
 def _refuse_decimal_commas(table, column, cells):
-    if all(re.fullmatch(r'\s*[-+]?\d+,\d+\s*', c) for c in cells):
+    commas = [c for c in cells if ',' in c]
+    if commas and all(number_of(c.replace(',', '.')) is not None for c in cells):
         raise CorpusError(f"The column {column!r} of {table.path} has scores with decimal commas, "
-                          f"such as {printed(cells[0])!r}; write them with points.")
+                          f"such as {printed(commas[0])!r}; write them with points.")
 
 
 def _label_name(column, classes, labels):
@@ -321,7 +325,8 @@ def _paths_of_template(template, table, m, split_of):
     or test) where no column has this name.
     """
     keys = re.findall(r'\{(.*?)\}', template)
-    columns = {key: table.column(key, m) for key in keys if key != 'split' or key in table.columns}
+    own = [key for key in keys if key != 'split' or 'split' in map(key_name, table.columns)]
+    columns = {key: table.column(key, m) for key in own}
     paths = []
     for row, split in zip(table.rows, split_of):
         values = {'split': split} | {key: row[column] for key, column in columns.items()}
@@ -338,8 +343,9 @@ def _refuse_shared_files(m, paths, split_of, where):
     for path, split in zip(paths, split_of):
         if path is not None and first.setdefault(path, split) != split:
             raise CorpusError(f"Clips of the splits {first[path]} and {split} of {where} name one "
-                              f"file of {m} frames, {ascii(path)[1:-1]}; correct the table, or put "
-                              f"the split into the path, as in --{m}=FOLDER/{{split}}/{{id}}.npy.")
+                              f"file of {m} frames, {ascii(path)[1:-1]}; leave the cell of a clip "
+                              "without frames empty, or put the split into the path, as in "
+                              f"--{m}=FOLDER/{{split}}/{{id}}.npy.")
 
 
 def _note_outside(m, paths, folder, notes):
@@ -393,7 +399,8 @@ def read_tables(paths, scratch, files, summary):
         del summary.unread[printed(column)]
         if column != role:
             summary.renamed[printed(column)] = role
-    return {s: _one_split(s, split_of, values, labels, streams, table) for s in SPLITS}
+    return {s: _one_split(s, split_of, values, labels, streams, table, summary.padding)
+            for s in SPLITS}
 
 
 def _note_dialogues(dialogues, videos, split_of, notes):
@@ -408,7 +415,7 @@ def _note_dialogues(dialogues, videos, split_of, notes):
                      "its own")
 
 
-def _one_split(split, split_of, values, labels, streams, table):
+def _one_split(split, split_of, values, labels, streams, table, padding):
     """ The clips of a split, as check_splits takes them. """
     at = [i for i, s in enumerate(split_of) if s == split]
     if not at:
@@ -423,23 +430,7 @@ def _one_split(split, split_of, values, labels, streams, table):
     for m, files in streams.items():
         frames = Frames([files[i] for i in at], None, len(at), f"{m} of the split {split} in "
                         f"{table.path}")
-        frames.ragged = not frames.flat   # a file ends where its clip ends, so nothing is padding
+        if not padding and not frames.flat:
+            frames.ragged = True   # a file ends where its clip ends: zeros at its end are frames
         s['streams'][m] = frames
     return s
-
-
-def frame_rates(splits, streams, out):
-    """
-    {stream: frames per second}, from the durations of the clips and the lengths in the folder
-    `out`. A stream in which fewer than nine in ten clips are within 10 % of the median is left out.
-    """
-    found = {}
-    for m in streams:
-        rates = []
-        for split, s in splits.items():
-            lengths = np.diff(np.load(out / split / f'{m}_start.npy'))  # [N]
-            rates += [n / t for n, t in zip(lengths, s['duration']) if n and t]
-        median = float(np.median(rates)) if rates else 0.0
-        if rates and np.mean([abs(r - median) <= 0.1 * median for r in rates]) >= 0.9:
-            found[m] = round(median, 3)
-    return found

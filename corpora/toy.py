@@ -132,7 +132,7 @@ def late_accuracy(t, av, c):
 
 def toy_ceilings():
     """
-    The upper bounds by enumeration, dict(mae, acc): the lowest MAE of the label and the highest
+    The upper bounds, dict(mae, acc), by enumeration but for late fusion: the lowest MAE of the label and the highest
     accuracy of the emotion, from no modality (majority), from text, from audio and video (av), from
     all (full), and from late fusion of text and av (late).
     """

@@ -17,11 +17,12 @@ import tempfile
 
 import numpy as np
 
+from corpora.folder import Corpus
 from corpora.limits import opened_npz
 from corpora.names import SPLITS, STREAMS
 from metrics import SHOWN
 from model import SYSTEMS
-from run.errors import ModelError
+from run.errors import ModelError, UserError
 from run.finished import EvalError
 from run.folder import find_folder, load_checkpoint, open_regular, save_checkpoint, write_text
 from run.json_files import sealed
@@ -36,8 +37,8 @@ LM_FILES = ('.json', '.safetensors', '.bin', '.model', '.txt')   # ends of the f
 LARGEST_COPY = 200e6   # bytes; an export copies local LMs up to this size, and names the others
 
 
-class ClipError(ValueError):
-    """ One sentence for the user: what is wrong with a clip or an export, and what to do. """
+class ClipError(UserError, ValueError):
+    """ An error in a clip or an export. """
 
 
 class Clips:
@@ -136,12 +137,23 @@ def corpus_facts(corpus):
                 clips=corpus.n_clips, upper_case=corpus.meta['text']['upper_case'])
 
 
+def holds_corpus(facts, folder):
+    """
+    Whether a folder holds the corpus of these corpus_facts, perhaps in another place. A corpus made
+    by hand has no checksums that show it. Raises CorpusError.
+    """
+    if not os.path.isfile(os.path.join(folder, 'meta.json')):
+        return False
+    others = corpus_facts(Corpus(folder))
+    return bool(others['contents']) and is_same_corpus(facts, others)
+
+
 def is_same_corpus(facts, others):
     """
     Whether two corpus_facts are of one corpus: the same source, in a conversion with the same
     texts, splits, labels and lengths.
     """
-    return all(facts[key] == others[key] for key in ('sha256', 'contents'))
+    return all(facts.get(key) == others[key] for key in ('sha256', 'contents'))
 
 
 # ---------------------------------------------------------------------------------------------------------

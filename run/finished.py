@@ -11,6 +11,7 @@ import numpy as np
 from configurator import check_knobs, known_knobs
 from metrics import check_finite
 from model import SYSTEMS
+from run.errors import UserError
 from run.folder import ROOT
 from run.forms import RESULT, check_about, check_label, check_log_line, read_header
 from run.json_files import (
@@ -27,8 +28,8 @@ from run.json_files import (
 FORMAT = 4   # version of the run folder's format; raise it when older folders cannot be read
 
 
-class EvalError(Exception):
-    """ One sentence for the user: what was wrong, where, and what to do. """
+class EvalError(UserError):
+    """ An error in a run's folder, or in a command that reads one. """
 
 
 # Knobs that say how a run is carried out, not what is trained. A run may be resumed and read with
@@ -141,14 +142,14 @@ def refuse_edits(folder, about, header, info):
 def read_run_json(folder, file):
     """ The content of a JSON file in a run's folder, a dict with the entry about. Raises EvalError. """
     path = os.path.join(folder, file)
+    if os.path.isfile(folder):
+        raise EvalError(f"{folder} is a file: give the folder of a run.")
     if not os.path.isdir(folder):
-        home = os.path.dirname(folder) or '.'
-        others = sorted(os.listdir(home)) if os.path.isdir(home) else []
-        near = difflib.get_close_matches(os.path.basename(folder), others, n=1)
-        near = [name for name in others if name.startswith(os.path.basename(folder))][:1] or near
+        home, name = os.path.dirname(folder) or '.', os.path.basename(folder)
+        others = sorted(p.name for p in os.scandir(home) if p.is_dir()) if os.path.isdir(home) else []
+        near = [other for other in others if name and other.startswith(name)]
+        near += difflib.get_close_matches(name, others, n=1)
         hint = f": did you mean {os.path.join(home, near[0])}?" if near else "."
-        if os.path.exists(folder):
-            raise EvalError(f"{folder} is a file: give the folder of a run.")
         raise EvalError(f"there is no folder {folder}{hint}")
     if not os.path.lexists(path) and not os.path.lexists(os.path.join(folder, 'config.json')):
         raise EvalError(f"{folder} is no folder of a run (no {file} and no config.json): give one "

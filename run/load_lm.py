@@ -3,6 +3,7 @@ LMs, text encoders and tokenizers, read from their files.
 """
 import json
 import os
+import re
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +26,9 @@ from run.lm_checks import (
     refuse_what_is_no_lm,
 )
 from run.lm_compare import compare_once, known_lm
+
+# attention masks and rotary frequencies, which old files of GPT-2 and Llama hold too
+BUFFER = re.compile(r'\.attn\.(masked_)?bias$|\.inv_freq$')
 
 # -------------------------------------------------------------------------------------------------
 # What transformers prints and raises
@@ -317,7 +321,7 @@ def load_weights(auto, name, config, remote=False, as_data=False, unused=(), ins
                          f"adapter that was not merged ({', '.join(inside[:3])}), and without them "
                          "it is another model: load it with peft, call merge_and_unload, and save "
                          "that.")
-    leftover = sorted(report['unexpected_keys'])
+    leftover = sorted(key for key in report['unexpected_keys'] if not BUFFER.search(key))
     if leftover and not unused:   # the files of an encoder may have a head too
         print(f"  {len(leftover)} weights in the files of the LM {name} are not in the model of its "
               f"config.json and are not used, first {ascii(leftover[0])}")

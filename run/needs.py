@@ -15,7 +15,7 @@ import threading
 from configurator import declared_knobs, run_knobs
 from run import ranks
 from run.absent import absent_files
-from run.clips import corpus_facts, is_same_corpus
+from run.clips import corpus_facts, holds_corpus, is_same_corpus
 from run.errors import ModelError
 from run.finished import RUN_KNOBS, EvalError, is_same_value, read_run
 
@@ -117,13 +117,14 @@ def wanted_knobs(k, config, script, systems):
 
 def check_finished(folder, wanted):
     """
-    Print that a finished prerequisite is used. Raises EvalError if its knobs are not `wanted`; its
-    corpus is checked by refuse_other_corpus.
+    Print that a finished prerequisite is used. Raises EvalError if its knobs are not `wanted`.
     """
     result = read_run(folder)
     knobs, best = result['about']['knobs'], result['state']['best']
     other = [knob for knob, v in wanted.items()
-             if knob not in (*RUN_KNOBS, 'corpus') and not is_same_value(knobs.get(knob), v)]
+             if knob not in RUN_KNOBS and not is_same_value(knobs.get(knob), v)]
+    if other == ['corpus'] and holds_corpus(result['about']['corpus'], wanted['corpus']):
+        other = []
     if other:
         raise EvalError(f"{folder} was trained with {other[0]}={knobs.get(other[0])!r}, but this "
                         f"run needs {wanted[other[0]]!r}: remove that folder, or give an --out_dir "

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 import transformers
 
-from corpora.folder import Corpus
 from run import ranks
-from run.clips import corpus_facts
+from run.clips import corpus_facts, holds_corpus
 from run.errors import ModelError
 from run.fingerprints import sample_logits, tokenizer_fingerprint
 from run.finished import FORMAT, RUN_KNOBS, is_same_value
@@ -88,19 +87,11 @@ def refuse_other_knobs(folder, before, knobs, filled_in=()):
     for knob, value in knobs.items():
         old_value = before['knobs'].get(knob)
         compared = knob not in RUN_KNOBS and knob not in filled_in
-        if knob == 'corpus' and is_copy_of(before['corpus'], value):
+        if not compared or is_same_value(old_value, value):
             continue
-        if compared and not is_same_value(old_value, value):
+        if knob != 'corpus' or not holds_corpus(before['corpus'], value):
             raise ModelError(f"{folder} was trained with {knob}={old_value!r}, not {value!r}: "
                              "resume it with the same knobs, or give another --out_dir.")
-
-
-def is_copy_of(facts, folder):
-    """ Whether a folder holds the corpus of these corpus_facts, which was in another folder. """
-    if not os.path.isfile(os.path.join(folder, 'meta.json')):
-        return False
-    corpus = Corpus(folder)
-    return corpus.sha256 == facts.get('sha256') and corpus.contents == facts.get('contents')
 
 
 def refuse_other_run(folder, before, now):

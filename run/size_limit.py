@@ -41,7 +41,8 @@ def size_limit(folder, tensors, lm, hub_lm_bytes):
     """
     n_numbers = sum(v.numel() for v in tensors.values())
     for home, _, names in os.walk(lm):
-        n_numbers += sum(os.path.getsize(os.path.join(home, name)) for name in names)
+        paths = [os.path.join(home, name) for name in names]
+        n_numbers += sum(os.path.getsize(path) for path in paths if os.path.exists(path))
     if lm and not os.path.isdir(lm):
         n_numbers += hub_lm_bytes()
     return SizeLimit(SLACK + FACTOR * n_numbers, folder)

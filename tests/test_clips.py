@@ -141,7 +141,8 @@ def test_clips_of_a_jsonl_may_lack_modalities(run, tmp_path, capsys):
         dict(text='', audio=[[0.0] * 12] * 4),
         dict(vision=[[float('nan')] * 16] * 3),
     ]
-    (tmp_path / 'many.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    lines = '\n'.join(map(json.dumps, rows))
+    (tmp_path / 'many.jsonl').write_text('\ufeff' + lines)   # with a byte order mark
     command('eval.py', run, f'--clip={tmp_path}/many.jsonl')
     printed = capsys.readouterr().out
     assert 'a: ' in printed

@@ -349,12 +349,16 @@ def test_a_run_without_a_knob_of_this_version_is_refused(curriculum, tmp_path):
     result = json.loads((run / 'result.json').read_text())
     header_key, = [key for key, text in header.items() if '"level_step"' in text]
     about = json.loads(header[header_key])
-    for knobs in (about['about']['knobs'], result['about']['knobs']):
-        del knobs['level_step']
-    save_file(load_file(path), path, header | {header_key: json.dumps(about)})
-    (run / 'result.json').write_text(json.dumps(result))
-    with pytest.raises(SystemExit, match='by another version, which had no knob level_step: check out'):
-        command('eval.py', run)
+    both = about['about']['knobs'], result['about']['knobs']
+    step = [knobs.pop('level_step') for knobs in both]
+    for renamed, sentence in ((None, 'had no knob level_step: check out .* or train it again with '),
+                              ('level_size', 'had the knob level_size: check out')):
+        for knobs, value in zip(both, step):
+            knobs |= {renamed: value, 'level_step': value} if renamed else {}
+        save_file(load_file(path), path, header | {header_key: json.dumps(about)})
+        (run / 'result.json').write_text(json.dumps(result))
+        with pytest.raises(SystemExit, match='by another version, which ' + sentence):
+            command('eval.py', run)
 
 
 def test_two_runs_of_one_seed_are_no_two_seeds(curriculum, tmp_path):
@@ -381,7 +385,9 @@ def test_runs_of_another_patience_or_dtype_are_another_experiment(curriculum):
 def test_a_folder_that_is_no_run_is_said_to_be_none(curriculum, tmp_path):
     (tmp_path / 'docs').mkdir()
     whole = str(curriculum / 'whole')
+    (tmp_path / 'x.txt').touch()
     for argv, sentence in (
+            ([tmp_path / 'x'], r'there is no folder .*/x\.$'),
             ([tmp_path / 'docs'], 'docs is no folder of a run'),
             ([f'{whole}/best.safetensors'], 'best.safetensors is a file: give the folder of a run'),
             ([f'{curriculum}/who'], r'no folder .*/who: did you mean .*/whole\?'),

@@ -30,6 +30,7 @@ from run.errors import ModelError
 from run.fingerprints import fingerprint
 from run.frozen_text import frozen_text
 from run.load_lm import (
+    BUFFER,
     empty_lm,
     lm_config,
     load_encoder,
@@ -268,6 +269,12 @@ def test_weights_that_the_config_leaves_out_are_counted(tmp_path, capsys):
     load_lm(folder)
     assert re.search(r"9 weights in the files of the LM .* are not used, first 'model.layers.1.",
                      capsys.readouterr().out)
+
+
+def test_the_masks_of_old_gpt2_files_are_no_lost_weights():
+    buffers = ['h.0.attn.bias', 'h.0.attn.masked_bias', 'layers.0.self_attn.rotary_emb.inv_freq']
+    assert all(map(BUFFER.search, buffers))
+    assert not BUFFER.search('h.0.attn.c_attn.bias')
 
 
 def test_one_tensor_of_another_shape_stops_the_run(tmp_path):

@@ -345,6 +345,17 @@ def test_the_split_may_be_a_part_of_the_path_of_frames(tmp_path):
         assert np.array_equal(corpus.frames(split, 'audio', 2), frames_of(3 * n + 2))
 
 
+def test_a_column_of_splits_names_the_folders_of_frames(tmp_path):
+    rows = [dict(id=i, text=f'clip {i}', label=0.5, Split=['train', 'dev', 'test'][i % 3])
+            for i in range(6)]
+    for i, row in enumerate(rows):
+        (tmp_path / row['Split']).mkdir(exist_ok=True)
+        np.save(tmp_path / row['Split'] / f'{i}.npy', frames_of(i))
+    source = write_table(tmp_path / 'mine.csv', rows)
+    corpus = converted(source, tmp_path, audio=str(tmp_path / '{split}' / '{id}.npy'))
+    assert np.array_equal(corpus.frames('valid', 'audio', 1), frames_of(4))
+
+
 def test_zero_frames_at_the_end_of_a_file_are_frames(tmp_path):
     """ Also where all files have the same number of frames, as a padded array would. """
     rows = table_with_audio(tmp_path)
@@ -352,8 +363,10 @@ def test_zero_frames_at_the_end_of_a_file_are_frames(tmp_path):
         x = np.ones((9, 3))
         x[7:] = 0
         np.save(tmp_path / 'frames' / f'{i}.npy', x)
-    corpus = converted(write_table(tmp_path / 'mine.csv', rows), tmp_path)
-    assert corpus.lengths('train', 'audio').tolist() == [9] * 4
+    source = write_table(tmp_path / 'mine.csv', rows)
+    assert converted(source, tmp_path).lengths('train', 'audio').tolist() == [9] * 4
+    convert(source, str(tmp_path / 'padded'), padding='right')
+    assert data.Corpus(tmp_path / 'padded').lengths('train', 'audio').tolist() == [7] * 4
 
 
 def test_a_quote_that_joins_rows_of_a_tsv_is_refused(tmp_path):
@@ -361,6 +374,12 @@ def test_a_quote_that_joins_rows_of_a_tsv_is_refused(tmp_path):
              '3\tnow."\t2\ttrain', '4\tok\t0\tvalid', '5\tok\t0\ttest']
     (tmp_path / 'mine.tsv').write_text('\n'.join(lines))
     assert_refused(tmp_path / 'mine.tsv', tmp_path, 'A cell from line 2', 'holds a tab')
+
+
+def test_a_tab_inside_quotes_is_a_part_of_the_text(tmp_path):
+    rows = [row | dict(text=f"a\tb {row['text']}") for row in clips()]
+    corpus = converted(write_table(tmp_path / 'mine.tsv', rows, '\t'), tmp_path)
+    assert corpus.text('train')[0] == 'a\tb clip 0'
 
 
 def test_dialogues_of_several_videos_are_noted(tmp_path):
@@ -373,15 +392,20 @@ def test_dialogues_of_several_videos_are_noted(tmp_path):
 
 
 def test_a_class_may_be_called_none(tmp_path):
-    rows = [row | dict(annotation=['none', 'happy'][i % 2]) for i, row in enumerate(clips())]
+    rows = [row | dict(annotation=['none', 'happy', 'NA'][i % 3]) for i, row in enumerate(clips())]
     corpus = converted(write_table(tmp_path / 'mine.csv', rows), tmp_path)
     assert corpus.labels['annotation']['names'] == ['happy', 'none']
+    assert corpus.label('valid', 'annotation').tolist() == [-1, 1, -1, 1]   # NA is a missing value
 
 
 def test_decimal_commas_are_no_classes(tmp_path):
-    rows = [row | dict(label=str(row['label']).replace('.', ',')) for row in clips()]
+    scores = [str(row['label']).replace('.', ',') for row in clips()]
+    rows = [row | dict(label=['0', score][i > 0]) for i, (row, score) in enumerate(zip(clips(), scores))]
     source = write_table(tmp_path / 'mine.csv', rows, ';')
     assert_refused(source, tmp_path, "'label'", 'decimal commas', 'write them with points')
+    pairs = [row | dict(label=['1,2', '2,3'][i % 2]) for i, row in enumerate(clips())]
+    corpus = converted(write_table(tmp_path / 'pairs.csv', pairs), tmp_path, classes='label')
+    assert list(corpus.labels.values())[0]['names'] == ['1,2', '2,3']
 
 
 def test_files_of_frames_outside_the_folder_are_read_and_counted(tmp_path):
@@ -615,6 +639,7 @@ def torch_file():
 
 
 OTHER_KINDS = {
+    'is a text file; give a pickle, or a table': b'# A page of Markdown\n\nwith a text\n',
     'empty (0 bytes)': b'',
     'columns video_id, clip_id, text': b'video_id,clip_id,text\na,b,c\n',
     'which has 4280000000 bytes': b'version https://git-lfs.github.com/spec/v1\noid sha256:12\n'

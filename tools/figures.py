@@ -84,8 +84,7 @@ def refuse_other_steps(logs):
     """ Raises EvalError if runs logged at other steps, as their mean would be of no step. """
     n = min(map(len, logs))
     if any([e['step'] for e in log[:n]] != [e['step'] for e in logs[0][:n]] for log in logs):
-        raise EvalError("these runs logged at different steps: draw runs of one --log_interval, and "
-                        "one number of processes.")
+        raise EvalError("these runs logged at different steps: draw runs of one --log_interval.")
 
 
 def title_of(folders):
