@@ -1,7 +1,7 @@
 """
 report.html: what it shows of a run, and that it is one file that loads and runs nothing.
 
-    python -m pytest -q tests/test_report_html.py
+    python -m pytest -q tests/test_html_report.py
 """
 import json
 import re

@@ -1,7 +1,7 @@
 """
 Damaged files of a run, full disks, and knobs of a model that would fill the memory.
 
-    python -m pytest -q tests/test_run_files.py
+    python -m pytest -q tests/test_files_of_runs.py
 """
 
 import errno
