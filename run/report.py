@@ -126,8 +126,6 @@ def comparison(folder, r, predictions):
         notes[0] += (f" Late-fusion bound: the best {best} of a sum of a text predictor and an "
                      "audio+video predictor.")
         notes.append(distance_to_bounds(name, best, r['test'][best], ceilings))
-        if best == 'mae':
-            notes[-1] += " tools/adding.py tests whether that is more than chance."
     if r.get('lm_kept') is not None:
         notes.append("Without the adapter, the frozen LM continues two texts as it did before "
                      "training, token for token."
@@ -141,11 +139,14 @@ def distance_to_bounds(name, best, reached, ceilings):
     """ A sentence on where a run is between the late-fusion bound and the best possible metric. """
     late, full = ceilings[LATE_FUSION][best], ceilings[FULL][best]
     closed = (late - reached) / (late - full)
-    if closed > 0:
-        return (f"{name} ({best} {reached:.3f}) closes {100 * closed:.0f} % of the gap between the "
+    if closed <= 0:
+        return (f"{name} ({best} {reached:.3f}) does not pass the late-fusion bound ({late:.3f}), so "
+                "this run does not show that it fuses the modalities.")
+    sentence = (f"{name} ({best} {reached:.3f}) closes {100 * closed:.0f} % of the gap between the "
                 f"late-fusion bound ({late:.3f}) and the best possible {best} ({full:.3f}).")
-    return (f"{name} ({best} {reached:.3f}) does not pass the late-fusion bound ({late:.3f}), so "
-            "this run does not show that it fuses the modalities.")
+    if best == 'mae':   # the tool reads scores alone
+        sentence += " tools/adding.py tests whether that is more than chance."
+    return sentence
 
 
 def run_facts(r):

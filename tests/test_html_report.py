@@ -227,6 +227,17 @@ def test_a_run_is_compared_with_the_bound_of_what_it_reads(cls, changes, best, l
     assert any('late-fusion bound' in note for note in notes) == late
 
 
+@pytest.mark.parametrize('best, reached, closes, tested', [
+    ('mae', 0.4, 50, True), ('mae', 0.6, None, False), ('acc', 0.8, 50, False), ('acc', 0.6, None, False),
+])
+def test_the_distance_to_the_bounds_names_a_test_that_fits(best, reached, closes, tested):
+    ceilings = dict(late=dict(mae=0.5, acc=0.7), full=dict(mae=0.3, acc=0.9))
+    sentence = report.distance_to_bounds('a_run', best, reached, ceilings)
+    assert (f'closes {closes} % of the gap' in sentence) == (closes is not None)
+    assert ('does not pass the late-fusion bound' in sentence) == (closes is None)
+    assert ('tools/adding.py' in sentence) == tested
+
+
 def test_a_prerequisite_of_another_label_has_no_row(monkeypatch):
     def read_run(folder):
         k = knobs_of_system(SYSTEMS['av'], system='av', label=folder)
