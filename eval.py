@@ -26,7 +26,7 @@ from data import Corpus, CorpusError, Feed, epoch_order, open_corpus
 from metrics import SHOWN, check_finite, claim, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run import ranks
-from run.clips import ClipError, Clips, corpus_facts, export, holds_corpus, is_same_corpus
+from run.clips import ClipError, Clips, corpus_facts, export, is_copy, is_same_corpus
 from run.errors import ModelError
 from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
 from run.finished import (
@@ -339,7 +339,7 @@ def evaluate_on(folder, source, modalities=None, **allowed):
     run = load_run(folder, without_corpus=True, **allowed)
     k = knobs_with(run, modalities)
     other = open_corpus(source, k['data_dir'])
-    if holds_corpus(run.facts, other.folder):   # the run's own corpus, in another folder
+    if is_copy(run.facts, other):   # the run's own corpus, in another folder
         return beside_trained(run, other, k)
     home, other = run.own_corpus(), transferred(run, other, k['modalities'])
     (here, _), (there, _) = run.test(home, k), run.test(other, k)

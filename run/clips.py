@@ -137,15 +137,18 @@ def corpus_facts(corpus):
                 clips=corpus.n_clips, upper_case=corpus.meta['text']['upper_case'])
 
 
-def holds_corpus(facts, folder):
+def is_copy(facts, corpus):
     """
-    Whether a folder holds the corpus of these corpus_facts, perhaps in another place. A corpus made
-    by hand has no checksums that show it. Raises CorpusError.
+    Whether a corpus is that of these corpus_facts, perhaps in another folder. A corpus made by hand
+    has no checksums that show it.
     """
-    if not os.path.isfile(os.path.join(folder, 'meta.json')):
-        return False
-    others = corpus_facts(Corpus(folder))
-    return bool(others['contents']) and is_same_corpus(facts, others)
+    return bool(corpus.contents) and is_same_corpus(facts, corpus_facts(corpus))
+
+
+def holds_copy(facts, folder):
+    """ Whether a path is a corpus folder with is_copy's corpus. Raises CorpusError. """
+    is_folder = os.path.isfile(os.path.join(folder, 'meta.json'))
+    return is_folder and is_copy(facts, Corpus(folder))
 
 
 def is_same_corpus(facts, others):

@@ -79,12 +79,11 @@ def read_run(folder):
             raise EvalError(f"{folder} is of the system {name!r}, which is not in SYSTEMS: check "
                             "out the version that has it.")
         known, allowed = known_knobs(os.path.join(ROOT, 'train.py'), SYSTEMS, name)
-        for what, knobs in (('no', set(known) - set(about['knobs'])),
-                            ('the', set(about['knobs']) - set(known))):
-            if knobs:
-                raise EvalError(f"{folder} was written by another version, which had {what} knob "
-                                f"{min(knobs)}: check out {about['commit']} to read it, or train "
-                                "it again with --fresh=True.")
+        new, gone = set(known) - set(about['knobs']), set(about['knobs']) - set(known)
+        if new or gone:
+            had = f"no knob {min(new)}" if new else f"the knob {min(gone)}"
+            raise EvalError(f"{folder} was written by another version, which had {had}: check out "
+                            f"{about['commit']} to read it, or train it again with --fresh=True.")
         check_knobs(about['knobs'], known, allowed, f"in {folder}")
         errors = SYSTEMS[name].check(about['knobs'])
         check_seal(written)

@@ -176,15 +176,24 @@ def fits(value, form):
     return not value_errors({'entry': value}, {'entry': form})
 
 
-def check_numbers(value):
-    """ Raises ValueError if a JSON value holds an integer that NumPy cannot convert. """
+def _leaves(value):
+    """ The numbers, texts, truth values and nulls of a JSON value, and the keys of its objects. """
     todo = [value]
     while todo:
         inner = todo.pop()
-        if type(inner) is int and not -LARGEST <= inner < LARGEST:
-            raise ValueError(f"holds a number that is too large: {shorten(inner)}")
-        if isinstance(inner, (list, dict)):
-            todo += inner.values() if isinstance(inner, dict) else inner
+        if isinstance(inner, dict):
+            todo += [*inner, *inner.values()]
+        elif isinstance(inner, list):
+            todo += inner
+        else:
+            yield inner
+
+
+def check_numbers(value):
+    """ Raises ValueError if a JSON value holds an integer that NumPy cannot convert. """
+    for leaf in _leaves(value):
+        if type(leaf) is int and not -LARGEST <= leaf < LARGEST:
+            raise ValueError(f"holds a number that is too large: {shorten(leaf)}")
 
 
 def check_texts(value):
@@ -199,15 +208,9 @@ def check_texts(value):
 
 def check_printable(value):
     """ Raises ValueError if a JSON value holds a control character: it could steer a terminal. """
-    todo = [value]
-    while todo:
-        inner = todo.pop()
-        if isinstance(inner, str) and CONTROL.search(inner):
-            raise ValueError(f"holds a text with a control character: {shorten(inner)}")
-        if isinstance(inner, dict):
-            todo += [*inner, *inner.values()]
-        elif isinstance(inner, list):
-            todo += inner
+    for leaf in _leaves(value):
+        if isinstance(leaf, str) and CONTROL.search(leaf):
+            raise ValueError(f"holds a text with a control character: {shorten(leaf)}")
 
 
 def shorten(value, n=60):

@@ -366,9 +366,8 @@ def load_lm(name, dtype=torch.float32, random_init=False, remote=False, as_data=
     """
     A pretrained causal LM and its tokenizer, by Hugging Face name or by folder (a run of
     system='lm' is one too). random_init: an LM of the same shape with random weights, as a control.
-    The LM is compared with transformers' own forward
-    (run/lm_compare.py), once for each `data_dir`. Raises ModelError where neither the hub, nor the
-    local cache, nor a folder has it.
+    The LM is compared with transformers' own forward (run/lm_compare.py), once for each `data_dir`.
+    Raises ModelError where neither the hub, nor the local cache, nor a folder has it.
     """
     from transformers import AutoModelForCausalLM
     config, name = lm_config(name, remote, as_data)

@@ -15,7 +15,7 @@ import threading
 from configurator import declared_knobs, run_knobs
 from run import ranks
 from run.absent import absent_files
-from run.clips import corpus_facts, holds_corpus, is_same_corpus
+from run.clips import corpus_facts, holds_copy, is_same_corpus
 from run.errors import ModelError
 from run.finished import RUN_KNOBS, EvalError, is_same_value, read_run
 
@@ -123,7 +123,7 @@ def check_finished(folder, wanted):
     knobs, best = result['about']['knobs'], result['state']['best']
     other = [knob for knob, v in wanted.items()
              if knob not in RUN_KNOBS and not is_same_value(knobs.get(knob), v)]
-    if other == ['corpus'] and holds_corpus(result['about']['corpus'], wanted['corpus']):
+    if other == ['corpus'] and holds_copy(result['about']['corpus'], wanted['corpus']):
         other = []
     if other:
         raise EvalError(f"{folder} was trained with {other[0]}={knobs.get(other[0])!r}, but this "

@@ -28,8 +28,7 @@ from run.clips import (
     Clips,
     Transferred,
     checked_clip,
-    corpus_facts,
-    is_same_corpus,
+    is_copy,
     label_text,
     one_line,
     read_clips,
@@ -115,7 +114,7 @@ class Predictor:
             other = run.own_corpus()
         else:
             other = open_corpus(find_folder(str(corpus)), k['data_dir'])
-            if not is_same_corpus(run.facts, corpus_facts(other)):
+            if not is_copy(run.facts, other):
                 other = transferred(run, other, k['modalities'])
         metrics, _ = run.test(other, k)
         return metrics

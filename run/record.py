@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from run import ranks
-from run.clips import corpus_facts, holds_corpus
+from run.clips import corpus_facts, holds_copy
 from run.errors import ModelError
 from run.fingerprints import sample_logits, tokenizer_fingerprint
 from run.finished import FORMAT, RUN_KNOBS, is_same_value
@@ -89,7 +89,7 @@ def refuse_other_knobs(folder, before, knobs, filled_in=()):
         compared = knob not in RUN_KNOBS and knob not in filled_in
         if not compared or is_same_value(old_value, value):
             continue
-        if knob != 'corpus' or not holds_corpus(before['corpus'], value):
+        if knob != 'corpus' or not holds_copy(before['corpus'], value):
             raise ModelError(f"{folder} was trained with {knob}={old_value!r}, not {value!r}: "
                              "resume it with the same knobs, or give another --out_dir.")
 

@@ -49,8 +49,8 @@ def adding(folders):
 
 
 if __name__ == '__main__':
-    folders = [a.rstrip('/') for a in sys.argv[1:] if a not in ('-h', '--help')]
+    folders = [a.rstrip('/') for a in sys.argv[1:]]
     try:
-        print(adding(folders) if folders else __doc__)
+        print(adding(folders) if folders and not {'-h', '--help'} & set(folders) else __doc__)
     except (EvalError, ModelError) as e:
         sys.exit(f"adding: {e}")

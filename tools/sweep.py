@@ -331,12 +331,12 @@ def main(argv):
     sweep = read_sweep(files[0])
     tables = sweep['tables']
     if own['table'] not in tables:
-        if flags:
-            raise EvalError(f"--{next(iter(flags))} needs a table: give --table=N, one of "
-                            f"{', '.join(tables)}.")
         if own['table']:
             raise EvalError(f"{files[0]} has no table {own['table']!r}: "
                             f"choose one of {', '.join(tables)}.")
+        if flags:
+            raise EvalError(f"--{next(iter(flags))} needs a table: give --table=N, one of "
+                            f"{', '.join(tables)}.")
         for k, t in tables.items():
             print(f"--table={k:<12} {t['title']} ({len(t['rows'])} rows)")
         return
