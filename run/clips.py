@@ -23,7 +23,6 @@ from corpora.names import SPLITS, STREAMS
 from metrics import SHOWN
 from model import SYSTEMS
 from run.errors import ModelError, UserError
-from run.finished import EvalError
 from run.folder import find_folder, load_checkpoint, open_regular, save_checkpoint, write_text
 from run.json_files import sealed
 
@@ -78,50 +77,6 @@ class Clips:
 
     def frames(self, split, stream, i):
         return self.rows[i][stream]  # [S,d]
-
-
-class Transferred:
-    """
-    The corpus `other` as it is read by a run that was trained on the corpus `home`: with the
-    widths, mean and std of `home`. Streams that are not in `modalities` are empty.
-    """
-    def __init__(self, other, home, modalities):
-        self.other, self.home, self.modalities = other, home, modalities
-        self.widths, self.labels, self.n_clips = home.widths, other.labels, other.n_clips
-        self.name, self.folder, self.sha256 = other.name, other.folder, other.sha256
-        self.meta = other.meta | dict(streams={m: self.stream(m) for m in home.widths})
-
-    def stream(self, m):
-        """ The entry of stream m in meta.json. """
-        home = self.home.meta['streams'][m]
-        if m not in self.modalities:
-            return home   # its clips have no frames, so its mean and std are not used
-        other = self.other.meta['streams'][m]
-        if other['standardised']:
-            raise EvalError(f"{self.folder} holds {m} standardised with its own mean and std: "
-                            "convert it again with --dtype=float32, which stores raw features.")
-        return other | {key: home[key] for key in ('mean', 'std')}
-
-    def text(self, split):
-        return self.other.text(split)
-
-    def id(self, split):
-        return self.other.id(split)
-
-    def turns(self, split):
-        return self.other.turns(split)
-
-    def label(self, split, name='label'):
-        return self.other.label(split, name)
-
-    def frames(self, split, m, i):
-        """ The frames of clip i, [S,d]. """
-        if m in self.modalities:
-            return self.other.frames(split, m, i)
-        return np.zeros((0, self.widths[m]), np.float32)
-
-    def lengths(self, split, m):
-        return np.array([len(self.frames(split, m, i)) for i in range(self.n_clips[split])])  # [N]
 
 
 def corpus_facts(corpus):

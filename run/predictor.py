@@ -13,6 +13,7 @@ and in Python, from any working directory:
 
 Axis letters: N clips, S frames, d features of a frame, K labels.
 """
+import copy
 import os
 import tempfile
 from contextlib import contextmanager
@@ -26,7 +27,6 @@ from metrics import central_interval
 from run.clips import (
     ClipError,
     Clips,
-    Transferred,
     checked_clip,
     is_copy,
     label_text,
@@ -408,9 +408,9 @@ def what_is_read(run, k):
 
 def transferred(run, other, modalities):
     """
-    The corpus `other` as a run reads it that was not trained on it: with the mean and std of the
-    run's own corpus. modalities: a list of 'audio', 'vision'. Raises EvalError if features or
-    labels are not comparable.
+    The corpus `other` as a run reads it that was not trained on it: with the widths, mean and std of
+    the run's own corpus. modalities: a list of 'audio', 'vision'; other streams are not read.
+    Raises EvalError if features or labels are not comparable.
     """
     name, widths, label = run.facts['name'], run.facts['widths'], run.knobs['label']
     for m in modalities:
@@ -421,4 +421,13 @@ def transferred(run, other, modalities):
     if (info := other.labels.get(label)) != run.info:
         raise EvalError(f"the label {label!r} is {run.info} in {name} and {info} in {other.name}, "
                         "so scores cannot be compared: name another corpus.")
-    return Transferred(other, Clips(run.facts), modalities)
+    streams = {m: dict(info) for m, info in run.facts['streams'].items()}
+    for m in set(modalities) & set(widths):
+        info = other.meta['streams'][m]
+        if info['standardised']:
+            raise EvalError(f"{other.folder} holds {m} standardised with its own mean and std: "
+                            "convert it again with --dtype=float32, which stores raw features.")
+        streams[m] = info | {key: streams[m][key] for key in ('mean', 'std')}
+    read = copy.copy(other)
+    read.widths, read.meta = widths, other.meta | dict(streams=streams)
+    return read

@@ -34,6 +34,8 @@ from run.folder import (
 from run.forms import check_log_line, read_header
 from run.json_files import parsed, shorten
 
+LONGEST_LINE = 2 ** 20   # bytes of a line of log.jsonl; a longer one is damaged
+
 
 def describe_run(name, knobs, feed, model, tokenizer, device, dtype, lm_fingerprint):
     """ The description of a run that config.json, every checkpoint and result.json hold. """
@@ -191,7 +193,7 @@ def lines_until(path, step):
         return []
     kept = []
     with open_regular(path, 'rb') as f:
-        for line in f:
+        for line in iter(lambda: f.readline(LONGEST_LINE), b''):
             try:
                 entry = parsed(line.decode())
                 check_log_line(entry)

@@ -20,10 +20,10 @@ from corpora.unpickle import CorpusError
 from data import get_batch, open_corpus
 from eval import evaluate_on, evaluate_without, load, load_run
 from fakes import ENV, HERE, TINY, command, forge, train
-from run.clips import ClipError, Clips, Transferred, read_clips
+from run.clips import ClipError, read_clips
 from run.finished import EvalError, read_predictions
 from run.folder import find_folder
-from run.predictor import describe_predictions, picture_folder
+from run.predictor import describe_predictions, picture_folder, transferred
 
 
 @pytest.fixture(scope='module')
@@ -246,8 +246,8 @@ def test_a_run_is_evaluated_on_its_corpus_in_another_folder(curriculum, tmp_path
 
 
 def test_a_run_without_standardise_reads_the_text_of_another_corpus_alone(deepmlf, corpora):
-    other, home = open_corpus('toy', corpora), Clips(deepmlf.run.facts)
-    batch = get_batch(Transferred(other, home, []), 'test', [0, 1], standardise=False)
+    other = transferred(deepmlf.run, open_corpus('toy', corpora), [])
+    batch = get_batch(other, 'test', [0, 1], modalities=[], standardise=False)
     assert batch['audio_len'].tolist() == batch['vision_len'].tolist() == [0, 0]
 
 

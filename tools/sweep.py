@@ -411,6 +411,8 @@ if __name__ == '__main__':
         main(sys.argv[1:])
     except (EvalError, CorpusError, ModelError) as e:
         sys.exit(f"sweep: {e}")
+    except BrokenPipeError:   # as of `| head`
+        sys.exit("sweep: its output is no longer read, so it stopped: the same command continues.")
     except OSError as e:
         sys.exit(f"sweep: cannot write {e.filename} ({e.strerror}): "
                  "free some space, or choose another --out.")
