@@ -117,16 +117,10 @@ def write_bytes(path, content):
         f.write(content)
 
 
-def save_picture(figure, path, **options):
-    """
-    Save a matplotlib figure as the PNG `path`, as write_text does, or into an open binary file;
-    `options` go to savefig.
-    """
-    if hasattr(path, 'write'):
-        figure.savefig(path, format='png', **options)
-        return
+def save_picture(figure, path):
+    """ Save a matplotlib figure as the PNG `path`, as write_text does. """
     with replacing(path) as new:
-        figure.savefig(new, format='png', **options)
+        figure.savefig(new, format='png')
 
 
 def make_folder(path):

@@ -64,9 +64,12 @@ def save(fig, folder, name):
 
 
 def drawn(draw, *arguments):
-    """ The PNG that draw(file, *arguments) draws, as bytes. """
+    """ The figure that draw(*arguments) returns, as the bytes of a PNG. """
     file = BytesIO()
-    draw(file, *arguments)
+    with style():
+        fig = draw(*arguments)
+        fig.savefig(file, format='png')
+        pyplot().close(fig)
     return file.getvalue()
 
 
@@ -176,10 +179,10 @@ def draw_levels(ax, levels):
                     color='0.35', annotation_clip=False)
 
 
-def learning_curve(path, runs):
+def learning_curve(runs):
     """
-    A picture at `path` of one run, or of several that differ in the seed: training loss terms, one
-    panel for each unit, and the validation metric that selects the checkpoint.
+    A figure of one run, or of several that differ in the seed: training loss terms, one panel for
+    each unit, and the validation metric that selects the checkpoint.
 
     runs: (result.json, lines of log.jsonl) of each run, as read_run and read_log give them.
     """
@@ -190,39 +193,37 @@ def learning_curve(path, runs):
     coral = results[0]['about']['knobs'].get('level_step', 0) > 0
     panels = loss_panels({term for e in train[0] for term in e['train']}, coral)
 
-    with style():
-        n = len(panels) + 1
-        columns = n if n <= 3 else 2 if n == 4 else 3
-        rows = -(-n // columns)
-        wide = 2.5 * columns + 0.9   # room for the names of the lines
-        fig, axes = canvas(rows, columns, high=0.4 + 2.1 * rows, wide=wide)
-        *loss_axes, last = axes.flatten()[:n]
-        for ax in axes.flatten()[n:]:
-            ax.remove()
-        for ax, (label, terms) in zip(loss_axes, panels.items()):
-            for term in terms:
-                own = [[e for e in log if term in e['train']] for log in train]
-                draw_band(ax, [e['epoch'] for e in own[0]],
-                          [[e['train'][term] for e in log] for log in own], term)
-            ax.set(xlabel='epoch', ylabel=label, title='training')
-            if len(terms) > 1:
-                ax.legend(**ON_LINES)
+    n = len(panels) + 1
+    columns = n if n <= 3 else 2 if n == 4 else 3
+    rows = -(-n // columns)
+    wide = 2.5 * columns + 0.9   # room for the names of the lines
+    fig, axes = canvas(rows, columns, high=0.4 + 2.1 * rows, wide=wide)
+    *loss_axes, last = axes.flatten()[:n]
+    for ax in axes.flatten()[n:]:
+        ax.remove()
+    for ax, (label, terms) in zip(loss_axes, panels.items()):
+        for term in terms:
+            own = [[e for e in log if term in e['train']] for log in train]
+            draw_band(ax, [e['epoch'] for e in own[0]],
+                      [[e['train'][term] for e in log] for log in own], term)
+        ax.set(xlabel='epoch', ylabel=label, title='training')
+        if len(terms) > 1:
+            ax.legend(**ON_LINES)
 
-        values = [[e['valid'][select] for e in log] for log in valid]
-        mean = f'mean and std of n = {len(runs)}' if len(runs) > 1 else None
-        draw_band(last, [e['epoch'] for e in valid[0]], values, mean, 'C3')
-        best = [e for e in valid[0] if e['best']]
-        if best and len(runs) == 1:
-            last.plot(best[-1]['epoch'], best[-1]['valid'][select], 'o', ms=5, mfc='none',
-                      color='C3', label='best')
-        last.set(xlabel='epoch', ylabel=select, title='validation')
-        last.xaxis.get_major_locator().set_params(integer=True)
-        draw_levels(last, lines_to_compare(results[0]))
-        if last.get_legend_handles_labels()[0]:
-            last.legend(**ON_LINES)
-        set_title(fig, run_title([result['about'] for result in results]))
-        save_picture(fig, path)
-        pyplot().close(fig)
+    values = [[e['valid'][select] for e in log] for log in valid]
+    mean = f'mean and std of n = {len(runs)}' if len(runs) > 1 else None
+    draw_band(last, [e['epoch'] for e in valid[0]], values, mean, 'C3')
+    best = [e for e in valid[0] if e['best']]
+    if best and len(runs) == 1:
+        last.plot(best[-1]['epoch'], best[-1]['valid'][select], 'o', ms=5, mfc='none',
+                  color='C3', label='best')
+    last.set(xlabel='epoch', ylabel=select, title='validation')
+    last.xaxis.get_major_locator().set_params(integer=True)
+    draw_levels(last, lines_to_compare(results[0]))
+    if last.get_legend_handles_labels()[0]:
+        last.legend(**ON_LINES)
+    set_title(fig, run_title([result['about'] for result in results]))
+    return fig
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,37 +235,35 @@ def drawable(names):
     return [name.replace('$', r'\$') if name.isascii() else str(i) for i, name in enumerate(names)]
 
 
-def confusion_picture(path, pred, label, names, title):
+def counts_figure(pred, label, names, title):
     """
-    A picture at `path` of the counts of true classes against predicted classes, coloured by the
-    share of the true class. pred, label [N]: numbers of classes in `names`. Names and counts are
-    written for at most MOST_NAMED classes.
+    A figure of the counts of true classes against predicted classes, coloured by the share of the
+    true class. pred, label [N]: numbers of classes in `names`. Names and counts are written for at
+    most MOST_NAMED classes.
     """
     counts = confusion(pred, label, len(names))  # [K,K]
     n_true = np.bincount(np.asarray(label, int), minlength=len(names))  # [K]
     share = counts / np.maximum(n_true, 1)[:, None]  # [K,K]
     ticks = drawable(names)
-    with style():
-        named = len(names) <= MOST_NAMED
-        size = 0.45 * min(len(names), MOST_NAMED)
-        fig, ((ax,),) = canvas(high=1.3 + size, wide=1.9 + size)
-        picture = ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
-        for i, j in np.ndindex(counts.shape) if named else ():
-            color = 'white' if share[i, j] > 0.6 else 'black'
-            ax.text(j, i, counts[i, j], ha='center', va='center', fontsize=7, color=color)
-        if named:
-            ax.set_xticks(range(len(names)), ticks, rotation=45, ha='right')
-            ax.set_yticks(range(len(names)), ticks)
-        ax.set(xlabel='predicted class', ylabel='true class')
-        fig.colorbar(picture, label='share of the true class', shrink=0.8)
-        set_title(fig, title)
-        save_picture(fig, path)
-        pyplot().close(fig)
+    named = len(names) <= MOST_NAMED
+    size = 0.45 * min(len(names), MOST_NAMED)
+    fig, ((ax,),) = canvas(high=1.3 + size, wide=1.9 + size)
+    picture = ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    for i, j in np.ndindex(counts.shape) if named else ():
+        color = 'white' if share[i, j] > 0.6 else 'black'
+        ax.text(j, i, counts[i, j], ha='center', va='center', fontsize=7, color=color)
+    if named:
+        ax.set_xticks(range(len(names)), ticks, rotation=45, ha='right')
+        ax.set_yticks(range(len(names)), ticks)
+    ax.set(xlabel='predicted class', ylabel='true class')
+    fig.colorbar(picture, label='share of the true class', shrink=0.8)
+    set_title(fig, title)
+    return fig
 
 
-def draw_confusion(path, result, predictions):
+def confusion_matrix(result, predictions):
     """
-    Draw the confusion matrix of a run's test predictions at `path`, of its classes or of scores
+    A figure of the confusion matrix of a run's test predictions, of its classes or of scores
     rounded to whole numbers. result: read_run's dict; predictions: read_predictions' arrays.
     """
     info, test = result['info'], result['test']
@@ -280,7 +279,7 @@ def draw_confusion(path, result, predictions):
     scores = ', '.join(f'{key} {test[key]:.3f}' for key in metrics if key in test)
     rounded = '' if info['kind'] == 'classes' else '; scores rounded'
     title = f"{run_title([result['about']])}\ntest: {scores}, {len(pred)} clips{rounded}"
-    confusion_picture(path, pred, label, names, title)
+    return counts_figure(pred, label, names, title)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,12 +294,12 @@ def answer_values(info, n):
     return np.array(scores if len(scores) == n else np.linspace(*info['range'], n))
 
 
-def calibration_picture(path, result, predictions, n_bins=10):
+def calibration_curve(result, predictions, n_bins=10):
     """
-    A picture at `path` of the calibration of a run's probabilities, with the expected calibration
-    error. For classes: the probability of the answer against the share of right answers. For
-    scores: the probability of a positive score against the share of positive labels. result:
-    read_run's dict; predictions: read_predictions' arrays, with prob [N,K].
+    A figure of the calibration of a run's probabilities, with the expected calibration error. For
+    classes: the probability of the answer against the share of right answers. For scores: the
+    probability of a positive score against the share of positive labels. result: read_run's dict;
+    predictions: read_predictions' arrays, with prob [N,K].
     """
     prob, label = predictions['prob'], predictions['label']  # [N,K], [N]
     if result['info']['kind'] == 'classes':
@@ -319,18 +318,16 @@ def calibration_picture(path, result, predictions, n_bins=10):
     y = np.array([right[b].mean() for b in bins])
     n = np.array([np.sum(b) for b in bins])
     error = np.sum(n * np.abs(x - y)) / n.sum()
-    with style():
-        fig, ((ax,),) = canvas(high=WIDE)
-        ax.plot([0, 1], [0, 1], color='0.6', lw=0.8)
-        ax.plot(x, y, 'o-', ms=4)
-        for x_b, y_b, n_b in zip(x, y, n):
-            ax.annotate(str(n_b), (x_b, y_b), textcoords='offset points', xytext=(4, -8),
-                        fontsize=6)
-        ax.set(xlabel=x_name, ylabel=y_name, xlim=(0, 1), ylim=(0, 1), aspect='equal')
-        set_title(fig, f"{run_title([result['about']])}\nexpected calibration error {error:.3f}; "
-                       "numbers are clips")
-        save_picture(fig, path)
-        pyplot().close(fig)
+    fig, ((ax,),) = canvas(high=WIDE)
+    ax.plot([0, 1], [0, 1], color='0.6', lw=0.8)
+    ax.plot(x, y, 'o-', ms=4)
+    for x_b, y_b, n_b in zip(x, y, n):
+        ax.annotate(str(n_b), (x_b, y_b), textcoords='offset points', xytext=(4, -8),
+                    fontsize=6)
+    ax.set(xlabel=x_name, ylabel=y_name, xlim=(0, 1), ylim=(0, 1), aspect='equal')
+    set_title(fig, f"{run_title([result['about']])}\nexpected calibration error {error:.3f}; "
+                   "numbers are clips")
+    return fig
 
 
 # --------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from run.json_files import (
     parsed_lines,
     sealed,
 )
-from run.pictures import calibration_picture, draw_confusion, drawn, learning_curve
+from run.pictures import calibration_curve, confusion_matrix, drawn, learning_curve
 from run.report_html import html_report
 
 LARGEST_PICTURE = 10_000_000   # bytes
@@ -184,9 +184,9 @@ def report_pictures(r, predictions, curve):
         names, caption = r['info'].get('names', []), ''
         if not ''.join(names).isascii():   # the picture shows such names by their numbers
             caption = f"Classes: {', '.join(f'{i} {n}' for i, n in enumerate(names))}."
-        pictures.append(('confusion matrix', drawn(draw_confusion, r, predictions), caption))
+        pictures.append(('confusion matrix', drawn(confusion_matrix, r, predictions), caption))
         if 'prob' in predictions:
-            png = drawn(calibration_picture, r, predictions)
+            png = drawn(calibration_curve, r, predictions)
             pictures.append(('calibration of the probabilities', png, ''))
     return pictures
 

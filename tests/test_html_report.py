@@ -17,7 +17,7 @@ from fakes import command, knobs_of_system
 from metrics import bootstrap, regression_metrics, task_metrics
 from model import SYSTEMS, PromptTuning
 from run import report
-from run.pictures import answer_values, calibration_picture, draw_confusion, drawn
+from run.pictures import answer_values, calibration_curve, confusion_matrix, drawn
 from run.report import comparison
 from run.report_html import html_report, metric_table, probability_text, worst_clips
 
@@ -97,7 +97,7 @@ def test_hostile_texts_are_shown_and_not_run():
     predictions = dict(pred=np.array([0, 1, 2]), label=np.array([1, 1, 1]))
     info = dict(FEELINGS, names=[HOSTILE, 'b' + HOSTILE, 'c'])
     compared = ['test', HOSTILE], [[HOSTILE, HOSTILE]], [HOSTILE]
-    picture = HOSTILE, drawn(draw_confusion, run_of(FEELINGS, predictions), predictions), HOSTILE
+    picture = HOSTILE, drawn(confusion_matrix, run_of(FEELINGS, predictions), predictions), HOSTILE
     page = loads_nothing(page_of(info, predictions, [HOSTILE] * 3, [HOSTILE] * 3, HOSTILE,
                                  [picture], compared))
     assert [HOSTILE, HOSTILE, 'b' + HOSTILE, HOSTILE] in page.rows   # id, text, label, prediction
@@ -179,7 +179,7 @@ def test_pictures_are_inside_the_page_at_their_own_width():
     prob = rng.dirichlet(np.ones(3), 50)
     predictions = dict(pred=prob.argmax(1), label=rng.integers(3, size=50), prob=prob)
     r = run_of(FEELINGS, predictions)
-    pngs = [drawn(draw, r, predictions) for draw in (draw_confusion, calibration_picture)]
+    pngs = [drawn(draw, r, predictions) for draw in (confusion_matrix, calibration_curve)]
     assert all(png.startswith(b'\x89PNG') for png in pngs)
     page = loads_nothing(page_of(FEELINGS, predictions, pictures=[
         ('confusion matrix', pngs[0], 'Classes: 0 a'), ('calibration', pngs[1], '')]))
@@ -191,7 +191,7 @@ def test_pictures_are_inside_the_page_at_their_own_width():
 def test_a_confusion_matrix_may_have_many_classes_and_names_that_are_no_formulas(names):
     info = dict(kind='classes', names=names)
     predictions = dict(pred=np.arange(50) % 3, label=np.arange(50) // 3 % 3)
-    png = drawn(draw_confusion, run_of(info, predictions), predictions)
+    png = drawn(confusion_matrix, run_of(info, predictions), predictions)
     width, height = np.frombuffer(png[16:24], '>u4')
     assert width < 5000 and height < 5000
 

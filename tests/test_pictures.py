@@ -44,7 +44,7 @@ def drawn(monkeypatch):
     """ The figures that a test has drawn, in their order. """
     found = []
 
-    def keep(fig, path, **options):
+    def keep(fig, path):
         fig.canvas.draw()   # with the layout as it is saved
         found.append(fig)
 
@@ -52,24 +52,29 @@ def drawn(monkeypatch):
     return found
 
 
-def curve(drawn, *runs):
-    pictures.learning_curve('curve.png', runs)
-    return drawn[-1]
+def laid_out(fig):
+    """ A figure with the layout as it is saved. """
+    fig.canvas.draw()
+    return fig
 
 
-def test_a_learning_curve_is_titled_by_run_system_corpus_and_seed(drawn):
-    assert curve(drawn, (result(), log())).get_suptitle() == 'deepmlf_toy: deepmlf on toy, seed 0'
-    fig = curve(drawn, (result(2), log()), (result(0), log(0.1)))
+def curve(*runs):
+    return laid_out(pictures.learning_curve(runs))
+
+
+def test_a_learning_curve_is_titled_by_run_system_corpus_and_seed():
+    assert curve((result(), log())).get_suptitle() == 'deepmlf_toy: deepmlf on toy, seed 0'
+    fig = curve((result(2), log()), (result(0), log(0.1)))
     assert fig.get_suptitle() == 'deepmlf_toy: deepmlf on toy, seeds 0, 2'
     assert all(ax.get_xlabel() == 'epoch' and ax.get_ylabel() for ax in fig.axes)
     assert fig.axes[-1].get_legend().get_texts()[0].get_text() == 'mean and std of n = 2'
     assert fig.axes[-1].collections   # the band
 
 
-def test_a_curve_of_one_point_is_visible(drawn):
-    fig = curve(drawn, (result(), log()[:2]))
+def test_a_curve_of_one_point_is_visible():
+    fig = curve((result(), log()[:2]))
     assert all(line.get_marker() == 'o' for ax in fig.axes[:-1] for line in ax.lines)
-    assert all(line.get_marker() == 'None' for line in curve(drawn, (result(), log())).axes[0].lines)
+    assert all(line.get_marker() == 'None' for line in curve((result(), log())).axes[0].lines)
 
 
 def test_runs_that_logged_at_other_steps_have_no_mean():
@@ -79,8 +84,8 @@ def test_runs_that_logged_at_other_steps_have_no_mean():
         figures.refuse_other_steps([lines, lines[1:]])
 
 
-def test_loss_terms_share_a_panel_only_where_they_have_one_unit(drawn):
-    fig = curve(drawn, (result(), log()))
+def test_loss_terms_share_a_panel_only_where_they_have_one_unit():
+    fig = curve((result(), log()))
     n_lines = {ax.get_ylabel(): len(ax.lines) for ax in fig.axes[:-1]}
     assert n_lines == {'loss, the weighted sum': 1, 'loss of predictions': 2,
                        'cross-entropy, nats per token': 1, 'ordinal losses, label units': 1,
@@ -88,18 +93,18 @@ def test_loss_terms_share_a_panel_only_where_they_have_one_unit(drawn):
     assert pictures.loss_panels(['loss', 'lm']) == {'cross-entropy, nats per token': ['lm']}
 
 
-def test_the_majority_and_known_bounds_are_labelled_lines(drawn):
-    ax = curve(drawn, (result(), log())).axes[-1]
+def test_the_majority_and_known_bounds_are_labelled_lines():
+    ax = curve((result(), log())).axes[-1]
     lines = [line.get_ydata()[0] for line in ax.lines if len(set(line.get_ydata())) == 1]
     for value in (1.165, 1.059, 1.038, 0.81, 0.368):
         assert value in lines and any(f'{value:.3f}' in t.get_text() for t in ax.texts)
     boxes = [t.get_window_extent() for t in sorted(ax.texts, key=lambda t: t.xyann[1])]
     assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:]))   # none overlaps
-    ax = curve(drawn, (result(ceilings=False), log())).axes[-1]
+    ax = curve((result(ceilings=False), log())).axes[-1]
     assert [t.get_text() for t in ax.texts] == ['majority 1.165']
     one = result()
     one['about']['knobs']['modalities'] = ('audio',)   # the bounds are of all modalities
-    assert len(curve(drawn, (one, log())).axes[-1].texts) == 1
+    assert len(curve((one, log())).axes[-1].texts) == 1
 
 
 @pytest.mark.parametrize('shift, limits', [(0.1, (0, 1)), (-0.9, (-1, 1))])
@@ -210,9 +215,8 @@ def test_classes_are_named_in_the_title_of_a_clip():
     assert pictures.as_text(9.0, info) == 'no class (9)'
 
 
-def test_a_confusion_matrix_has_a_title_and_its_counts(drawn):
-    pictures.confusion_picture('c.png', [0, 1, 1], [0, 1, 0], ['no', 'yes'], 'run on toy\nwf1 0.7')
-    fig = drawn[0]
+def test_a_confusion_matrix_has_a_title_and_its_counts():
+    fig = laid_out(pictures.counts_figure([0, 1, 1], [0, 1, 0], ['no', 'yes'], 'run on toy\nwf1 0.7'))
     assert fig.get_suptitle() == 'run on toy\nwf1 0.7'
     assert [t.get_text() for t in fig.axes[0].texts] == ['1', '1', '0', '1']
 

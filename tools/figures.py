@@ -32,7 +32,6 @@ from metrics import BETTER, check_finite
 from model import SYSTEMS
 from run.errors import ModelError
 from run.finished import EvalError, check_same_experiment, read_log, read_predictions, read_run
-from run.folder import make_folder
 from run.forms import SWEEP
 from run.json_files import NUMBER, check_form, read_json
 from run.pictures import (
@@ -41,12 +40,12 @@ from run.pictures import (
     WIDE,
     as_text,
     attention_of,
-    calibration_picture,
+    calibration_curve,
     canvas,
     clip_words,
+    confusion_matrix,
     draw_attention,
     draw_band,
-    draw_confusion,
     drawable,
     learning_curve,
     run_title,
@@ -64,20 +63,12 @@ matplotlib.rcParams.update(STYLE)
 # --------------------------------------------------------------------------------------------------
 # From logs
 
-def draw_file(out, name, draw, *arguments):
-    """ Draws out/name.png by draw(path, *arguments), and prints the path. """
-    make_folder(out)
-    path = os.path.join(out, name + '.png')
-    draw(path, *arguments)
-    print(path)
-
-
 def curves(folders, out):
     """ Draws the learning curve of a run, or of several that differ in the seed. """
     runs = [(read_run(folder), read_log(folder)) for folder in folders]
     for kind in ('train', 'valid'):
         refuse_other_steps([[e for e in log if kind in e] for _, log in runs])
-    draw_file(out, 'curves', learning_curve, runs)
+    save(learning_curve(runs), out, 'curves')
 
 
 def refuse_other_steps(logs):
@@ -200,20 +191,15 @@ def scatter(predictions, result, out):
 
 def truth(folder, out):
     """
-    Draws predictions against labels, if they are scores, and the confusion matrix of the classes or
-    of the rounded scores.
+    Draws predictions against labels, if they are scores; the confusion matrix of the classes or of
+    the rounded scores; and the calibration of the probabilities, if the run has them.
     """
     result, (_, predictions) = read_run(folder), read_predictions(folder)
     if result['info']['kind'] != 'classes':
         scatter(predictions, result, out)
-    draw_file(out, 'confusion', draw_confusion, result, predictions)
-
-
-def calibration(folder, out):
-    """ Draws the calibration of the probabilities of readout='score', if the run has them. """
-    result, (_, predictions) = read_run(folder), read_predictions(folder)
+    save(confusion_matrix(result, predictions), out, 'confusion')
     if 'prob' in predictions:
-        draw_file(out, 'calibration', calibration_picture, result, predictions)
+        save(calibration_curve(result, predictions), out, 'calibration')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,7 +373,6 @@ def main(argv):
     if not SYSTEMS[system].predicts:
         return
     truth(paths[0], out)
-    calibration(paths[0], out)
     embeddings(paths[0], out, **allowed)
     attention(paths[0], out, clip, **allowed)
 
