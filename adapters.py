@@ -1,6 +1,6 @@
 """
-The trainable blocks of the systems in model.py, in plain PyTorch. model.py puts them into a frozen
-LM or an encoder. The baselines' own blocks are in baselines/.
+The trainable blocks of the systems, in plain PyTorch. model.py puts them into a frozen LM, and
+crosssent.py into an encoder. The baselines' own blocks are in baselines/.
 
 The axis letters are those of model.py; s is a stream: 'text', 'audio' or 'vision'. All forwards are
 pure: features, lengths, masks and the frozen LM's layers are arguments. Masks are True at real
@@ -271,7 +271,8 @@ class MMBlock(nn.Module):
             nn.init.constant_(self.norm_1.weight, 1.0 - norm_offset)
         if getattr(self.norm_1, 'bias', None) is not None:
             nn.init.zeros_(self.norm_1.bias)
-        # created before gca and ffw: the order of the weights sets the rounding of the gradient norm
+        # made before gca and ffw: the gradient norm sums weights in this order, and sums of another
+        # order round differently
         self.norm_2 = before if ffw != 'none' else None
         self.post_2 = behind if ffw != 'none' else None
         self.gca = CrossAttention(D, d, n_heads, dropout)
@@ -372,9 +373,10 @@ def augment_embeddings(x, lengths, kind, rate, p_apply, draw):
 def pool_frames(x, lengths, n_slots, m):
     """
     Pools each clip's n real frames into n_slots slots: slot j is the mean of the frames from
-    floor(j n / n_slots) to ceil((j+1) n / n_slots) - 1. With n = n_slots the frames do not change,
-    with n < n_slots some repeat, and a clip without frames gives zeros. (The release averages
-    frames t, t+m, t+2m, .., padding included, so every slot is nearly the mean over the clip.)
+    floor(j n / n_slots) to ceil((j+1) n / n_slots) - 1. With n = n_slots the frames do not change.
+    With n < n_slots frames repeat, and a slot between two frames is their mean. A clip without
+    frames gives zeros. (The release averages frames t, t+m, t+2m, .., padding included, so every
+    slot is nearly the mean over the clip.)
 
     x [B,S,d], lengths [B], n_slots [B] -> [B,m,d], with zeros behind a clip's slots. m is an int,
     at least the largest of n_slots. It is an argument because reading that number from a GPU would
@@ -681,13 +683,12 @@ class CMPTA(nn.Module):
     recompute: the backward pass computes the LSTMs and the attention again, which saves memory.
     """
     def __init__(self, widths, D, n_pseudo, d, n_heads, n_layers, align='bi', align_text=True,
-                 attend=True, pool='mean', dropout=0.0, projection='released', embed_rms=1.0,
-                 recompute=False):
+                 attend=True, pool='mean', dropout=0.0, recompute=False):
         super().__init__()
         if not widths:
             raise ValueError("CMPTA needs audio or vision, and this corpus has neither: "
                              "take another corpus.")
-        if d % 2:
+        if align == 'bi' and d % 2:
             raise ValueError(f"cmpta_width={d} must be even, half for each direction of the "
                              "BiLSTM: set it to an even number.")
         streams = ['text'] + [s for s in ('vision', 'audio') if s in widths]
@@ -708,7 +709,6 @@ class CMPTA(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(d, n_heads, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d)
         self.up = nn.Linear(d, D)
-        self.out = MatchScale(n_pseudo, embed_rms) if projection == 'full' else nn.Identity()
 
     def aligned(self, batch, text, text_mask):
         """ The aligned streams: stream -> (x [B,L,d], mask [B,L]), with at least one real step per
@@ -733,7 +733,7 @@ class CMPTA(nn.Module):
             z = torch.cat([z, self.more_tokens.expand(len(z), -1, -1)], 1)  # [B,P,d]
         for layer in self.layers:
             z = layer(z, None)
-        return self.out(self.up(self.norm(z)))  # [B,P,D]
+        return self.up(self.norm(z))  # [B,P,D]
 
     def pairs(self):
         """ The directions with their names: [((X, Y), module of X <- Y), ..]. """
@@ -755,8 +755,8 @@ class CMPTA(nn.Module):
 def interpolate(x, lengths, n_tokens, m):
     """
     Linear interpolation of each clip's real frames at n_tokens [B] places: the first token gets the
-    first frame and the last token the last frame. x [B,S,d], lengths [B] -> [B,m,d], with zeros
-    behind a clip's tokens.
+    first frame and the last token the last frame. So a text of one token reads the first frame
+    alone. x [B,S,d], lengths [B] -> [B,m,d], with zeros behind a clip's tokens.
     """
     j = torch.arange(m, device=x.device)  # [m]
     n = lengths.clamp(min=1)[:, None]  # [B,1]

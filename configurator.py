@@ -122,7 +122,7 @@ _USUAL_NAMES = {
     'max_epochs num_epochs n_epochs num_train_epochs epoch': 'epochs', 'max_iters': 'max_steps',
     'batch bs train_batch_size per_device_train_batch_size': 'batch_size',
     'gradient_accumulation_steps grad_accum accumulation_steps': 'accumulate',
-    'grad_clip max_grad_norm gradient_clip_val': 'clip', 'eps epsilon': 'adam_eps',
+    'clip max_grad_norm gradient_clip_val': 'grad_clip', 'eps epsilon': 'adam_eps',
     'warmup warmup_steps num_warmup_steps warmup_ratio': 'warmup_epochs',
     'early_stop early_stopping early_stopping_patience': 'patience',
     'metric monitor metric_for_best_model': 'select', 'random_seed': 'seed',

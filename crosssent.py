@@ -125,14 +125,12 @@ class CrossSent(System):
     def score(self, batch):
         """ What the head reads from the sentence vectors of a batch -> [B]. """
         mask, rows = batch['text_mask'], batch['text_rows']  # [B,T], [U]
-        frames = None
+        x = self.encoder.embed(batch['tokens'])  # [B,T,D]
+        n_before = 0  # encoder layers before GMRA
         if self.gmra is not None:
             frames = frames_on_tokens(batch, self.gmra.proj, self.ends, self.k['resample'])
             if self.k['gmra_codes']:
                 frames = one_hot_codes(frames, self.k['gmra_codes'])
-        x = self.encoder.embed(batch['tokens'])  # [B,T,D]
-        n_before = 0  # encoder layers before GMRA
-        if self.gmra is not None:
             n_before = self.k['gmra_layer'] - 1
             x = self.gmra(self.encoder.layers(x, mask, rows, 0, n_before), frames)  # [B,T,D]
         x = self.encoder.layers(x, mask, rows, n_before)
@@ -159,10 +157,11 @@ class CrossSent(System):
 
 def one_hot_codes(frames, n):
     """
-    Codes as features: the linear map of the GMRA behind them is then a table of embeddings. frames:
-    stream -> (codes [B,L,1], mask [B,L]) -> stream -> ([B,L,n], mask).
+    Codes as features: the linear map of the GMRA behind them is then a table of embeddings. Where
+    the mask is False, they are zeros. frames: stream -> (codes [B,L,1], mask [B,L]) -> stream ->
+    ([B,L,n], mask).
     """
-    return {s: (F.one_hot(codes[..., 0].long(), n).to(codes.dtype), mask)
+    return {s: (F.one_hot(codes[..., 0].long(), n).to(codes.dtype) * mask[..., None], mask)
             for s, (codes, mask) in frames.items()}
 
 

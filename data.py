@@ -106,10 +106,9 @@ def get_batch(corpus, split, index, tokens=None, pad_id=0, standardise=True, lab
     for m, d in corpus.widths.items():
         info = corpus.meta['streams'][m]
         stream_clips = index if stream_index is None else stream_index  # [B]
+        x = [np.zeros((0, d), np.float32)] * len(index)  # B x [0,d]
         if m in modalities:
             x = [corpus.frames(split, m, i) for i in stream_clips]  # B x [S_b,d]
-        else:
-            x = [np.zeros((0, d), np.float32)] * len(index)  # B x [0,d]
         length = np.array([len(clip) for clip in x])  # [B]
         mask = np.arange(max(1, length.max())) < length[:, None]  # [B,S]
         out = np.zeros((*mask.shape, d), np.float32)  # [B,S,d]

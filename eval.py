@@ -113,18 +113,19 @@ def majority_metrics(corpus, label='label', train_clips=slice(None)):
 @torch.no_grad()
 def continuation(model, tokenizer, texts=('The film was', 'I said that'), n_new=16):
     """
-    The texts, each continued greedily by the model's frozen LM without the adapter; None if the
-    model has no LM. train.py compares the continuations before and after training, and the report
-    says whether they are equal.
+    The texts, each continued greedily by the model's frozen LM without the adapter, by n_new tokens
+    or by as many as it has positions for; None if the model has no LM. train.py compares them
+    before and after training, and the report says whether they are equal.
     """
     if not model.lm or not tokenizer:
         return None
-    continued, device = [], model.lm.parts['embed'].weight.device
+    lm, device, continued = model.lm, model.lm.parts['embed'].weight.device, []
     for ids in tokenizer(list(texts), add_special_tokens=True)['input_ids']:
         ids = (list(ids) or [0]) * (2 if len(ids) < 2 else 1)
-        ids = torch.tensor(ids, device=device)  # [T], at least 2
+        ids = torch.tensor(ids[:lm.max_positions - 1], device=device)  # [T], at least 2
         n_read = torch.tensor([len(ids) - 1], device=device)
-        new = model.lm.go_on(model.lm.embed(ids[None, :-1]), n_read, ids[-1:], n_new)  # [1,n_new]
+        n_fit = min(n_new, lm.max_positions - len(ids))
+        new = lm.go_on(lm.embed(ids[None, :-1]), n_read, ids[-1:], n_fit)  # [1,n_fit]
         continued.append(tokenizer.decode(ids.tolist() + new[0].clamp(min=0).tolist()))
     return continued
 
@@ -211,9 +212,8 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
             return model.predict(batch)
 
     return SimpleNamespace(
-        folder=folder, own_corpus=lambda: open_own_corpus(folder, facts),
-        corpus=corpus, model=model.eval(), tokenizer=tokenizer, feed=make_feed, test=test,
-        predict=predict,
+        folder=folder, own_corpus=lambda: open_own_corpus(folder, facts), corpus=corpus,
+        model=model.eval(), tokenizer=tokenizer, feed=make_feed, test=test, predict=predict,
         result=result, knobs=k, info=result['info'], facts=facts, system=SYSTEMS[k['system']],
         values=model.prompt.values if model.prompt else None)
 

@@ -40,9 +40,8 @@ class NewModelKnobs:
 
 
 class EncoderKnobs(TextModelKnobs, NewModelKnobs):
-    """
-    A text encoder: lm names it (BERT or RoBERTa family); 'new' makes one of lm_layers x lm_width.
-    """
+    """ A text encoder of the BERT or RoBERTa family. """
+    lm = 'bert-base-uncased'   # Hugging Face name, folder, or 'new': one of lm_layers x lm_width
 
 
 # -------------------------------------------------------------------------------------------------
@@ -249,6 +248,8 @@ class Rows:
         return None if self.layer.bias is None else self.layer.bias[self.rows]  # [n_out]
 
     def __call__(self, x):
+        if type(self.layer.weight) is not nn.Parameter:   # FSDP gathers it in a call of the layer
+            return self.layer(x)[..., self.rows]  # [..,n_in] -> [..,n_out]
         return F.linear(x, self.weight, self.bias)  # [..,n_in] -> [..,n_out]
 
 

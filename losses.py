@@ -36,7 +36,8 @@ class OrdinalKnobs:
     level_step: AtLeast(0) = 0.0   # CORAL as the task loss: label units between levels; 0: no CORAL
 
 
-# Knobs of losses that compare scores, also of a weight that a fork adds: there are none for classes.
+# Knobs of losses that compare scores, so they need a label with scores. A weight_.. that a fork adds
+# to OrdinalKnobs is one of them.
 NEED_A_SCORE = [knob for knob in vars(OrdinalKnobs) if knob.startswith('weight_')] + ['level_step']
 
 

@@ -56,7 +56,6 @@ from run.lm_compare import known_lm
 from run.load_lm import (
     cut_to_depth,
     empty_lm,
-    load_frozen_lm,
     load_tokenizer,
     refuse_unknown_tokens,
 )
@@ -95,10 +94,6 @@ class LanguageModel(System):
         texts = [] if reuse else texts_as_read(facts, cls, k, 'train')
         hf, tokenizer = new_lm(texts, k, home, again=reuse, as_data=as_data)
         return cls(hf), tokenizer
-
-    @classmethod
-    def prerequisite_knobs(cls, k):
-        return []
 
     @classmethod
     def streams(cls, k):
@@ -292,8 +287,7 @@ class DeepMLF(System):
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
-        lm, tokenizer = load_frozen_lm(k, dtype, as_data)
-        model = cls.assemble(k, facts, lm, tokenizer)
+        model, tokenizer = super().build(k, facts, folder, dtype, trained, as_data)
         if not trained and k['av_init'] != 'random':
             tensors, _ = load_checkpoint(os.path.join(k['av_from'], 'best.safetensors'))
             pretrained = {name.removeprefix('av_encoder.'): v for name, v in tensors.items()
@@ -437,7 +431,8 @@ class DeepMLF(System):
             rows['text only (y_t)'] = 'text', 'text'
         streams = [dict(vision='video').get(m, m) for m in cls.streams(k)]
         if 'av' in predictions and streams and not k['shuffle_streams']:
-            rows[f"{'+'.join(streams)} only (y_av)"] = 'av', 'av'
+            bound = 'av' if len(streams) == 2 else ''
+            rows[f"{'+'.join(streams)} only (y_av)"] = 'av', bound
         return rows
 
 
@@ -446,13 +441,12 @@ class DeepMLF(System):
 
 class PseudoTokenKnobs(LMKnobs, PromptKnobs, OrdinalKnobs):
     n_pseudo: AtLeast(1) = 4      # P, pseudo tokens
-    pseudo_projection: Literal['released', 'full'] = 'released'  # rank 2, or full rank
     readout: Literal['score', 'generate', 'head'] = 'score'  # how the answer is read
     score_estimate: Literal['expected', 'mode', 'median'] = 'expected'  # of the label probabilities
-    score_over: Literal['vocabulary', 'labels'] = 'vocabulary'  # tokens that an answer token competes with
+    score_over: Literal['vocabulary', 'labels'] = 'vocabulary'  # when scores are read: rivals of an answer token
     head_width: AtLeast(1) = 64   # hidden width of the head of readout='head'
     checkpoint_lm = False         # recompute the LM's layers in the backward pass, to save memory
-    clip_words = True             # False: the prompt lacks the clip's words (the ablation of text)
+    clip_words = True             # False: one end-of-text token for the clip's words (ablation)
 
 
 class PseudoTokenLM(System):
@@ -524,8 +518,7 @@ class PseudoTokenLM(System):
         # refuse ambiguous labels before the LM is loaded, which may take gigabytes
         Prompt(k, facts.labels[k['label']],
                load_tokenizer(k['lm'], k['trust_remote_code'], as_data))
-        lm, tokenizer = load_frozen_lm(k, dtype, as_data)
-        return cls.assemble(k, facts, lm, tokenizer), tokenizer
+        return super().build(k, facts, folder, dtype, trained, as_data)
 
     @classmethod
     def assemble(cls, k, facts, lm, tokenizer):
@@ -620,7 +613,7 @@ class PseudoTokenLM(System):
     def log_p_over_vocabulary(self, h):
         """ Log-probability of each token of each label, h [B,N,D] -> [B,K,n]. """
         N = h.shape[1]
-        # clips at once: logits of 16 MB, but at least 128 rows, for which the head's weights are read
+        # clips at once: logits of 16 MB, but about 128 rows, for which the head's weights are read
         at_once = max(2 ** 22 // (N * self.lm.vocabulary), 128 // N, 1)
         pieces = []
         for part in h.split(at_once):
@@ -761,6 +754,7 @@ class MSEAdapterLM(PseudoTokenLM):
         mse_tgm = True                # Text-Guide-Mixer: multiply by the text; False: add it
         mse_msf = True                # Multi-Scale-Fusion; False: left out
         tgm_pool: Literal['real', 'padded'] = 'real'  # tokens in the mean text embedding
+        pseudo_projection: Literal['released', 'full'] = 'released'  # rank 2, or full rank
 
     @classmethod
     def check(cls, k):
@@ -818,8 +812,7 @@ class CMPTALM(PseudoTokenLM):
     def make_adapter(cls, k, widths, D, embed_rms):
         return CMPTA(widths, D, k['n_pseudo'], k['cmpta_width'], k['cmpta_heads'],
                      k['cmpta_layers'], k['cmpta_align'], k['cmpta_align_text'], k['cmpta_attend'],
-                     k['cmpta_pool'], k['dropout'], k['pseudo_projection'], embed_rms,
-                     k['checkpoint_adapter'])
+                     k['cmpta_pool'], k['dropout'], k['checkpoint_adapter'])
 
     def attention(self, batch):
         """ name, such as 'text_from_vision' -> attention weights [B,S] over frames, [B,T] over text. """

@@ -195,6 +195,9 @@ class Prompt:
     def _number_question(self, words, low, high):
         """ The question about a number in [low, high]. Sets values and labels. """
         self.values = answer_scores(low, high)
+        if not self.values:
+            raise ModelError(f"no multiple of 0.1 is in the label's range [{low}, {high}], so there "
+                             "is no answer: convert the corpus with a larger --label_range.")
         plus = '+' if self.k['label_plus'] else ''
         self.labels = [f"{plus if v >= 0 else ''}{v:.1f}" for v in self.values]
         question = words['regression'].replace('{low}', self.labels[0])

@@ -21,7 +21,7 @@ from configurator import check_declaration
 from losses import NEED_A_SCORE, UNITS, RankLevels, l1, ordinal_errors, ordinal_notes
 from metrics import SELECTABLE
 from run.errors import ModelError
-from run.load_lm import float32_bytes_of_lm
+from run.load_lm import empty_lm, load_frozen_lm
 
 
 class System(nn.Module):
@@ -104,13 +104,15 @@ class System(nn.Module):
         The size of the frozen LM in float32, from its configuration only; 0 without one. Raises
         ModelError.
         """
-        return float32_bytes_of_lm(k) if cls.frozen_lm else 0
+        if not cls.frozen_lm:
+            return 0
+        return 4 * sum(p.numel() for p in empty_lm(k['lm'], k['trust_remote_code']).parameters())
 
     @classmethod
     def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
         """
         The model that the knobs `k` (a dict) describe, and its tokenizer (None without text).
-        Raises ModelError.
+        Raises ModelError. A system with a frozen LM inherits this one; others define their own.
 
         facts: the corpus, or what a run recorded of it: widths, labels, n_clips, text(split).
         folder: the run's folder, for files that building writes.
@@ -118,7 +120,10 @@ class System(nn.Module):
         afterwards.
         as_data=True: an untrusted folder names the LM, so no code that comes with the LM is run.
         """
-        raise ModelError(f"{cls.__name__} has no build: define it (docs/fork.md).")
+        if not cls.frozen_lm:
+            raise ModelError(f"{cls.__name__} has no build: define it (docs/fork.md).")
+        lm, tokenizer = load_frozen_lm(k, dtype, as_data)
+        return cls.assemble(k, facts, lm, tokenizer), tokenizer
 
     @classmethod
     def assemble(cls, k, facts, text_model, tokenizer):

@@ -48,7 +48,7 @@ from run.record import Record, describe_run, lock_run, norm_of, refuse_other_kno
 from run.report import print_and_save
 from system import checked_loss
 
-# The knobs of every run. The knobs of one system are in its class, in model.py or baselines/.
+# The knobs of every run. The knobs of one system are in its class (model.py, crosssent.py, baselines/).
 # Data and task
 system = 'deepmlf'            # a name in SYSTEMS (model.py)
 dataset = ''                  # in a config with settings for several data sets: the one to use
@@ -88,7 +88,7 @@ weight_decay: AtLeast(0) = 0.1   # on matrices only: not on biases, norms, gates
 beta_1: Share() = 0.9         # AdamW
 beta_2: Share() = 0.95        # AdamW
 adam_eps: AtLeast(0) = 1e-8   # AdamW
-clip: AtLeast(0) = 1.0        # largest gradient norm, after accumulation; 0: no clipping
+grad_clip: AtLeast(0) = 1.0   # largest gradient norm, after accumulation; 0: no clipping
 average_epochs: AtLeast(0) = 0.0   # validate and test the mean weights of about this many epochs
 # ---------------------------------------------------------------------------------------------------------
 _here = os.path.dirname(os.path.abspath(__file__))
@@ -163,7 +163,7 @@ try:
 except (CorpusError, EvalError, ModelError, ValueError) as e:
     stop(str(e))
 except OSError as e:
-    stop(f"cannot write to {out_dir} ({e.strerror or e}): free disk space, or set --out_dir.")
+    stop(f"cannot write {e.filename or out_dir} ({e.strerror or e}): free space, or set --out_dir.")
 loss_scale = 2.0 ** 10 if dtype == 'float16' else 1.0   # a power of two, so that unscaling is exact
 
 
@@ -296,7 +296,7 @@ while state['step'] < n_steps and not state['done']:
                  "or change the knob that cuts them off from the loss.")
     for p in named.values() if loss_scale != 1 else ():
         p.grad /= loss_scale
-    grad_norm = torch.nn.utils.clip_grad_norm_(named.values(), clip or math.inf)
+    grad_norm = torch.nn.utils.clip_grad_norm_(named.values(), grad_clip or math.inf)
     first_bad.note(terms | dict(gradient=grad_norm), state['step'] + 1)
 
     step = state['step'] = state['step'] + 1

@@ -211,9 +211,10 @@ class Attentive(Baseline):
 
 
 class Recurrent(nn.Module):
-    """ An LSTM's state at the last real step, dropout, a linear layer. In MMSA the state of the
-    text follows the padding, and dropout has no effect because PyTorch ignores it in a one-layer
-    LSTM. """
+    """
+    An LSTM's state at the last real step, dropout, a linear layer. In MMSA the state of the text
+    follows the padding, and its dropout is 0 where the LSTM has one layer.
+    """
     def __init__(self, width, d, d_out, dropout):
         super().__init__()
         self.lstm = nn.LSTM(width, d, batch_first=True)

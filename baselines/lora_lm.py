@@ -16,7 +16,6 @@ from configurator import AtLeast, Share
 from lm import LMKnobs
 from losses import OrdinalKnobs, head_loss
 from run.errors import ModelError
-from run.load_lm import load_frozen_lm
 from system import System, class_prediction, input_of
 
 
@@ -87,11 +86,6 @@ class LoRALM(System):
             self.lora[f'{l}_ffw'] = lora
             new['ffw'] = partial(lora, lm_ffw=ffw)
         return parts | new
-
-    @classmethod
-    def build(cls, k, facts, folder, dtype=torch.float32, trained=False, as_data=False):
-        lm, tokenizer = load_frozen_lm(k, dtype, as_data)
-        return cls.assemble(k, facts, lm, tokenizer), tokenizer
 
     @classmethod
     def assemble(cls, k, facts, lm, tokenizer):

@@ -28,11 +28,11 @@ class MMIM(Pooled):
     trained in a pass over the train split before each epoch.)
 
     Sources: the paper's abstract and its release (github.com/declare-lab/Multimodal-Infomax); we
-    could not read the paper's equations. As in the release, log q lacks the variance's own term.
-    With it in the bound, the loss has no lower limit: v_a and v_v shrink to a constant, and log q
-    grows, while H, which is estimated from projected vectors, does not fall as much. Without it in
-    the likelihood of q, the variance grows without limit, so log q fades out of the bound during
-    training. With it there, training was worse on the toy corpus (LOG.md, 2026-11-27).
+    could not read the paper's equations. As in the release, log q lacks the variance's own term, in
+    two places. In the bound: with the term the loss has no lower limit, because v_a and v_v can
+    shrink to a constant while H, which is estimated from projected vectors, falls less. In the
+    likelihood that trains q: without the term the variance grows without limit, so log q fades out
+    of the bound. With the term there, training was worse on the toy corpus (LOG.md, 2026-11-27).
     """
 
     class Knobs(Pooled.Knobs, SubNetKnobs):

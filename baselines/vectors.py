@@ -58,25 +58,23 @@ class Late(Pooled):
 
     def __init__(self, encoder, D, facts, k):
         super().__init__(encoder, D, facts, k)
-        self.widths = facts.widths
-        if missing := [m for m in k['late_streams'] if m != 'text' and m not in self.widths]:
+        if missing := [m for m in k['late_streams'] if m != 'text' and m not in facts.widths]:
             raise ModelError(f"late_streams={k['late_streams']} lists {missing[0]}, but this "
                              f"corpus has no {missing[0]}: leave it out.")
-        self.readers = nn.ModuleDict()
+        self.readers = nn.ModuleDict()   # each gives a score or the logits of the classes
         for m, d, p in zip(MODALITIES, k['sub_widths'], k['sub_dropouts']):
-            if m in k['late_streams']:
-                self.readers[m] = self.reader(m, D, d, p)
-
-    def reader(self, m, D, d, dropout):
-        """ The module that gives the score of stream m, or its logits of the classes. """
-        if m == 'text':
-            return nn.Linear(D, self.n_out)
-        return Recurrent(self.widths[m], d, self.n_out, dropout)
+            if m == 'text' and m in k['late_streams']:
+                self.readers[m] = nn.Linear(D, self.n_out)
+            elif m in k['late_streams']:
+                self.readers[m] = Recurrent(facts.widths[m], d, self.n_out, p)
 
     @classmethod
     def check(cls, k):
-        empty = [] if k['late_streams'] else ["late_streams=[] must list at least one stream"]
-        return super().check(k) + empty
+        errors = super().check(k)
+        if not cls.modalities_read(k):
+            errors += [f"late_streams={k['late_streams']} lists no stream that is read: add 'text', "
+                       "or a stream of modalities"]
+        return errors
 
     @classmethod
     def modalities_read(cls, k):

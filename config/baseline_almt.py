@@ -20,12 +20,12 @@ lr_min = 0.0
 accumulate = 1
 beta_2 = 0.999
 weight_decay = 0.0001
-clip = 0.0
+grad_clip = 0.0
 fusion_width = 128
 fusion_heads = 8
 toy = dict(
     corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64,
-    lr=5e-4, fusion_width=64, fusion_layers=2, epochs=8, warmup_epochs=1.0, clip=1.0)
+    lr=5e-4, fusion_width=64, fusion_layers=2, epochs=8, warmup_epochs=1.0, grad_clip=1.0)
 mosi = dict(
     corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=64, lr=1e-4,
     fusion_layers=2, dropout=0.0)
@@ -40,5 +40,5 @@ simsv2 = dict(
     fusion_layers=4, dropout=0.0)
 minilm = dict(
     corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32,
-    lr=5e-4, lr_encoder=0.1, fusion_layers=2, dropout=0.1, epochs=8, warmup_epochs=1.0, clip=1.0,
-    weight_decay=0.01)
+    lr=5e-4, lr_encoder=0.1, fusion_layers=2, dropout=0.1, epochs=8, warmup_epochs=1.0,
+    grad_clip=1.0, weight_decay=0.01)

@@ -16,7 +16,7 @@ lr_min = 0.0
 accumulate = 1
 beta_2 = 0.999
 weight_decay = 0.01
-clip = 1.0
+grad_clip = 1.0
 toy = dict(
     corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64,
     lr=2e-3, sub_widths=[1, 64, 64], sub_dropouts=[0.0, 0.1, 0.1], epochs=12)

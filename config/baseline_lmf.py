@@ -18,7 +18,7 @@ lr_min = 0.0
 accumulate = 1
 beta_2 = 0.999
 weight_decay = 0.01
-clip = 0.0
+grad_clip = 0.0
 toy = dict(
     corpus='toy', lm='lm_toy', needs=['config/lm_toy.py'], batch_size=64, lr=1e-3,
     sub_widths=[64, 16, 32], text_out=32, lmf_rank=4, epochs=16)

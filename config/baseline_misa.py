@@ -19,7 +19,7 @@ lr_min = 0.0
 accumulate = 1
 beta_2 = 0.999
 weight_decay = 0.0
-clip = 0.8
+grad_clip = 0.8
 fusion_width = 128
 fusion_heads = 2
 toy = dict(
@@ -33,7 +33,8 @@ mosei = dict(
     accumulate=2, lr=1e-4, dropout=0.5, misa_diff=0.3, misa_sim=0.8, misa_rebuild=1.0)
 sims = dict(
     corpus='SIMS/Processed/unaligned_39.pkl', lm='bert-base-chinese', batch_size=64, accumulate=2,
-    lr=1e-4, dropout=0.0, misa_diff=0.3, misa_sim=1.0, misa_rebuild=0.8, clip=1.0, max_text_len=39)
+    lr=1e-4, dropout=0.0, misa_diff=0.3, misa_sim=1.0, misa_rebuild=0.8, grad_clip=1.0,
+    max_text_len=39)
 simsv2 = dict(
     corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=16, accumulate=2, lr=1e-4,
     fusion_width=64, dropout=0.5, misa_diff=0.5, misa_sim=1.0, misa_rebuild=0.5)

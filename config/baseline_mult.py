@@ -18,12 +18,12 @@ lr_min = 0.0
 accumulate = 1
 beta_2 = 0.999
 weight_decay = 0.0
-clip = 0.6
+grad_clip = 0.6
 toy = dict(
     corpus='toy', lm='lm_toy', needs=['config/lm_toy.py'], batch_size=64, lr=1e-3,
     fusion_width=20, fusion_heads=5, fusion_layers=2, kernels=[3, 3, 3],
     sub_dropouts=[0.1, 0.1, 0.1], attn_dropout=0.1, attn_dropout_audio=0.1, embed_dropout=0.0,
-    clip=1.0, epochs=8)
+    grad_clip=1.0, epochs=8)
 mosi = dict(
     corpus='MOSI/Processed/unaligned_50.pkl', lm='bert-base-uncased', batch_size=16, lr=2e-3,
     accumulate=8, fusion_width=50, fusion_heads=10, fusion_layers=4, kernels=[5, 5, 5],
@@ -31,7 +31,7 @@ mosi = dict(
     dropout=0.5)
 minilm = dict(
     corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=16,
-    lr=5e-4, accumulate=2, clip=1.0, fusion_width=50, fusion_heads=10, fusion_layers=2,
+    lr=5e-4, accumulate=2, grad_clip=1.0, fusion_width=50, fusion_heads=10, fusion_layers=2,
     kernels=[1, 1, 1], sub_dropouts=[0.5, 0.2, 0.2], attn_dropout=0.3, attn_dropout_audio=0.2,
     embed_dropout=0.2, dropout=0.5, epochs=12)
 mosei = dict(
@@ -46,5 +46,5 @@ sims = dict(
     res_dropout=0.2, dropout=0.1, max_text_len=39)
 simsv2 = dict(
     corpus='SIMSv2/unaligned.pkl', lm='bert-base-chinese', batch_size=16, lr=5e-4, accumulate=8,
-    clip=1.0, fusion_width=30, fusion_heads=6, fusion_layers=4, kernels=[5, 3, 1],
+    grad_clip=1.0, fusion_width=30, fusion_heads=6, fusion_layers=4, kernels=[5, 3, 1],
     sub_dropouts=[0.5, 0.2, 0.2], attn_dropout=0.1, dropout=0.3)

@@ -19,7 +19,7 @@ lr_min = 0.0
 accumulate = 1
 beta_2 = 0.999
 weight_decay = 0.001
-clip = 0.0
+grad_clip = 0.0
 sub_dropouts = [0.0, 0.0, 0.0]
 toy = dict(
     corpus='toy', lm='new', lm_vocab=256, lm_width=64, lm_layers=3, lm_heads=4, batch_size=64,
@@ -41,5 +41,5 @@ simsv2 = dict(
     head_widths=[128, 64, 32, 32], head_dropouts=[0.0, 0.0, 0.1, 0.0])
 minilm = dict(
     corpus='mosi_official.pkl', lm='sentence-transformers/all-MiniLM-L6-v2', batch_size=32,
-    lr=1e-3, lr_encoder=0.05, clip=1.0, sub_widths=[1, 16, 32], epochs=8, weight_decay=0.01,
+    lr=1e-3, lr_encoder=0.05, grad_clip=1.0, sub_widths=[1, 16, 32], epochs=8, weight_decay=0.01,
     text_pool='mean')

@@ -24,5 +24,5 @@ adam_eps = 1e-4
 beta_2 = 0.999
 lr_min = 0.0
 weight_decay = 0.01
-clip = 0.0
+grad_clip = 0.0
 accumulate = 1

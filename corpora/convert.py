@@ -42,6 +42,8 @@ import socket
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from corpora import sources, tables
 from corpora.describe import describe
 from corpora.labels import write_labels
@@ -151,10 +153,6 @@ def _alive(pid):
 
 def _progress_bar(n_bytes):
     """ A function that moves a progress bar by a number of bytes. Small files show no bar. """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return lambda n: None
     small = n_bytes < 200e6
     return tqdm(total=n_bytes, unit='B', unit_scale=True, disable=small, mininterval=1).update
 
@@ -340,9 +338,6 @@ def command_line(argv):
     flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
     sources = [a for a in argv if not a.startswith('--')]
     usage = ' '.join(command_line.__doc__.split())
-    if {'compare', 'subsets'} & set(flags):
-        raise CorpusError("data.py does not compare corpora; run python tools/language.py "
-                          "--compare A B.")
     own = {'name', 'dtype', 'label_range', 'padding', 'encoding', 'label_column'}
     unknown = sorted(set(flags) - own - set(tables.FLAGS))
     if unknown:

@@ -18,7 +18,16 @@ from corpora.seal import CHANGED, check_file
 from corpora.unpickle import CorpusError
 from run.folder import check_regular
 from run.forms import LABEL, STREAM, check_label, check_stream
-from run.json_files import NUMBER, Each, Maybe, check_form, check_seal, read_json, read_json_lines
+from run.json_files import (
+    NUMBER,
+    Each,
+    Maybe,
+    check_form,
+    check_seal,
+    parsed_lines,
+    read_json,
+    text_of,
+)
 
 STREAM_META = STREAM | dict(frames_per_second=Maybe(NUMBER))
 FILE = dict(bytes=int, mtime_ns=int, crc32=str, sample=str)
@@ -86,7 +95,10 @@ class Corpus:
     def _open(self, split):
         n = self.n_clips[split]
         with self._reading(f'{split}/text.jsonl') as path:
-            self.rows[split] = read_text_rows(path, n)
+            rows = parsed_lines(text_of(path, follow=True), lambda row: check_form(row, ROW))
+            if len(rows) != n:
+                raise ValueError(f"has {len(rows)} clips and not {n}")
+            self.rows[split] = rows
         for name, info in self.labels.items():
             classes = info['kind'] == 'classes'
             with self._reading(f'{split}/{name}.npy') as path:
@@ -183,17 +195,6 @@ def _check_stream(m, info):
     rate = info.get('frames_per_second', 1)
     if rate is None or not 0 < rate <= LARGEST_FLOAT32:
         raise ValueError(f"has the wrong entry frames_per_second {rate} of {m}")
-
-
-def read_text_rows(path, n):
-    """
-    The objects of text.jsonl, one for each of n clips. Raises ValueError, a phrase about the file,
-    if it is damaged.
-    """
-    rows = read_json_lines(path, lambda row: check_form(row, ROW), follow=True)
-    if len(rows) != n:
-        raise ValueError(f"has {len(rows)} clips and not {n}")
-    return rows
 
 
 def open_array(path, shape, kind):

@@ -7,8 +7,10 @@ Axis letters: S frames of a clip, d features of a frame.
 import csv
 import math
 import os
+from contextlib import contextmanager
 
 import numpy as np
+from tqdm import tqdm
 
 from corpora.lazy import LazyArray, Refused
 from corpora.limits import opened_npz
@@ -55,11 +57,8 @@ class FrameFile(LazyArray):
         """ The header of a .npy file, with a shape and a dtype; None for other files. """
         if not self.path.lower().endswith('.npy') or not os.path.getsize(self.path):
             return None
-        with self._reading():
+        with reading(self.where):
             return np.lib.format.open_memmap(self.path, 'r')
-
-    def _reading(self):
-        return _Reading(self.where)
 
     def _load(self):
         """ The array that the file holds. Raises CorpusError. """
@@ -67,7 +66,7 @@ class FrameFile(LazyArray):
             raise CorpusError(f"{self.where} is empty (0 bytes); make the file again, or leave the "
                               "cell empty if the clip has no frames.")
         end = os.path.splitext(self.path)[1].lower()
-        with self._reading():
+        with reading(self.where):
             if end == '.npy':
                 return np.load(self.path, allow_pickle=False)
             if end == '.npz':
@@ -132,27 +131,23 @@ def is_numbering(line):
     return len(line) > 2 and line == [str(n) for n in range(len(line))]
 
 
-class _Reading:
-    """ A context that turns the errors of reading a file of frames into a CorpusError. """
-
-    def __init__(self, where):
-        self.where = where
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, traceback):
-        if error is None or isinstance(error, CorpusError) or not isinstance(error, Exception):
-            return
-        if 'allow_pickle' in str(error) or 'Python objects' in str(error):
+@contextmanager
+def reading(where):
+    """ Turns the errors of reading a file of frames in the block into a CorpusError. """
+    try:
+        yield
+    except CorpusError:
+        raise
+    except Exception as e:   # damaged bytes raise errors of many classes
+        if 'allow_pickle' in str(e) or 'Python objects' in str(e):
             what = "holds Python objects, which are not read"
-        elif isinstance(error, Refused):
-            what = f"was refused: it {error}"
+        elif isinstance(e, Refused):
+            what = f"was refused: it {e}"
         else:
-            reason = ' '.join(ascii(str(error))[1:-1].split())[:100]
-            what = f"could not be read ({type(error).__name__}: {reason})"
-        raise CorpusError(f"{self.where} {what}; save the frames of a clip as one array of "
-                          "float32 [frames, features].") from None
+            reason = ' '.join(ascii(str(e))[1:-1].split())[:100]
+            what = f"could not be read ({type(e).__name__}: {reason})"
+        raise CorpusError(f"{where} {what}; save the frames of a clip as one array of float32 "
+                          "[frames, features].") from None
 
 
 def frame_files(paths, ids, stream, where, add):
@@ -172,7 +167,8 @@ def frame_files(paths, ids, stream, where, add):
                           f"missing, first that of clip {ids[i]} ({p}); correct the paths, which "
                           "count from the table's folder, or leave the cells empty.")
     found, first = [None] * len(paths), None
-    for i, p in _progress(given, stream):
+    few = len(given) < 2000
+    for i, p in tqdm(given, f'{stream} files', disable=few, mininterval=1):
         a = found[i] = FrameFile(p, stream, f"The file of {stream} frames of clip {ids[i]} ({p})")
         if not math.prod(a.shape):
             continue
@@ -183,12 +179,3 @@ def frame_files(paths, ids, stream, where, add):
                               "features.")
         add(p)
     return found
-
-
-def _progress(items, stream):
-    """ The items, with a progress bar if they are many. """
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    return tqdm(items, f'{stream} files', disable=len(items) < 2000, mininterval=1)

@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import zipfile
+from collections import namedtuple
 from contextlib import contextmanager
 
 import numpy as np
@@ -34,14 +35,8 @@ class StorageType(AllowedGlobal):
         self.dtype = dtype
 
 
-class Storage:
-    """ n values of a dtype, in the entry `key` of the archive. """
-    __slots__ = ('dtype', 'key', 'n')
-
-    def __init__(self, dtype, key, n):
-        self.dtype = dtype
-        self.key = key
-        self.n = n
+# n values of a dtype, in the entry `key` of the archive
+Storage = namedtuple('Storage', 'dtype key n')
 
 
 class Tensor:

@@ -91,7 +91,7 @@ def fit(model, feed, k, n_steps, warm_up=60, seed=None, note=lambda: None):
                 g['lr'] = k['lr'] * min((len(history) + 1) / warm_up, cosine)
             out = model(feed('train', index) | dict(epoch=epoch_of_ramp(k, done)))
             out['loss'].backward()
-            torch.nn.utils.clip_grad_norm_(params, k['clip'])
+            torch.nn.utils.clip_grad_norm_(params, k['grad_clip'])
             optimizer.step()
             optimizer.zero_grad()
             history.append({term: float(v.detach()) for term, v in out['terms'].items()})

@@ -53,14 +53,6 @@ def json_text(path):
     return json.dumps(read_json(path, follow=True), ensure_ascii=False)
 
 
-def read_json_lines(path, check=None, follow=False):
-    """
-    The dicts in a file that holds one per line. check(dict) may raise ValueError. Raises ValueError
-    with the number of the line. follow: see open_regular.
-    """
-    return parsed_lines(text_of(path, follow), check)
-
-
 def text_of(path, follow=False, most=math.inf):
     """
     The text of a file of at most `most` bytes. Raises ValueError with a phrase about the file.
@@ -101,7 +93,10 @@ def parsed(text, form=dict):
 
 
 def parsed_lines(text, check=None):
-    """ The dicts in a text, as read_json_lines returns them. """
+    """
+    The dicts in a text that holds one per line. check(dict) may raise ValueError. Raises ValueError
+    with the number of the line.
+    """
     values = []
     for n, line in enumerate(text.removesuffix('\n').split('\n'), 1):
         try:

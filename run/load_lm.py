@@ -410,13 +410,6 @@ def cut_to_depth(lm, depth):
     return lm
 
 
-def float32_bytes_of_lm(k):
-    """
-    The float32 size of the LM that the knobs name, from its configuration. Raises ModelError.
-    """
-    return 4 * sum(p.numel() for p in empty_lm(k['lm'], k['trust_remote_code']).parameters())
-
-
 def width_of_lm(k):
     """
     The width D of the LM that the knobs name, from its configuration; 0 where that has none, which

@@ -22,11 +22,7 @@ from run.finished import (
     read_run,
 )
 from run.folder import find_folder, is_regular, open_regular, write_bytes
-from run.json_files import (
-    crc_of,
-    parsed_lines,
-    sealed,
-)
+from run.json_files import crc_of, parsed_lines, sealed
 from run.pictures import calibration_curve, confusion_matrix, drawn, learning_curve
 from run.report_html import html_report
 

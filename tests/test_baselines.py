@@ -263,7 +263,8 @@ def test_a_pretrained_text_model_is_built(features, tmp_path):
     (SelfMM, dict(head_widths=[1, 2, 3]), 'must be a list of 4 numbers'),
     (TFN, dict(text_features='frozen', lm='new'), "needs a pretrained model in --lm="),
     (Late, dict(late_streams=['text', 'video']), "'video' is none of text, audio, vision"),
-    (Late, dict(late_streams=[]), "must list at least one stream"),
+    (Late, dict(late_streams=[]), "lists no stream that is read"),
+    (Late, dict(late_streams=['audio'], modalities=['vision']), "lists no stream that is read"),
     (Late, dict(sub_dropouts=[0.1, 0.1, 1.0]), r'must be in \[0, 1\)')])
 def test_wrong_knobs_give_one_sentence_each(cls, knobs, sentence):
     k = tiny_knobs(cls, **knobs)

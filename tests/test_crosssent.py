@@ -450,11 +450,14 @@ def test_codes_of_words_are_read_as_embeddings(config, tmp_path):
 
 
 def test_one_hot_codes_behind_a_linear_map_are_an_embedding():
-    names = torch.tensor([[[2.0], [0.0], [4.0]]])  # [1,3,1]
+    names = torch.tensor([[[2.0], [0.0], [4.0], [0.0]]])  # [1,4,1]
+    real = torch.tensor([[True, True, True, False]])  # [1,4]
     linear = nn.Linear(5, 8, bias=False)
-    one_hot, mask = one_hot_codes(dict(audio=(names, 'mask')), 5)['audio']
-    assert mask == 'mask'
-    assert torch.equal(linear(one_hot), F.embedding(names[..., 0].long(), linear.weight.T))
+    one_hot, mask = one_hot_codes(dict(audio=(names, real)), 5)['audio']
+    assert mask is real
+    want = F.embedding(names[..., 0].long(), linear.weight.T)  # [1,4,8]
+    assert torch.equal(linear(one_hot)[:, :3], want[:, :3])
+    assert not one_hot[:, 3].any()   # padding is not the code 0
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from run.folder import (
     write_tensors,
 )
 from run.frozen_text import frozen_text
-from run.json_files import NUMBER, Each, Maybe, check_form, parsed, read_json, read_json_lines
+from run.json_files import NUMBER, Each, Maybe, check_form, parsed, parsed_lines, read_json, text_of
 from run.record import refuse_other_moments
 from run.size_limit import FACTOR, SLACK, size_limit
 from tools.figures import clip_number
@@ -93,7 +93,7 @@ def test_a_json_file_of_a_gigabyte_is_not_read(name, corpora, copied):
 def test_lines_are_read_from_a_file_of_any_size(tmp_path, monkeypatch):
     monkeypatch.setattr(json_files, 'LARGEST_FILE', 20)
     (tmp_path / 'x.jsonl').write_text('{"a": 1}\n' * 9)
-    assert read_json_lines(tmp_path / 'x.jsonl') == [dict(a=1)] * 9
+    assert parsed_lines(text_of(tmp_path / 'x.jsonl')) == [dict(a=1)] * 9
     with pytest.raises(ValueError, match='has more than 20 bytes'):
         read_json(tmp_path / 'x.jsonl')
 

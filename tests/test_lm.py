@@ -22,6 +22,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from data import Feed, open_corpus, tokenize
+from eval import continuation
 from fakes import HERE, KNOBS, MSE_KNOBS, knobs_of_system, tiny_lm
 from lm import FrozenLM
 from model import CrossSent, DeepMLF, MSEAdapterLM
@@ -1078,3 +1079,16 @@ def test_an_adapter_inside_the_weight_files_is_refused(tmp_path):
         edit_weights(folder, lambda tensors: tensors | {name: torch.ones(2, 32)})
         with pytest.raises(ModelError, match=rf'1 weights of an adapter .*{re.escape(name)}'):
             load_lm(folder)
+
+
+def test_a_continuation_ends_at_the_last_position_of_the_lm():
+    class Tokenizer:
+        def __call__(self, texts, **options):
+            return dict(input_ids=[[1] * 90, [1] * 5])
+
+        def decode(self, ids):
+            return len(ids)
+
+    lm = FrozenLM(tiny_lm('gpt2'))
+    lm.max_positions = 12
+    assert continuation(SimpleNamespace(lm=lm), Tokenizer()) == [12, 12]

@@ -252,7 +252,6 @@ def test_directed_attention_equals_torchs_attention_pooled(pool, n_heads):
         (6, dict(attend=False)),
         (6, dict(align_text=False)),
         (6, dict(pool='last')),
-        (6, dict(projection='full')),
     ],
 )
 def test_cmpta_uses_every_weight_and_ignores_padding(n_pseudo, knobs):
@@ -344,6 +343,13 @@ def test_the_plain_way_of_the_benchmark_recomputes_nothing(corpora, tokenizers, 
         PlainPseudoTokens.use_plain_parts(model, plain)
         again = not plain and knobs.get('checkpoint_adapter')
         assert all(part.recompute == again for part in parts)
+
+
+def test_only_a_bilstm_halves_the_width_of_cmpta():
+    with pytest.raises(ValueError, match='cmpta_width=15 must be even'):
+        CMPTA(dict(audio=5), 16, 6, d=15, n_heads=3, n_layers=1)
+    cmpta = CMPTA(dict(audio=5), 16, 6, d=15, n_heads=3, n_layers=1, align='off')
+    assert cmpta.up.in_features == 15
 
 
 def test_learned_tokens_replace_the_directions_of_a_missing_modality():
@@ -697,7 +703,7 @@ def test_predictions_do_not_depend_on_the_batch(knobs, corpora, tokenizers):
         dict(label='emotion', readout='head'),
         dict(tgm_pool='padded'),
         dict(base=CMPTA_KNOBS, n_pseudo=7),
-        dict(base=CMPTA_KNOBS, n_pseudo=6, cmpta_pool='learned', pseudo_projection='full'),
+        dict(base=CMPTA_KNOBS, n_pseudo=6, cmpta_pool='learned'),
     ],
 )
 def test_two_steps_change_every_trainable_weight_and_no_frozen_one(
@@ -971,7 +977,7 @@ def test_micro_batches_equal_one_large_batch_with_labels_of_unequal_length(
             name,
             'mse_toy',
             *shape,
-            '--clip=0',
+            '--grad_clip=0',
             '--max_steps=2',
             '--log_interval=1',
         )
@@ -1010,6 +1016,11 @@ def test_bad_knobs_are_refused_with_a_sentence(config, flag, sentence, rated_lm,
     with pytest.raises(SystemExit, match=sentence):
         run_prompted(rated_lm, corpora, 'refused', config, flag)
     assert not (rated_lm / 'refused').exists()
+
+
+def test_a_range_without_an_answer_is_refused(tokenizers):
+    with pytest.raises(ModelError, match=r'no multiple of 0.1 is in the label.s range \[0.61, 0.69\]'):
+        Prompt(MSE_KNOBS, dict(kind='regression', range=[0.61, 0.69]), tokenizers['bpe'])
 
 
 def test_few_shot_subsets_are_stratified_and_seeded(corpora, tokenizers):

@@ -204,6 +204,30 @@ assert 0.4 < size() / before < 0.6 and lm.fingerprint() == print_
     assert status == 0, printed[-8000:]
 
 
+@no_fsdp
+def test_lora_on_halves_of_a_packed_matrix_computes_the_same_on_a_sharded_lm(tmp_path):
+    """ Phi-3's gate and up are rows of one matrix, which FSDP gathers when its layer is called. """
+    (tmp_path / 'worker.py').write_text(f"""
+import sys
+sys.path[:0] = [{str(HERE)!r}, {str(HERE / 'tests')!r}]
+import torch
+from adapters import LoRAFFW
+from fakes import tiny_lm
+from lm import FrozenLM
+from run import ranks
+ranks.start()
+lm = FrozenLM(tiny_lm('phi3'))
+torch.manual_seed(0)
+lora, x = LoRAFFW(lm.ffw(0), 2, 4), torch.randn(2, 3, 32)
+torch.nn.init.normal_(lora.up.B)
+whole = lora(x, lm.ffw(0))
+ranks.shard(lm, 'all', 'cpu')
+torch.testing.assert_close(lora(x, lm.ffw(0)), whole)
+""")
+    status, printed = torchrun(tmp_path / 'worker.py')
+    assert status == 0, printed[-8000:]
+
+
 def test_wrong_numbers_of_processes_stop_with_a_sentence(corpora, tmp_path):
     status, printed = torchrun(
         'config/baseline_selfmm.py',

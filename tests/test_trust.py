@@ -192,7 +192,7 @@ def test_accumulated_micro_batches_give_the_step_of_one_big_batch(corpora, curri
     terms (also the LM loss, a mean over tokens and not over clips) and weights. Gradient clipping
     is off, because it would hide a wrong scale. Adam would hide it too, so the norm is compared.
     """
-    no_noise = ['--dropout=0', '--av_dropout=0', '--text_reg=none', '--clip=0']
+    no_noise = ['--dropout=0', '--av_dropout=0', '--text_reg=none', '--grad_clip=0']
     no_noise += ['--max_steps=2', '--log_interval=1']
 
     # Both runs take the same 40 clips in each step. The real order depends on batch_size.

@@ -3,7 +3,6 @@ tools/bench.py --vs=without: the cost of a part of a system, as in CrossSent's T
 Forward passes with and without the part, alternately, at batch sizes 1 and 64.
 """
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +14,7 @@ from tools.bench_model import build
 from tools.bench_plain import PLAIN, Plain, plain_way
 from tools.bench_run import matmul_peak, megabytes_of
 from tools.bench_turns import child_megabytes
+from tools.device_time import seconds_of
 from tools.random_clips import SHAPES
 
 
@@ -45,11 +45,7 @@ def random_batch(k, model, B, device):
 @torch.no_grad()
 def forward_seconds(model, batch, device):
     """ Seconds of one prediction, including asynchronous work of the device. """
-    since = time.perf_counter()
-    model.predict(batch)
-    if device != 'cpu':
-        getattr(torch, device).synchronize()
-    return time.perf_counter() - since
+    return seconds_of(lambda: model.predict(batch), device)
 
 
 def one_forward(k, device):

@@ -18,7 +18,6 @@ from tools.random_clips import Words, random_lm
 
 class Plain:
     """ The default plain implementation: the same model on padded batches. """
-    pretraining_stage = False  # pretraining stages are not benchmarked
 
     @staticmethod
     def pad(k, model, batch):
@@ -83,7 +82,7 @@ class Plain:
 
 
 class PretrainingStage(Plain):
-    pretraining_stage = True
+    """ A prerequisite of DeepMLF, which bench.py refuses. """
 
 
 class PlainDeepMLF(Plain):

@@ -1,6 +1,6 @@
 """
-Time, memory and kernels of work on a device, 'cuda' or 'cpu'. What is read of a GPU is read when it
-has finished.
+Time, memory and kernels of work on a device, 'cuda' or 'cpu'; times also on 'mps'. What is read of
+a GPU is read when it has finished.
 """
 import re
 import time
@@ -18,8 +18,8 @@ KINDS = dict(
 
 def wait(device):
     """ Waits until the device has finished. """
-    if device == 'cuda':
-        torch.cuda.synchronize()
+    if device != 'cpu':
+        getattr(torch, device).synchronize()
 
 
 def seconds_of(function, device):
