@@ -202,13 +202,13 @@ def tiny_batch(seed=0):
 
 def clip_alone(batch, i):
     """ Clip i of tiny_batch as a batch of one without padding. An empty stream keeps one row. """
-    one = {k: t[i : i + 1] for k, t in batch.items()}
+    one = {k: t[i : i + 1] for k, t in batch.items() if k != 'targets'}
     one['text_rows'] = torch.arange(int(batch['text_len'][i]))
-    cut = {'tokens': 'text_len', 'text_mask': 'text_len'}
-    for stream in ('audio', 'vision'):
+    cut = {'tokens': 'text_len'}
+    for stream in ('text', 'audio', 'vision'):
         cut |= {stream: f'{stream}_len', f'{stream}_mask': f'{stream}_len'}
-    for k, length in cut.items():
-        one[k] = one[k][:, : max(1, int(batch[length][i]))]
+    for k in cut.keys() & one.keys():
+        one[k] = one[k][:, : max(1, int(batch[cut[k]][i]))]
     return one
 
 

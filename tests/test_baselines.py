@@ -34,6 +34,7 @@ from fakes import (
     TINY,
     TOLERANCE,
     TinyTokenizer,
+    clip_alone,
     golden,
     killed_in_batch,
     needs_golden,
@@ -90,18 +91,6 @@ def tiny_baseline(cls, corpus=None, **knobs):
     return cls.assemble(k, corpus, TextEncoder(tiny_bert()), TinyTokenizer())
 
 
-def alone(batch, i):
-    """ Clip i of a batch as a batch of one, without padding. """
-    one = {name: t[i:i + 1] for name, t in batch.items() if name != 'targets'}
-    one['text_rows'] = torch.arange(batch['text_len'][i])
-    streams = (('tokens', 'text'), ('audio', 'audio'), ('vision', 'vision'), ('text', 'text'))
-    for name, stream in streams:
-        n = max(1, int(batch[stream + '_len'][i]))
-        for key in {name, stream + '_mask'} & set(one):
-            one[key] = one[key][:, :n]
-    return one
-
-
 # --------------------------------------------------------------------------------------------------
 # Every system
 
@@ -117,7 +106,7 @@ def test_padding_does_not_change_predictions_and_every_weight_trains(cls):
         together = model.predict({name: v for name, v in batch.items() if name != 'label'})
         assert all(v.shape == (3,) for v in together.values())
         for i in range(3):
-            pred = model.predict(alone(batch, i))['pred'][0]
+            pred = model.predict(clip_alone(batch, i))['pred'][0]
             torch.testing.assert_close(pred, together['pred'][i], rtol=0, atol=1e-5)
     model.train()
     groups = model.param_groups()
@@ -166,7 +155,7 @@ def test_a_batch_of_one_trains(cls):
     clip of the opposite polarity. """
     model = tiny_baseline(cls).train()
     for i in range(3):
-        batch = alone(tiny_batch(), i) | dict(epoch=torch.tensor(i))
+        batch = clip_alone(tiny_batch(), i) | dict(epoch=torch.tensor(i))
         out = model(batch)
         out['loss'].backward()
         model.after_step(batch, out)
@@ -200,7 +189,7 @@ def test_frozen_hidden_states_predict_the_same_as_the_encoder(cls):
     with torch.no_grad():
         batch['text'] = tuned.encoder(batch['tokens'], batch['text_mask'], batch['text_rows'])
         torch.testing.assert_close(frozen.predict(batch)['pred'], tuned.predict(batch)['pred'])
-    one = alone(batch, 0)
+    one = clip_alone(batch, 0)
     weights = tuned.views(one, tuned.predict)['last layer'][0]  # [T,T]
     assert weights.shape == 2 * one['tokens'].shape[1:]
     torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
@@ -384,7 +373,7 @@ def test_fused_vectors_and_attention_are_available_for_figures(cls, width):
     model, batch = tiny_baseline(cls).eval(), tiny_batch()
     vectors = model.fused(batch, model.predict)
     assert vectors is None if width is None else vectors.shape == (3, width)
-    weights, row, column = model.views(alone(batch, 0), model.predict)['last layer']
+    weights, row, column = model.views(clip_alone(batch, 0), model.predict)['last layer']
     assert weights.shape == (9, 9) and row == column == 'text token'
     torch.testing.assert_close(weights.sum(1), torch.ones(9))
 

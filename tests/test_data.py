@@ -34,7 +34,7 @@ from corpora.seal import N_PIECES, PIECE, whole_crc
 from corpora.sources import clip_text
 from corpora.unpickle import CorpusError, read_pickle
 from data import epoch_order, get_batch, open_corpus
-from fakes import HERE, KNOBS, msena, mutate_pickles, save
+from fakes import HERE, KNOBS, msena, mutate_pickles, save, without_checksums
 from run.finished import FORMAT, EvalError
 from run.texts import lowercase_if_all_caps
 from tools.adding import adding
@@ -570,14 +570,6 @@ def test_starts_whose_difference_overflows_are_not_in_order(tmp_path):
     without_checksums(corpus.folder)
     with pytest.raises(CorpusError, match='starts of clips that are not in ascending order'):
         open_corpus(corpus.folder)
-
-
-def without_checksums(folder):
-    """ Remove the checksums of a corpus folder, as its owner may after a change of his own. """
-    path = Path(folder) / 'meta.json'
-    meta = json.loads(path.read_text())
-    del meta['files'], meta['checksum']
-    path.write_text(json.dumps(meta))
 
 
 @pytest.mark.parametrize('name', ['meta.json', 'train/text.jsonl', 'test/audio.npy', 'valid'])

@@ -23,7 +23,7 @@ from fakes import ENV, HERE, TINY, command, forge, train
 from run.clips import ClipError, read_clips
 from run.finished import EvalError, read_predictions
 from run.folder import find_folder
-from run.predictor import describe_predictions, picture_folder, transferred
+from run.predictor import describe_predictions, transferred
 
 
 @pytest.fixture(scope='module')
@@ -324,17 +324,6 @@ def test_a_relative_name_starts_where_the_run_was_trained(tmp_path, monkeypatch)
     assert find_folder('', run, 'out/run') == ''
     monkeypatch.chdir(there)
     assert find_folder('data/toy', run, 'out/run') == 'data/toy'
-
-
-def test_pictures_of_clips_lie_outside_the_run(tmp_path, monkeypatch):
-    (tmp_path / 'run' / 'lm').mkdir(parents=True)
-    for here, place in (
-        ('.', 'out/clips/run'),
-        ('run', '../out/clips/run'),
-        ('run/lm', '../../out/clips/run'),
-    ):
-        monkeypatch.chdir(tmp_path / here)
-        assert picture_folder(str(tmp_path / 'run')) == place
 
 
 # --------------------------------------------------------------------------------------------------

@@ -6,14 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import transformers
 
+from run.folder import ROOT
 from tools.random_clips import random_corpus
-
-ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 def seconds_until_line(argv, starts_with):

@@ -49,10 +49,9 @@ from data import CorpusError, open_corpus
 from model import SYSTEMS
 from run.errors import ModelError
 from run.finished import RESULT_KNOBS, RUN_KNOBS, EvalError, read_run
-from run.folder import lock
+from run.folder import ROOT, lock
 from tools.sweep_table import at_test, best_row, write_table
 
-ROOT = str(Path(__file__).resolve().parent.parent)
 FLAGS = dict(table='', seeds='5', jobs='', config='', out='out/sweeps')
 # knobs that the sweep itself sets for each run
 OWN = {'seed', 'out_dir', 'resume', 'fresh', 'needs'}
