@@ -21,6 +21,7 @@ from corpora.folder import Corpus, check_whole
 from corpora.names import STREAMS
 from corpora.toy import VERSION, make_toy
 from corpora.unpickle import CorpusError
+from run.errors import UserError
 from run.frozen_text import frozen_text
 from run.load_lm import refuse_unknown_tokens
 from run.texts import texts_as_read, tokenize, truncating, word_of_tokens
@@ -260,9 +261,11 @@ class Feed:
         low, high = (0, len(self.info['names']) - 1) if classes else self.info['range']
         if bad := np.flatnonzero(~((y >= low) & (y <= high))).tolist():
             clip = self.corpus.id(split)[bad[0]]
-            raise CorpusError(f"The {name} of clip {clip} in the split {split} is {y[bad[0]]}, "
-                              f"outside [{low}, {high}] ({len(bad)} such clips); correct the "
-                              "source and convert it again.")
+            known = y[bad[0]] >= 0 if classes else not np.isnan(y[bad[0]])
+            wrong = f"is {y[bad[0]]}, outside [{low}, {high}]" if known else "is missing"
+            raise CorpusError(f"The {name} of clip {clip} in the split {split} {wrong} ({len(bad)} "
+                              "such clips); correct the source, or remove these clips from it, "
+                              "and convert it again.")
 
     def _train_subset(self, fraction, seed):
         """
@@ -334,9 +337,11 @@ if __name__ == '__main__':
     try:
         if sys.argv[1:2] and sys.argv[2:] == ['--check']:
             print(check_whole(sys.argv[1]))
+        elif len(sys.argv) == 2 and os.path.isfile(os.path.join(sys.argv[1], 'meta.json')):
+            print(describe(Corpus(sys.argv[1]).meta))
         else:
             conversion.command_line(sys.argv[1:])
-    except CorpusError as e:
+    except UserError as e:
         sys.exit(f"data.py: {e}")
     except KeyboardInterrupt:
         sys.exit("data.py: interrupted; no unfinished folder is left.")

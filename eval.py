@@ -11,8 +11,7 @@ Evaluates finished runs from their folders.
     .. --trust_remote_code=True    with any command: the LM's authors may run their code here
     .. --data_dir=FOLDER           with any command: folder of converted corpora ('data')
 
-In Python: from eval import load (run/predictor.py).
-Metrics, and the rule for calling a difference real, are in metrics.py.
+In Python: from eval import load (run/predictor.py). metrics.py: when a difference is called real.
 """
 import os
 import sys
@@ -22,12 +21,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data import Corpus, CorpusError, Feed, epoch_order, open_corpus
+from data import Corpus, Feed, epoch_order, open_corpus
 from metrics import SHOWN, check_finite, claim, markdown_table, mean_std_n, score_by, task_metrics
 from model import SYSTEMS
 from run import ranks
-from run.clips import ClipError, Clips, corpus_facts, export, is_copy, is_same_corpus
-from run.errors import ModelError
+from run.clips import Clips, corpus_facts, export, is_copy, is_same_corpus
+from run.command_line import words_and_flags
+from run.errors import UserError
 from run.fingerprints import same_logits, sample_logits, tokenizer_fingerprint
 from run.finished import (
     EvalError,
@@ -391,9 +391,9 @@ def compare(folders):
 
 
 def main(argv):
-    """ Run one of the commands above. Raises EvalError, ModelError, CorpusError, ClipError. """
-    folders = [a.rstrip('/') for a in argv if not a.startswith('--')]
-    flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
+    """ Run one of the commands above. Raises UserError. """
+    words, flags = words_and_flags(argv)
+    folders = [word.rstrip('/') for word in words]
     if 'help' in flags or '-h' in folders:
         print(__doc__)
         return
@@ -409,7 +409,7 @@ def main(argv):
                         "--data_dir=FOLDER go with every command (python eval.py --help).")
     only = flags['modalities'].split(',') if 'modalities' in flags else None
     if set(only or ()) - {'text', 'audio', 'vision'}:
-        raise EvalError(f"--modalities={flags['modalities']} must list text, audio or vision.")
+        raise EvalError(f"--modalities={flags['modalities']} must list text, audio or vision (the video).")
     run = folders[0]
     if {'clip', 'text'} & set(flags):
         run = load_run(run, without_corpus=True, **allowed)
@@ -443,7 +443,7 @@ def take_permissions(flags):
 if __name__ == '__main__':
     try:
         main(sys.argv[1:])
-    except (EvalError, CorpusError, ModelError, ClipError) as e:
+    except UserError as e:
         sys.exit(f"eval: {e}")
     except OSError as e:
         sys.exit(f"eval: {e.filename or 'a file'} cannot be read or written ({e.strerror}): free "

@@ -272,12 +272,12 @@ def ordinal_errors(k):
     return errors
 
 
-def ordinal_notes(k, labels, last_epoch):
+def ordinal_notes(k, labels, n_epochs):
     """
     Sentences about regularisers that have less effect than their knobs suggest. labels [N]: of the
-    train split; last_epoch: number of the run's last epoch, from 0.
+    train split; n_epochs: of the run.
     """
-    notes = []
+    notes, last_epoch = [], math.ceil(n_epochs) - 1
     used = [name for name in ('mpr', 'eioi') if k['weight_' + name]]
     if used and k['ramp_epochs']:
         names, rise, they = f'weight_{used[0]}', 'rises', 'it is'
@@ -287,7 +287,7 @@ def ordinal_notes(k, labels, last_epoch):
                      f"step an epoch: in the first epoch {they} 0")
     if used and k['ramp_epochs'] > last_epoch:
         notes.append(f"ramp_epochs={k['ramp_epochs']:g} ends after the last epoch ({last_epoch}, "
-                     "counted from 0): the regularisers never get their full weight")
+                     "counted from 0): weight_mpr and weight_eioi never count in full")
     if k['weight_mpr'] and k['mpr_gap'] >= labels.max() - labels.min():
         notes.append(f"mpr_gap={k['mpr_gap']:g} is not smaller than the range of the labels: MPR "
                      "has no pair to rank")

@@ -11,9 +11,10 @@ Axis letters of the systems (a file that gives a letter another meaning says so)
     N nodes of their trie   n tokens of an answer   D LM width   d adapter width   V vocabulary
     h heads   L any sequence   U unpadded text tokens of a batch
 
-batch: tokens [B,T], text_len [B], text_mask [B,T]; audio [B,S,d_a], audio_len [B]; vision ..; label
-[B]; index [B]. FFW: the feed-forward network of a Transformer layer. MM block: DeepMLF's multimodal
-block. mm_layers count from 1, as in the papers: 8 is an MM block after the LM's eighth layer.
+batch: tokens [B,T], text_len [B], text_mask [B,T]; audio [B,S,d_a], audio_len [B], audio_mask
+[B,S]; vision ..; label [B]; index [B]; and what get_batch in data.py adds. FFW: the feed-forward
+network of a Transformer layer. MM block: DeepMLF's multimodal block. mm_layers count from 1, as in
+the papers: 8 is an MM block after the LM's eighth layer.
 """
 import os
 from typing import Literal

@@ -193,18 +193,18 @@ class System(nn.Module):
         return []
 
     @classmethod
-    def run_notes(cls, k, labels, last_epoch):
+    def run_notes(cls, k, labels, n_epochs):
         """
         Sentences for the start of a run about knobs that have less effect than they suggest. labels
-        [N]: of the train split; last_epoch: number of the run's last epoch, from 0.
+        [N]: of the train split; n_epochs: of the run, which max_steps may end within an epoch.
         """
-        notes = ordinal_notes(k, labels, last_epoch) if 'weight_mpr' in k else []
+        notes = ordinal_notes(k, labels, n_epochs) if 'weight_mpr' in k else []
         if k['lr_min'] > k['lr']:
             notes += [f"lr_min={k['lr_min']:g} is above lr={k['lr']:g}, so the learning rate rises "
                       "after warm-up"]
-        if k['warmup_epochs'] > last_epoch + 1:
-            notes += [f"warmup_epochs={k['warmup_epochs']:g} ends after the last epoch: the learning "
-                      f"rate never gets to lr={k['lr']:g}"]
+        if k['warmup_epochs'] > n_epochs:
+            notes += [f"warmup_epochs={k['warmup_epochs']:g} ends after the run: the learning rate "
+                      f"never gets to lr={k['lr']:g}"]
         return notes
 
     @classmethod

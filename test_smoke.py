@@ -254,18 +254,18 @@ def test_training_names_the_unit_of_each_loss_term():
 def test_a_learning_rate_that_rises_after_warm_up_is_said():
     k = knobs_of_system(SYSTEMS['av'], system='av', lr=1e-6, lr_min=1e-5)
     labels = np.array([-3.0, 3.0])
-    assert SYSTEMS['av'].run_notes(k, labels, last_epoch=9) == [
+    assert SYSTEMS['av'].run_notes(k, labels, n_epochs=10) == [
         'lr_min=1e-05 is above lr=1e-06, so the learning rate rises after warm-up']
-    assert SYSTEMS['av'].run_notes(k | dict(lr=1e-5), labels, last_epoch=9) == []
+    assert SYSTEMS['av'].run_notes(k | dict(lr=1e-5), labels, n_epochs=10) == []
 
 
 def test_a_warm_up_that_outlasts_the_run_is_said():
     k = knobs_of_system(SYSTEMS['av'], system='av', warmup_epochs=3.0, lr=0.01)
     labels = np.array([-3.0, 3.0])
-    (note,) = SYSTEMS['av'].run_notes(k, labels, last_epoch=1)
+    (note,) = SYSTEMS['av'].run_notes(k, labels, n_epochs=2.5)
     assert note == (
-        'warmup_epochs=3 ends after the last epoch: the learning rate never gets to lr=0.01')
-    assert SYSTEMS['av'].run_notes(k, labels, last_epoch=2) == []
+        'warmup_epochs=3 ends after the run: the learning rate never gets to lr=0.01')
+    assert SYSTEMS['av'].run_notes(k, labels, n_epochs=3) == []
 
 
 @pytest.mark.parametrize('changes, row', [
@@ -291,13 +291,13 @@ def test_training_says_that_the_regularisers_are_off_in_the_first_epoch():
         weight_mpr=0.1, weight_eioi=0.0, ramp_epochs=5.0, mpr_gap=0.5, mpr_margin=0.1, mpr_slope=0.5
     )
     labels = np.array([-3.0, 3.0])
-    (note,) = ordinal_notes(k, labels, last_epoch=19)
+    (note,) = ordinal_notes(k, labels, n_epochs=20)
     assert note.startswith('weight_mpr rises from 0') and 'in the first epoch it is 0' in note
     assert ramp(k, dict(epoch=torch.tensor(0))) == 0 < ramp(k, dict(epoch=torch.tensor(1)))
-    (note,) = ordinal_notes(k | dict(weight_eioi=0.1), labels, last_epoch=19)
+    (note,) = ordinal_notes(k | dict(weight_eioi=0.1), labels, n_epochs=20)
     assert note.startswith('weight_mpr and weight_eioi rise from 0')
-    assert ordinal_notes(k | dict(ramp_epochs=0.0), labels, last_epoch=19) == []
-    assert ordinal_notes(k | dict(weight_mpr=0.0), labels, last_epoch=19) == []
+    assert ordinal_notes(k | dict(ramp_epochs=0.0), labels, n_epochs=20) == []
+    assert ordinal_notes(k | dict(weight_mpr=0.0), labels, n_epochs=20) == []
 
 
 def test_text_never_depends_on_audio_or_video():

@@ -131,8 +131,8 @@ if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
 if os.path.exists(last_path) and not (resume or fresh):
-    stop(f"{out_dir} already holds a run: --resume=True continues it, --fresh=True deletes it and "
-         "starts over, another --out_dir keeps it.")
+    stop(f"{out_dir} already holds a run: --resume=True continues it with the same knobs, "
+         "--fresh=True deletes it and starts over, another --out_dir keeps it.")
 if resume and not os.path.exists(last_path):
     stop(f"there is no checkpoint in {out_dir} to resume: start without --resume=True.")
 
@@ -248,8 +248,7 @@ print(f"  {n_trainable:,} trainable and {n_frozen:,} frozen weights")
 print(f"  {n_steps} steps of {batch_size} x {accumulate} clips, {steps_per_epoch} steps per epoch")
 if ranks.N_RANKS > accumulate:
     feed.notes.append(f"{ranks.N_RANKS} processes for {accumulate} micro-batches: some are idle")
-last_epoch = (n_steps - 1) // steps_per_epoch
-for note in feed.notes + System.run_notes(config, clips.label('train', label), last_epoch):
+for note in feed.notes + System.run_notes(config, clips.label('train', label), n_steps / steps_per_epoch):
     print(f"  {note}")
 
 # ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ only corpus folders.
     python data.py SOURCE --encoding=gbk            the encoding of texts that are stored as bytes,
                                                     where it is not UTF-8
     python data.py SOURCE --label_column=0          the column of scores [N, 7]
+    python data.py data/mosei                       prints the summary of a corpus folder
     python data.py data/mosei --check               compares all files of a corpus folder with the
                                                     checksums in its meta.json
     python data.py mine.csv --split=80/10/10        a table (.csv, .tsv, .jsonl), split by video
@@ -54,6 +55,7 @@ from corpora.seal import write_meta
 from corpora.sources import check_splits
 from corpora.streams import frame_rates, standardise_to_float16, write_stream
 from corpora.unpickle import CorpusError, errors_as_corpus_error
+from run.command_line import words_and_flags
 
 # MOSI: VIDEO$_$CLIP, MOSEI: VIDEO[CLIP]
 VIDEO_OF_ID = re.compile(r'(.+?)(?:\$_\$.*|\[\d+\])', re.DOTALL)
@@ -333,10 +335,9 @@ def command_line(argv):
     [--padding=left|right] [--encoding=CODEC] [--label_column=NUMBER], and for a table
     [--split=80/10/10] or
     [--text|label|classes|split|id|video|speaker|dialogue|audio|vision|start|end=COLUMN]; or
-    python data.py FOLDER --check
+    python data.py FOLDER [--check]
     """
-    flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
-    sources = [a for a in argv if not a.startswith('--')]
+    sources, flags = words_and_flags(argv)
     usage = ' '.join(command_line.__doc__.split())
     own = {'name', 'dtype', 'label_range', 'padding', 'encoding', 'label_column'}
     unknown = sorted(set(flags) - own - set(tables.FLAGS))
@@ -344,6 +345,9 @@ def command_line(argv):
         raise CorpusError(f"There is no flag --{unknown[0]}; the usage is {usage}.")
     if len(sources) != 1:
         raise CorpusError(f"Give one source, not {len(sources)}; the usage is {usage}.")
+    if os.path.isfile(os.path.join(sources[0], 'meta.json')):
+        raise CorpusError(f"{sources[0]} is a corpus folder already; train on it, or describe it with "
+                          "python data.py FOLDER.")
     label_range = None
     if 'label_range' in flags:
         try:

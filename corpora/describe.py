@@ -7,10 +7,10 @@ def describe(meta):
     """
     A summary of a corpus as a small table: its source, clips, labels and streams, the repairs, how
     padding and lengths were found, the keys that were read under another name, and the keys that
-    were not read. meta: the dict of meta.json. If an earlier version wrote it, it has fewer entries
-    and the summary has fewer rows.
+    were not read. meta: the dict of meta.json. A folder that is made by hand, or by an earlier
+    version, has fewer entries, and the summary has fewer rows.
     """
-    rows = [('source', f"{meta['source']['file']}, SHA-256 {meta['source']['sha256']}"),
+    rows = [('source', f"{meta['source'].get('file', '')}, SHA-256 {meta['source']['sha256']}"),
             ('clips', ', '.join(f'{n} {s}' for s, n in meta['clips'].items()))]
     for name, y in meta['labels'].items():
         if 'range' in y:
@@ -18,6 +18,9 @@ def describe(meta):
         else:
             rows.append((name, f"a class: {', '.join(y['names'])}"))
     for m, s in meta['streams'].items():
+        if 'cleaned' not in s:
+            rows.append((m, f"{s['width']} features a frame"))
+            continue
         cleaned = ', '.join(f'{n} {k}' for k, n in s['cleaned'].items())
         side = 'no padding' if s['padding'] == 'none' else f"padding on the {s['padding']}"
         rows.append((m, f"{s['width']} features a frame, {s['longest']} frames at most, {side} in "
@@ -34,7 +37,7 @@ def describe(meta):
         rows.append(('streams', "neither audio nor vision, only text"))
     text = meta['text']
     capitals = ', the train split is in capitals' * text['upper_case']
-    rows.append(('text', f"{text['empty']} empty texts" + capitals))
+    rows.append(('text', f"{text.get('empty', 'unknown number of')} empty texts" + capitals))
     rows += [('', row) for row in _describe_text(text)]
     rows += [('note', note) for note in meta.get('notes', ())]
     rows += _describe_keys(meta)

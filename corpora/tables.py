@@ -264,8 +264,8 @@ def _durations(table, summary):
 # -------------------------------------------------------------------------------------------------
 # Splits
 
-def _splits_of(table, summary, videos, paths):
-    """ The split of each row. """
+def _splits_of(table, summary, videos, named, paths):
+    """ The split of each row. named: whether the table names the videos. """
     flag = table.flags.get('split')
     shares = ratio_of(flag)
     if 'all' not in paths:
@@ -275,10 +275,15 @@ def _splits_of(table, summary, videos, paths):
         return [split_of[f] for f in table.files]
     column = None if shares else table.find('split')
     if shares:
-        if len(set(videos)) == len(videos):
-            summary.notes.append("no two clips are of one video, so they were split clip by clip: "
-                                 "--video=COLUMN names the column of the videos")
-        summary.notes.append(f"split {flag} by a hash of the video")
+        if not named and len(set(videos)) < len(videos):
+            raise CorpusError(f"Ids of {table.path} repeat, and no column names the video of a clip, "
+                              f"so --split={flag} could put a video into two splits; name the "
+                              "column with --video=COLUMN.")
+        if named:
+            summary.notes.append(f"split {flag} by a hash of the video")
+        else:
+            summary.notes.append(f"split {flag} clip by clip, because no column names the video: "
+                                 "clips of one video may be in two splits (--video=COLUMN)")
         return split_by_video(videos, shares)
     if not column:
         raise CorpusError(f"{table.path} has no column of splits; name it with python data.py "
@@ -370,7 +375,8 @@ def read_tables(paths, scratch, files, summary):
     videos = ['$_$'.join(row) for row in zip(*map(table.cells, columns))] if columns else None
     if not videos:
         videos = [(clip or str(i)).split('$_$')[0] for i, clip in enumerate(ids)]
-    split_of = _splits_of(table, summary, videos, paths)
+    named = bool(columns) or any('$_$' in (clip or '') for clip in ids)
+    split_of = _splits_of(table, summary, videos, named, paths)
     numbers = Counter()
     for i, split in enumerate(split_of):
         if ids[i] is None:

@@ -391,7 +391,8 @@ To predict a clip, in a checkout of nanoMSA:
 
     python eval.py THIS_FOLDER --clip=mine.npz
 
-best.safetensors holds the {result['n_trainable']:,} trained weights and no frozen language model.
+best.safetensors holds the {result['n_trainable']:,} trained weights, and none of the
+{result['n_frozen']:,} frozen ones.
 
 Not tested on other speakers, languages, recording conditions or feature extractors than those of
 its corpus.

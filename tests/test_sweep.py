@@ -88,7 +88,7 @@ def test_a_row_is_bold_only_if_it_beats_the_first_or_is_the_first_and_beats_all(
 def test_neighbouring_rows_are_compared_where_a_direction_is_claimed():
     rows = [row('a', 0.8), row('b', 0.5), row('c', 0.5), row('d', 0.6)]
     drawn, numbers = sweep_table.table(rows, dict.fromkeys('abcd', ''), neighbours=True)
-    assert 'mae less the row above, 95 %' in drawn
+    assert 'mae minus the row above, 95 %' in drawn
     assert numbers[0]['claim_above'] is None
     assert [n['claim']['verdict'] for n in numbers[1:]] == ['better'] * 3
     assert [n['claim_above']['verdict'] for n in numbers[1:]] == ['better', 'open', 'worse']

@@ -205,6 +205,17 @@ def test_a_split_by_video_is_deterministic_and_puts_no_video_into_two(tmp_path):
     assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
 
 
+def test_a_split_without_named_videos_is_said_or_refused(tmp_path):
+    """ Ids that repeat number the clips of a video, which no column names. """
+    rows = [{k: v for k, v in r.items() if k not in ('mode', 'video_id')} for r in clips(60)]
+    source = write_table(tmp_path / 'numbered.csv', rows)
+    assert_refused(source, tmp_path, 'Ids of', 'repeat', '--video=COLUMN', split='80/10/10')
+    rows = [r | dict(clip_id=f'talk{i}') for i, r in enumerate(rows)]
+    corpus = converted(write_table(tmp_path / 'named.csv', rows), tmp_path, split='80/10/10')
+    assert 'split 80/10/10 clip by clip, because no column names the video' in str(corpus.meta['notes'])
+    assert corpus.n_clips == dict(train=48, valid=6, test=6)
+
+
 def test_videos_that_cross_splits_are_counted_in_any_format(tmp_path):
     rows = clips()
     rows[0]['mode'] = 'test'

@@ -18,10 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
-from data import STREAMS, CorpusError, epoch_order
+from data import STREAMS, epoch_order
 from eval import load_run_and_feed, take_permissions
 from metrics import BETTER, SHOWN, markdown_table, mean_std_n, score_by, task_metrics
-from run.errors import ModelError
+from run.command_line import words_and_flags
+from run.errors import UserError
 from run.finished import EvalError, check_same_experiment, read_run
 
 SHARES = (0.25, 0.5, 0.75, 1.0)   # shares of clips that lose a modality
@@ -126,12 +127,11 @@ def damaged(folder, **allowed):
 
 
 def main(argv):
-    """ The command line. Raises EvalError, CorpusError, ModelError. """
+    """ The command line. Raises UserError. """
     if not argv or argv[0] in ('-h', '--help'):
         print(__doc__)
         return
-    flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
-    folders = [a for a in argv if not a.startswith('--')]
+    folders, flags = words_and_flags(argv)
     allowed = take_permissions(flags)
     if flags or not folders:
         raise EvalError("the usage is python tools/damage.py out/RUN [out/RUN-seed1 ..] "
@@ -153,7 +153,7 @@ def main(argv):
 if __name__ == '__main__':
     try:
         main([a.rstrip('/') for a in sys.argv[1:]])
-    except (EvalError, CorpusError, ModelError) as e:
+    except UserError as e:
         sys.exit(f"damage: {e}")
     except OSError as e:
         sys.exit(f"damage: {e.filename or 'a file'} cannot be read or written ({e.strerror}): free "

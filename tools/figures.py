@@ -17,6 +17,7 @@ Figures are one or two columns of a paper wide (85 or 170 mm).
 """
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,11 +27,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from any directory
 
-from data import CorpusError
 from eval import load_run_and_feed, take_permissions
 from metrics import BETTER, check_finite
 from model import SYSTEMS
-from run.errors import ModelError
+from run.command_line import words_and_flags
+from run.errors import UserError
 from run.finished import EvalError, check_same_experiment, read_log, read_predictions, read_run
 from run.forms import SWEEP
 from run.json_files import NUMBER, check_form, read_json
@@ -261,7 +262,7 @@ def clip_number(feed, clip):
         return 0
     if clip not in ids:
         raise EvalError(f"there is no clip {clip!r} in the test split of {feed.corpus.name}: "
-                        f"give one of its ids, such as {ids[0]}.")
+                        f"give one of its ids, such as --clip={shlex.quote(ids[0])}.")
     return ids.index(clip)
 
 
@@ -345,9 +346,9 @@ def tokens(folders, out, clip='', **allowed):
 
 
 def main(argv):
-    """ The command line of the docstring. Raises EvalError, CorpusError or ModelError. """
-    paths = [a.rstrip('/') for a in argv if not a.startswith('--')]
-    flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
+    """ The command line of the docstring. Raises UserError. """
+    words, flags = words_and_flags(argv, switches=('tokens', 'architecture'))
+    paths = [word.rstrip('/') for word in words]
     if list(flags) == ['architecture']:
         draw_architecture(str(ROOT / 'results'))
         return
@@ -380,7 +381,7 @@ def main(argv):
 if __name__ == '__main__':
     try:
         main(sys.argv[1:])
-    except (EvalError, CorpusError, ModelError) as e:
+    except UserError as e:
         sys.exit(f"figures: {e}")
     except OSError as e:
         sys.exit(f"figures: {e.filename or 'a file'} cannot be read or written ({e.strerror}): free "

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 from corpora.unpickle import CorpusError
 from data import open_corpus
 from metrics import markdown_table
-from run.errors import ModelError
+from run.command_line import words_and_flags
+from run.errors import UserError
 from run.frozen_text import frozen_text
 from run.load_lm import load_tokenizer
 from run.texts import lowercase_if_all_caps, tokenize
@@ -200,9 +201,8 @@ def subsets(source, lm, n=300, seed=0):
 
 
 def main(argv):
-    """ The command line. Raises CorpusError, ModelError. """
-    flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
-    sources = [a for a in argv if not a.startswith('--')]
+    """ The command line. Raises UserError. """
+    sources, flags = words_and_flags(argv, switches=('compare', 'subsets'))
     if 'help' in flags or not flags:
         print(__doc__)
         return
@@ -218,5 +218,5 @@ def main(argv):
 if __name__ == '__main__':
     try:
         main(sys.argv[1:])
-    except (CorpusError, ModelError) as e:
+    except UserError as e:
         sys.exit(f"language: {e}")

@@ -153,7 +153,7 @@ def table(rows, paper, neighbours=False, relative=(), columns=(), paired=True):
         minutes = f"{np.mean(row['seconds']) / 60:.1f}" if row['seconds'] else '-'
         weights = f"{row['n_trainable'][0]:,}" if row['n_trainable'] else '-'
         cells.append([label] + means + differences + [minutes, weights, paper[row['label']]])
-    head = [f'{by} less the first row, 95 %', f'{by} less the row above, 95 %'][:1 + neighbours]
+    head = [f'{by} minus the first row, 95 %', f'{by} minus the row above, 95 %'][:1 + neighbours]
     head += [f"{', '.join(relative)} to the row above"] if relative else []
     head += ['min a run', 'trainable', PAPER]
 
