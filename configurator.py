@@ -42,7 +42,7 @@ class AtLeast:
         self.low, self.bits = low, bits
 
     def fits(self, value):
-        return value >= self.low and (self.bits is None or value < 2 ** self.bits)
+        return self.low <= value < 2 ** (self.bits or 63)
 
     def __str__(self):
         return f"at least {self.low}" + (f" and below 2^{self.bits}" if self.bits else "")
@@ -379,7 +379,7 @@ def _layers(argv, known):
         if not arg.startswith('-'):
             layers.append((False, f"in {Path(arg)}", _load_settings(arg, known, variant)))
         elif not eq or not arg.startswith('--'):
-            _stop(f"flags look like --key=value, got {arg!r}: write --{key}=VALUE")
+            _stop(f"flags look like --key=value, got {arg!r}: write --{arg.lstrip('-').partition('=')[0]}=VALUE")
         else:
             layers.append((True, "on the command line", {key: text}))
     return layers

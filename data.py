@@ -24,6 +24,7 @@ from corpora.unpickle import CorpusError
 from run.errors import UserError
 from run.frozen_text import frozen_text
 from run.load_lm import refuse_unknown_tokens
+from run.machine import print_any_text
 from run.texts import texts_as_read, tokenize, truncating, word_of_tokens
 
 
@@ -331,17 +332,22 @@ class Feed:
 
 
 if __name__ == '__main__':
+    print_any_text()
     if '--help' in sys.argv or '-h' in sys.argv:
         print(conversion.__doc__)
         sys.exit(0)
     try:
-        if sys.argv[1:2] and sys.argv[2:] == ['--check']:
-            print(check_whole(sys.argv[1]))
-        elif len(sys.argv) == 2 and os.path.isfile(os.path.join(sys.argv[1], 'meta.json')):
-            print(describe(Corpus(sys.argv[1]).meta))
+        source, *flags = sorted(sys.argv[1:], key=lambda arg: arg.startswith('--')) or ['']
+        if flags == ['--check']:
+            print(check_whole(source))
+        elif not flags and os.path.isfile(os.path.join(source, 'meta.json')):
+            print(describe(Corpus(source).meta))
         else:
             conversion.command_line(sys.argv[1:])
     except UserError as e:
         sys.exit(f"data.py: {e}")
+    except OSError as e:
+        sys.exit(f"data.py: {e.filename or 'a file'} cannot be read or written ({e.strerror}); correct "
+                 "the path or its permissions.")
     except KeyboardInterrupt:
         sys.exit("data.py: interrupted; no unfinished folder is left.")

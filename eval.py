@@ -37,7 +37,7 @@ from run.finished import (
     refuse_repeated_seeds,
 )
 from run.folder import ROOT, find_folder, load_checkpoint, load_tensors
-from run.machine import devices, hold_memory
+from run.machine import devices, hold_memory, print_any_text
 from run.predictor import Predictor, describe_clips, knobs_with, transferred, what_is_read
 from run.report import print_and_save
 from run.size_limit import size_limit
@@ -110,26 +110,6 @@ def majority_metrics(corpus, label='label', train_clips=slice(None)):
     return task_metrics(np.full(len(y), best), y, info)
 
 
-@torch.no_grad()
-def continuation(model, tokenizer, texts=('The film was', 'I said that'), n_new=16):
-    """
-    The texts, each continued greedily by the model's frozen LM without the adapter, by n_new tokens
-    or by as many as it has positions for; None if the model has no LM. train.py compares them
-    before and after training, and the report says whether they are equal.
-    """
-    if not model.lm or not tokenizer:
-        return None
-    lm, device, continued = model.lm, model.lm.parts['embed'].weight.device, []
-    for ids in tokenizer(list(texts), add_special_tokens=True)['input_ids']:
-        ids = (list(ids) or [0]) * (2 if len(ids) < 2 else 1)
-        ids = torch.tensor(ids[:lm.max_positions - 1], device=device)  # [T], at least 2
-        n_read = torch.tensor([len(ids) - 1], device=device)
-        n_fit = min(n_new, lm.max_positions - len(ids))
-        new = lm.go_on(lm.embed(ids[None, :-1]), n_read, ids[-1:], n_fit)  # [1,n_fit]
-        continued.append(tokenizer.decode(ids.tolist() + new[0].clamp(min=0).tolist()))
-    return continued
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Loading a finished run
 
@@ -178,7 +158,8 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
     try:
         corpus = Clips(facts) if without_corpus else open_own_corpus(folder, facts)
         model, tokenizer = build_model(folder, k, corpus, dtype, tensors, as_data)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError,
+            OverflowError) as e:
         reason = ' '.join(str(e).split())[:160]
         raise EvalError(f"{folder} is damaged or of another version, as its knobs give no model "
                         f"({type(e).__name__}: {reason}): restore or retrain it.") from e
@@ -441,10 +422,13 @@ def take_permissions(flags):
 
 
 if __name__ == '__main__':
+    print_any_text()
     try:
         main(sys.argv[1:])
     except UserError as e:
         sys.exit(f"eval: {e}")
+    except KeyboardInterrupt:
+        sys.exit("eval: interrupted.")
     except OSError as e:
         sys.exit(f"eval: {e.filename or 'a file'} cannot be read or written ({e.strerror}): free "
                  "disk space, or correct the path.")

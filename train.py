@@ -23,20 +23,20 @@ from typing import Literal
 import torch
 
 from configurator import AtLeast, Share, configure
-from data import CorpusError, Feed, epoch_order, open_corpus
-from eval import continuation, evaluate, evaluate_controls, majority_metrics
+from data import Feed, epoch_order, open_corpus
+from eval import evaluate, evaluate_controls, majority_metrics
 from losses import units_note
 from metrics import is_better
 from model import SYSTEMS
 from run import ranks
 from run.average import WeightAverage
-from run.errors import ModelError
-from run.finished import EvalError
+from run.errors import UserError
+from run.fingerprints import continuation
 from run.finite import FirstBad
 from run.folder import load_checkpoint, load_tensors
 from run.forms import read_header
 from run.interrupt import Interrupt
-from run.machine import choose_device, hold_memory
+from run.machine import choose_device, hold_memory, print_any_text
 from run.needs import (
     end_with_parent,
     folder_suffix,
@@ -92,6 +92,7 @@ grad_clip: AtLeast(0) = 1.0   # largest gradient norm, after accumulation; 0: no
 average_epochs: AtLeast(0) = 0.0   # validate and test the mean weights of about this many epochs
 # ---------------------------------------------------------------------------------------------------------
 _here = os.path.dirname(os.path.abspath(__file__))
+print_any_text()
 _argv = sys.argv[1:]
 if all(a.startswith('-') for a in _argv):
     _argv = [os.path.join(_here, 'config', 'deepmlf_toy.py')] + _argv
@@ -160,7 +161,7 @@ try:
     majority = majority_metrics(clips, label, feed.clips['train']) if System.predicts else None
     if majority and select not in majority:
         stop(f"select={select!r} is no metric of {label!r}: choose one of {', '.join(majority)}.")
-except (CorpusError, EvalError, ModelError, ValueError) as e:
+except (UserError, ValueError) as e:
     stop(str(e))
 except OSError as e:
     stop(f"cannot write {e.filename or out_dir} ({e.strerror or e}): free space, or set --out_dir.")
@@ -219,7 +220,7 @@ state = dict(step=0, best=None, best_step=0, stale=0, seconds=0.0, done=False)
 if resume:
     try:
         state, saved = resume_from(last_path, about, model, named, optimizer, average, n_steps)
-    except ModelError as e:
+    except UserError as e:
         stop(str(e))
     state['done'] = state['stale'] >= patience
     reported = all(os.path.exists(os.path.join(out_dir, f)) for f in ('result.json', 'report.md'))
@@ -237,7 +238,7 @@ def evaluate_split(split):
     """ Evaluate the model on a whole split -> (metrics, predictions). """
     try:
         return evaluate(model, feed, split, autocast)
-    except (ValueError, ModelError) as e:
+    except (UserError, ValueError) as e:
         stop(f"{split}: {str(e).removesuffix('.')}.")
 
 
@@ -281,7 +282,7 @@ while state['step'] < n_steps and not state['done']:
             try:
                 with autocast():
                     out = checked_loss(model, step_model(batch))
-            except ModelError as e:
+            except UserError as e:
                 stop(str(e))
             (out['loss'] * share * loss_scale * ranks.N_RANKS).backward()   # DDP averages gradients
         if not spare:
@@ -356,7 +357,7 @@ try:
     load_tensors(model, load_checkpoint(best_path)[0], out_dir)
     if ranks.RANK == 0:
         model.save_for_others(out_dir)
-except ModelError as e:
+except UserError as e:
     stop(str(e))
 except OSError as e:
     stop(f"cannot write to {out_dir} ({e.strerror or e}): free disk space and add --resume=True.")
@@ -372,7 +373,7 @@ result['seconds'] = round(time.time() - started, 1)
 try:
     if ranks.RANK == 0:
         print_and_save(out_dir, result, clips, predictions, trained=True)
-except (EvalError, ModelError) as e:
+except UserError as e:
     stop(str(e))
 except OSError as e:
     stop(f"cannot write to {out_dir} ({e.strerror or e}): free disk space and add --resume=True.")

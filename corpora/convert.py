@@ -49,7 +49,7 @@ from corpora import sources, tables
 from corpora.describe import describe
 from corpora.labels import write_labels
 from corpora.limits import most_bytes
-from corpora.names import N_NAMED, SPLIT_FIELDS, SPLITS, Summary
+from corpora.names import N_NAMED, SPLIT_FIELDS, SPLITS, Summary, valid_unicode, video_of
 from corpora.padding import find_padding
 from corpora.seal import write_meta
 from corpora.sources import check_splits
@@ -58,7 +58,6 @@ from corpora.unpickle import CorpusError, errors_as_corpus_error
 from run.command_line import words_and_flags
 
 # MOSI: VIDEO$_$CLIP, MOSEI: VIDEO[CLIP]
-VIDEO_OF_ID = re.compile(r'(.+?)(?:\$_\$.*|\[\d+\])', re.DOTALL)
 # layout -> reader(paths, scratch, files, summary), which returns texts, labels and streams by split
 READERS = dict(
     tables=tables.read_tables, msena=sources.read_msena, lists=sources.read_lists)
@@ -121,8 +120,8 @@ def staging(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         # remove the folders that killed conversions on this machine have left
         for old in os.listdir(folder.parent):
-            pid = re.fullmatch(r'.+\.tmp-(\d+)(?:@(.+))?', old)
-            if pid and pid[2] in (None, host) and not _alive(int(pid[1])):
+            pid = re.fullmatch(r'.+\.tmp-(\d+)@(.+)', old)
+            if pid and pid[2] == host and not _alive(int(pid[1])):
                 shutil.rmtree(folder.parent / old, ignore_errors=True)
         shutil.rmtree(tmp, ignore_errors=True)
         inner.mkdir(parents=True)
@@ -166,8 +165,7 @@ def _note_crossing_videos(splits, notes):
     """
     videos = {}
     for split, s in splits.items():
-        parts = [VIDEO_OF_ID.fullmatch(clip) for clip in s['id']]
-        videos[split] = s.get('video') or [p and p[1] for p in parts]
+        videos[split] = s.get('video') or [video_of(clip) for clip in s['id']]
     sets = {split: set(v) - {None} for split, v in videos.items()}
     both = sorted(v for v in set.union(*sets.values()) if sum(v in s for s in sets.values()) > 1)
     if both:
@@ -199,8 +197,8 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
     behind.
 
     dtype: 'float32', or 'float16', which also standardises the frames by the mean and std of train.
-    label_range: (low, high). None takes [-1, 1] for CH-SIMS and where all labels are in it, and
-    else [-3, 3].
+    label_range: (low, high). None takes [-1, 1] where all scores are in it, as in CH-SIMS, and else
+    [-3, 3].
     padding: 'left' or 'right', the side where zero frames are padding. None finds it, see
     find_padding.
     encoding: a Python codec for texts that are stored as bytes or as Python 2 strings. None takes
@@ -293,8 +291,8 @@ def _source_entry(source, layout, paths, stats, progress):
                 sha.update(piece)
                 progress(len(piece))
     return dict(
-        file=place.name,
-        path=str(place),
+        file=valid_unicode(place.name),
+        path=valid_unicode(str(place)),
         bytes=sum(s.st_size for s in stats),
         sha256=sha.hexdigest(),
         mtime_ns=max(s.st_mtime_ns for s in stats),
@@ -326,7 +324,7 @@ def folder_name(source):
     size = sum(s.st_size for s in stats)
     newest = max(s.st_mtime_ns for s in stats)
     key = f'{os.path.abspath(source)}:{size}:{newest}'
-    return f'{name}-{hashlib.sha256(key.encode()).hexdigest()[:6]}'
+    return f'{valid_unicode(name)}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:6]}'
 
 
 def command_line(argv):
@@ -358,6 +356,8 @@ def command_line(argv):
     label_column = flags.get('label_column')
     if label_column is not None and not label_column.isdecimal():
         raise CorpusError(f"--label_column must be a number from 0 on, not {label_column!r}.")
+    if flags.get('name') == 'toy':
+        raise CorpusError("data/toy is the folder of the toy corpus; give another --name.")
     folder = os.path.join('data', flags.get('name') or folder_name(sources[0]))
     meta = convert(sources[0], folder, flags.get('dtype', 'float32'), label_range,
                    flags.get('padding'), flags.get('encoding'),

@@ -1,6 +1,7 @@
 """
 The summary of a conversion, from the corpus folder's meta.json.
 """
+from run.errors import escaped
 
 
 def describe(meta):
@@ -41,7 +42,8 @@ def describe(meta):
     rows += [('', row) for row in _describe_text(text)]
     rows += [('note', note) for note in meta.get('notes', ())]
     rows += _describe_keys(meta)
-    return '\n'.join([f"corpus {meta['name']}"] + [f'  {a:8s} {b}' for a, b in rows])
+    lines = [f"corpus {meta['name']}"] + [f'  {a:8s} {b}' for a, b in rows]
+    return '\n'.join(escaped(line.replace('\n', ' ')) for line in lines)   # ids may hold anything
 
 
 def _describe_lengths(m, s):

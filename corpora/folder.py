@@ -17,12 +17,13 @@ from corpora.names import SPLITS, STREAMS
 from corpora.seal import CHANGED, check_file
 from corpora.unpickle import CorpusError
 from run.folder import check_regular
-from run.forms import LABEL, STREAM, check_label, check_stream
+from run.forms import LABEL, LONGEST_NAME, STREAM, check_ceilings, check_label, check_stream
 from run.json_files import (
     NUMBER,
     Each,
     Maybe,
     check_form,
+    check_printable,
     check_seal,
     parsed_lines,
     read_json,
@@ -34,7 +35,7 @@ FILE = dict(bytes=int, mtime_ns=int, crc32=str, sample=str)
 META = dict(   # meta.json; corpora/seal.py describes its last two entries
     format=Literal[1], name=str, source=dict(sha256=str), text=dict(upper_case=bool),
     clips=dict.fromkeys(SPLITS, int), labels=Each(LABEL), streams=Each(STREAM_META),
-    files=Maybe(Each(FILE)), checksum=Maybe(str))
+    ceilings=Maybe(Each(Each(NUMBER))), files=Maybe(Each(FILE)), checksum=Maybe(str))
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 ROW = dict(id=str, text=str, dialogue=Maybe(str), speaker=Maybe(str))   # a line of text.jsonl
 
@@ -167,6 +168,11 @@ def read_meta(path):
     """ The content of meta.json. Raises ValueError, a phrase about the file, if it is damaged. """
     meta = read_json(path, META, follow=True)
     check_seal(meta, CHANGED)
+    check_printable([meta['name'], meta['source']['sha256']])
+    if len(meta['name']) > LONGEST_NAME:
+        raise ValueError(f"has a name of more than {LONGEST_NAME} characters")
+    if meta.get('ceilings'):
+        check_ceilings(meta['ceilings'])
     clips = meta['clips']
     if set(clips) != set(SPLITS) or min(clips.values()) < 1:
         raise ValueError(f"has other splits than {', '.join(SPLITS)}, or one without clips: {clips}")
@@ -204,5 +210,7 @@ def open_array(path, shape, kind):
     except ValueError as e:
         raise ValueError(f"is damaged ({' '.join(str(e).split())[:300]})") from None
     if a.shape != shape or a.dtype.kind != kind:
-        raise ValueError(f"has an array of {a.dtype} {a.shape}, which does not fit the other files")
+        wanted = dict(f='floats', i='integers')[kind]
+        raise ValueError(f"has an array of {a.dtype} {list(a.shape)}, and the other files need "
+                         f"{wanted} {list(shape)}")
     return a

@@ -8,6 +8,7 @@ import numpy as np
 
 from corpora.unpickle import CorpusError
 from run.errors import CONTROL
+from run.forms import check_label
 
 # the classes of known corpora, in their order
 KNOWN_CLASSES = [
@@ -40,6 +41,11 @@ def write_labels(splits, out, label_range, notes):
             entries[name] = _write_classes(name, splits, out)
         else:
             entries[name] = _write_scores(name, splits, out, label_range)
+        try:
+            check_label(entries[name])   # as every run does that opens the folder
+        except ValueError as e:
+            raise CorpusError(f"The label {name} {e}; correct the source, or give --label_range or "
+                              "other columns.") from None
     return entries
 
 

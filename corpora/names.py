@@ -77,6 +77,17 @@ def printed(key):
     return ascii(key)[1:-1][:60]
 
 
+def valid_unicode(name):
+    """ The name of a file, with bytes that are no UTF-8 as escapes. """
+    return name.encode('utf-8', 'backslashreplace').decode()
+
+
+def video_of(clip):
+    """ The video in an id such as VIDEO$_$CLIP or VIDEO[CLIP]; None where it holds none. """
+    found = re.fullmatch(r'(.+?)(?:\$_\$.*|\[\d+\])', clip, re.DOTALL)
+    return found and found[1]
+
+
 def _holds_text(value):
     """ True for text, and for a list or array whose first entry is text. """
     if type(value) is LazyArray:

@@ -25,7 +25,7 @@ def read_table_rows(path, encoding):
 def number_of(cell):
     """ A cell as a float; None if it is no number. """
     try:
-        return float(cell)
+        return float(cell) if '_' not in cell else None   # Python reads 1_0 as 10
     except ValueError:
         return None
 
@@ -50,7 +50,10 @@ def _decoded(path, encoding):
 
 
 def _csv_rows(path, text):
-    head = text.split('\n', 1)[0]
+    first_line, _, rest = text.partition('\n')
+    if first_line.strip() in ('sep=,', 'sep=;', 'sep=\t'):   # Excel's note on the delimiter
+        text = '\n' + rest
+    head = text.lstrip().split('\n', 1)[0]
     delimiter = '\t' if path.lower().endswith('.tsv') else max(',;\t', key=head.count)
     csv.field_size_limit(1 << 26)
     reader = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, strict=True)

@@ -25,6 +25,7 @@ from corpora.names import (
     label_names,
     printed,
     stream_names,
+    video_of,
 )
 from corpora.rows import number_of, read_table_rows
 from corpora.sources import clip_text
@@ -373,9 +374,10 @@ def read_tables(paths, scratch, files, summary):
     columns, parts = _video_columns(table)
     ids = _ids(table, summary, parts)
     videos = ['$_$'.join(row) for row in zip(*map(table.cells, columns))] if columns else None
+    named = bool(columns) or any(video_of(clip or '') for clip in ids)
     if not videos:
-        videos = [(clip or str(i)).split('$_$')[0] for i, clip in enumerate(ids)]
-    named = bool(columns) or any('$_$' in (clip or '') for clip in ids)
+        clips = [clip or str(i) for i, clip in enumerate(ids)]
+        videos = [video_of(clip) or clip for clip in clips]
     split_of = _splits_of(table, summary, videos, named, paths)
     numbers = Counter()
     for i, split in enumerate(split_of):

@@ -145,9 +145,9 @@ def read_clip_rows(path):
 
 def refuse_other_keys(keys, name):
     """ Raises ClipError if a clip holds anything but text, audio, vision and id. """
-    if set(keys) - {'id', 'text', *STREAMS}:
-        raise ClipError(f"{one_line(name)} may hold only text (one string), audio, vision and id: "
-                        "remove the rest.")
+    if other := [str(key) for key in keys if key not in ('id', 'text', *STREAMS)]:
+        raise ClipError(f"{one_line(name)} has the key {one_line(other[0])[:60]!r}, and may hold only "
+                        "text (one string), audio, vision (the video) and id: remove the rest.")
 
 
 def one_line(name):
@@ -186,8 +186,11 @@ def checked_clip(row, name, facts, seen):
     (System.modalities_read). Raises ClipError.
     """
     notes, name = [], one_line(name)
-    is_clip = isinstance(row, dict) and isinstance(row.get('text', ''), str)
-    refuse_other_keys(row if is_clip else ['not a clip'], name)
+    if not isinstance(row, dict):
+        raise ClipError(f'{name} is no object: write {{"text": "..", "audio": [[..], ..]}}.')
+    refuse_other_keys(row, name)
+    if not isinstance(row.get('text', ''), str | None):
+        raise ClipError(f"the text of {name} is no string: give one string.")
     row = {key: v for key, v in row.items() if v is not None}
     try:
         row.get('text', '').encode()

@@ -7,13 +7,18 @@ import re
 CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')
 
 
+def escaped(text):
+    """ A text with its control characters as escapes such as \\x1b. """
+    return CONTROL.sub(lambda c: ascii(c[0])[1:-1], text)
+
+
 class UserError(Exception):
     """
     A sentence for the user: what was wrong, where, and what to do. A text in it may come from a
     received file, so control characters, which could steer a terminal, are printed as \\x1b.
     """
     def __str__(self):
-        return CONTROL.sub(lambda c: ascii(c[0])[1:-1], super().__str__())
+        return escaped(super().__str__())
 
 
 class ModelError(UserError):

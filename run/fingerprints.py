@@ -1,8 +1,8 @@
 """
 Short fingerprints of LMs and tokenizers, by which a checkpoint knows the ones that it was trained
-with.
+with, and the texts that show whether training left an LM as it was.
 
-Axis letters: V vocabulary.
+Axis letters: T text tokens, V vocabulary.
 """
 import hashlib
 import json
@@ -61,3 +61,23 @@ def same_logits(ours, theirs, dtype):
     """
     tolerance = (1e-3 if dtype == 'float32' else 5e-2) * max(1e-6, abs(theirs[-1]))
     return len(ours) == len(theirs) and all(abs(a - b) <= tolerance for a, b in zip(ours, theirs))
+
+
+@torch.no_grad()
+def continuation(model, tokenizer, texts=('The film was', 'I said that'), n_new=16):
+    """
+    The texts, each continued greedily by the model's frozen LM without the adapter, by n_new tokens
+    or by as many as it has positions for; None if the model has no LM. train.py compares them
+    before and after training, and the report says whether they are equal.
+    """
+    if not model.lm or not tokenizer:
+        return None
+    lm, device, continued = model.lm, model.lm.parts['embed'].weight.device, []
+    for ids in tokenizer(list(texts), add_special_tokens=True)['input_ids']:
+        ids = (list(ids) or [0]) * (2 if len(ids) < 2 else 1)
+        ids = torch.tensor(ids[:lm.max_positions - 1], device=device)  # [T], at least 2
+        n_read = torch.tensor([len(ids) - 1], device=device)
+        n_fit = min(n_new, lm.max_positions - len(ids))
+        new = lm.go_on(lm.embed(ids[None, :-1]), n_read, ids[-1:], n_fit)  # [1,n_fit]
+        continued.append(tokenizer.decode(ids.tolist() + new[0].clamp(min=0).tolist()))
+    return continued

@@ -13,10 +13,18 @@ from metrics import check_finite
 from model import SYSTEMS
 from run.errors import UserError
 from run.folder import ROOT
-from run.forms import RESULT, check_about, check_label, check_log_line, read_header
+from run.forms import (
+    RESULT,
+    check_about,
+    check_ceilings,
+    check_label,
+    check_log_line,
+    read_header,
+)
 from run.json_files import (
     NUMBER,
     check_form,
+    check_printable,
     check_seal,
     crc_of,
     parsed_lines,
@@ -78,6 +86,8 @@ def read_run(folder):
         if name not in SYSTEMS:
             raise EvalError(f"{folder} is of the system {name!r}, which is not in SYSTEMS: check "
                             "out the version that has it.")
+        if SYSTEMS[name].predicts and result['majority'] is None:
+            raise ValueError("has no metrics of the majority")
         known, allowed = known_knobs(os.path.join(ROOT, 'train.py'), SYSTEMS, name)
         new, gone = set(known) - set(about['knobs']), set(about['knobs']) - set(known)
         if new or gone:
@@ -107,8 +117,11 @@ def check_result(result):
     """ Raises ValueError if the results in result.json are missing or of wrong types. """
     check_form(result, RESULT)
     check_label(result['info'])
+    check_printable([result['controls'], result['info'], result['ceilings']])
     if result['ceilings']:
-        check_form(result['ceilings'], {LATE_FUSION: dict, FULL: dict})
+        check_ceilings(result['ceilings'])
+    if result['info']['kind'] == 'regression' and 'loss' not in result['test']:
+        check_form(result['test'], dict(mae=NUMBER))
     if not result['test'] or not result['valid']:
         raise ValueError("has no metrics in its test or valid")
 

@@ -148,7 +148,7 @@ def remove_leftovers(folder):
     package (.tmpAbC123). Call it only while no other process writes into the folder.
     """
     for entry in os.scandir(folder):
-        is_leftover = re.fullmatch(r'.*\.new|\.tmp[0-9A-Za-z]{6}', entry.name)
+        is_leftover = re.fullmatch(r'.+\.[0-9a-f]{8}\.new|\.tmp[0-9A-Za-z]{6}', entry.name)
         if is_leftover and not entry.is_dir(follow_symlinks=False):
             os.remove(entry.path)
 
@@ -215,8 +215,8 @@ def save_checkpoint(path, tensors, info):
             write_tensors(new, tensors, header)
         write_text(path.removesuffix('.safetensors') + '.json', json.dumps(info, indent=1))
     except OSError as e:
-        raise ModelError(f"could not save {path} ({e.strerror or e}): the previous checkpoint is "
-                         "untouched, so free disk space and continue with --resume=True.") from None
+        raise ModelError(f"could not save {path} ({e.strerror or e}): free disk space. A checkpoint "
+                         "that was saved before is intact, and --resume=True continues from it.") from None
 
 
 def write_tensors(path, tensors, metadata):

@@ -1,7 +1,8 @@
 """
 The forms (run/json_files.py) of the JSON in a run's folder.
 """
-from math import inf
+import re
+from math import inf, isfinite
 from typing import Literal
 
 from configurator import AtLeast
@@ -20,6 +21,7 @@ from run.json_files import (
 
 COUNT = AtLeast(0)
 MOST_LEVELS = 1000   # classes of a label, or the width of its range; metrics have tables of both axes
+LONGEST_NAME = 200   # characters of the name of a class or a corpus, which are drawn and printed
 METRICS = Each(NUMBER)   # name -> value; the correlation of a constant is NaN
 STREAM = dict(width=AtLeast(1), mean=[NUMBER], std=[AtLeast(0)], standardised=bool)
 LABEL = dict(kind=Literal['regression', 'classes'])
@@ -53,6 +55,8 @@ def check_about(about):
     check_texts(about)
     check_printable(about)
     check_form(about, ABOUT)
+    if '\n' in about['name'] or not re.fullmatch('[0-9a-f]*', about['commit']):
+        raise ValueError("has a name of two lines, or a commit that is none")
     facts = about['corpus']
     if set(facts['streams']) != set(facts['widths']):
         raise ValueError("names different streams in its widths and in its streams")
@@ -77,6 +81,8 @@ def check_label(info):
     if info['kind'] == 'classes':
         check_form(info, dict(names=[str]))
         check_printable(info['names'])
+        if any(len(name) > LONGEST_NAME for name in info['names']):
+            raise ValueError(f"has the name of a class of more than {LONGEST_NAME} characters")
         if len(set(info['names'])) != max(1, len(info['names'])):
             raise ValueError(f"has no class names, or one twice: {shorten(info['names'])}")
         if len(info['names']) > MOST_LEVELS:
@@ -88,6 +94,16 @@ def check_label(info):
     if info['range'][1] - info['range'][0] > MOST_LEVELS:
         raise ValueError(f"has the range {shorten(info['range'])}, and scores can span at most "
                          f"{MOST_LEVELS}: divide them by a constant")
+
+
+def check_ceilings(ceilings):
+    """ Raises ValueError if the bounds of a corpus lack an entry that a report compares with. """
+    bound = dict(mae=NUMBER, acc=NUMBER)
+    check_form(ceilings, dict(late=bound, full=bound))
+    if any(not isfinite(v) for values in ceilings.values() for v in values.values()):
+        raise ValueError("has bounds that are not finite")
+    if any(ceilings['late'][key] == ceilings['full'][key] for key in bound):
+        raise ValueError("has equal bounds for late fusion and for all modalities")
 
 
 def check_log_line(line):

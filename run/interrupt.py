@@ -38,7 +38,7 @@ class Interrupt:
         Print a sentence instead of a traceback for Ctrl-C before or after the training loop.
         """
         if kind is KeyboardInterrupt:
-            print(f"{self.name}: interrupted; saved files are intact, and --resume=True continues.",
-                  file=sys.stderr)
+            print(f"{self.name}: interrupted; saved files are intact. If there is a checkpoint, "
+                  "--resume=True continues.", file=sys.stderr)
         else:
             sys.__excepthook__(kind, e, trace)

@@ -10,8 +10,8 @@ must be:
     Each(NUMBER)              a dict of such values, whatever its keys
     Maybe(str)                such a value or None; as an entry of a dict, it may be missing
 """
+import io
 import json
-import math
 import os
 import zlib
 from typing import get_origin
@@ -23,6 +23,7 @@ from run.folder import open_regular
 NUMBER = (int, float)
 LARGEST = 2 ** 63   # integers from here on do not fit NumPy's int64
 LARGEST_FILE = 2 ** 26   # bytes of a JSON file; meta.json has 50 for each feature of a stream
+LARGEST_LINES = 2 ** 31   # bytes of a file with a JSON object per line
 LARGEST_KNOB = 20_000   # bytes of a JSON file that becomes the value of a knob
 
 
@@ -53,7 +54,7 @@ def json_text(path):
     return json.dumps(read_json(path, follow=True), ensure_ascii=False)
 
 
-def text_of(path, follow=False, most=math.inf):
+def text_of(path, follow=False, most=LARGEST_LINES):
     """
     The text of a file of at most `most` bytes. Raises ValueError with a phrase about the file.
     follow: see open_regular.
@@ -98,7 +99,7 @@ def parsed_lines(text, check=None):
     with the number of the line.
     """
     values = []
-    for n, line in enumerate(text.removesuffix('\n').split('\n'), 1):
+    for n, line in enumerate(io.StringIO(text, newline='\n'), 1):   # not split: it would copy all
         try:
             values.append(parsed(line))
             if check:
@@ -121,7 +122,7 @@ def check_seal(entries, changed="was changed after it was written"):
     Raises ValueError(changed) if an entry of a sealed dict was changed. A dict with neither
     `checksum` nor `files`, the checksums of other files, passes: older ones have none.
     """
-    if ('files' in entries) != ('checksum' in entries):
+    if (entries.get('files') is None) != (entries.get('checksum') is None):
         raise ValueError("has only one of the entries files and checksum")
     if 'checksum' in entries and entries['checksum'] != checksum_of(entries):
         raise ValueError(changed)

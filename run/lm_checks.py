@@ -29,16 +29,47 @@ CODE_KEYS = ('auto_map', 'custom_generate', 'quantization_config', 'compression_
 # transformers calls from_pretrained of whatever class of its own a tokenizer_class names
 TOKENIZER_NAME = re.compile(r'(?!Auto|TransfoXL|Rag)\w*(Tokenizer|TokenizerFast|Backend)')
 LARGEST_GROWTH = 1000   # of a text by the replacements of a tokenizer
+LARGEST_PART = 20_000   # characters that a tokenizer may put before or around each text, as JSON
+LARGEST_JSON = 2 ** 28   # bytes of a JSON file of an LM; a tokenizer.json has up to 40 MB
+MOST_LABELS = 10_000   # of a config.json: transformers makes a dict of them
 
 
 def read_lm_json(path):
     """ What a JSON file holds. Raises ModelError where it is none. """
     try:
+        if os.path.getsize(path) > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON:,} bytes")
         with open(path, encoding='utf-8') as f:
             return json.load(f)
     except (OSError, ValueError, RecursionError) as e:
         raise ModelError(f"{path} is not readable as JSON ({str(e)[:120]}): get that file "
                          "again.") from None
+
+
+def shapes_of(folder):
+    """ The shape of each tensor in the safetensors files of a folder, from their headers. """
+    from safetensors import safe_open
+    shapes = []
+    for file in sorted(os.listdir(folder)):
+        if file.endswith('.safetensors'):
+            with safe_open(os.path.join(folder, file), 'pt') as f:
+                shapes += [f.get_slice(key).get_shape() for key in f.keys()]
+    return shapes
+
+
+def refuse_huge_config(folder):
+    """
+    Raises ModelError if the config.json of an LM has more labels, or more layers than its files
+    have tensors: transformers makes a list of each while it reads the config.
+    """
+    path = os.path.join(folder, 'config.json')
+    n_tensors = len(shapes_of(folder))
+    for part in parts_of(read_lm_json(path)):
+        for key, value in part.items():
+            most = MOST_LABELS if key == 'num_labels' else n_tensors if 'layer' in key else None
+            if most and type(value) is int and value > most:
+                raise ModelError(f"{path} has {key}={value}, which does not fit the weights beside "
+                                 "it: get the config.json that belongs to them.")
 
 
 def refuse_larger_model(auto, name, config):
@@ -47,12 +78,7 @@ def refuse_larger_model(auto, name, config):
     larger than its safetensors files: transformers makes all weights before it compares shapes.
     """
     import torch
-    from safetensors import safe_open
-    shapes = []
-    for file in sorted(os.listdir(name)):
-        if file.endswith('.safetensors'):
-            with safe_open(os.path.join(name, file), 'pt') as f:
-                shapes += [f.get_slice(key).get_shape() for key in f.keys()]
+    shapes = shapes_of(name)
     if not shapes:
         return
     # counted first, because a million layers take long to make even without weights
@@ -68,15 +94,14 @@ def refuse_larger_model(auto, name, config):
                          "than its weight files: get the config.json that belongs to them.")
 
 
-def replacements(part):
-    """ The steps of type Replace within a part of tokenizer.json. """
+def parts_of(part):
+    """ The objects within a part of tokenizer.json, and the part itself. """
     if isinstance(part, dict):
-        if part.get('type') == 'Replace':
-            yield part
+        yield part
         part = list(part.values())
     if isinstance(part, list):
         for inner in part:
-            yield from replacements(inner)
+            yield from parts_of(inner)
 
 
 def refuse_growing_texts(path):
@@ -87,7 +112,14 @@ def refuse_growing_texts(path):
     if not os.path.isfile(path):
         return
     tokenizer, growth = read_lm_json(path), 1.0
-    for step in replacements([tokenizer.get('normalizer'), tokenizer.get('decoder')]):
+    around = [tokenizer.get('post_processor')]
+    around += [part for part in parts_of(tokenizer.get('normalizer')) if 'prepend' in part]
+    if len(json.dumps(around)) > LARGEST_PART:
+        raise ModelError(f"the tokenizer in {path} puts too much before or around each text: get "
+                         "that file again.")
+    for step in parts_of([tokenizer.get('normalizer'), tokenizer.get('decoder')]):
+        if step.get('type') != 'Replace':
+            continue
         old, new = step.get('pattern'), step.get('content')
         shortest = len(str(old['String'])) if isinstance(old, dict) and 'String' in old else 1
         growth *= max(1.0, len(str(new)) / max(1, shortest))
@@ -193,6 +225,7 @@ def refuse_foreign(folder):
                              f"alone: {ALLOW_CODE}.")
         if entry.endswith('.json') and ('config' in entry or entry == 'special_tokens_map.json'):
             refuse_code_request(path, folder)
+    refuse_huge_config(folder)
     index = os.path.join(folder, SAFE_WEIGHTS[1])
     shards = read_lm_json(index).get('weight_map', {}).values() if os.path.exists(index) else ()
     for shard in shards:

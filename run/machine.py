@@ -1,7 +1,8 @@
 """
-The machine that a run is on: its devices and their memory.
+The machine that a run is on: its devices, their memory, and its terminal.
 """
 import ctypes
+import io
 import os
 import shutil
 import sys
@@ -146,3 +147,13 @@ def hold_memory(hold=True):
     mallopt(M_MMAP_MAX, 0 if hold else 2 ** 16)
     if not hold:
         malloc_trim(0)
+
+
+def print_any_text():
+    """
+    From here on, any text can be printed. Letters that the output's encoding lacks, as in a file on
+    Windows, become escapes such as \\u6124; Python would stop with an error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):   # a notebook has other ones
+            stream.reconfigure(errors='backslashreplace')

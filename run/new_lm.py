@@ -63,7 +63,10 @@ def new_tokenizer(texts, k, folder, ends=False):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=fast, unk_token='<unk>', bos_token='<s>', eos_token='</s>')
     make_plain_folder(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as e:   # tokenizers raises no other class for a full disk
+        raise OSError(str(e)) from None
     with open(os.path.join(folder, 'tokenizer.model'), 'wb') as f:
         f.write(proto.getvalue())
     return tokenizer

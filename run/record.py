@@ -31,9 +31,14 @@ from run.folder import (
     save_checkpoint,
     write_text,
 )
-from run.forms import check_log_line, read_header
+from run.forms import check_about, check_log_line, read_header
 from run.json_files import parsed, shorten
 
+REPLACED = ('config.json', 'log.jsonl')   # files of an earlier run that a run writes anew
+# Files of an earlier run that a run removes. The first three stand for a finished run, so a resumed
+# run removes them too.
+REMOVED = ('result.json', 'report.md', 'report.html', 'last.safetensors', 'last.json',
+           'best.safetensors', 'best.json', 'test.jsonl', 'curve.png', 'confusion.png')
 LONGEST_LINE = 2 ** 20   # bytes of a line of log.jsonl; a longer one is damaged
 
 
@@ -86,6 +91,11 @@ def refuse_other_knobs(folder, before, knobs, filled_in=()):
     if before.get('format') != FORMAT:
         raise ModelError(f"{folder} was written by another version (format {before.get('format')}, "
                          f"and this is {FORMAT}): check out that version to resume it.")
+    try:
+        check_about(before)
+    except ValueError as e:
+        raise ModelError(f"the checkpoint in {folder} is damaged ({e}): restore a copy, or train the "
+                         "run again with --fresh=True.") from None
     for knob, value in knobs.items():
         old_value = before['knobs'].get(knob)
         compared = knob not in RUN_KNOBS and knob not in filled_in
@@ -116,11 +126,15 @@ def refuse_other_run(folder, before, now):
 def lock_run(folder, stop):
     """
     Makes and locks the folder of a run -> the lock, which is held while this object lives; None in
-    other ranks than 0. stop(sentence) ends the run if another one holds the lock. Raises OSError.
+    other ranks than 0. stop(sentence) ends the run if another one holds the lock, or if the folder
+    has files of other origin that a run would replace. Raises OSError.
     """
     if ranks.RANK:
         return None
     os.makedirs(folder, exist_ok=True)
+    found = sorted(set(os.listdir(folder)) & {*REPLACED, *REMOVED})
+    if found and not {'.lock', 'last.safetensors', 'best.safetensors'} & set(os.listdir(folder)):
+        stop(f"{folder} holds a {found[0]} that no run has written: give another --out_dir.")
     held = lock(folder)
     if held is None:
         stop(f"another run is writing into {folder}: wait for it, or give another --out_dir.")
@@ -222,12 +236,7 @@ class Record:
         try:
             self.lock = lock_run(self.folder, self.stop)
             remove_leftovers(self.folder)
-            # result.json and the reports stand for a finished run, and this run is not finished
-            outdated = ['result.json', 'report.md', 'report.html']
-            if fresh:
-                outdated += ['last.safetensors', 'last.json', 'best.safetensors', 'best.json',
-                             'test.jsonl', 'curve.png', 'confusion.png']
-            for file in outdated:
+            for file in REMOVED if fresh else REMOVED[:3]:
                 if os.path.exists(os.path.join(self.folder, file)):
                     os.remove(os.path.join(self.folder, file))
             write_text(os.path.join(self.folder, 'config.json'), json.dumps(self.about, indent=1))

@@ -75,8 +75,11 @@ def prerequisite_runs(folder, about):
     """
     k, runs = about['knobs'], {}
     for knob in SYSTEMS[k['system']].prerequisite_knobs(k):
+        found = find_folder(k[knob], folder, k['out_dir'])
+        if os.path.dirname(os.path.realpath(found)) != os.path.dirname(os.path.realpath(folder)):
+            print(f"  {folder} names the run {found}, which is read as data")
         try:
-            r = read_run(find_folder(k[knob], folder, k['out_dir']))
+            r = read_run(found)
         except (EvalError, ModelError):   # the knob names no run, or the run is not there
             continue
         cls = SYSTEMS[r['about']['knobs']['system']]

@@ -22,13 +22,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from data import Feed, open_corpus, tokenize
-from eval import continuation
 from fakes import HERE, KNOBS, MSE_KNOBS, knobs_of_system, tiny_lm
 from lm import FrozenLM
 from model import CrossSent, DeepMLF, MSEAdapterLM
 from prompts import PROMPTS, Prompt, rated_texts
 from run.errors import ModelError
-from run.fingerprints import fingerprint
+from run.fingerprints import continuation, fingerprint
 from run.frozen_text import frozen_text
 from run.load_lm import (
     BUFFER,
