@@ -572,6 +572,22 @@ def test_starts_whose_difference_overflows_are_not_in_order(tmp_path):
         open_corpus(corpus.folder)
 
 
+@pytest.mark.parametrize('change, sentence', [
+    (dict(ceilings=5), 'has the wrong entry ceilings 5'),
+    (dict(ceilings=dict(late={}, full={})), 'lacks the entry late mae'),
+    (dict(ceilings=dict.fromkeys(('late', 'full'), dict(mae=1.0, acc=0.5))), 'has equal bounds'),
+    (dict(name='\x1b]0;toy'), 'holds a text with a control character'),
+    (dict(name='n' * 300), 'has a name of more than 200 characters'),
+])
+def test_a_damaged_meta_is_refused_when_the_corpus_is_opened(change, sentence, tmp_path):
+    """ And not when the report is written, after hours of training. """
+    path = Path(converted(msena(), tmp_path).folder) / 'meta.json'
+    without_checksums(path.parent)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CorpusError, match=sentence):
+        data.Corpus(path.parent)
+
+
 @pytest.mark.parametrize('name', ['meta.json', 'train/text.jsonl', 'test/audio.npy', 'valid'])
 def test_a_link_that_leads_out_of_a_corpus_folder_is_refused(name, tmp_path):
     """ It is not read, and gets no other time, though its checksum is right. """

@@ -308,6 +308,12 @@ def test_only_the_tensors_of_this_runs_optimizer_and_average_are_loaded(change, 
         refuse_other_moments('last', saved, dict(w=w), average)
 
 
+@pytest.mark.parametrize('change', [dict(dtype='save'), dict(command=5), dict(lm_answer='x')])
+def test_a_checkpoint_with_a_wrong_entry_is_refused_on_resume(change, corpora, curriculum, tmp_path):
+    with pytest.raises(SystemExit, match='the checkpoint in .* is damaged'):
+        resume_changed(corpora, curriculum, tmp_path, lambda t, info: info['about'].update(change))
+
+
 def test_a_header_of_deeply_nested_lists_is_refused_on_resume(corpora, curriculum, tmp_path):
     (tmp_path / 'run').mkdir()
     path = tmp_path / 'run' / 'last.safetensors'

@@ -20,6 +20,7 @@ import eval as evaluation
 from configurator import known_knobs
 from fakes import HERE, TINY, alarm, command, deepmlf, forge, train
 from model import SYSTEMS
+from run import lm_checks
 from run.errors import ModelError
 from run.folder import load_checkpoint, replacing, save_checkpoint
 from run.json_files import sealed
@@ -661,6 +662,31 @@ def test_an_lm_that_is_much_larger_than_its_files_is_refused_before_it_is_made(k
     sentence = 'many times larger than its weight files|does not fit the weights'
     with no_longer_than(60), pytest.raises(SystemExit, match=sentence):
         command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
+
+
+@pytest.mark.parametrize('change', [dict(num_labels=10 ** 8), dict(max_window_layers=10 ** 8)])
+def test_a_config_from_which_transformers_would_make_a_huge_list_is_refused(change, received):
+    path = received / 'lm' / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with no_longer_than(60), pytest.raises(SystemExit, match='which does not fit the weights beside it'):
+        command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
+
+
+@pytest.mark.parametrize('change', [
+    dict(post_processor=dict(type='TemplateProcessing', single=[['<s>'] * 3000] * 2)),
+    dict(normalizer=dict(type='Sequence', normalizers=[dict(type='Prepend', prepend='a' * 30_000)])),
+])
+def test_a_tokenizer_that_puts_long_texts_before_each_text_is_refused(change, received):
+    path = received / 'lm' / 'tokenizer.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SystemExit, match='puts too much before or around each text'):
+        command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
+
+
+def test_a_json_file_of_an_lm_is_read_up_to_a_size(received, monkeypatch):
+    monkeypatch.setattr(lm_checks, 'LARGEST_JSON', 100)
+    with pytest.raises(ModelError, match='is not readable as JSON .more than 100 bytes'):
+        lm_checks.read_lm_json(received / 'lm' / 'config.json')
 
 
 def test_a_tokenizer_whose_replacements_multiply_is_refused(received):

@@ -25,6 +25,7 @@ import data
 import eval as evaluation
 from corpora.convert import convert
 from corpora.describe import describe
+from corpora.rows import number_of
 from corpora.splits import split_by_video
 from corpora.tables import seconds_of
 from corpora.torch_files import opened_torch
@@ -203,6 +204,29 @@ def test_a_split_by_video_is_deterministic_and_puts_no_video_into_two(tmp_path):
     assert corpus.n_clips == dict(train=48, valid=6, test=6)
     names = [{i.split('$')[0] for i in corpus.id(s)} for s in SPLITS]
     assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
+
+
+def test_ids_with_a_number_in_brackets_name_the_video(tmp_path):
+    """ As those of CMU-MOSEI: VIDEO[CLIP]. """
+    rows = [{k: v for k, v in r.items() if k not in ('mode', 'video_id')} for r in clips(60)]
+    rows = [r | dict(clip_id=f'video{i // 3}[{i % 3}]') for i, r in enumerate(rows)]
+    corpus = converted(write_table(tmp_path / 'mine.csv', rows), tmp_path, split='80/10/10')
+    videos = [{clip.split('[')[0] for clip in corpus.id(split)} for split in SPLITS]
+    assert sum(map(len, videos)) == len(set.union(*videos)) == 20
+
+
+def test_the_first_line_of_excel_is_no_row_and_1_0_is_no_number(tmp_path):
+    rows = [f'v{i};clip {i};{i % 3 - 1},5;{SPLITS[i % 3]}'.replace(',5', '.5') for i in range(9)]
+    path = tmp_path / 'excel.csv'
+    path.write_text('sep=;\n' + '\n'.join(['video_id;text;label;mode', *rows]))
+    assert converted(path, tmp_path).text('train') == ['clip 0', 'clip 3', 'clip 6']
+    assert number_of('1_0') is None and number_of('1e1') == 10
+
+
+@pytest.mark.parametrize('label_range', [(-5000, 5000), (-np.inf, np.inf)])
+def test_a_range_that_no_run_could_open_is_refused(label_range, tmp_path):
+    source = write_table(tmp_path / 'mine.csv', clips())
+    assert_refused(source, tmp_path, 'The label label has the', label_range=label_range)
 
 
 def test_a_split_without_named_videos_is_said_or_refused(tmp_path):

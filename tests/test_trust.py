@@ -1027,3 +1027,34 @@ def test_soak(request, corpora, curriculum, tmp_path):
         print(f'{n - len(failed)} of {n} inputs of the kind {name} survived: {dict(outcomes)}')
         failures += failed
     assert not failures, '\n'.join(failures)
+
+
+# -------------------------------------------------------------------------------------------------
+# Files of other origin, and a terminal that lacks letters
+
+
+def test_a_folder_with_files_of_other_origin_is_left_alone(corpora, tmp_path):
+    """ Also a file that is called almost like a leftover of a killed run. """
+    (tmp_path / 'own').mkdir()
+    for name in ('config.json', 'report.md', 'notes.new'):
+        (tmp_path / 'own' / name).write_text(name)
+    argv = ('config/av_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/own', *TINY)
+    with pytest.raises(SystemExit, match='own holds a config.json that no run has written'):
+        train(*argv, '--fresh=True')
+    (tmp_path / 'own' / 'config.json').unlink()
+    with pytest.raises(SystemExit, match='own holds a report.md that no run has written'):
+        train(*argv)
+    (tmp_path / 'own' / 'report.md').unlink()
+    train(*argv)
+    assert (tmp_path / 'own' / 'notes.new').read_text() == 'notes.new'
+
+
+def test_texts_that_the_terminal_lacks_are_printed_as_escapes(tmp_path):
+    rows = [f'v{i}$_$0,ok,{feeling}' for i in range(9) for feeling in ('愤怒', '高兴')]
+    rows = [row.replace('$_$0', f'$_${i % 2}') for i, row in enumerate(rows)]
+    (tmp_path / 'zh.csv').write_text('id,text,emotion\n' + '\n'.join(rows), encoding='utf-8')
+    done = subprocess.run(
+        [sys.executable, HERE / 'data.py', 'zh.csv', '--split=60/20/20', '--name=zh'], cwd=tmp_path,
+        capture_output=True, text=True, env=ENV | dict(PYTHONIOENCODING='ascii'))
+    assert done.returncode == 0, done.stderr
+    assert '\\u6124\\u6012' in done.stdout and (tmp_path / 'data' / 'zh' / 'meta.json').exists()
