@@ -1,6 +1,6 @@
 """
 Security of received run folders: loading a run that somebody else made runs none of their code,
-reads nothing outside the folder except the LM and the corpus folder that it names, and writes
+reads nothing outside the folder except the LM, the corpus folder and the prerequisite runs that it names, and writes
 nothing outside it.
 
     python -m pytest -q tests/test_security.py
