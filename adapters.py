@@ -557,7 +557,7 @@ class MSEAdapter(nn.Module):
         self.up = nn.Linear(d, n_pseudo * D if full else D)
         self.out = MatchScale(n_pseudo, embed_rms) if full else nn.Linear(1, n_pseudo)
 
-    def mixed(self, batch, text, text_mask):
+    def text_guide_mixer(self, batch, text, text_mask):
         """ Text-Guide-Mixer: text [B,T,D], text_mask [B,T] and the streams in batch -> [B,d]. """
         t = self.text_proj(masked_mean(text, text_mask))  # [B,d]
         # a forward LSTM reads padding after the last real step, so sequences need no packing
@@ -565,7 +565,7 @@ class MSEAdapter(nn.Module):
              for s, lstm in self.lstm.items()]  # 2x [B,d]
         return t * sum(v) if self.tgm else t + sum(v)
 
-    def fused(self, x):
+    def multi_scale_fusion(self, x):
         """ Multi-Scale-Fusion: x [B,d] -> [B,d]. """
         if not self.msf:
             return x
@@ -575,7 +575,8 @@ class MSEAdapter(nn.Module):
 
     def forward(self, batch, text, text_mask):
         """ batch: audio [B,S,d_a], audio_len [B], ..; text [B,T,D], text_mask [B,T] -> [B,P,D]. """
-        m = self.up(self.fused(self.mixed(batch, text, text_mask)))  # [B,D] or [B,P D]
+        x = self.text_guide_mixer(batch, text, text_mask)  # [B,d]
+        m = self.up(self.multi_scale_fusion(x))  # [B,D] or [B,P D]
         if isinstance(self.out, MatchScale):
             return self.out(m.view(len(m), self.n_pseudo, -1))  # [B,P,D]
         return self.out(m[..., None]).transpose(1, 2)  # [B,P,D]

@@ -294,7 +294,7 @@ def class_comments(cls):
             source = textwrap.dedent(source)
         except (OSError, TypeError, SyntaxError):
             continue
-        comments |= _comments_of(source, column=4)
+        comments |= dict.fromkeys(vars(c), '') | _comments_of(source, column=4)
     return comments
 
 

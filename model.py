@@ -537,53 +537,55 @@ class PseudoTokenLM(System):
 
     def embed_prompt(self, batch, adapter=True):
         """
-        The embedded prompt: x [B,T,D] and its n [B] real tokens. adapter=False leaves the pseudo
+        The embedded prompt: x [B,T,D] and prompt_len [B], its real tokens. adapter=False leaves the pseudo
         tokens out. Raises ModelError where the adapter returns another shape than [B,P,D].
         """
         first, P = len(self.prompt.before), self.k['n_pseudo']
-        x, n = self.lm.embed(batch['tokens']), batch['text_len']  # [B,T,D], [B]
+        x, prompt_len = self.lm.embed(batch['tokens']), batch['text_len']  # [B,T,D], [B]
         if not adapter:
-            return torch.cat([x[:, :first], x[:, first + P:]], 1), n - P
+            return torch.cat([x[:, :first], x[:, first + P:]], 1), prompt_len - P
         pseudo = self.pseudo_tokens(batch, x)  # [B,P,D]
         wanted = (len(x), P, x.shape[2])
         if tuple(pseudo.shape) != wanted:
             raise ModelError(f"the adapter returned pseudo tokens of shape {list(pseudo.shape)}, "
                              f"and the prompt takes {list(wanted)}, [clips, n_pseudo, width of the "
                              "LM]: correct the adapter, or set n_pseudo to its number of tokens.")
-        return torch.cat([x[:, :first], pseudo.to(x.dtype), x[:, first + P:]], 1), n
+        return torch.cat([x[:, :first], pseudo.to(x.dtype), x[:, first + P:]], 1), prompt_len
 
     def pseudo_tokens(self, batch, x):
         """ The adapter's pseudo tokens [B,P,D] for an embedded prompt x [B,T,D], in float32. """
         with torch.autocast(x.device.type, enabled=False):
             return self.adapter(batch, *self.own_text(x, batch['text_len']))  # [B,P,D]
 
-    def own_text(self, x, n):
+    def own_text(self, x, prompt_len):
         """
-        The clip's own text within an embedded prompt x [B,T,D] of n [B] tokens -> text [B,L,D] in
-        float32, mask [B,L]; L is at most max_text_len.
+        The clip's own text within an embedded prompt x [B,T,D] of prompt_len [B] tokens -> text
+        [B,L,D] in float32, mask [B,L]; L is at most max_text_len.
         """
         first, size = len(self.prompt.before) + self.k['n_pseudo'], self.k['max_text_len']
         text = x[:, first:first + size].float()  # [B,L,D]
-        return text, torch.arange(text.shape[1], device=x.device) < self.own_len(n)[:, None]
+        own_len = self.own_len(prompt_len)[:, None]  # [B,1]
+        return text, torch.arange(text.shape[1], device=x.device) < own_len
 
-    def own_len(self, n):
-        """ Number of tokens of the clip's own text within a prompt of n tokens. """
-        return n - len(self.prompt.before) - self.k['n_pseudo'] - len(self.prompt.after)
+    def own_len(self, prompt_len):
+        """ Number of tokens of the clip's own text within a prompt of prompt_len tokens. """
+        return prompt_len - len(self.prompt.before) - self.k['n_pseudo'] - len(self.prompt.after)
 
-    def hidden_behind_prompt(self, x, n, y, depth, sees):
+    def hidden_behind_prompt(self, x, prompt_len, y, depth, sees):
         """
         The LM's hidden states, after the final norm, of tokens that stand behind a prompt ->
-        [B,N,D]. x [B,T,D]: the embedded prompt, with n [B] real tokens. y [B,N,D]: the embedded
-        tokens, of which the first repeats the prompt's last token. depth [N]: their distance from
-        that token. sees [N,N]: which of them attends to which.
+        [B,N,D]. x [B,T,D]: the embedded prompt, of prompt_len [B] real tokens. y [B,N,D]: the
+        embedded tokens, of which the first repeats the prompt's last token. depth [N]: their
+        distance from that token. sees [N,N]: which of them attends to which.
         """
         lm, (B, T, _), N = self.lm, x.shape, y.shape[1]
         t = torch.arange(T - 1, device=x.device)  # [T-1]
         causal = F.pad(t <= t[:, None], (0, N)).expand(B, T - 1, T - 1 + N)  # for the prompt
-        real = (t < n[:, None] - 1)[:, None].expand(B, N, T - 1)
+        last = prompt_len[:, None] - 1  # [B,1], place of the prompt's last token
+        real = (t < last)[:, None].expand(B, N, T - 1)
         behind = torch.cat([real, sees.expand(B, N, N)], -1)  # [B,N,T-1+N]
         mask = torch.cat([causal, behind], 1)[:, None]  # [B,1,T-1+N,T-1+N]
-        positions = torch.cat([t.expand(B, T - 1), n[:, None] - 1 + depth], 1)  # [B,T-1+N]
+        positions = torch.cat([t.expand(B, T - 1), last + depth], 1)  # [B,T-1+N]
         z, rope = lm.place(torch.cat([x[:, :-1], y], 1), positions)  # [B,T-1+N,D]
 
         def block(l, z):
@@ -596,7 +598,7 @@ class PseudoTokenLM(System):
         z = lm.finish(lm.n_layers - 1, z[:, -N:], q[:, :, -N:], k, v, mask[:, :, -N:])  # [B,N,D]
         return lm.final_norm(z)
 
-    def label_scores(self, x, n):
+    def label_scores(self, x, prompt_len):
         """
         The log-probability of every label string, by one pass over the label trie -> [B,K]. With
         score_over='vocabulary' it is exact to the LM's dtype. With 'labels' each token competes
@@ -604,7 +606,7 @@ class PseudoTokenLM(System):
         logits of the whole vocabulary are computed.
         """
         y = self.lm.embed(self.trie_token).expand(len(x), -1, -1)  # [B,N,D]
-        h = self.hidden_behind_prompt(x, n, y, self.trie_depth, self.trie_sees)  # [B,N,D]
+        h = self.hidden_behind_prompt(x, prompt_len, y, self.trie_depth, self.trie_sees)  # [B,N,D]
         if self.k['score_over'] == 'labels':
             log_p = self.log_p_over_labels(h)  # [B,K,n]
         else:
@@ -632,22 +634,24 @@ class PseudoTokenLM(System):
         logits = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)  # [B,N,C]
         return logits[:, self.trie_node, column]  # [B,K,n]
 
-    def head_out(self, x, n):
+    def head_out(self, x, prompt_len):
         """ The head's output for a learned query behind the prompt -> [B,1] or [B,K]. """
         y = torch.cat([self.lm.embed(self.trie_token[:1]), self.query_tokens.to(x.dtype)])  # [2,D]
         depth = torch.arange(2, device=x.device)
         causal = depth[:, None] >= depth  # [2,2]
-        h = self.hidden_behind_prompt(x, n, y.expand(len(x), -1, -1), depth, causal)[:, 1]  # [B,D]
+        y = y.expand(len(x), -1, -1)  # [B,2,D]
+        h = self.hidden_behind_prompt(x, prompt_len, y, depth, causal)[:, 1]  # [B,D]
         with torch.autocast(x.device.type, enabled=False):
             return self.head(h.float())
 
-    def generated(self, x, n):
+    def generated(self, x, prompt_len):
         """
         The labels parsed from greedily decoded answers: dict(pred [B], unread [B]), where unread is
         1 for an answer that is no label. Both are on the CPU, because text is parsed there.
         """
         token = self.trie_token[:1].expand(len(x))  # [B]
-        answers = self.lm.go_on(x[:, :-1], n - 1, token, self.trie_answer.shape[1])  # [B,n]
+        n_new = self.trie_answer.shape[1]
+        answers = self.lm.go_on(x[:, :-1], prompt_len - 1, token, n_new)  # [B,n]
         # for an answer that is no label: no class, or the middle of the range
         default = -1.0 if self.prompt.kind == 'classes' else float(self.values[[0, -1]].mean())
         pred, unread = [], []
@@ -667,12 +671,13 @@ class PseudoTokenLM(System):
         the middle of the range, or as no class.
         adapter=False leaves the pseudo tokens out, so the LM reads the text only.
         """
-        k, (x, n) = self.k, self.embed_prompt(batch, adapter)
+        k, (x, prompt_len) = self.k, self.embed_prompt(batch, adapter)
         if k['readout'] == 'generate':
-            return self.generated(x, n)
+            return self.generated(x, prompt_len)
         if k['readout'] == 'head' and self.prompt.kind == 'regression':
-            return dict(pred=self.predicted_score(self.head_out(x, n)[:, 0]))
-        scores = self.head_out(x, n) if k['readout'] == 'head' else self.label_scores(x, n)  # [B,K]
+            return dict(pred=self.predicted_score(self.head_out(x, prompt_len)[:, 0]))
+        answers = self.head_out if k['readout'] == 'head' else self.label_scores
+        scores = answers(x, prompt_len)  # [B,K]
         prob = scores.softmax(-1)  # [B,K]
         if self.prompt.kind == 'classes' or k['score_estimate'] == 'mode':
             pred = self.values[prob.argmax(-1)]  # [B]
@@ -689,16 +694,16 @@ class PseudoTokenLM(System):
         The loss: cross-entropy of the label's tokens; with readout='head', L1 or CORAL of a score or
         cross-entropy of the classes.
         """
-        x, n = self.embed_prompt(batch)
+        x, prompt_len = self.embed_prompt(batch)
         if self.k['readout'] == 'head':
-            out = self.head_out(x, n)  # [B,1] or [B,K]
+            out = self.head_out(x, prompt_len)  # [B,1] or [B,K]
             return head_loss(out, self.prompt.kind, self.k, batch, self.task_loss)
         label = self.prompt.index(batch['label'])  # [B]
         answer, real = self.trie_answer[label], self.trie_real[label]  # [B,n], [B,n]
         depth = torch.arange(answer.shape[1], device=x.device)
         y = torch.cat([self.trie_token[:1].expand(len(x), 1), answer[:, :-1]], 1)  # [B,n]
         causal = depth[:, None] >= depth  # [n,n]
-        h = self.hidden_behind_prompt(x, n, self.lm.embed(y), depth, causal)  # [B,n,D]
+        h = self.hidden_behind_prompt(x, prompt_len, self.lm.embed(y), depth, causal)  # [B,n,D]
         loss = label_loss(h, answer, real, self.lm.lm_head, batch.get('lm_weight', 1.0))
         return dict(loss=loss, terms={'label': loss})
 
@@ -777,12 +782,12 @@ class MSEAdapterLM(PseudoTokenLM):
             padding = "the padding that tgm_pool='padded' counts"
             refuse_unknown_tokens([[self.prompt.pad_id]], rows, padding)
 
-    def own_text(self, x, n):
+    def own_text(self, x, prompt_len):
         """
         As PseudoTokenLM.own_text. With tgm_pool='padded', as in the release, padding up to
         max_text_len counts as text: the mask is True everywhere.
         """
-        text, mask = super().own_text(x, n)  # [B,T,D], [B,T]
+        text, mask = super().own_text(x, prompt_len)  # [B,T,D], [B,T]
         if self.k['tgm_pool'] == 'real':
             return text, mask
         pad_id = torch.full((1, 1), self.prompt.pad_id, device=x.device)  # [1,1]

@@ -898,6 +898,12 @@ def test_a_knob_without_a_comment_is_an_error_of_its_class():
                 width = 8
                 depth = 2  # layers
 
+    with pytest.raises(TypeError, match='the knobs of Mute: width has no comment behind it'):
+
+        class Mute(System):
+            class Knobs:
+                width = 8
+
 
 def test_a_default_out_of_range_is_an_error_of_its_class():
     with pytest.raises(

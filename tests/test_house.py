@@ -502,7 +502,7 @@ def test_a_refused_resume_trains_no_prerequisite(corpora, curriculum, tmp_path):
 def test_a_knob_of_a_system_must_not_have_the_name_of_a_common_knob():
     class Shadow(System):
         class Knobs:
-            batch_size = 3
+            batch_size = 3   # clips
 
     with pytest.raises(SystemExit, match='batch_size is a knob of every run, and odd has one'):
         run_knobs(['--system=odd'], *declared_knobs(HERE / 'train.py'), dict(odd=Shadow))

@@ -338,8 +338,8 @@ AUDIO, VISION = np.zeros((4, 12)), np.zeros((3, 16))
     [
         (dict(), 'there is no clip to predict: give text='),
         (dict(text=''), 'the clip has none of the modalities that this run reads'),
-        (dict(text=3), 'the clip may hold only text .one string'),
-        (dict(text=b'x'), 'the clip may hold only text .one string'),
+        (dict(text=3), 'the text of the clip is no string: give one string'),
+        (dict(text=b'x'), 'the text of the clip is no string'),
         (dict(text=['a', None], audio=[AUDIO, 3]), 'audio of clip 1 has shape'),
         (dict(text=['a', None]), 'clip 1 has neither text, nor audio, nor vision'),
         (dict(text=[]), r'different numbers of clips or none \(text 0\)'),

@@ -150,7 +150,7 @@ def test_mse_adapter_equals_the_releases():
     text, mask = t('in_text_embedding'), torch.ones(3, 6, dtype=torch.bool)
     with torch.no_grad():
         torch.testing.assert_close(
-            adapter.mixed(batch, text, mask), t('mid_mixed'), rtol=0, atol=1e-5
+            adapter.text_guide_mixer(batch, text, mask), t('mid_mixed'), rtol=0, atol=1e-5
         )
         torch.testing.assert_close(
             adapter(batch, text, mask), t('out_pseudo_tokens'), rtol=0, atol=1e-5

@@ -16,6 +16,9 @@ Benchmarks a system: speed and peak memory of training and evaluation.
     python tools/bench.py --vs=paper
         an estimate of MSE-Adapter's memory, traffic and time with LMs that are not available here
 
+A benchmark takes several minutes. For a short try add --bench_clips=100 --bench_batches=1 --repeats=1
+--lm_shape=2,64,2,500 --batch_size=16.
+
 Clips and text models are random (random_clips.py). Only a ratio of two times of one command is
 comparable across machines. Memory is measured in a separate process, above that of the loaded
 model (Linux only).
@@ -75,7 +78,8 @@ _argv = [arg if arg.startswith('-') or os.path.exists(arg) else os.path.join(_ro
 if all(arg.startswith('-') for arg in _argv):
     _argv.insert(0, os.path.join(_root, 'config', 'mse_simsv2.py'))
 if '-h' in _argv or '--help' in _argv:
-    print(__doc__)
+    _source = Path(__file__).read_text(encoding='utf-8')
+    print(__doc__ + _source[_source.index('\nshapes:'):_source.index('\n# ---')])
     sys.exit(0)
 # the common knobs of train.py and those above
 _train, _own = (declared_knobs(path) for path in (os.path.join(_root, 'train.py'), __file__))
