@@ -47,9 +47,6 @@ RUN_KNOBS = frozenset('''needs out_dir data_dir device dtype resume fresh log_in
 # Those of them that change results, so that runs that differ in them are no seeds of one experiment
 RESULT_KNOBS = frozenset(['dtype', 'patience'])
 
-# The bounds of a corpus, in the report's order: what an optimal predictor with these inputs reaches
-MAJORITY, TEXT, AV, LATE_FUSION, FULL = BOUNDS = 'majority text av late full'.split()
-
 
 def read_run(folder):
     """

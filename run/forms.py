@@ -22,6 +22,8 @@ from run.json_files import (
 COUNT = AtLeast(0)
 MOST_LEVELS = 1000   # classes of a label, or the width of its range; metrics have tables of both axes
 LONGEST_NAME = 200   # characters of the name of a class or a corpus, which are drawn and printed
+# The bounds of a corpus, in the report's order: what an optimal predictor with these inputs reaches
+MAJORITY, TEXT, AV, LATE_FUSION, FULL = BOUNDS = 'majority text av late full'.split()
 METRICS = Each(NUMBER)   # name -> value; the correlation of a constant is NaN
 STREAM = dict(width=AtLeast(1), mean=[NUMBER], std=[AtLeast(0)], standardised=bool)
 LABEL = dict(kind=Literal['regression', 'classes'])
@@ -99,10 +101,10 @@ def check_label(info):
 def check_ceilings(ceilings):
     """ Raises ValueError if the bounds of a corpus lack an entry that a report compares with. """
     bound = dict(mae=NUMBER, acc=NUMBER)
-    check_form(ceilings, dict(late=bound, full=bound))
+    check_form(ceilings, {LATE_FUSION: bound, FULL: bound})
     if any(not isfinite(v) for values in ceilings.values() for v in values.values()):
         raise ValueError("has bounds that are not finite")
-    if any(ceilings['late'][key] == ceilings['full'][key] for key in bound):
+    if any(ceilings[LATE_FUSION][key] == ceilings[FULL][key] for key in bound):
         raise ValueError("has equal bounds for late fusion and for all modalities")
 
 

@@ -10,18 +10,9 @@ from metrics import SHOWN, markdown_table, metric_help, regression_metrics
 from model import SYSTEMS
 from run.clips import is_same_corpus
 from run.errors import ModelError
-from run.finished import (
-    AV,
-    BOUNDS,
-    FULL,
-    LATE_FUSION,
-    TEXT,
-    EvalError,
-    log_and_crc,
-    prediction_arrays,
-    read_run,
-)
+from run.finished import EvalError, log_and_crc, prediction_arrays, read_run
 from run.folder import find_folder, is_regular, open_regular, write_bytes
+from run.forms import AV, BOUNDS, FULL, LATE_FUSION, TEXT
 from run.json_files import crc_of, parsed_lines, sealed
 from run.pictures import calibration_curve, confusion_matrix, drawn, learning_curve
 from run.report_html import html_report
