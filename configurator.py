@@ -25,7 +25,6 @@ import functools
 import inspect
 import io
 import linecache
-import math
 import runpy
 import shlex
 import sys
@@ -42,7 +41,7 @@ class AtLeast:
         self.low, self.bits = low, bits
 
     def fits(self, value):
-        return self.low <= value < 2 ** (self.bits or 63)
+        return value >= self.low and (self.bits is None or value < 2 ** self.bits)
 
     def __str__(self):
         return f"at least {self.low}" + (f" and below 2^{self.bits}" if self.bits else "")
@@ -99,8 +98,8 @@ def _is_knob(value):
 
 def _check(key, value, default, where):
     """ The value, in the type of its default. Stops if it has another type; None allows any. """
-    if type(value) is float and math.isnan(value):
-        _stop(f"{key} is nan {where}; give a number or inf")
+    if type(value) in (int, float) and not abs(value) < 2 ** 63:
+        _stop(f"{key} is {value} {where}; give a finite number below 2^63")
     if _is_knob(value):
         if type(default) is float and type(value) is int:
             return float(value)

@@ -340,14 +340,16 @@ if __name__ == '__main__':
         source, *flags = sorted(sys.argv[1:], key=lambda arg: arg.startswith('--')) or ['']
         if flags == ['--check']:
             print(check_whole(source))
-        elif not flags and os.path.isfile(os.path.join(source, 'meta.json')):
+        elif not flags and os.path.isfile(os.path.join(source, 'train', 'text.jsonl')):
             print(describe(Corpus(source).meta))
         else:
             conversion.command_line(sys.argv[1:])
     except UserError as e:
         sys.exit(f"data.py: {e}")
+    except BrokenPipeError:   # as of `| head`
+        sys.exit(1)
     except OSError as e:
-        sys.exit(f"data.py: {e.filename or 'a file'} cannot be read or written ({e.strerror}); correct "
-                 "the path or its permissions.")
+        sys.exit(f"data.py: {e.filename or 'a file'} cannot be read or written ({e.strerror}); free "
+                 "disk space, or correct the path or its permissions.")
     except KeyboardInterrupt:
         sys.exit("data.py: interrupted; no unfinished folder is left.")

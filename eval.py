@@ -134,7 +134,8 @@ def load_run(folder, without_corpus=False, trust_remote_code=False, data_dir='da
 
     The folder may come from a stranger. It may name an LM and a corpus folder: both names are
     printed, both are read as data, and both must match what the checkpoint has: the LM's and the
-    tokenizer's fingerprint, the corpus's SHA-256 and contents. The folder cannot run code or choose
+    tokenizer's fingerprint, the corpus's SHA-256 and contents. A report also reads the result.json
+    of the prerequisite runs that it names. The folder cannot run code or choose
     where files are written; the caller can, by trust_remote_code and data_dir. Raises EvalError,
     ModelError, CorpusError.
     """

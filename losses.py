@@ -287,7 +287,8 @@ def ordinal_notes(k, labels, n_epochs):
                      f"step an epoch: in the first epoch {they} 0")
     if used and k['ramp_epochs'] > last_epoch:
         notes.append(f"ramp_epochs={k['ramp_epochs']:g} ends after the last epoch ({last_epoch}, "
-                     "counted from 0): weight_mpr and weight_eioi never count in full")
+                     "counted from 0): "
+                     f"{' and '.join('weight_' + name for name in used)} never in full")
     if k['weight_mpr'] and k['mpr_gap'] >= labels.max() - labels.min():
         notes.append(f"mpr_gap={k['mpr_gap']:g} is not smaller than the range of the labels: MPR "
                      "has no pair to rank")

@@ -33,7 +33,7 @@ from run.average import WeightAverage
 from run.errors import UserError
 from run.fingerprints import continuation
 from run.finite import FirstBad
-from run.folder import load_checkpoint, load_tensors
+from run.folder import load_checkpoint, load_tensors, refuse_used_folder
 from run.forms import read_header
 from run.interrupt import Interrupt
 from run.machine import choose_device, hold_memory, print_any_text
@@ -131,16 +131,12 @@ if ranks.N_RANKS > 1 and System.one_process:
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')   # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
-if os.path.exists(last_path) and not (resume or fresh):
-    stop(f"{out_dir} already holds a run: --resume=True continues it with the same knobs, "
-         "--fresh=True deletes it and starts over, another --out_dir keeps it.")
-if resume and not os.path.exists(last_path):
-    stop(f"there is no checkpoint in {out_dir} to resume: start without --resume=True.")
 
 # ---------------------------------------------------------------------------------------------------------
 # Prerequisites, corpus and model
 
 try:
+    refuse_used_folder(out_dir, resume, fresh)
     if resume:   # compare the knobs before any prerequisite is trained
         saved = read_header(last_path)['about']
         refuse_other_knobs(out_dir, saved, config, pending_knobs(config, SYSTEMS))

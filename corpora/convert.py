@@ -56,6 +56,7 @@ from corpora.sources import check_splits
 from corpora.streams import frame_rates, standardise_to_float16, write_stream
 from corpora.unpickle import CorpusError, errors_as_corpus_error
 from run.command_line import words_and_flags
+from run.forms import LONGEST_NAME
 
 # MOSI: VIDEO$_$CLIP, MOSEI: VIDEO[CLIP]
 # layout -> reader(paths, scratch, files, summary), which returns texts, labels and streams by split
@@ -217,6 +218,10 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
         raise CorpusError(f"--padding must be left or right, not {padding!r}.")
     _check_encoding(encoding)
     _, layout, paths = find_source(source)
+    label_range = label_range and [float(v) for v in label_range]   # NumPy's numbers are no JSON
+    if len(Path(folder).name) > LONGEST_NAME:
+        raise CorpusError(f"The name of {folder} has more than {LONGEST_NAME} characters; give a "
+                          "shorter --name.")
     if table and layout != 'tables':
         raise CorpusError(f"--{next(iter(table))} is for tables (.csv, .tsv, .jsonl), and {source} "
                           "is none; leave it out.")
@@ -335,7 +340,7 @@ def command_line(argv):
     [--text|label|classes|split|id|video|speaker|dialogue|audio|vision|start|end=COLUMN]; or
     python data.py FOLDER [--check]
     """
-    sources, flags = words_and_flags(argv)
+    sources, flags = words_and_flags(argv, switches=('check',))
     usage = ' '.join(command_line.__doc__.split())
     own = {'name', 'dtype', 'label_range', 'padding', 'encoding', 'label_column'}
     unknown = sorted(set(flags) - own - set(tables.FLAGS))
@@ -343,7 +348,7 @@ def command_line(argv):
         raise CorpusError(f"There is no flag --{unknown[0]}; the usage is {usage}.")
     if len(sources) != 1:
         raise CorpusError(f"Give one source, not {len(sources)}; the usage is {usage}.")
-    if os.path.isfile(os.path.join(sources[0], 'meta.json')):
+    if os.path.isfile(os.path.join(sources[0], 'train', 'text.jsonl')):
         raise CorpusError(f"{sources[0]} is a corpus folder already; train on it, or describe it with "
                           "python data.py FOLDER.")
     label_range = None

@@ -11,7 +11,9 @@ def describe(meta):
     were not read. meta: the dict of meta.json. A folder that is made by hand, or by an earlier
     version, has fewer entries, and the summary has fewer rows.
     """
-    rows = [('source', f"{meta['source'].get('file', '')}, SHA-256 {meta['source']['sha256']}"),
+    source = meta['source']
+    file = f"{source['file']}, " if 'file' in source else ''
+    rows = [('source', f"{file}SHA-256 {source['sha256']}"),
             ('clips', ', '.join(f'{n} {s}' for s, n in meta['clips'].items()))]
     for name, y in meta['labels'].items():
         if 'range' in y:
@@ -19,7 +21,7 @@ def describe(meta):
         else:
             rows.append((name, f"a class: {', '.join(y['names'])}"))
     for m, s in meta['streams'].items():
-        if 'cleaned' not in s:
+        if not {'cleaned', 'padding', 'longest', 'dtype', 'lengths_repaired'} <= set(s):
             rows.append((m, f"{s['width']} features a frame"))
             continue
         cleaned = ', '.join(f'{n} {k}' for k, n in s['cleaned'].items())

@@ -51,7 +51,7 @@ def _decoded(path, encoding):
 
 def _csv_rows(path, text):
     first_line, _, rest = text.partition('\n')
-    if first_line.strip() in ('sep=,', 'sep=;', 'sep=\t'):   # Excel's note on the delimiter
+    if first_line.rstrip('\r') in ('sep=,', 'sep=;', 'sep=\t'):   # Excel's note on the delimiter
         text = '\n' + rest
     head = text.lstrip().split('\n', 1)[0]
     delimiter = '\t' if path.lower().endswith('.tsv') else max(',;\t', key=head.count)

@@ -372,7 +372,8 @@ def card_of(result, lm_copied):
             part = 'tokenizer' if lm_copied == 'hf' else 'language model'
             lm = f'Its {part} is in {lm_copied}/.'
         base = '' if lm_copied or os.path.isdir(k['lm']) else f"base_model: {k['lm']}\n"
-    reads = ' and '.join(['text'] * reads_text + [f'frames of {widths}'] * bool(widths))
+    unsaved = f", and none of the {result['n_frozen']:,} frozen ones" * (result['n_frozen'] > 0)
+    reads = ' and '.join(['text'] * reads_text + [f'frames of {widths} features'] * bool(widths))
     return f"""---
 library_name: nanomsa
 tags: [multimodal-sentiment-analysis, {k['system']}]
@@ -394,8 +395,7 @@ To predict a clip, in a checkout of nanoMSA:
 
     python eval.py THIS_FOLDER --clip=mine.npz
 
-best.safetensors holds the {result['n_trainable']:,} trained weights, and none of the
-{result['n_frozen']:,} frozen ones.
+best.safetensors holds the {result['n_trainable']:,} trained weights{unsaved}.
 
 Not tested on other speakers, languages, recording conditions or feature extractors than those of
 its corpus.

@@ -25,6 +25,11 @@ import torch
 
 from run.errors import ModelError
 
+REPLACED = ('config.json', 'log.jsonl')   # files of an earlier run that a run writes anew
+# Files of an earlier run that a run removes. The first three stand for a finished run, so a resumed
+# run removes them too.
+REMOVED = ('result.json', 'report.md', 'report.html', 'last.safetensors', 'last.json',
+           'best.safetensors', 'best.json', 'test.jsonl', 'curve.png', 'confusion.png')
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))   # the checkout
 
 
@@ -168,6 +173,24 @@ def save_hugging_face(model, folder):
     for entry in os.scandir(folder):
         if entry.name.endswith('.safetensors'):
             shutil.copymode(os.path.join(folder, 'config.json'), entry.path)
+
+
+def refuse_used_folder(folder, resume, fresh):
+    """
+    Raises ModelError if a run in `folder` would replace files of another run, or of other origin,
+    or if there is nothing to resume.
+    """
+    held = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    if 'last.safetensors' in held and not (resume or fresh):
+        raise ModelError(f"{folder} already holds a run: --resume=True continues it with the same "
+                         "knobs, --fresh=True deletes it and starts over, another --out_dir keeps it.")
+    if resume and 'last.safetensors' not in held:
+        raise ModelError(f"there is no checkpoint in {folder} to resume: start without "
+                         "--resume=True.")
+    ours = sorted(held & {*REPLACED, *REMOVED})
+    if ours and not held & {'.lock', 'last.safetensors', 'best.safetensors'}:
+        raise ModelError(f"{folder} holds a {ours[0]}, but neither a checkpoint nor the .lock of a "
+                         "run: move that file away, or give another --out_dir.")
 
 
 def lock(folder):

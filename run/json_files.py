@@ -106,6 +106,8 @@ def parsed_lines(text, check=None):
                 check(values[-1])
         except ValueError as e:
             raise ValueError(f"line {n} {e}") from None
+    if not values:
+        raise ValueError("is empty")
     return values
 
 

@@ -31,7 +31,7 @@ TOKENIZER_NAME = re.compile(r'(?!Auto|TransfoXL|Rag)\w*(Tokenizer|TokenizerFast|
 LARGEST_GROWTH = 1000   # of a text by the replacements of a tokenizer
 LARGEST_PART = 20_000   # characters that a tokenizer may put before or around each text, as JSON
 LARGEST_JSON = 2 ** 28   # bytes of a JSON file of an LM; a tokenizer.json has up to 40 MB
-MOST_LABELS = 10_000   # of a config.json: transformers makes a dict of them
+MOST_LISTED = 10_000   # labels or layers of a config.json
 
 
 def read_lm_json(path):
@@ -46,30 +46,18 @@ def read_lm_json(path):
                          "again.") from None
 
 
-def shapes_of(folder):
-    """ The shape of each tensor in the safetensors files of a folder, from their headers. """
-    from safetensors import safe_open
-    shapes = []
-    for file in sorted(os.listdir(folder)):
-        if file.endswith('.safetensors'):
-            with safe_open(os.path.join(folder, file), 'pt') as f:
-                shapes += [f.get_slice(key).get_shape() for key in f.keys()]
-    return shapes
-
-
 def refuse_huge_config(folder):
     """
-    Raises ModelError if the config.json of an LM has more labels, or more layers than its files
-    have tensors: transformers makes a list of each while it reads the config.
+    Raises ModelError if the config.json of an LM has too many labels or layers: transformers makes a
+    list of them while it reads the config, before any size can be compared with the weights.
     """
     path = os.path.join(folder, 'config.json')
-    n_tensors = len(shapes_of(folder))
     for part in parts_of(read_lm_json(path)):
         for key, value in part.items():
-            most = MOST_LABELS if key == 'num_labels' else n_tensors if 'layer' in key else None
-            if most and type(value) is int and value > most:
-                raise ModelError(f"{path} has {key}={value}, which does not fit the weights beside "
-                                 "it: get the config.json that belongs to them.")
+            listed = key == 'num_labels' or re.search('layers?$', key)
+            if listed and type(value) is int and value > MOST_LISTED:
+                raise ModelError(f"{path} has {key}={value:,}, and at most {MOST_LISTED:,} are read: "
+                                 "get the config.json that belongs to the weights.")
 
 
 def refuse_larger_model(auto, name, config):
@@ -78,7 +66,12 @@ def refuse_larger_model(auto, name, config):
     larger than its safetensors files: transformers makes all weights before it compares shapes.
     """
     import torch
-    shapes = shapes_of(name)
+    from safetensors import safe_open
+    shapes = []
+    for file in sorted(os.listdir(name)):
+        if file.endswith('.safetensors'):
+            with safe_open(os.path.join(name, file), 'pt') as f:
+                shapes += [f.get_slice(key).get_shape() for key in f.keys()]
     if not shapes:
         return
     # counted first, because a million layers take long to make even without weights

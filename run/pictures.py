@@ -1,6 +1,7 @@
 """
 The pictures that several commands draw, and the style of all pictures: learning curves, a confusion
-matrix, calibration, and attention weights.
+matrix, calibration, and attention weights. Functions that return a figure draw it in the caller's
+style; `drawn` and tools/figures.py apply STYLE.
 
 Axis letters: N clips, K classes, M attended positions.
 """

@@ -21,6 +21,7 @@ from run.errors import ModelError
 from run.fingerprints import sample_logits, tokenizer_fingerprint
 from run.finished import FORMAT, RUN_KNOBS, is_same_value
 from run.folder import (
+    REMOVED,
     ROOT,
     load_checkpoint,
     load_tensors,
@@ -34,11 +35,6 @@ from run.folder import (
 from run.forms import check_about, check_log_line, read_header
 from run.json_files import parsed, shorten
 
-REPLACED = ('config.json', 'log.jsonl')   # files of an earlier run that a run writes anew
-# Files of an earlier run that a run removes. The first three stand for a finished run, so a resumed
-# run removes them too.
-REMOVED = ('result.json', 'report.md', 'report.html', 'last.safetensors', 'last.json',
-           'best.safetensors', 'best.json', 'test.jsonl', 'curve.png', 'confusion.png')
 LONGEST_LINE = 2 ** 20   # bytes of a line of log.jsonl; a longer one is damaged
 
 
@@ -96,6 +92,10 @@ def refuse_other_knobs(folder, before, knobs, filled_in=()):
     except ValueError as e:
         raise ModelError(f"the checkpoint in {folder} is damaged ({e}): restore a copy, or train the "
                          "run again with --fresh=True.") from None
+    if other := sorted(set(knobs) ^ set(before['knobs'])):
+        raise ModelError(f"{folder} was written by another version, which differs in the knob "
+                         f"{other[0]}: check out {before['commit']} to resume it, or start over with "
+                         "--fresh=True.")
     for knob, value in knobs.items():
         old_value = before['knobs'].get(knob)
         compared = knob not in RUN_KNOBS and knob not in filled_in
@@ -126,15 +126,11 @@ def refuse_other_run(folder, before, now):
 def lock_run(folder, stop):
     """
     Makes and locks the folder of a run -> the lock, which is held while this object lives; None in
-    other ranks than 0. stop(sentence) ends the run if another one holds the lock, or if the folder
-    has files of other origin that a run would replace. Raises OSError.
+    other ranks than 0. stop(sentence) ends the run if another one holds the lock. Raises OSError.
     """
     if ranks.RANK:
         return None
     os.makedirs(folder, exist_ok=True)
-    found = sorted(set(os.listdir(folder)) & {*REPLACED, *REMOVED})
-    if found and not {'.lock', 'last.safetensors', 'best.safetensors'} & set(os.listdir(folder)):
-        stop(f"{folder} holds a {found[0]} that no run has written: give another --out_dir.")
     held = lock(folder)
     if held is None:
         stop(f"another run is writing into {folder}: wait for it, or give another --out_dir.")

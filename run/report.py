@@ -67,12 +67,12 @@ def prerequisite_runs(folder, about):
     k, runs = about['knobs'], {}
     for knob in SYSTEMS[k['system']].prerequisite_knobs(k):
         found = find_folder(k[knob], folder, k['out_dir'])
-        if os.path.dirname(os.path.realpath(found)) != os.path.dirname(os.path.realpath(folder)):
-            print(f"  {folder} names the run {found}, which is read as data")
         try:
             r = read_run(found)
         except (EvalError, ModelError):   # the knob names no run, or the run is not there
             continue
+        if os.path.dirname(os.path.realpath(found)) != os.path.dirname(os.path.realpath(folder)):
+            print(f"  {folder} names the run {found}, which is read as data")
         cls = SYSTEMS[r['about']['knobs']['system']]
         same_label = r['about']['knobs'].get('label') == k['label']
         if cls.predicts and same_label and is_same_corpus(r['about']['corpus'], about['corpus']):

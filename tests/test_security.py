@@ -659,16 +659,16 @@ def test_results_of_wrong_types_stop_with_a_sentence(key, value, copied, receive
 def test_an_lm_that_is_much_larger_than_its_files_is_refused_before_it_is_made(knob, received):
     path = received / 'lm' / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {knob: 10 ** 8}))
-    sentence = 'many times larger than its weight files|does not fit the weights'
+    sentence = 'many times larger than its weight files|and at most 10,000 are read'
     with no_longer_than(60), pytest.raises(SystemExit, match=sentence):
         command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
 
 
-@pytest.mark.parametrize('change', [dict(num_labels=10 ** 8), dict(max_window_layers=10 ** 8)])
+@pytest.mark.parametrize('change', [dict(num_labels=10 ** 8), dict(n_layers=10 ** 8)])
 def test_a_config_from_which_transformers_would_make_a_huge_list_is_refused(change, received):
     path = received / 'lm' / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with no_longer_than(60), pytest.raises(SystemExit, match='which does not fit the weights beside it'):
+    with no_longer_than(60), pytest.raises(SystemExit, match='and at most 10,000 are read'):
         command('eval.py', received, f'--clip={received.parent}/clip.jsonl')
 
 

@@ -1039,10 +1039,10 @@ def test_a_folder_with_files_of_other_origin_is_left_alone(corpora, tmp_path):
     for name in ('config.json', 'report.md', 'notes.new'):
         (tmp_path / 'own' / name).write_text(name)
     argv = ('config/av_toy.py', f'--data_dir={corpora}', f'--out_dir={tmp_path}/own', *TINY)
-    with pytest.raises(SystemExit, match='own holds a config.json that no run has written'):
+    with pytest.raises(SystemExit, match='own holds a config.json, but neither a checkpoint'):
         train(*argv, '--fresh=True')
     (tmp_path / 'own' / 'config.json').unlink()
-    with pytest.raises(SystemExit, match='own holds a report.md that no run has written'):
+    with pytest.raises(SystemExit, match='own holds a report.md, but neither a checkpoint'):
         train(*argv)
     (tmp_path / 'own' / 'report.md').unlink()
     train(*argv)

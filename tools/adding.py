@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 from corpora.toy import additive_fit, draw, toy_table
 from run.errors import ModelError
 from run.finished import EvalError, check_same_experiment, read_predictions, read_run
+from run.machine import print_any_text
 
 
 def adding(folders):
@@ -49,6 +50,7 @@ def adding(folders):
 
 
 if __name__ == '__main__':
+    print_any_text()
     folders = [a.rstrip('/') for a in sys.argv[1:]]
     try:
         print(adding(folders) if folders and not {'-h', '--help'} & set(folders) else __doc__)

@@ -24,6 +24,7 @@ from metrics import BETTER, SHOWN, markdown_table, mean_std_n, score_by, task_me
 from run.command_line import words_and_flags
 from run.errors import UserError
 from run.finished import EvalError, check_same_experiment, read_run
+from run.machine import print_any_text
 
 SHARES = (0.25, 0.5, 0.75, 1.0)   # shares of clips that lose a modality
 WHOLE = 'undamaged'               # the row that the others are compared with
@@ -151,6 +152,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    print_any_text()
     try:
         main([a.rstrip('/') for a in sys.argv[1:]])
     except UserError as e:

@@ -35,6 +35,7 @@ from run.errors import UserError
 from run.finished import EvalError, check_same_experiment, read_log, read_predictions, read_run
 from run.forms import SWEEP
 from run.json_files import NUMBER, check_form, read_json
+from run.machine import print_any_text
 from run.pictures import (
     ON_LINES,
     STYLE,
@@ -379,6 +380,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    print_any_text()
     try:
         main(sys.argv[1:])
     except UserError as e:

@@ -30,6 +30,7 @@ from run.command_line import words_and_flags
 from run.errors import UserError
 from run.frozen_text import frozen_text
 from run.load_lm import load_tokenizer
+from run.machine import print_any_text
 from run.texts import lowercase_if_all_caps, tokenize
 
 DECAY = 1e-2  # L2 penalty on the classifier's weights, for standardised features
@@ -216,6 +217,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    print_any_text()
     try:
         main(sys.argv[1:])
     except UserError as e:

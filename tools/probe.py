@@ -43,7 +43,7 @@ from run.finished import (
 )
 from run.folder import replacing
 from run.frozen_text import kept_array
-from run.machine import choose_device
+from run.machine import choose_device, print_any_text
 
 ROOT = Path(__file__).resolve().parent.parent
 POOLS = ('last', 'mean')
@@ -270,6 +270,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    print_any_text()
     try:
         main(sys.argv[1:])
     except (CorpusError, EvalError, ModelError) as e:

@@ -47,9 +47,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))   # runs from an
 from configurator import declared_knobs, parse_flags, run_knobs
 from data import CorpusError, open_corpus
 from model import SYSTEMS
-from run.errors import ModelError
+from run.command_line import words_and_flags
+from run.errors import UserError
 from run.finished import RESULT_KNOBS, RUN_KNOBS, EvalError, read_run
 from run.folder import ROOT, lock
+from run.machine import print_any_text
 from tools.sweep_table import at_test, best_row, write_table
 
 FLAGS = dict(table='', seeds='5', jobs='', config='', out='out/sweeps')
@@ -304,25 +306,14 @@ def refuse_absent_corpora(runs):
         raise refused
 
 
-def read_flags(argv):
-    """ The flags of a command line {name: text}. Raises EvalError. """
-    flags = {}
-    for arg in argv:
-        name, _, value = arg.partition('=')
-        if name.startswith('--'):
-            flags[name[2:]] = value
-        elif name.startswith('-'):
-            raise EvalError(f"{arg} is no flag: write -{name}=VALUE.")
-    return flags
-
-
 def main(argv):
-    """ The command line. Raises EvalError, CorpusError, ModelError. """
-    files = [arg for arg in argv if not arg.startswith('-')]
-    if {'--help', '-h'} & set(argv) or len(files) != 1:
+    """ The command line. Raises UserError. """
+    files, flags = words_and_flags(argv)
+    if wrong := [word for word in files if word.startswith('-') and word != '-h']:
+        raise EvalError(f"{wrong[0]} is no flag: write -{wrong[0].partition('=')[0]}=VALUE.")
+    if 'help' in flags or len(files) != 1 or '-h' in files:
         print(__doc__)
         return
-    flags = read_flags(argv)
     own = {k: flags.pop(k, v) for k, v in FLAGS.items()}
     if set_here := OWN & set(flags):
         raise EvalError(f"--{sorted(set_here)[0]} is a knob that the sweep itself sets for each "
@@ -406,9 +397,10 @@ def heading_of(sweep, t, argv, short, flags):
 
 
 if __name__ == '__main__':
+    print_any_text()
     try:
         main(sys.argv[1:])
-    except (EvalError, CorpusError, ModelError) as e:
+    except UserError as e:
         sys.exit(f"sweep: {e}")
     except BrokenPipeError:   # as of `| head`
         sys.exit("sweep: its output is no longer read, so it stopped: the same command continues.")
