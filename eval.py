@@ -391,7 +391,8 @@ def main(argv):
                         "--data_dir=FOLDER go with every command (python eval.py --help).")
     only = flags['modalities'].split(',') if 'modalities' in flags else None
     if set(only or ()) - {'text', 'audio', 'vision'}:
-        raise EvalError(f"--modalities={flags['modalities']} must list text, audio or vision (the video).")
+        raise EvalError(f"--modalities={flags['modalities']} must list text, audio or vision (the "
+                        "video).")
     run = folders[0]
     if {'clip', 'text'} & set(flags):
         run = load_run(run, without_corpus=True, **allowed)
