@@ -378,7 +378,8 @@ def _layers(argv, known):
         if not arg.startswith('-'):
             layers.append((False, f"in {Path(arg)}", _load_settings(arg, known, variant)))
         elif not eq or not arg.startswith('--'):
-            _stop(f"flags look like --key=value, got {arg!r}: write --{arg.lstrip('-').partition('=')[0]}=VALUE")
+            key = arg.lstrip('-').partition('=')[0]
+            _stop(f"flags look like --key=value, got {arg!r}: write --{key}=VALUE")
         else:
             layers.append((True, "on the command line", {key: text}))
     return layers
