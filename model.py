@@ -444,7 +444,7 @@ class PseudoTokenKnobs(LMKnobs, PromptKnobs, OrdinalKnobs):
     n_pseudo: AtLeast(1) = 4      # P, pseudo tokens
     readout: Literal['score', 'generate', 'head'] = 'score'  # how the answer is read
     score_estimate: Literal['expected', 'mode', 'median'] = 'expected'  # of the label probabilities
-    score_over: Literal['vocabulary', 'labels'] = 'vocabulary'  # rivals of a token, when read
+    score_over: Literal['vocabulary', 'labels'] = 'vocabulary'  # tokens that compete, in reading
     head_width: AtLeast(1) = 64   # hidden width of the head of readout='head'
     checkpoint_lm = False         # recompute the LM's layers in the backward pass, to save memory
     clip_words = True             # False: one end-of-text token for the clip's words (ablation)
@@ -538,7 +538,8 @@ class PseudoTokenLM(System):
     def embed_prompt(self, batch, adapter=True):
         """
         The embedded prompt: x [B,T,D] and prompt_len [B], its real tokens. adapter=False leaves
-        the pseudo tokens out. Raises ModelError where the adapter returns another shape than [B,P,D].
+        the pseudo tokens out. Raises ModelError where the adapter returns another shape than
+        [B,P,D].
         """
         first, P = len(self.prompt.before), self.k['n_pseudo']
         x, prompt_len = self.lm.embed(batch['tokens']), batch['text_len']  # [B,T,D], [B]
