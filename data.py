@@ -17,7 +17,7 @@ import torch
 
 from corpora import convert as conversion
 from corpora.convert import convert, describe, folder_name, staging
-from corpora.folder import Corpus, check_whole
+from corpora.folder import Corpus
 from corpora.names import STREAMS
 from corpora.toy import VERSION, make_toy
 from corpora.unpickle import CorpusError
@@ -337,13 +337,7 @@ if __name__ == '__main__':
         print(conversion.__doc__)
         sys.exit(0)
     try:
-        source, *flags = sorted(sys.argv[1:], key=lambda arg: arg.startswith('--')) or ['']
-        if flags == ['--check']:
-            print(check_whole(source))
-        elif not flags and os.path.isfile(os.path.join(source, 'train', 'text.jsonl')):
-            print(describe(Corpus(source).meta))
-        else:
-            conversion.command_line(sys.argv[1:])
+        conversion.command_line(sys.argv[1:])
     except UserError as e:
         sys.exit(f"data.py: {e}")
     except BrokenPipeError:   # as of `| head`

@@ -617,7 +617,8 @@ class PseudoTokenLM(System):
     def log_p_over_vocabulary(self, h):
         """ Log-probability of each token of each label, h [B,N,D] -> [B,K,n]. """
         N = h.shape[1]
-        # clips at once: logits of 16 MB, but about 128 rows, for which the head's weights are read
+        # clips at once: those of 16 MB of logits, or of about 128 rows, for which the head's weights
+        # are read, where that is more
         at_once = max(2 ** 22 // (N * self.lm.vocabulary), 128 // N, 1)
         pieces = []
         for part in h.split(at_once):

@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 from corpora import sources, tables
 from corpora.describe import describe
+from corpora.folder import Corpus, check_whole
 from corpora.labels import write_labels
 from corpora.limits import most_bytes
 from corpora.names import N_NAMED, SPLIT_FIELDS, SPLITS, Summary, valid_unicode, video_of
@@ -58,7 +59,6 @@ from corpora.unpickle import CorpusError, errors_as_corpus_error
 from run.command_line import words_and_flags
 from run.forms import LONGEST_NAME
 
-# MOSI: VIDEO$_$CLIP, MOSEI: VIDEO[CLIP]
 # layout -> reader(paths, scratch, files, summary), which returns texts, labels and streams by split
 READERS = dict(
     tables=tables.read_tables, msena=sources.read_msena, lists=sources.read_lists)
@@ -219,14 +219,10 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
     _check_encoding(encoding)
     _, layout, paths = find_source(source)
     label_range = label_range and [float(v) for v in label_range]   # NumPy's numbers are no JSON
-    if len(Path(folder).name) > LONGEST_NAME:
-        raise CorpusError(f"The name of {folder} has more than {LONGEST_NAME} characters; give a "
-                          "shorter --name.")
     if table and layout != 'tables':
         raise CorpusError(f"--{next(iter(table))} is for tables (.csv, .tsv, .jsonl), and {source} "
                           "is none; leave it out.")
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise CorpusError(f"{folder} already exists; remove it, or give another --name.")
+    _check_folder(folder)
     with staging(folder) as out, ExitStack() as files, errors_as_corpus_error(source):
         n_bytes = sum(os.path.getsize(p) for p in paths.values())
         summary = Summary(encoding, table, label_column, most_bytes(n_bytes), padding)
@@ -270,6 +266,15 @@ def convert(source, folder, dtype='float32', label_range=None, padding=None, enc
             meta['text']['encoding'] = encoding
         write_meta(out, meta)
     return meta
+
+
+def _check_folder(folder):
+    """ Raises CorpusError if no corpus folder can be made under this name. """
+    if len(Path(folder).name) > LONGEST_NAME:
+        raise CorpusError(f"The name of {folder} has more than {LONGEST_NAME} characters; give a "
+                          "shorter --name.")
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise CorpusError(f"{folder} already exists; remove it, or give another --name.")
 
 
 def _refuse_inflated(frames, stats, source):
@@ -341,6 +346,13 @@ def command_line(argv):
     python data.py FOLDER [--check]
     """
     sources, flags = words_and_flags(argv, switches=('check',))
+    is_folder = len(sources) == 1 and os.path.isfile(os.path.join(sources[0], 'train', 'text.jsonl'))
+    if len(sources) == 1 and list(flags) == ['check']:
+        print(check_whole(sources[0]))
+        return
+    if is_folder and not flags:
+        print(describe(Corpus(sources[0]).meta))
+        return
     usage = ' '.join(command_line.__doc__.split())
     own = {'name', 'dtype', 'label_range', 'padding', 'encoding', 'label_column'}
     unknown = sorted(set(flags) - own - set(tables.FLAGS))
@@ -348,7 +360,7 @@ def command_line(argv):
         raise CorpusError(f"There is no flag --{unknown[0]}; the usage is {usage}.")
     if len(sources) != 1:
         raise CorpusError(f"Give one source, not {len(sources)}; the usage is {usage}.")
-    if os.path.isfile(os.path.join(sources[0], 'train', 'text.jsonl')):
+    if is_folder:
         raise CorpusError(f"{sources[0]} is a corpus folder already; train on it, or describe it with "
                           "python data.py FOLDER.")
     label_range = None

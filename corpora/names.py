@@ -83,7 +83,7 @@ def valid_unicode(name):
 
 
 def video_of(clip):
-    """ The video in an id such as VIDEO$_$CLIP or VIDEO[CLIP]; None where it holds none. """
+    """ The video in an id such as VIDEO$_$CLIP (MOSI) or VIDEO[CLIP] (MOSEI); None without one. """
     found = re.fullmatch(r'(.+?)(?:\$_\$.*|\[\d+\])', clip, re.DOTALL)
     return found and found[1]
 

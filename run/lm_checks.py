@@ -87,14 +87,16 @@ def refuse_larger_model(auto, name, config):
                          "than its weight files: get the config.json that belongs to them.")
 
 
-def parts_of(part):
-    """ The objects within a part of tokenizer.json, and the part itself. """
-    if isinstance(part, dict):
-        yield part
-        part = list(part.values())
-    if isinstance(part, list):
-        for inner in part:
-            yield from parts_of(inner)
+def parts_of(value):
+    """ The objects in parsed JSON, at any depth, and the value itself if it is one. """
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield part
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
 
 
 def refuse_growing_texts(path):
@@ -146,16 +148,10 @@ def code_request(config):
     The first entry in a config (parsed JSON, at any depth) that is_code_request holds for, as 'key:
     value'; or None.
     """
-    waiting = [config]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting += value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                if is_code_request(key, inner):
-                    return f"{key}: {json.dumps(inner)[:100]}"
-                waiting.append(inner)
+    for part in parts_of(config):
+        for key, value in part.items():
+            if is_code_request(key, value):
+                return f"{key}: {json.dumps(value)[:100]}"
     return None
 
 

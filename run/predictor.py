@@ -421,7 +421,7 @@ def transferred(run, other, modalities):
     if (info := other.labels.get(label)) != run.info:
         raise EvalError(f"the label {label!r} is {run.info} in {name} and {info} in {other.name}, "
                         "so scores cannot be compared: name another corpus.")
-    streams = {m: dict(info) for m, info in run.facts['streams'].items()}
+    streams = dict(run.facts['streams'])
     for m in set(modalities) & set(widths):
         info = other.meta['streams'][m]
         if info['standardised']:
